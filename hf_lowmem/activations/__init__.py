@@ -1,0 +1,1 @@
+"""Saved activations in fewer bytes. Nothing yet: `lowmem_activations` is refused."""

@@ -1,0 +1,47 @@
+"""What a codec is: a way to store one optimizer state in fewer bytes than fp32.
+
+A codec turns a tensor into an `Encoded`, a flat dict of plain tensors, and back. Nothing else is ever in the
+state of an optimizer, so `torch.load(weights_only=True)` reads every checkpoint, and a report of bytes is a sum
+over tensors. A tensor subclass (torchao's way) would hide the same bytes behind dispatch rules that each of
+DTensor, `torch.load` and `Optimizer.load_state_dict` must be taught; a dict needs no teaching.
+
+Blocks run over the flattened tensor, so the size of an encoded tensor depends on its number of values alone and
+can be foretold by `nbytes` without allocating anything.
+"""
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Encoded = dict[str, Tensor]
+
+
+@runtime_checkable
+class StateCodec(Protocol):
+    """Stores one optimizer state.
+
+    ```python
+    enc = codec.init(like, signed=True)          # encoded zeros
+    codec.encode_(enc, value)                    # value: fp32, shape of `like`
+    value = codec.decode(enc, like.shape)        # fp32, a fresh tensor
+    ```
+    """
+
+    name: ClassVar[str]
+
+    def init(self, like: Tensor, *, signed: bool) -> Encoded:
+        """Encoded zeros for a state of `like`'s shape, on its device. `signed=False` promises values >= 0."""
+        ...
+
+    def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
+        """The stored values as a fresh contiguous fp32 tensor of `shape`; it never aliases the state."""
+        ...
+
+    def encode_(self, enc: Encoded, value: Tensor) -> None:
+        """Overwrite `enc` in place with `value` (any strides, fp32)."""
+        ...
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes that a state of `numel` values takes, scales included: exactly what `init` allocates."""
+        ...

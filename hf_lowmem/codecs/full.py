@@ -1,0 +1,56 @@
+"""Uncompressed states: fp32, and bf16 by rounding to nearest."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs.base import Encoded
+
+
+class FullCodec:
+    """`data`: the values themselves in one dtype, 4 or 2 bytes a value.
+
+    bf16 keeps 8 bits of mantissa: an exponential moving average with `1 - beta < 2**-9` stops moving once the
+    increment falls under half a unit in the last place, so `bf16` suits a first moment (beta 0.9) better than a
+    second (beta 0.999).
+    """
+
+    name: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+
+    def init(self, like: Tensor, *, signed: bool) -> Encoded:
+        return {"data": torch.zeros(like.shape, dtype=self.dtype, device=like.device)}
+
+    def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
+        return enc["data"].to(torch.float32, copy=True).view(shape)
+
+    def encode_(self, enc: Encoded, value: Tensor) -> None:
+        enc["data"].copy_(value)
+
+    def nbytes(self, numel: int) -> int:
+        return numel * self.dtype.itemsize
+
+
+class Fp32Codec(FullCodec):
+    name: ClassVar[str] = "fp32"
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+
+class Bf16Codec(FullCodec):
+    """Rounded to nearest, but never from finite to infinite, nor from something to nothing.
+
+    What lies above bf16's largest value takes it. What would round to zero, below 2**-134 = 4.6e-41, takes bf16's
+    smallest value, 2**-133, with its sign: a second moment that is not zero never decodes to zero.
+    """
+
+    name: ClassVar[str] = "bf16"
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
+
+    def encode_(self, enc: Encoded, value: Tensor) -> None:
+        limits = torch.finfo(self.dtype)
+        data = enc["data"]
+        data.copy_(value).clamp_(-limits.max, limits.max)
+        lost = (data == 0) & (value != 0)
+        smallest = torch.full_like(data, limits.smallest_normal * limits.eps)
+        data.copy_(torch.where(lost, smallest.copysign(value), data))

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside its reference. None yet: every codec runs as plain torch operators."""

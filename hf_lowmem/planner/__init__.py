@@ -1,0 +1,1 @@
+"""The weight of a step before it runs. Nothing yet."""

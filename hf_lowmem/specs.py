@@ -1,0 +1,146 @@
+"""What a user asked for, checked once, before anything is loaded.
+
+A spec is a frozen dataclass of plain values. It imports nothing of ours and no torch, so the command line, the
+planner and the trainers can all build one cheaply and hand it down. Whether an option *means* something to a
+method is that method's knowledge (`LowMemOptimizer.resolve`); whether a value is *possible* is decided here.
+
+The same value reaches us under two names: `rank=` in `make_optimizer`, `lowmem_rank` in TrainingArguments. An
+error must name the one that the user typed, therefore a spec carries `labels`.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+WEIGHT_STORES = ("keep",)
+PROJECTIONS = ("random",)
+
+
+def check_number(label: str, value: Any, *, low: float, low_open: bool = False, high: float = math.inf) -> None:
+    """Raise unless `value` is a finite real number in [low, high), or (low, high) with `low_open`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{label}={value!r}: expected a number, got {type(value).__name__}.")
+    number = float(value)
+    if not math.isfinite(number) or number < low or (low_open and number == low) or number >= high:
+        bounds = f"{'(' if low_open else '['}{low:g}, {'inf' if high == math.inf else f'{high:g}'})"
+        raise ValueError(f"{label}={value!r}: must be a finite number in {bounds}.")
+
+
+def check_integer(label: str, value: Any, *, low: int) -> None:
+    """Raise unless `value` is an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{label}={value!r}: expected an integer, got {type(value).__name__}.")
+    if value < low:
+        raise ValueError(f"{label}={value!r}: must be at least {low}.")
+
+
+def check_choice(label: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise unless `value` is one of `choices`; the error lists the nearest."""
+    if not isinstance(value, str):
+        raise TypeError(f"{label}={value!r}: expected a string, got {type(value).__name__}.")
+    names = list(choices)
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"{label}={value!r} is not available. {hint}Choose from: {', '.join(names)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """One optimizer, as asked for. `None` means the method's own default.
+
+    Args:
+        name: a name of `hf_lowmem.optim.OPTIMIZERS`.
+        lr: learning rate, >= 0.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, > 0 (0 would make 0/0 of a row that has had no gradient).
+        weight_decay: decoupled decay, >= 0.
+        state: name of the codec that stores the moments.
+        weights: how updated weights are written back.
+        rank: number of rows or columns that a low-rank method keeps, >= 1.
+        update_gap: steps between two refreshes of the projection, >= 1.
+        scale: factor on the low-rank update, > 0.
+        projection: how a low-rank method projects.
+        target_modules: which modules take the low-rank rule; `None` or "all-linear" for every linear one, a regular
+            expression, or a list of parts of module names.
+        seed: start of every random stream of the optimizer.
+        labels: how an error calls each field, where it is not the field's own name.
+
+    Raises:
+        TypeError, ValueError: naming the field, its value, the reason and the remedy.
+    """
+
+    name: str
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None
+    weight_decay: float = 0.0
+    state: str = "fp32"
+    weights: str = "keep"
+    rank: int | None = None
+    update_gap: int | None = None
+    scale: float | None = None
+    projection: str | None = None
+    target_modules: str | list[str] | None = None
+    seed: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def label(self, name: str) -> str:
+        """What the user calls the field `name`."""
+        return self.labels.get(name, name)
+
+    def __post_init__(self) -> None:
+        check_number(self.label("lr"), self.lr, low=0.0)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise TypeError(f"{self.label('betas')}={self.betas!r}: expected two numbers, such as (0.9, 0.999).")
+        for i, beta in enumerate(self.betas, start=1):
+            check_number(self.labels.get(f"beta{i}", f"betas[{i - 1}]"), beta, low=0.0, high=1.0)
+        if self.eps is not None:
+            check_number(self.label("eps"), self.eps, low=0.0, low_open=True)
+        check_number(self.label("weight_decay"), self.weight_decay, low=0.0)
+        if not isinstance(self.state, str):
+            raise TypeError(f"{self.label('state')}={self.state!r}: expected the name of a codec, such as 'int8'.")
+        check_choice(self.label("weights"), self.weights, WEIGHT_STORES)
+        if self.rank is not None:
+            check_integer(self.label("rank"), self.rank, low=1)
+        if self.update_gap is not None:
+            check_integer(self.label("update_gap"), self.update_gap, low=1)
+        if self.scale is not None:
+            check_number(self.label("scale"), self.scale, low=0.0, low_open=True)
+        if self.projection is not None:
+            check_choice(self.label("projection"), self.projection, PROJECTIONS)
+        targets = self.target_modules
+        if targets is not None:
+            listed = [targets] if isinstance(targets, str) else targets
+            if not isinstance(listed, list | tuple) or not all(isinstance(t, str) for t in listed):
+                raise TypeError(
+                    f"{self.label('target_modules')}={targets!r}: expected 'all-linear', a regular expression, or a "
+                    "list of parts of module names, such as ['q_proj', 'v_proj']."
+                )
+            if not listed or not all(listed):
+                raise ValueError(
+                    f"{self.label('target_modules')}={targets!r} names no module. Leave it unset for every linear one."
+                )
+        check_integer(self.label("seed"), self.seed, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """One preference loss of ours, with its options; see the loss for what they mean.
+
+    Args:
+        name: a name of `hf_lowmem.losses.PREFERENCE_LOSSES`.
+        beta: temperature of the implicit reward, > 0.
+        asft_lambda: weight of ASFT's alignment terms, >= 0.
+    """
+
+    name: str
+    beta: float = 1.0
+    asft_lambda: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, low=0.0, low_open=True)
+        check_number("asft_lambda", self.asft_lambda, low=0.0)

@@ -1,0 +1,87 @@
+"""Shared by all tests: no hub, one thread (two workers share two cores), small models and data made on the spot."""
+
+import os
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A Llama of about 40,000 parameters whose largest weights are big enough to be compressed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | overrides
+    torch.manual_seed(seed)
+    model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A word-level tokenizer of 128 entries."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(124))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+class Mixed(nn.Module):
+    """Parameters of every kind that a real model may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+
+        def make(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator))
+
+        self.linear = nn.Linear(96, 48)  # its weight is large enough to be compressed
+        self.wide = nn.Linear(64, 80, bias=False)
+        self.scalar = make()
+        self.vector = make(7)
+        self.long_vector = make(5000)
+        self.experts = make(3, 40, 48)
+        self.empty = nn.Parameter(torch.zeros(0, 8))
+        self.frozen = nn.Parameter(torch.ones(8, 8), requires_grad=False)
+        self.strided = nn.Parameter(torch.randn(72, 90, generator=generator).T)
+        self.odd = make(65, 67)
+
+    def loss(self, seed: int = 0) -> torch.Tensor:
+        """A quadratic with its minimum elsewhere than at the parameters."""
+        generator = torch.Generator().manual_seed(seed)
+        total = torch.zeros(())
+        for p in self.parameters():
+            if p.requires_grad:
+                target = torch.randn(p.shape, generator=generator)
+                total = total + (p.float() - 3 * target).pow(2).sum()
+        return total
+
+
+@pytest.fixture
+def mixed() -> Mixed:
+    return Mixed()
