@@ -1,0 +1,142 @@
+"""Optimizers whose state is compressed, low-rank, or both: one table, any method with any codec.
+
+Adding one: a file with its fp32 function and a thin class, and a line in `OPTIMIZERS`. The contract suite, the command
+line and the benchmarks take it from there.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from hf_lowmem.optim.adamw import AdamW
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.groups import parameter_groups
+from hf_lowmem.optim.lowrank.apollo import Apollo, ApolloMini
+from hf_lowmem.specs import OptimSpec, check_choice
+
+OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {cls.name: cls for cls in (AdamW, Apollo, ApolloMini)}
+
+
+def methods_with(option: str) -> list[str]:
+    """Names of the methods to which an option of `OptimSpec` means something."""
+    return [name for name, cls in OPTIMIZERS.items() if option in cls.DEFAULTS]
+
+
+def from_spec(spec: OptimSpec, model: nn.Module, *, decay: Collection[str] | None = None) -> LowMemOptimizer:
+    """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`."""
+    cls = check_spec(spec)
+    options = cls.resolve(spec)
+    groups = parameter_groups(model, spec, rank=options.get("rank"), decay=decay)
+    return cls(groups, **{k: v for k, v in options.items() if k != "method"})
+
+
+def check_spec(spec: OptimSpec) -> type[LowMemOptimizer]:
+    """The class that `spec` names, after all that can be checked without a model.
+
+    Raises:
+        ValueError: for an unknown method or codec, or an option without effect.
+    """
+    check_choice(spec.label("name"), spec.name, OPTIMIZERS)
+    cls = OPTIMIZERS[spec.name]
+    cls.resolve(spec)
+    if spec.target_modules is not None and "rank" not in cls.DEFAULTS:
+        raise ValueError(
+            f"{spec.label('target_modules')}={spec.target_modules!r} has no effect with "
+            f"{spec.label('name')}={spec.name!r}, which treats every parameter alike. Leave it unset, or choose: "
+            f"{', '.join(methods_with('rank'))}."
+        )
+    return cls
+
+
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float | None = None,
+    weight_decay: float = 0.0,
+    state: str = "fp32",
+    weights: str = "keep",
+    rank: int | None = None,
+    update_gap: int | None = None,
+    scale: float | None = None,
+    projection: str | None = None,
+    target_modules: str | list[str] | None = None,
+    seed: int = 0,
+) -> LowMemOptimizer:
+    """An optimizer of ours for a model: an ordinary torch optimizer, for Trainer's `optimizers=` or a loop of your own.
+
+    ```python
+    optimizer = make_optimizer("apollo_mini", model, lr=1e-4, state="int8")
+    trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=[LowMemCallback()])
+    ```
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        model: its trainable parameters are taken. Parameters with one dimension (biases, norms) do not decay.
+        lr: learning rate.
+        betas: decay rates of the first and the second moment.
+        eps: `None` for the method's own.
+        weight_decay: decoupled, as in AdamW.
+        state: codec of the moments, one of `hf_lowmem.codecs.CODECS`.
+        weights: how weights are written: "keep", in their own dtype by rounding to nearest.
+        rank, update_gap, scale, projection: of a low-rank method; `None` for its defaults.
+        target_modules: which modules take the low-rank rule; `None` for every linear one but the output head.
+        seed: start of the random projections.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value, the reason and the remedy.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}. For bare parameters use the class: "
+            f"hf_lowmem.optim.OPTIMIZERS[{name!r}](params, lr=...)."
+        )
+    spec = OptimSpec(
+        name=name,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        state=state,
+        weights=weights,
+        rank=rank,
+        update_gap=update_gap,
+        scale=scale,
+        projection=projection,
+        target_modules=target_modules,
+        seed=seed,
+    )
+    return from_spec(spec, model)
+
+
+def group_table(optimizer: LowMemOptimizer) -> list[dict[str, Any]]:
+    """One row a group, for a log: what it holds and how its state is stored."""
+    return [
+        {
+            "rule": group["method"] if "rank" not in group or group["rank"] is not None else "adam",
+            "rank": group.get("rank"),
+            "weight_decay": group["weight_decay"],
+            "state": group["state"],
+            "tensors": len(group["params"]),
+            "parameters": sum(p.numel() for p in group["params"]),
+            "state_bytes": sum(optimizer.state_bytes(p, group) for p in group["params"]),
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+__all__ = [
+    "OPTIMIZERS",
+    "AdamW",
+    "Apollo",
+    "ApolloMini",
+    "LowMemOptimizer",
+    "check_spec",
+    "from_spec",
+    "group_table",
+    "make_optimizer",
+    "methods_with",
+]

@@ -1,0 +1,346 @@
+"""The loop that every optimizer shares: state, codecs, checkpoints, bad gradients. No mathematics of any method.
+
+`step()` is a loop over `step_param(p, group)`, which is also what a backward hook calls, so there is one way to
+update a parameter. A method implements `update` on plain fp32 tensors and never sees a codec's bytes, a bf16 weight
+or a NaN.
+
+Why not torchao's tensor subclasses, where `exp_avg` is an 8-bit tensor that decodes itself: every subclass has to be
+taught to DTensor, to `torch.load(weights_only=True)` and to `Optimizer.load_state_dict`. Here the state of a parameter
+is a flat dict of plain tensors and numbers: `{"step": 7, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
+
+torch's `load_state_dict` casts every floating state to the parameter's dtype, so that with bf16 weights fp32 scales and
+moments would come back as bf16; accelerate calls it once at `prepare`. Therefore the load is our own.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lowmem.codecs import CODECS, StateCodec, get_codec
+from hf_lowmem.specs import OptimSpec, check_choice
+
+# Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
+SMALLEST_COMPRESSED = 4096
+
+# Squares and sums of a gradient below this stay inside fp32. Anything above is a diverged step, as Inf and NaN are.
+LARGEST_GRADIENT = 1e15
+
+# Options that decide what the state looks like: a checkpoint made with others cannot be continued.
+STRUCTURAL = ("method", "state", "weights", "rank", "projection", "seed")
+
+
+class StateDecl(NamedTuple):
+    """One state of a method. `signed=False` promises values >= 0, such as a second moment."""
+
+    signed: bool
+
+
+class ParamState:
+    """One parameter's state as its method sees it: fp32 tensors by name, whatever codec stores them."""
+
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        codec: StateCodec,
+        decls: dict[str, StateDecl],
+        make_key: Callable[[], int],
+    ) -> None:
+        self.raw = raw
+        self.codec = codec
+        self.decls = decls
+        self.make_key = make_key
+
+    @property
+    def step(self) -> int:
+        """How many updates this parameter has had, this one included."""
+        return self.raw["step"]
+
+    @property
+    def key(self) -> int:
+        """Start of this parameter's random streams; kept in the state, so that a resumed run draws the same numbers."""
+        if "key" not in self.raw:
+            self.raw["key"] = self.make_key()
+        return self.raw["key"]
+
+    def _encoded(self, name: str) -> dict[str, Tensor] | None:
+        if name in self.raw:
+            return {"data": self.raw[name]}
+        prefix = name + "."
+        return {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)} or None
+
+    def load(self, name: str, like: Tensor) -> Tensor:
+        """The state `name` as a fresh fp32 tensor of `like`'s shape; zeros, now allocated, the first time."""
+        encoded = self._encoded(name)
+        if encoded is None:
+            encoded = self.codec.init(like, signed=self.decls[name].signed)
+            self.raw.update({name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()})
+        return self.codec.decode(encoded, like.shape)
+
+    def store(self, name: str, value: Tensor) -> None:
+        """Encode `value` over the state `name`."""
+        encoded = self._encoded(name)
+        assert encoded is not None, f"state {name!r} is stored before it was loaded"
+        self.codec.encode_(encoded, value)
+
+    def tensor(self, name: str, init: Callable[[], Tensor]) -> Tensor:
+        """A small uncompressed state, in place."""
+        if name not in self.raw:
+            self.raw[name] = init()
+        return self.raw[name]
+
+
+class LowMemOptimizer(Optimizer):
+    """Base of every optimizer of the house.
+
+    ```python
+    optimizer = AdamW(model.named_parameters(), lr=1e-4, state="int8")
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    ```
+
+    Args:
+        params: as for any torch optimizer; `named_parameters()` or groups of such where a method draws random numbers,
+            whose stream is derived from the parameter's name. Without names, from shape and position.
+        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, seed: see `OptimSpec`; each
+            may also be set per group. An option that means nothing to the method is refused.
+
+    A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were; the
+    step still counts. Sparse and complex gradients are refused.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value, the reason and the remedy.
+    """
+
+    name: ClassVar[str]
+    STATES: ClassVar[dict[str, StateDecl]]
+    # Options of OptimSpec whose default is the method's own. An option that is absent here means nothing to the method.
+    DEFAULTS: ClassVar[dict[str, Any]]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        state: str = "fp32",
+        weights: str = "keep",
+        rank: int | None = None,
+        update_gap: int | None = None,
+        scale: float | None = None,
+        projection: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        spec = OptimSpec(
+            name=self.name,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            state=state,
+            weights=weights,
+            rank=rank,
+            update_gap=update_gap,
+            scale=scale,
+            projection=projection,
+            seed=seed,
+        )
+        super().__init__(params, self.resolve(spec))
+
+    @classmethod
+    def resolve(cls, spec: OptimSpec) -> dict[str, Any]:
+        """The options of a parameter group: what the spec says, the method's defaults for the rest.
+
+        Raises:
+            ValueError: for an unknown codec, or an option that would do nothing for this method.
+        """
+        check_choice(spec.label("state"), spec.state, CODECS)
+        group: dict[str, Any] = {"method": cls.name, "lr": spec.lr, "betas": (spec.betas[0], spec.betas[1])}
+        for option in ("eps", "rank", "update_gap", "scale", "projection"):
+            value = getattr(spec, option)
+            if option in cls.DEFAULTS:
+                group[option] = cls.DEFAULTS[option] if value is None else value
+            elif value is not None:
+                from hf_lowmem.optim import methods_with  # the table is built from these classes
+
+                raise ValueError(
+                    f"{spec.label(option)}={value!r} has no effect with {spec.label('name')}={cls.name!r}. "
+                    f"Leave it unset, or choose a method that uses it: {', '.join(methods_with(option))}."
+                )
+        return group | {k: getattr(spec, k) for k in ("weight_decay", "state", "weights", "seed")}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group's own options are checked like the constructor's."""
+        fields = {f.name for f in dataclasses.fields(OptimSpec)}
+        own = {k: v for k, v in param_group.items() if k in fields and k != "name"}
+        merged = {**{k: v for k, v in self.defaults.items() if k in fields}, **own}
+        self.resolve(OptimSpec(name=self.name, **merged))
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                raise TypeError(f"a parameter of dtype {p.dtype}: {self.name} needs real ones; use torch.view_as_real.")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_param(p, group)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter from its `.grad`. `step()` and a backward hook both call this."""
+        assert p.grad is not None
+        if p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{self.name} needs dense gradients, got {p.grad.layout}. Use nn.Embedding(sparse=False)."
+            )
+        if hasattr(p, "device_mesh"):
+            raise RuntimeError(
+                f"{self.name} got a sharded parameter (DTensor). Sharded training (FSDP2) is not supported yet: its "
+                "plain local state would be corrupted by a distributed checkpoint. Train with DDP or one process."
+            )
+        if p.numel() == 0:
+            return
+        raw = self.state[p]
+        raw["step"] = raw.get("step", 0) + 1
+        grad = p.grad.to(torch.float32)
+        sound = torch.linalg.vector_norm(grad, float("inf")) < LARGEST_GRADIENT  # False for NaN too
+        if self._waits_for_the_device(p):
+            if sound:
+                self._apply(p, grad, raw, group)
+        else:
+            self._apply_where(sound, p, grad, raw, group)
+
+    @staticmethod
+    def _waits_for_the_device(p: Tensor) -> bool:
+        """Whether reading a number from `p`'s device costs nothing, so that a bad gradient can simply be skipped."""
+        return p.device.type == "cpu"
+
+    def _apply(self, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
+        codec = self.codec(p, group)
+        weights = p if p.dtype == torch.float32 else p.to(torch.float32)
+        state = ParamState(raw, codec, self.STATES, lambda: self._stream_key(p, group))
+        self.update(weights, grad, state, group)
+        if weights is not p:
+            p.copy_(weights)
+
+    def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
+        """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
+        before = {k: v.clone() for k, v in raw.items() if isinstance(v, Tensor)}
+        weights = p.clone()
+        self._apply(p, grad, raw, group)
+        p.copy_(torch.where(sound, p, weights))
+        for k, v in raw.items():
+            if isinstance(v, Tensor):  # a state that this very step allocated was zero before it
+                v.copy_(torch.where(sound, v, before[k] if k in before else torch.zeros_like(v)))
+
+    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
+        """Update `p` in place. `p` and `grad` are fp32 and finite, of one shape."""
+        raise NotImplementedError
+
+    @staticmethod
+    def codec(p: Tensor, group: dict[str, Any]) -> StateCodec:
+        """What stores the moments of this parameter."""
+        return get_codec(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
+
+    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        """Shapes of the coded states of a parameter of `shape`."""
+        return dict.fromkeys(self.STATES, shape)
+
+    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
+        """Bytes of the tensors that the state of `p` takes (foretold: nothing is allocated)."""
+        codec = self.codec(p, group)
+        return sum(codec.nbytes(shape.numel()) for shape in self.state_shapes(p.shape, group).values())
+
+    @staticmethod
+    def _stream_key(p: Tensor, group: dict[str, Any]) -> int:
+        """Start of a parameter's random stream, 63 bits: a hash of the seed and its name (without names: its place)."""
+        place = next(i for i, q in enumerate(group["params"]) if q is p)
+        names = group.get("param_names")
+        name = names[place] if names else f"{tuple(p.shape)}#{place}"
+        return stream_key(group["seed"], name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, except that each state keeps its own dtype.
+
+        Raises:
+            ValueError: where the checkpoint was made by another method, codec, rank, projection or seed, or with the
+                parameters in another order; and where a state does not fit its parameter.
+        """
+        taken: dict[str, Any] = {}
+
+        def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:  # after every hook that a user registered
+            taken.update(final)
+            self._check_groups(final["param_groups"])
+            return {**final, "state": {}}
+
+        def fill(_: Optimizer) -> None:
+            self._fill_state(taken)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
+        for ours, theirs in zip(self.param_groups, saved, strict=False):  # torch checks the lengths
+            for option in STRUCTURAL:
+                if option in ours and theirs.get(option) != ours[option]:
+                    raise ValueError(
+                        f"the checkpoint was made with {option}={theirs.get(option)!r}, this optimizer has "
+                        f"{option}={ours[option]!r}: its state cannot be continued. Use the checkpoint's setting, or "
+                        "start with a fresh optimizer."
+                    )
+            names, loaded = ours.get("param_names"), theirs.get("param_names")
+            if names and loaded and names != loaded:
+                pairs = zip(names, loaded, strict=False)
+                first = next(((a, b) for a, b in pairs if a != b), (f"{len(names)} names", f"{len(loaded)} names"))
+                raise ValueError(
+                    f"the checkpoint holds the state of {first[1]!r} where this optimizer has {first[0]!r}. "
+                    "Build the model and the parameter groups as they were when it was saved."
+                )
+
+    def _fill_state(self, state_dict: dict[str, Any]) -> None:
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(ids, params, strict=True):
+            if i not in state_dict["state"]:
+                continue
+            raw = state_dict["state"][i]
+            if not isinstance(raw.get("step"), int):
+                raise ValueError(
+                    f"the checkpoint's state of parameter {i} has step={raw.get('step')!r}, expected an integer: it "
+                    f"was not saved by hf_lowmem's {group['method']}. Start with a fresh optimizer."
+                )
+            self.state[p] = {
+                k: v.to(device=p.device, copy=True) if isinstance(v, Tensor) else v for k, v in raw.items()
+            }
+
+
+def stream_key(*parts: object) -> int:
+    """63 bits that depend on every part, the same on every machine and in every process."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,124 @@
+"""APOLLO and APOLLO-Mini: the gradient itself, rescaled as Adam would, from moments of a random projection.
+
+Adam's direction differs from the gradient mostly by one factor per channel. That factor can be read off a random
+projection of the gradient to a few dimensions, so the moments live in rank r (Mini: one), no basis is stored, and
+nothing of the weight's size is kept.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
+from hf_lowmem.optim.lowrank.pipeline import (
+    adam_direction,
+    channel_dim,
+    channel_scale,
+    corrected_lr,
+    limit_norm_growth_,
+    tensor_scale,
+)
+from hf_lowmem.optim.lowrank.projector import RandomProjector
+
+
+def apollo_update(
+    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
+) -> Tensor:
+    """The update of a matrix: limit_growth(grad * s) * sqrt(scale).
+
+    Args:
+        grad: (..., m, n).
+        low: the projected gradient R, (..., m, r) or (..., r, n).
+        direction: Adam's direction N for it, of the same shape.
+        prev_norm: (...), norm of the last update; changed in place.
+        per_channel: one s for each channel (APOLLO) or for each matrix (Mini).
+        scale: the authors' `scale`; its root multiplies the update.
+    """
+    s = channel_scale(direction, low, channel_dim(grad.shape)) if per_channel else tensor_scale(direction, low)
+    return limit_norm_growth_(grad * s, prev_norm).mul_(math.sqrt(scale))
+
+
+class Apollo(LowMemOptimizer):
+    """APOLLO (arXiv 2412.05270, algorithm 1).
+
+    ```python
+    # grad (m, n), m >= n; P (n, r) Gaussian with variance 1/r, redrawn after each `update_gap` steps
+    R = grad @ P                                             # (m, r)
+    m = beta1 * m + (1 - beta1) * R
+    v = beta2 * v + (1 - beta2) * R**2
+    N = m / (sqrt(v) + eps)
+    s = norm(N, dim=1) / (norm(R, dim=1) + 1e-8)             # (m,), one factor a channel
+    U = limit_norm_growth(grad * s[:, None]) * sqrt(scale)   # at most 1.01 times the last norm
+    p -= lr * sqrt(1 - beta2**t) / (1 - beta1**t) * U
+    p -= lr * weight_decay * p
+    ```
+
+    Applies to matrices and batches of matrices (fused experts) whose smaller side exceeds `rank`. `make_optimizer`
+    gives it those of linear layers; embeddings, the output head, norms and biases take Adam with the same codec and the
+    family's order of eps and decay.
+
+    State: 2 * max(m, n) * rank values a matrix, in the codec, and 4 bytes.
+
+    Recommended: pre-training rank = a quarter of the hidden size, lr 0.01 with scale 1; fine-tuning rank 256 and lr
+    about that of AdamW, where sqrt(scale) wants tuning (the authors use scale 32 for an 8B model). Not for you when
+    rank reaches the smaller side of your weights: nothing is saved then, take `adamw` with `state="int8"`.
+    """
+
+    name = "apollo"
+    STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "eps": 1e-6,
+        "rank": 256,
+        "update_gap": 200,
+        "scale": 1.0,
+        "projection": "random",
+    }
+    per_channel: ClassVar[bool] = True
+
+    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
+        low_rank = is_low_rank(p.shape, group["rank"])
+        low = grad
+        if low_rank:
+            low = RandomProjector(group["rank"], group["update_gap"], state.key).down(grad, state.step - 1)
+        exp_avg, exp_avg_sq = state.load("exp_avg", low), state.load("exp_avg_sq", low)
+        update = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
+        state.store("exp_avg", exp_avg)
+        state.store("exp_avg_sq", exp_avg_sq)
+        if low_rank:
+            prev_norm = state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], device=grad.device))
+            update = apollo_update(grad, low, update, prev_norm, per_channel=self.per_channel, scale=group["scale"])
+        p.add_(update, alpha=-corrected_lr(group["lr"], group["betas"], state.step))
+        p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+
+    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        if is_low_rank(shape, group["rank"]):
+            kept = list(shape)
+            kept[channel_dim(shape)] = group["rank"]
+            shape = torch.Size(kept)
+        return super().state_shapes(shape, group)
+
+    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
+        prev_norm = 4 * p.shape[:-2].numel() if is_low_rank(p.shape, group["rank"]) else 0
+        return super().state_bytes(p, group) + prev_norm
+
+
+class ApolloMini(Apollo):
+    """APOLLO-Mini (arXiv 2412.05270, section 4.3): rank 1 and one factor for a whole matrix, s = ||N|| / ||R||.
+
+    State: 2 * max(m, n) values a matrix: with `state="int8"` an 8B model's linear layers keep a few megabytes, and what
+    is left is the embedding's and the head's. Defaults: rank 1, scale 128.
+
+    Recommended: the authors' lr 0.01 and scale 128 for pre-training; for fine-tuning tune lr * sqrt(scale), about that
+    of AdamW to begin with. Not for you when a little more memory is at hand: `apollo` follows Adam more closely.
+    """
+
+    name = "apollo_mini"
+    DEFAULTS: ClassVar[dict[str, Any]] = {**Apollo.DEFAULTS, "rank": 1, "scale": 128.0}
+    per_channel = False
+
+
+def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
+    """Whether a parameter of this shape takes the low-rank rule: a matrix, or a batch, that the rank makes smaller."""
+    return rank is not None and len(shape) in (2, 3) and rank < min(shape[-2:])
