@@ -1,0 +1,80 @@
+"""One short mixin puts the fields to work in any Trainer."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from hf_lowmem.arguments import LowMemArguments
+from hf_lowmem.optim import OPTIMIZERS, from_spec, group_table
+from hf_lowmem.optim.base import LowMemOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+class LowMemTrainerMixin:
+    """Put before a Trainer class: `class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...`.
+
+    With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
+
+    Raises:
+        ValueError: where an optimizer is passed beside an `optim` of ours, or the model is sharded.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        passed = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if self._ours and passed:
+            raise ValueError(
+                f"optim={self.args.optim!r} would have no effect: an optimizer was passed as well. Pass one or the "
+                "other: drop `optimizers=`/`optimizer_cls_and_kwargs=`, or leave `optim` and the lowmem fields unset."
+            )
+
+    @property
+    def _ours(self) -> bool:
+        return isinstance(self.args, LowMemArguments) and self.args.optim in OPTIMIZERS
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Ours, where `optim` names it: with the decay split of the parent and the user's lr, betas, eps and decay."""
+        if self.optimizer is not None or not self._ours:
+            return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
+        for engine in ("fsdp", "deepspeed"):
+            if getattr(self, f"is_{engine}_enabled", False):
+                raise ValueError(
+                    f"optim={self.args.optim!r} under {engine} is not supported yet: sharded state would not survive a "
+                    "checkpoint. Use DDP or one process."
+                )
+        opt_model = self.model if model is None else model
+        decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
+        optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay))
+        log_groups(optimizer)
+        self.optimizer = optimizer
+        return optimizer
+
+
+def log_groups(optimizer: LowMemOptimizer) -> None:
+    """One line a parameter group: its rule, its size, and the bytes its state will take."""
+    rows = group_table(optimizer)
+    for row in rows:
+        logger.info(
+            "%s: %d tensors, %s parameters, rank %s, weight decay %g, state %s: %.1f MiB",
+            row["rule"],
+            row["tensors"],
+            f"{row['parameters']:,}",
+            row["rank"],
+            row["weight_decay"],
+            row["state"],
+            row["state_bytes"] / 2**20,
+        )
+    total, count = sum(r["state_bytes"] for r in rows), sum(r["parameters"] for r in rows)
+    logger.info("optimizer state: %.1f MiB, %.3f bytes a parameter", total / 2**20, total / max(count, 1))
+
+
+class LowMemTrainer(LowMemTrainerMixin, Trainer):
+    """`transformers.Trainer` for `LowMemTrainingArguments`."""

@@ -1,0 +1,170 @@
+"""Bad settings: one table. Each is refused at construction by an error that names the field and the remedy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from trl import DPOConfig, SFTConfig
+
+from hf_lowmem import (
+    LowMemDPOConfig,
+    LowMemSFTConfig,
+    LowMemTrainer,
+    LowMemTrainerMixin,
+    LowMemTrainingArguments,
+    make_optimizer,
+    with_lowmem,
+)
+from hf_lowmem.codecs import get_codec
+from hf_lowmem.optim import OPTIMIZERS
+from tests.conftest import tiny_llama
+
+COMMON: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def args(config: Any = LowMemTrainingArguments, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: config(**(COMMON | kwargs))
+
+
+def optimizer(name: str = "apollo", **kwargs: Any) -> Callable[[], Any]:
+    return lambda: make_optimizer(name, nn.Linear(80, 60), **kwargs)
+
+
+def frozen_model() -> nn.Module:
+    return nn.Linear(4, 4).requires_grad_(False)
+
+
+def trainer(build: Callable[[], Any], **kwargs: Any) -> Callable[[], Any]:
+    return lambda: LowMemTrainer(tiny_llama(), build(), **kwargs)
+
+
+OURS: dict[str, Any] = {"optim": "apollo"}
+
+# (what is wrong, how it is built, exception, what its message must say)
+BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
+    # optim: which one
+    ("misspelt optim", args(optim="apolo"), ValueError, ("optim='apolo'", "'apollo'")),
+    ("misspelt HuggingFace optim", args(optim="adamw_troch"), ValueError, ("optim='adamw_troch'", "adamw_torch")),
+    ("optim that is no string", args(optim=3), TypeError, ("optim=3", "string")),
+    ("optim_args beside ours", args(**OURS, optim_args="rank=3"), ValueError, ("optim_args", "Leave optim_args unset")),
+    ("fsdp beside ours", args(**OURS, fsdp=True), ValueError, ("fsdp", "not supported yet", "DDP")),
+    ("deepspeed beside ours", args(**OURS, deepspeed={"x": 1}), ValueError, ("deepspeed", "not supported yet")),
+    # fields of ours beside HuggingFace's optimizers
+    ("state without us", args(optim="adamw_torch", lowmem_state="int8"), ValueError, ("lowmem_state='int8'", "adamw_torch")),
+    ("state with the default optim", args(lowmem_state="int8"), ValueError, ("lowmem_state='int8'", "set optim to")),
+    ("rank without us", args(optim="sgd", lowmem_rank=4), ValueError, ("lowmem_rank=4", "no effect")),
+    ("gap without us", args(optim="sgd", lowmem_update_gap=4), ValueError, ("lowmem_update_gap=4", "no effect")),
+    ("scale without us", args(optim="sgd", lowmem_scale=1.0), ValueError, ("lowmem_scale=1.0", "no effect")),
+    ("projection without us", args(optim="sgd", lowmem_projection="random"), ValueError, ("lowmem_projection", "no effect")),
+    ("weights without us", args(optim="sgd", lowmem_weights="keep"), ValueError, ("lowmem_weights='keep'", "no effect")),
+    # values that cannot be
+    ("unknown codec", args(**OURS, lowmem_state="int9"), ValueError, ("lowmem_state='int9'", "'int8'")),
+    ("codec of no type", args(**OURS, lowmem_state=8), TypeError, ("lowmem_state=8", "codec")),
+    ("rank 0", args(**OURS, lowmem_rank=0), ValueError, ("lowmem_rank=0", "at least 1")),
+    ("rank as text", args(**OURS, lowmem_rank="256"), TypeError, ("lowmem_rank='256'", "integer")),
+    ("rank as truth", args(**OURS, lowmem_rank=True), TypeError, ("lowmem_rank=True", "integer")),
+    ("fractional rank", args(**OURS, lowmem_rank=2.5), TypeError, ("lowmem_rank=2.5", "integer")),
+    ("gap 0", args(**OURS, lowmem_update_gap=0), ValueError, ("lowmem_update_gap=0", "at least 1")),
+    ("negative scale", args(**OURS, lowmem_scale=-1.0), ValueError, ("lowmem_scale=-1.0", "(0, inf)")),
+    ("scale 0", args(**OURS, lowmem_scale=0), ValueError, ("lowmem_scale=0", "(0, inf)")),
+    ("NaN scale", args(**OURS, lowmem_scale=float("nan")), ValueError, ("lowmem_scale=nan", "finite")),
+    ("unknown projection", args(**OURS, lowmem_projection="svdd"), ValueError, ("lowmem_projection='svdd'", "random")),
+    ("projection of another version", args(**OURS, lowmem_projection="svd"), ValueError, ("lowmem_projection='svd'", "not available")),
+    ("weight store of another version", args(**OURS, lowmem_weights="bf16_sr"), ValueError, ("lowmem_weights='bf16_sr'", "keep")),
+    ("negative learning rate", args(**OURS, learning_rate=-1.0), ValueError, ("learning_rate=-1.0",)),
+    ("beta1 of 1", args(**OURS, adam_beta1=1.0), ValueError, ("adam_beta1=1.0", "[0, 1)")),
+    ("beta2 below 0", args(**OURS, adam_beta2=-0.1), ValueError, ("adam_beta2=-0.1", "[0, 1)")),
+    ("epsilon 0", args(**OURS, adam_epsilon=0.0), ValueError, ("adam_epsilon=0.0", "(0, inf)")),
+    ("negative decay", args(**OURS, weight_decay=-0.1), ValueError, ("weight_decay=-0.1",)),
+    # values that would do nothing
+    ("rank for adamw", args(optim="adamw", lowmem_rank=8), ValueError, ("lowmem_rank=8", "optim='adamw'", "apollo")),
+    ("gap for adamw", args(optim="adamw", lowmem_update_gap=8), ValueError, ("lowmem_update_gap=8", "apollo")),
+    ("scale for adamw", args(optim="adamw", lowmem_scale=8.0), ValueError, ("lowmem_scale=8.0", "apollo")),
+    ("projection for adamw", args(optim="adamw", lowmem_projection="random"), ValueError, ("lowmem_projection", "apollo")),
+    ("targets for adamw", args(optim="adamw", optim_target_modules=["q_proj"]), ValueError, ("optim_target_modules", "apollo")),
+    ("empty targets", args(**OURS, optim_target_modules=[]), ValueError, ("optim_target_modules=[]", "names no module")),
+    # fields that are declared and not built
+    ("step in backward", args(**OURS, lowmem_step_in_backward=True), ValueError, ("lowmem_step_in_backward=True", "not available")),
+    ("step in backward with theirs", args(lowmem_step_in_backward=True), ValueError, ("lowmem_step_in_backward=True",)),
+    ("activations", args(lowmem_activations="exact"), ValueError, ("lowmem_activations='exact'", "gradient_checkpointing")),
+    ("activations in SFT", args(LowMemSFTConfig, lowmem_activations="fp8"), ValueError, ("lowmem_activations='fp8'",)),
+    # preference losses
+    ("unknown loss", args(LowMemDPOConfig, loss_type="asfd"), ValueError, ("loss_type='asfd'", "'asft'")),
+    ("asft among others", args(LowMemDPOConfig, loss_type=["asft", "sigmoid"]), ValueError, ("loss_type", "cannot be combined")),
+    ("asft_lambda without asft", args(LowMemDPOConfig, asft_lambda=1.0), ValueError, ("asft_lambda=1.0", "loss_type='asft'")),
+    ("negative asft_lambda", args(LowMemDPOConfig, loss_type="asft", asft_lambda=-1.0), ValueError, ("asft_lambda=-1.0",)),
+    ("beta 0 for asft", args(LowMemDPOConfig, loss_type="asft", beta=0.0), ValueError, ("beta=0.0", "(0, inf)")),
+    ("precomputed reference for asft", args(LowMemDPOConfig, loss_type="asft", precompute_ref_log_probs=True), ValueError, ("precompute_ref_log_probs", "no reference")),
+    ("synchronised reference for asft", args(LowMemDPOConfig, loss_type="asft", sync_ref_model=True), ValueError, ("sync_ref_model", "no reference")),
+    ("label smoothing for asft", args(LowMemDPOConfig, loss_type="asft", label_smoothing=0.1), ValueError, ("label_smoothing=0.1", "no effect")),
+    ("weights for one loss", args(LowMemDPOConfig, loss_type="asft", loss_weights=[1.0]), ValueError, ("loss_weights", "no effect")),
+    ("divergence for asft", args(LowMemDPOConfig, loss_type="asft", f_divergence_type="forward_kl"), ValueError, ("f_divergence_type", "no effect")),
+    # make_optimizer and the classes
+    ("unknown method", optimizer("galor"), ValueError, ("name='galor'", "Choose from")),
+    ("no module", lambda: make_optimizer("adamw", [torch.zeros(2)]), TypeError, ("torch.nn.Module", "OPTIMIZERS['adamw']")),  # type: ignore[arg-type]
+    ("nothing to train", lambda: make_optimizer("adamw", frozen_model()), ValueError, ("no trainable parameter", "requires_grad")),
+    ("rank above every weight", optimizer(rank=60), ValueError, ("rank=60", "the largest is 60")),
+    ("targets that match nothing", optimizer(rank=4, target_modules="nope"), ValueError, ("target_modules='nope'", "matches no")),
+    ("betas of one", optimizer(betas=(0.9,)), TypeError, ("betas=(0.9,)", "two numbers")),
+    ("tensor as lr", optimizer(lr=torch.tensor(0.1)), TypeError, ("lr=", "number")),
+    ("negative seed", optimizer(seed=-1), ValueError, ("seed=-1", "at least 0")),
+    ("codec for the class", lambda: OPTIMIZERS["adamw"]([nn.Parameter(torch.zeros(2))], state="fp9"), ValueError, ("state='fp9'", "fp8")),
+    ("bad group", lambda: OPTIMIZERS["adamw"]([{"params": [nn.Parameter(torch.zeros(2))], "betas": (2, 0)}]), ValueError, ("betas[0]=2",)),
+    ("rank in a group of adamw", lambda: OPTIMIZERS["adamw"]([{"params": [nn.Parameter(torch.zeros(2))], "rank": 2}]), ValueError, ("rank=2", "no effect")),
+    ("complex parameter", lambda: OPTIMIZERS["adamw"]([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), TypeError, ("complex64", "view_as_real")),
+    ("unknown codec by name", lambda: get_codec("int9"), ValueError, ("int9", "int8")),
+    # with_lowmem and trainers
+    ("no config class", lambda: with_lowmem(nn.Module), TypeError, ("with_lowmem", "TrainingArguments")),  # type: ignore[type-var]
+    ("no class", lambda: with_lowmem("SFTConfig"), TypeError, ("with_lowmem('SFTConfig')",)),  # type: ignore[arg-type]
+    (
+        "two optimizers",
+        trainer(args(**OURS), optimizers=(torch.optim.SGD([nn.Parameter(torch.zeros(2))]), None)),
+        ValueError,
+        ("optim='apollo'", "optimizers="),
+    ),
+    (
+        "our arguments in a plain Trainer",
+        lambda: Trainer(tiny_llama(), args(**OURS)()).create_optimizer(),
+        ValueError,
+        ("apollo",),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "error", "says"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_is_refused(build: Callable[[], Any], error: type[Exception], says: tuple[str, ...]) -> None:
+    with pytest.raises(error) as caught:
+        build()
+    for words in says:
+        assert words in str(caught.value)
+
+
+def test_the_table_is_long_enough_and_has_no_row_twice() -> None:
+    assert len({row[0] for row in BAD}) == len(BAD) >= 30
+
+
+def test_the_same_settings_without_the_fault_are_accepted() -> None:
+    """So that no row above is refused for another reason than its own."""
+    args(**OURS, lowmem_state="int8", lowmem_rank=8, lowmem_update_gap=5, lowmem_scale=2.0, lowmem_projection="random",
+         lowmem_weights="keep", optim_target_modules=["q_proj"])()  # fmt: skip
+    args(LowMemDPOConfig, loss_type="asft", asft_lambda=0.5, beta=0.1)()
+    args(LowMemSFTConfig, optim="adamw", lowmem_state="fp8_expand")()
+    optimizer(rank=4, target_modules="")  # built only when called
+    make_optimizer("apollo", nn.Linear(80, 60), rank=59)
+    assert with_lowmem(SFTConfig) is LowMemSFTConfig
+    assert with_lowmem(DPOConfig) is LowMemDPOConfig
+
+
+def test_unpublished_modules_are_refused_by_name(tmp_path: Any) -> None:
+    """A low-rank optim whose rank leaves nothing is refused when the model is known, by the field's own name."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16))
+    settings = args(output_dir=str(tmp_path), optim="apollo", lowmem_rank=32)()
+
+    class OurTrainer(LowMemTrainerMixin, Trainer):
+        pass
+
+    with pytest.raises(ValueError, match="lowmem_rank=32 has no effect"):
+        OurTrainer(model, settings).create_optimizer()
