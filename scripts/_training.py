@@ -1,4 +1,4 @@
-"""What the two training scripts share: arguments to data, model settings, the run itself."""
+"""What the training scripts share: from the command line to a trained, saved model."""
 
 from typing import Any
 
@@ -6,7 +6,47 @@ import transformers
 from datasets import load_dataset
 from packaging.version import Version
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from hf_lowmem import LowMemCallback
+
+
+def main(config_class: Any, trainer_class: Any) -> None:
+    """Parse, load, train (from a checkpoint if one is named), report and save."""
+    classes: Any = (ScriptArguments, config_class, ModelConfig)
+    parser = TrlParser(classes)
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path is not set: give a model's name on the hub, or its folder.")
+    # TRL loads the model, by these and what `model_init_kwargs` says beside or against them.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    train, test = load_splits(script_args, training_args)
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        callbacks=[LowMemCallback()],
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
 
 
 def load_splits(script_args: ScriptArguments, training_args: Any) -> tuple[Any, Any]:
@@ -19,43 +59,11 @@ def load_splits(script_args: ScriptArguments, training_args: Any) -> tuple[Any, 
     dataset: Any = load_dataset(
         script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
     )
-    for split in (script_args.dataset_train_split, script_args.dataset_test_split):
-        wanted = split == script_args.dataset_train_split or training_args.eval_strategy != "no"
-        if wanted and split not in dataset:
-            raise ValueError(
-                f"{script_args.dataset_name} has no split {split!r}, only {', '.join(dataset)}. Set "
-                "dataset_train_split or dataset_test_split."
-            )
-    test = dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None
-    return dataset[script_args.dataset_train_split], test
-
-
-def set_model_kwargs(training_args: Any, model_args: ModelConfig) -> None:
-    """Hand the model's settings to TRL, which loads the model; those under `model_init_kwargs` win."""
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-
-
-def load_tokenizer(training_args: Any, model_args: ModelConfig) -> Any:
-    """The model's tokenizer."""
-    if not model_args.model_name_or_path:
-        raise ValueError("model_name_or_path is not set: give a model's name on the hub, or its folder.")
-    return AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-
-
-def run(trainer: Any) -> None:
-    """Train, from a checkpoint if one was named, and save."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(trainer.args.output_dir)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if Version(transformers.__version__) >= Version("5.18.0"):
-        trainer.end()
+    wanted = {"dataset_train_split": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        wanted["dataset_test_split"] = script_args.dataset_test_split
+    for field, split in wanted.items():
+        if split not in dataset:
+            raise ValueError(f"{field}={split!r}: {script_args.dataset_name} has only {', '.join(dataset)}.")
+    splits = [dataset[split] for split in wanted.values()]
+    return splits[0], splits[1] if len(splits) > 1 else None

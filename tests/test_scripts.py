@@ -92,4 +92,4 @@ def test_a_missing_split_is_named(model_and_data: tuple[str, str], tmp_path: Pat
         str(tmp_path / "o"), *SMALL, "--dataset_train_split", "trian",
     )  # fmt: skip
     assert done.returncode != 0
-    assert "has no split 'trian'" in done.stderr
+    assert "dataset_train_split='trian': " in done.stderr

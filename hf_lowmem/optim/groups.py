@@ -86,8 +86,8 @@ def parameter_groups(
             )
         if not low_rank:
             warnings.warn(
-                f"{spec.label('name')}={spec.name!r} with its default rank={rank}: no linear weight has a smaller side above "
-                f"it, so all take plain Adam and nothing is saved. Set {spec.label('rank')}.",
+                f"{spec.label('name')}={spec.name!r} with its default rank={rank}: no linear weight has a smaller side "
+                f"above it, so all take plain Adam and nothing is saved. Set {spec.label('rank')}.",
                 stacklevel=4,
             )
 

@@ -3,9 +3,9 @@
     python scripts/bench/states.py                 # about ten minutes on two cores; writes records/states.jsonl
     python scripts/bench/states.py --steps 2 --only adamw-int8
 
-Each row of the record: setting, learning rate, state bytes (counted and foretold) a parameter, training loss (mean of the
-last quarter of the steps), held-out loss before and after, seconds of the optimizer's step as a ratio to torch's AdamW in
-the same call, device, versions, commit. Same seed, data, order and number of steps for every setting.
+Each row of the record: setting, learning rate, state bytes (counted and foretold) a parameter, training loss (mean of
+the last quarter of the steps), held-out loss before and after, seconds of the optimizer's step as a ratio to torch's
+AdamW in the same call, device, versions, commit. Same seed, data, order and number of steps for every setting.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_lowmem.demo import data
-from hf_lowmem.demo.model import load, prepare_model, public_name
-from hf_lowmem.demo.run import HELD_OUT_PLAYS, RATES, commit, device, versions
+from hf_lowmem.demo.model import load, prepare_model
+from hf_lowmem.demo.run import HELD_OUT_PLAYS, RATES, commit, device, public_name, versions
 from hf_lowmem.demo.score import Referee
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import LowMemOptimizer, make_optimizer

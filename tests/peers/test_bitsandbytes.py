@@ -41,7 +41,7 @@ def test_agrees_with_bitsandbytes_and_is_no_further_from_the_truth(kind: str, sh
     their_error, our_error = rms(theirs_p - truth_p) / moved, rms(ours_p - truth_p) / moved
     between = rms(ours_p - theirs_p) / moved
     print(f"{kind} {shape}: error of bitsandbytes {their_error:.4f}, ours {our_error:.4f}, between {between:.4f}")
-    assert 0 < our_error
+    assert our_error > 0
     # One part in a hundred for the order of arithmetic; where a second moment falls to zero in bitsandbytes and to the
     # floor code here, ours is well under.
     assert our_error <= 1.01 * their_error
