@@ -8,6 +8,10 @@ the last quarter of the steps), held-out loss before and after, seconds of the o
 AdamW in the same call, device, versions, commit. Same seed, data, order and number of steps for every setting.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; read when torch is imported
+
 import argparse
 import json
 import statistics

@@ -1,0 +1,88 @@
+"""One picture: what each run kept in memory, and what its loss did meanwhile."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hf_lowmem.demo.runs import Result
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart too.
+PARTS = {
+    "weights": ("weights", "#999999"),
+    "gradients": ("gradients", "#56B4E9"),
+    "optimizer": ("optimizer state", "#D55E00"),
+    "saved": ("saved activations", "#009E73"),
+}
+RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00")
+MIB = 2**20
+
+
+def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
+    """Write ``path`` (PNG). ``results``: the two SFT runs, then the runs that start from the second one's
+    model.
+
+    A Figure of its own, not pyplot: no window, no global state, whatever backend the user has configured.
+    """
+    figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, loss = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    _draw_memory(memory, results)
+    _draw_loss(loss, results)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def _draw_memory(axes: Axes, results: Sequence[Result]) -> None:
+    for place, result in enumerate(results):
+        bottom = 0.0
+        for part, (_, colour) in PARTS.items():
+            size = result.memory[part] / MIB
+            axes.bar(place, size, bottom=bottom, color=colour, width=0.62)
+            if size > 100:
+                axes.text(place, bottom + size / 2, f"{size:,.0f}", ha="center", va="center", fontsize=8)
+            bottom += size
+        peak = result.memory["peak"] / MIB
+        axes.hlines(peak, place - 0.38, place + 0.38, colors="black", linewidth=1.6)
+        axes.text(place, peak, f"peak {peak:,.0f}", ha="center", va="bottom", fontsize=8)
+        state = result.memory["optimizer"] / MIB
+        axes.text(
+            place,
+            -0.13,
+            f"state {state:,.0f} MiB",
+            ha="center",
+            fontsize=8,
+            color=PARTS["optimizer"][1],
+            transform=axes.get_xaxis_transform(),
+        )
+    for label, colour in PARTS.values():
+        axes.bar(0, 0, color=colour, label=label)
+    axes.plot([], [], color="black", linewidth=1.6, label=f"peak ({results[0].memory['peak_source']})")
+    axes.set_xticks(range(len(results)), [result.name.replace(", ", ",\n") for result in results], fontsize=8)
+    axes.set_ylabel("MiB")
+    axes.set_ylim(0, 1.32 * max(result.memory["peak"] for result in results) / MIB)
+    axes.legend(fontsize=8, ncols=2, loc="upper right")
+    axes.set_title("Kept in memory by a training step", fontsize=10)
+
+
+def _draw_loss(axes: Axes, results: Sequence[Result]) -> None:
+    first_stage = results[1].losses[-1][0]
+    for place, (result, colour) in enumerate(zip(results, RUNS, strict=True)):
+        offset = 0 if place < 2 else first_stage
+        if place < 2:  # what ASFT minimises is another quantity, which would not belong on this axis
+            steps, losses = zip(*result.losses, strict=True)
+            axes.plot(steps, losses, color=colour, linewidth=0.9, alpha=0.45, label=f"{result.name}, train")
+        points = result.heldout if place < 2 else [(0, results[1].heldout[-1][1]), *result.heldout]
+        steps, losses = zip(*points, strict=True)
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.8}
+        if place >= 2:  # the two may lie on each other: the first is wide and pale below the second
+            style |= {"linestyle": "--"} if place > 2 else {"linewidth": 5, "alpha": 0.5, "markersize": 9}
+        axes.plot([offset + s for s in steps], losses, color=colour, label=f"{result.name}, held-out", **style)
+    axes.axvline(first_stage, color="#cccccc", linewidth=0.8, zorder=0)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(fontsize=8)
+    axes.set_title("Loss: SFT, then pairs", fontsize=10)

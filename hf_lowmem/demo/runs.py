@@ -1,0 +1,85 @@
+"""What a run of the demo is and what it gave, and the fresh process that it gets.
+
+A process keeps what it once allocated: in a shared one, the second run would start from the first one's
+resident set, and its peak would be hidden or inflated. So each run is alone. Where the system allows it, the
+process is forked from a server that has imported transformers and trl once, and costs no import of its own.
+"""
+
+import multiprocessing
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from datasets import Dataset
+
+WORKER = "hf_lowmem.demo.worker"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how. ``settings`` are fields of the trainer's config, and are reported as they
+    stand."""
+
+    name: str
+    trainer: str  # a key of TRAINERS
+    model: str  # folder or hub name that training starts from
+    dataset: Dataset
+    settings: dict[str, Any]
+    output: str  # folder for the trainer's own files; the model is saved here if `save`
+    evaluate_at: tuple[int, ...]  # steps after which the held-out loss is taken; 0 is before training
+    score_pairs: tuple[int, ...] = ()  # likewise for held-out pairs
+    save: bool = False
+
+
+@dataclass
+class Result:
+    """What a run gave; only numbers and names, so that it goes into results.json as it is."""
+
+    name: str
+    trainer: str
+    settings: dict[str, Any]
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, training loss)
+    heldout: list[tuple[int, float]] = field(default_factory=list)  # (step, nats per token)
+    pairs: dict[int, dict[str, Any]] = field(default_factory=dict)  # step → PairScore
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # real tokens in each step's batch, all sequences
+    memory: dict[str, Any] = field(default_factory=dict)  # LowMemCallback.report
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median over steps: a pause of a shared machine moves a mean, not this.
+
+        The first steps also build the optimizer's state and are measured more closely, so they are left out.
+        """
+        warm = slice(min(2, len(self.tokens) - 1), None)
+        rates = [n / s for n, s in zip(self.tokens[warm], self.step_seconds[warm], strict=True)]
+        return statistics.median(rates)
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the last quarter of the steps: a single batch of a few hundred tokens is mostly noise."""
+        last = self.losses[-max(1, len(self.losses) // 4) :]
+        return statistics.fmean(loss for _, loss in last)
+
+
+def alone(function: str, *args: Any, **kwargs: Any) -> Any:
+    """``hf_lowmem.demo.worker``'s ``function(*args, **kwargs)`` in a fresh process; what it raises is
+    raised here.
+
+    By name, because this process never imports the worker: it has no use for trl.
+    """
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([WORKER])
+    else:
+        context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_call, function, args, kwargs).result()
+
+
+def _call(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return getattr(import_module(WORKER), function)(*args, **kwargs)
