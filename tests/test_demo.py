@@ -1,5 +1,6 @@
 """The demo's referee, plot, card and command line; the training itself is run by `hf-lowmem demo --quick`."""
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -10,16 +11,20 @@ import torch
 import yaml
 from datasets import Dataset
 from matplotlib.image import imread
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_lowmem import cli
 from hf_lowmem.demo import report
 from hf_lowmem.demo.card import template_path, write_card
-from hf_lowmem.demo.model import prepare_model
+from hf_lowmem.demo.model import load, prepare_model
 from hf_lowmem.demo.plot import draw
-from hf_lowmem.demo.run import public_name
+from hf_lowmem.demo.run import QUICK, gather, public_name
 from hf_lowmem.demo.runs import Result
 from hf_lowmem.demo.score import PairScore, Referee
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 class Characters:
@@ -219,3 +224,53 @@ def test_command_line_tells_what_is_missing(
     monkeypatch.setattr("hf_lowmem.demo.find_spec", lambda name: None)
     assert cli.main(["demo", "--output_dir", str(tmp_path)]) == 1
     assert "pip install 'hf-lowmem[demo]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as any user of `--model` has one: a two-layer Llama and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<s>", "</s>", *ALPHABET])}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2 + len(ALPHABET),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_demo_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
+    """The whole demo on a tiny model, in the demo's own processes: what it writes agrees with itself."""
+    assert cli.main(["demo", "--quick", "--model", str(tiny_model), "--output_dir", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    plain, low, asft, control = record["runs"]
+
+    assert [run["settings"]["optim"] for run in record["runs"]] == ["adamw_torch"] + 3 * ["apollo_mini"]
+    assert plain["tokens"] == low["tokens"]
+    assert plain["losses"][0] == low["losses"][0], "same model, same batch, no step taken yet"
+    assert plain["heldout"][0] == low["heldout"][0]
+    assert len(asft["losses"]) == len(control["losses"]) == record["size"]["pair_steps"]
+    weights = LlamaForCausalLM.from_pretrained(tiny_model).num_parameters()
+    assert plain["memory"]["weights"] == plain["memory"]["gradients"] == 4 * weights
+    assert plain["memory"]["optimizer"] > 8 * weights > 8 * low["memory"]["optimizer"]
+    assert all(run["memory"]["peak_added"] >= 0 for run in record["runs"])
+
+    scores = {stage["model"]: stage for stage in record["after"]}
+    model, tokenizer = load(tmp_path / "model")
+    material = gather(QUICK, record["seed"])
+    assert set(material.heldout_plays) == set(record["heldout_plays"])
+    # Saved in fp32 and loaded again, the same weights; another process's threads may add in another order.
+    assert material.referee.loss(model, tokenizer) == pytest.approx(scores["then ASFT"]["heldout_loss"], abs=1e-5)
+    assert "hf-lowmem" in yaml.safe_load((tmp_path / "model" / "README.md").read_text().split("---")[1])["tags"]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000

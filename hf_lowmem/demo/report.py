@@ -66,7 +66,8 @@ def show(results: Sequence[Result]) -> None:
     console.print(_training_table(rows))
     console.print(
         f"peak: {rows[0]['peak_source']}. Losses in nats per token; the train loss is the mean of the last "
-        "quarter of the steps, and ASFT's is another quantity than SFT's.\n",
+        "quarter of the steps, and ASFT's is another quantity than SFT's. tokens/s: against the first run; the second "
+        "stage's batches have other shapes.\n",
         highlight=False,
     )
     console.print(f"[bold]On plays held out: loss, and telling true next lines from others ({pairs} pairs)[/bold]")

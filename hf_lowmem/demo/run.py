@@ -146,11 +146,8 @@ def gather(size: Size, seed: int) -> Material:
 def train_all(base: str, material: Material, size: Size, output_dir: Path, seed: int) -> list[Result]:
     """The four runs, one after another."""
     sft = common(size.sft_steps, size.sft_batch, size.tokens, seed)
-    pair = (
-        common(size.pair_steps, size.pair_batch, size.tokens, seed)
-        | {"learning_rate": RATES["second stage"]}
-        | LOW_MEMORY
-    )
+    pair = common(size.pair_steps, size.pair_batch, None, seed) | LOW_MEMORY  # a few lines need no limit
+    pair["learning_rate"] = RATES["second stage"]
     control = material.pairs.rename_column("chosen", "completion").remove_columns("rejected")
     during = (0, size.sft_steps // 2, size.sft_steps)
     last = (size.pair_steps,)
@@ -201,7 +198,7 @@ def train_all(base: str, material: Material, size: Size, output_dir: Path, seed:
     return [alone("train", run, material.referee) for run in runs]
 
 
-def common(steps: int, batch: int, tokens: int, seed: int) -> dict[str, Any]:
+def common(steps: int, batch: int, tokens: int | None, seed: int) -> dict[str, Any]:
     """What all runs share. TRL's defaults of bf16 autocast and checkpointing are set aside: the one is
     slower than fp32 on a CPU, the other would hide what activations weigh."""
     cuda = torch.cuda.is_available()
@@ -231,7 +228,8 @@ def card(folder: Path, record: dict[str, Any], results: Sequence[Result], *, dem
         "base_name": name,
         "stages": [asdict(results[1]), asdict(results[2])],
         "recipe": f"Seed {record['seed']}; texts of {size['tokens']} tokens; "
-        f"prompts and answers of {size['lines']} lines.",
+        f"prompts and answers of {size['lines']} lines; "
+        f"ASFT with beta {ASFT['beta']} and lambda {ASFT['asft_lambda']}.",
     }
     base_license = "apache-2.0" if demo_model else None
     write_card(folder, name=values["title"], base_model=record["base_model"], license=base_license, values=values)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 WORKER = "hf_lowmem.demo.worker"
@@ -72,7 +73,8 @@ def alone(function: str, *args: Any, **kwargs: Any) -> Any:
 
     By name, because this process never imports the worker: it has no use for trl.
     """
-    if sys.platform == "linux":
+    # Importing the worker may wake CUDA, and a process forked after that could not use it.
+    if sys.platform == "linux" and not torch.cuda.is_available():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([WORKER])
     else:
