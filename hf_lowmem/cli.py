@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="fine-tune a small model on Shakespeare twice, and show what low memory saves and costs",
         description="Fine-tune a small model on Shakespeare: SFT as plain HuggingFace does it and with "
-        "low-memory fields, then ASFT on preference pairs beside a control. Offline; about six minutes on two "
+        "low-memory fields, then ASFT on preference pairs beside a control. Offline; about five minutes on two "
         "CPU cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
     )
     demo.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where everything is written")
-    demo.add_argument("--quick", action="store_true", help="a few steps only: about a minute, and losses of no meaning")
+    demo.add_argument(
+        "--quick", action="store_true", help="a few steps only: a minute and a half, and losses of no meaning"
+    )
     demo.add_argument("--seed", type=int, default=42, help="of the data, their order and the projections")
     demo.set_defaults(run=_demo)
     return parser

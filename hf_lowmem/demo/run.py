@@ -63,8 +63,8 @@ class Size:
     lines: int = 2  # of a prompt, and of each answer
 
 
-FULL = Size(sft_steps=16, pair_steps=8, heldout_texts=12, heldout_pairs=48)
-QUICK = Size(sft_steps=4, pair_steps=2, heldout_texts=4, heldout_pairs=8, pair_batch=2, tokens=64)
+FULL = Size(sft_steps=14, pair_steps=7, heldout_texts=10, heldout_pairs=40)
+QUICK = Size(sft_steps=3, pair_steps=2, heldout_texts=4, heldout_pairs=8, pair_batch=2, tokens=64)
 
 
 @dataclass(frozen=True)

@@ -74,18 +74,26 @@ class ParamState:
         return {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)} or None
 
     def load(self, name: str, like: Tensor) -> Tensor:
-        """The state `name` as a fresh fp32 tensor of `like`'s shape; zeros, now allocated, the first time."""
+        """The state `name` as an fp32 tensor of `like`'s shape; zeros, now allocated, the first time.
+
+        A state that is stored as fp32 is handed out itself, to be changed in place: a copy would cost a pass over memory
+        each way, and a temporary.
+        """
         encoded = self._encoded(name)
         if encoded is None:
             encoded = self.codec.init(like, signed=self.decls[name].signed)
             self.raw.update({name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()})
+        data = encoded.get("data")
+        if data is not None and data.dtype == torch.float32:
+            return data
         return self.codec.decode(encoded, like.shape)
 
     def store(self, name: str, value: Tensor) -> None:
         """Encode `value` over the state `name`."""
         encoded = self._encoded(name)
         assert encoded is not None, f"state {name!r} is stored before it was loaded"
-        self.codec.encode_(encoded, value)
+        if encoded.get("data") is not value:
+            self.codec.encode_(encoded, value)
 
     def tensor(self, name: str, init: Callable[[], Tensor]) -> Tensor:
         """A small uncompressed state, in place."""
@@ -222,7 +230,8 @@ class LowMemOptimizer(Optimizer):
         raw = self.state[p]
         raw["step"] = raw.get("step", 0) + 1
         grad = p.grad.to(torch.float32)
-        sound = torch.linalg.vector_norm(grad, float("inf")) < LARGEST_GRADIENT  # False for NaN too
+        low, high = torch.aminmax(grad)  # one pass, where a norm would take eight times as long on a CPU
+        sound = (low > -LARGEST_GRADIENT) & (high < LARGEST_GRADIENT)  # False for NaN too
         if self._waits_for_the_device(p):
             if sound:
                 self._apply(p, grad, raw, group)
