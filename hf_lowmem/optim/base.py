@@ -76,8 +76,8 @@ class ParamState:
     def load(self, name: str, like: Tensor) -> Tensor:
         """The state `name` as an fp32 tensor of `like`'s shape; zeros, now allocated, the first time.
 
-        A state that is stored as fp32 is handed out itself, to be changed in place: a copy would cost a pass over memory
-        each way, and a temporary.
+        A state that is stored as fp32 is handed out itself, to be changed in place: a copy would cost a pass over
+        memory each way, and a temporary.
         """
         encoded = self._encoded(name)
         if encoded is None:
