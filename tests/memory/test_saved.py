@@ -200,8 +200,9 @@ def test_checkpointing_keeps_the_layers_inputs(reentrant):
     with measure_saved(model) as saved:
         loss = llama_step(model)()
     one = BATCH * TOKENS * HIDDEN * 4
-    layers = {name: n for name, n in saved.by_module.items() if name.startswith("model.layers.")}
-    assert sum(layers.values()) == LAYERS * one
+    # An older transformers enters the checkpoint before it enters the layer: then the inputs are the parent's.
+    inputs = {name: n for name, n in saved.by_module.items() if name == "model" or name.startswith("model.layers.")}
+    assert sum(inputs.values()) == LAYERS * one
     assert saved.total < plain / 2
 
     # The rest of what is alive is in closures: the rotary cos and sin, which every layer gets by keyword.
