@@ -9,14 +9,13 @@
 | `fp8_expand` | 1.023         | 128       | a second moment: bounded relative error at any range   |
 """
 
-import difflib
-
 from hf_lowmem.codecs.base import Encoded, StateCodec
 from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound, is_signed
 from hf_lowmem.codecs.fp8 import Fp8Codec
 from hf_lowmem.codecs.fp8_expand import Fp8ExpandCodec
 from hf_lowmem.codecs.full import Bf16Codec, Fp32Codec
 from hf_lowmem.codecs.int8 import Int8Codec
+from hf_lowmem.specs import check_choice
 
 __all__ = [
     "CODECS",
@@ -39,8 +38,5 @@ CODECS: dict[str, StateCodec] = {codec.name: codec for codec in _ALL}
 
 def get_codec(name: str) -> StateCodec:
     """The codec called `name`. Raises ValueError, with the nearest names first, if there is none."""
-    if name in CODECS:
-        return CODECS[name]
-    near = difflib.get_close_matches(str(name), CODECS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"no state codec is called {name!r}: {hint}The codecs are {', '.join(CODECS)}.")
+    check_choice("codec", name, CODECS)
+    return CODECS[name]

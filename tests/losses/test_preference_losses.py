@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, PreferenceLoss, get_preference_loss
+from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, PreferenceLoss
 
 ALL = pytest.mark.parametrize("loss", [pytest.param(loss, id=name) for name, loss in PREFERENCE_LOSSES.items()])
 
@@ -21,14 +21,9 @@ def reference_for(loss: PreferenceLoss, **kwargs) -> PairLogps | None:
     return some_pairs(seed=1, **kwargs) if loss.needs_reference else None
 
 
-def test_table_and_lookup():
-    for name, loss in PREFERENCE_LOSSES.items():
-        assert get_preference_loss(name) is loss
-    assert get_preference_loss("asft").needs_reference is False
-    with pytest.raises(ValueError, match=r"'astf' is no preference loss of hf_lowmem\. Nearest: asft"):
-        get_preference_loss("astf")
-    with pytest.raises(ValueError, match="'sigmoid' is no preference loss"):
-        get_preference_loss("sigmoid")
+def test_the_table():
+    assert all(callable(loss) and isinstance(loss.needs_reference, bool) for loss in PREFERENCE_LOSSES.values())
+    assert PREFERENCE_LOSSES["asft"].needs_reference is False
 
 
 @ALL
