@@ -7,7 +7,8 @@ No private table of transformers is touched.
 Every setting is checked here, at construction, before a model is loaded. A field that would do nothing is an error.
 """
 
-from dataclasses import dataclass, field
+import ast
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
@@ -15,8 +16,10 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_lowmem.optim import OPTIMIZERS, check_spec
-from hf_lowmem.specs import OptimSpec, check_choice
+from hf_lowmem.codecs import CODECS
+from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
+from hf_lowmem.optim.release import accumulation_refused
+from hf_lowmem.specs import PROJECTIONS, OptimSpec, check_choice, check_flag
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
@@ -33,9 +36,25 @@ LABELS = {
     "update_gap": "lowmem_update_gap",
     "scale": "lowmem_scale",
     "projection": "lowmem_projection",
+    "rotate": "lowmem_rotate",
+    "options": "optim_args",
     "target_modules": "optim_target_modules",
 }
-OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection")
+OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection", "rotate")
+
+# Fields of HuggingFace whose default is the method's own with an optim of ours, and HuggingFace's with any other.
+ADAM_DEFAULTS = {
+    f: TrainingArguments.__dataclass_fields__[f].default for f in ("adam_beta1", "adam_beta2", "adam_epsilon")
+}
+
+
+def own_defaults(option: str) -> str:
+    """The defaults of an option by method, for a help text: "256 (apollo), 1 (apollo_mini)"."""
+    by_value: dict[Any, list[str]] = {}
+    for name in methods_with(option):
+        by_value.setdefault(OPTIMIZERS[name].DEFAULTS[option], []).append(name)
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
+
 
 # Ready-made classes, with more than the mixin, for configs that have one. By name, found when asked for: those of TRL
 # stand above this module, and TrainingArguments alone must not need trl.
@@ -63,44 +82,77 @@ class LowMemArguments:
             "(see `OptimizerNames`), which keeps its meaning."
         },
     )
+    adam_beta1: float | None = field(
+        default=None,
+        metadata={"help": "Decay rate of the first moment. Default: 0.9; with an optim of hf_lowmem, its own."},
+    )
+    adam_beta2: float | None = field(
+        default=None,
+        metadata={"help": "Decay rate of the second moment. Default: 0.999; with an optim of hf_lowmem, its own."},
+    )
+    adam_epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Added to the root of the second moment. Default: 1e-8; with an optim of hf_lowmem, its own."
+        },
+    )
     lowmem_state: str | None = field(
         default=None,
         metadata={
-            "help": "Codec of the optimizer's moments: fp32 (4 bytes a value), bf16 (2), int8 (1.02), fp8 (1.03) or "
-            "fp8_expand (1.02). Default: fp32. Only with an optim of hf_lowmem."
+            "help": "What stores the optimizer's moments: 8bit (the recommended pair, 2.04 bytes a parameter), "
+            f"or a codec: {', '.join(CODECS)}; or two codecs, for the first and the second moment, such as "
+            "int8,fp8_expand. Default: fp32. Only with an optim of hf_lowmem."
         },
     )
     lowmem_weights: str | None = field(
         default=None,
         metadata={
-            "help": "How updated weights are stored: keep (their own dtype, rounded to nearest). Default: keep. "
-            "Only with an optim of hf_lowmem."
+            "help": "How updated weights are stored: keep (their own dtype, rounded to nearest); for bf16 weights also "
+            "bf16_sr (rounded at random, nothing more is kept) or bf16_ecc (1 byte a parameter more, 24-bit weights). "
+            "Default: keep. Only with an optim of hf_lowmem."
         },
     )
     lowmem_rank: int | None = field(
         default=None,
         metadata={
-            "help": "Rows or columns that a low-rank optim keeps of each linear weight. Default: 256 for apollo, 1 "
-            "for apollo_mini."
+            "help": "Rows or columns that a low-rank optim keeps of each linear weight. Default: "
+            f"{own_defaults('rank')}."
         },
     )
     lowmem_update_gap: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps between two refreshes of the projection of a low-rank optim. Default: 200."},
+        metadata={
+            "help": "Optimizer steps between two refreshes of the projection of a low-rank optim, or of soap's basis. "
+            f"Default: {own_defaults('update_gap')}."
+        },
     )
     lowmem_scale: float | None = field(
         default=None,
         metadata={
-            "help": "Scale of a low-rank optim; apollo's update is multiplied by its square root. Default: 1 for "
-            "apollo, 128 for apollo_mini."
+            "help": "Scale of a low-rank optim; apollo's update is multiplied by its square root. Default: "
+            f"{own_defaults('scale')}."
         },
     )
     lowmem_projection: str | None = field(
-        default=None, metadata={"help": "How a low-rank optim projects: random. Default: random."}
+        default=None,
+        metadata={
+            "help": f"How a low-rank optim projects: {', '.join(PROJECTIONS)}. Default: {own_defaults('projection')}."
+        },
+    )
+    lowmem_rotate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Rotate the moments into the new basis when it is refreshed. Default: False. Only with: "
+            f"{', '.join(methods_with('rotate'))}."
+        },
     )
     lowmem_step_in_backward: bool = field(
         default=False,
-        metadata={"help": "Update each weight during backward and free its gradient at once. Not available yet."},
+        metadata={
+            "help": "Update each weight during backward and free its gradient at once. Needs max_grad_norm=0, one "
+            "process and no fp16; with gradient accumulation only for galore and natural_galore. Only with an optim "
+            "of hf_lowmem."
+        },
     )
     lowmem_activations: str | None = field(
         default=None,
@@ -112,56 +164,102 @@ class LowMemArguments:
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
         self._check_lowmem_fields(ours, name)
+        own = OPTIMIZERS[name].DEFAULTS if ours else {}
+        betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
+        defaults = {"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": own.get("eps")}
+        for f, default in defaults.items():
+            if getattr(self, f) is None:
+                setattr(self, f, ADAM_DEFAULTS[f] if default is None else default)
         self.optim = "adamw_torch" if ours else name  # a name that the parents accept while they check
         getattr(super(), "__post_init__", lambda: None)()
         if ours:
             self.optim = name
             check_spec(self.lowmem_optim_spec())
+            self._check_step_in_backward()
 
     def _check_lowmem_fields(self, ours: bool, name: str) -> None:
-        if self.lowmem_step_in_backward is not False:
-            raise ValueError(
-                f"lowmem_step_in_backward={self.lowmem_step_in_backward!r} is not available in this version: "
-                "gradients are kept until the step. Leave it unset; `optim='apollo_mini'` saves the optimizer's state."
-            )
+        check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
         if self.lowmem_activations is not None:
             raise ValueError(
                 f"lowmem_activations={self.lowmem_activations!r} is not available in this version. Leave it unset, "
                 "and use gradient_checkpointing=True to keep fewer activations."
             )
         if not ours:
-            for option in OPTIMIZER_FIELDS:
+            for option in (*OPTIMIZER_FIELDS, "step_in_backward"):
                 value = getattr(self, f"lowmem_{option}")
-                if value is not None:
+                if value is not None and value is not False:
                     raise ValueError(
                         f"lowmem_{option}={value!r} has no effect with optim={name!r}, which is not one of "
                         f"hf_lowmem's. Leave it unset, or set optim to one of: {', '.join(OPTIMIZERS)}."
                     )
             return
-        for other in ("optim_args", "fsdp", "deepspeed"):
+        for other in ("fsdp", "deepspeed"):
             value = getattr(self, other, None)
             if value:
-                reason = (
-                    "has no effect: these options are fields (lowmem_rank, lowmem_scale, ...)"
-                    if other == "optim_args"
-                    else "is not supported yet: sharded state would not survive a checkpoint. Use DDP or one process"
+                raise ValueError(
+                    f"{other}={value!r} with optim={name!r} is not supported yet: sharded state would not survive a "
+                    f"checkpoint. Use DDP or one process, and leave {other} unset."
                 )
-                raise ValueError(f"{other}={value!r} with optim={name!r} {reason}. Leave {other} unset.")
+
+    def _check_step_in_backward(self) -> None:
+        """What needs all gradients at once is refused."""
+        if not self.lowmem_step_in_backward:
+            return
+        args: Any = self
+        for setting, value, reason, remedy in (
+            (
+                "max_grad_norm",
+                args.max_grad_norm,
+                "the global norm needs every gradient before the first update",
+                "Set max_grad_norm=0; apollo, apollo_mini and fira limit the growth of each update by themselves",
+            ),
+            ("fp16", args.fp16, "loss scaling checks every gradient before the first update", "Use bf16=True"),
+            (
+                "torch_compile",
+                args.torch_compile,
+                "a compiled backward pass hands over all gradients at its end, so nothing would be freed",
+                "Leave torch_compile unset",
+            ),
+            (
+                "gradient_checkpointing_kwargs",
+                (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and args.gradient_checkpointing_kwargs,
+                "a reentrant checkpoint may hand over one weight's gradient in parts",
+                "Set use_reentrant to False",
+            ),
+            (
+                "world_size",
+                args.world_size if args.world_size > 1 else 0,
+                "DDP averages gradients after each one's update",
+                "Train in one process, or leave lowmem_step_in_backward unset",
+            ),
+            ("n_gpu", args.n_gpu if args.n_gpu > 1 else 0, "DataParallel has replicas", "Make one GPU visible"),
+        ):
+            if value:
+                raise ValueError(
+                    f"{setting}={value!r} cannot be combined with lowmem_step_in_backward=True: {reason}. {remedy}."
+                )
+        steps = args.gradient_accumulation_steps
+        if steps > 1 and not OPTIMIZERS[self.optim].ACCUMULATES:
+            raise ValueError(accumulation_refused(f"gradient_accumulation_steps={steps!r}", self.optim))
 
     def lowmem_optim_spec(self) -> OptimSpec:
         """What these arguments ask of our optimizer; checked again, since fields may have been assigned."""
-        fields: dict[str, Any] = {f: getattr(self, f"lowmem_{f}") for f in OPTIMIZER_FIELDS}
+        asked: dict[str, Any] = {f: getattr(self, f"lowmem_{f}") for f in OPTIMIZER_FIELDS}
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
         if isinstance(self, TrainingArguments):
-            fields |= {
+            own = OPTIMIZERS[self.optim].DEFAULTS
+            asked |= {
                 "lr": args.learning_rate,
                 "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon,
+                "eps": args.adam_epsilon
+                if "eps" in own or args.adam_epsilon != ADAM_DEFAULTS["adam_epsilon"]
+                else None,
                 "weight_decay": args.weight_decay,
                 "target_modules": args.optim_target_modules,
                 "seed": args.seed,
+                "options": parse_options(args.optim_args, self.optim),
             }
-        given = {k: v for k, v in fields.items() if v is not None}
+        given = {k: v for k, v in asked.items() if v is not None}
         return OptimSpec(name=self.optim, labels=LABELS, **given)
 
     def set_optimizer(self, name: str | OptimizerNames = "adamw_torch", *args: Any, **kwargs: Any) -> "LowMemArguments":
@@ -172,6 +270,29 @@ class LowMemArguments:
         self.optim = str(name)
         check_spec(self.lowmem_optim_spec())
         return self
+
+
+def parse_options(optim_args: str | None, name: str) -> dict[str, Any]:
+    """HuggingFace's `optim_args`, "key=value,key=value", as the options that a method alone understands.
+
+    Raises:
+        ValueError: for a pair without "=", or for what has a field of its own.
+    """
+    options: dict[str, Any] = {}
+    for pair in filter(None, (optim_args or "").replace(" ", "").split(",")):
+        key, equals, text = pair.partition("=")
+        if not equals or not key or not text:
+            raise ValueError(f"optim_args={optim_args!r}: {pair!r} is not of the form key=value.")
+        if key in {f.name for f in fields(OptimSpec)}:
+            raise ValueError(
+                f"optim_args={optim_args!r}: with optim={name!r} this is a field of its own. Set "
+                f"{LABELS.get(key, 'adam_beta1 and adam_beta2' if key == 'betas' else key)} instead."
+            )
+        try:
+            options[key] = ast.literal_eval(text.title() if text.lower() in ("true", "false") else text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return options
 
 
 @dataclass

@@ -9,14 +9,16 @@ error must name the one that the user typed, therefore a spec carries `labels`.
 """
 
 import difflib
+import itertools
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-WEIGHT_STORES = ("keep",)
-PROJECTIONS = ("random",)
+WEIGHT_STORES = ("keep", "bf16_sr", "bf16_ecc")
+PROJECTIONS = ("svd", "subspace", "random")
 
 
 def check_number(label: str, value: Any, *, low: float, low_open: bool = False, high: float = math.inf) -> None:
@@ -37,6 +39,12 @@ def check_integer(label: str, value: Any, *, low: int) -> None:
         raise ValueError(f"{label}={value!r}: must be at least {low}.")
 
 
+def check_flag(label: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{label}={value!r}: expected True or False, got {type(value).__name__}.")
+
+
 def check_choice(label: str, value: Any, choices: Iterable[str]) -> None:
     """Raise unless `value` is one of `choices`; the error lists the nearest."""
     if not isinstance(value, str):
@@ -55,18 +63,20 @@ class OptimSpec:
     Args:
         name: a name of `hf_lowmem.optim.OPTIMIZERS`.
         lr: learning rate, >= 0.
-        betas: decay rates of the two moments, each in [0, 1).
+        betas: decay rates of the two moments, each in [0, 1); `None` for the method's own.
         eps: added to the root of the second moment, > 0 (0 would make 0/0 of a row that has had no gradient).
         weight_decay: decoupled decay, >= 0.
-        state: name of the codec that stores the moments.
+        state: what stores the moments: the name of a codec, of a pair of them, or two names "signed,unsigned".
         weights: how updated weights are written back.
         rank: number of rows or columns that a low-rank method keeps, >= 1.
         update_gap: steps between two refreshes of the projection, >= 1.
         scale: factor on the low-rank update, > 0.
         projection: how a low-rank method projects.
+        rotate: whether a low-rank method rotates its moments into a new basis when it refreshes it.
         target_modules: which modules take the low-rank rule; `None` or "all-linear" for every linear one, a regular
             expression, or a list of parts of module names.
         seed: start of every random stream of the optimizer.
+        options: what one method alone understands, such as `damping`; the method checks it.
         labels: how an error calls each field, where it is not the field's own name.
 
     Raises:
@@ -75,7 +85,7 @@ class OptimSpec:
 
     name: str
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] | None = None
     eps: float | None = None
     weight_decay: float = 0.0
     state: str = "fp32"
@@ -84,8 +94,10 @@ class OptimSpec:
     update_gap: int | None = None
     scale: float | None = None
     projection: str | None = None
+    rotate: bool | None = None
     target_modules: str | list[str] | None = None
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def label(self, name: str) -> str:
@@ -94,9 +106,9 @@ class OptimSpec:
 
     def __post_init__(self) -> None:
         check_number(self.label("lr"), self.lr, low=0.0)
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+        if self.betas is not None and (not isinstance(self.betas, tuple | list) or len(self.betas) != 2):
             raise TypeError(f"{self.label('betas')}={self.betas!r}: expected two numbers, such as (0.9, 0.999).")
-        for i, beta in enumerate(self.betas, start=1):
+        for i, beta in enumerate(self.betas or (), start=1):
             check_number(self.labels.get(f"beta{i}", f"betas[{i - 1}]"), beta, low=0.0, high=1.0)
         if self.eps is not None:
             check_number(self.label("eps"), self.eps, low=0.0, low_open=True)
@@ -112,6 +124,8 @@ class OptimSpec:
             check_number(self.label("scale"), self.scale, low=0.0, low_open=True)
         if self.projection is not None:
             check_choice(self.label("projection"), self.projection, PROJECTIONS)
+        if self.rotate is not None:
+            check_flag(self.label("rotate"), self.rotate)
         targets = self.target_modules
         if targets is not None:
             listed = [targets] if isinstance(targets, str) else targets
@@ -144,3 +158,76 @@ class LossSpec:
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0, low_open=True)
         check_number("asft_lambda", self.asft_lambda, low=0.0)
+
+
+TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8", "hooks_fp8")
+_LAYERS = re.compile(r"(\d+)(-(\d*))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSpec:
+    """What a converted model keeps for the backward pass, layer by layer.
+
+    Args:
+        tiers: one name of TIERS for every layer, or a list by layer number, counted from 0:
+            "fp8:0-11,checkpoint_fp8:12-". A range includes both ends; "12-" goes to the last layer, "7" is one layer.
+            A layer that no range names stays as HuggingFace made it.
+        stochastic: round stochastically where a tier compresses, with one number of torch's generator a layer and
+            step; else to the nearest.
+        labels: how an error calls each field, where it is not the field's own name.
+
+    Raises:
+        TypeError, ValueError: naming the field, its value, the reason and the remedy.
+    """
+
+    tiers: str
+    stochastic: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def label(self, name: str) -> str:
+        """What the user calls the field `name`."""
+        return self.labels.get(name, {"tiers": "lowmem_activations"}.get(name, name))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stochastic, bool):
+            raise TypeError(f"{self.label('stochastic')}={self.stochastic!r}: expected True or False.")
+        label = self.label("tiers")
+        if not isinstance(self.tiers, str) or ":" not in self.tiers:
+            check_choice(label, self.tiers, TIERS)
+        for tier, _, _ in self.ranges:
+            check_choice(label, tier, TIERS)
+        ends = sorted((first, math.inf if last is None else last) for _, first, last in self.ranges)
+        for (_, end), (start, _) in itertools.pairwise(ends):
+            if start <= end:
+                raise ValueError(f"{label}={self.tiers!r} names layer {start} twice. Give each layer one tier.")
+
+    @property
+    def ranges(self) -> list[tuple[str, int, int | None]]:
+        """(tier, first layer, last layer or None for the model's last), as they were written."""
+        if ":" not in self.tiers:
+            return [(self.tiers, 0, None)]
+        found = []
+        for part in self.tiers.split(","):
+            tier, _, layers = part.strip().partition(":")
+            match = _LAYERS.fullmatch(layers.strip())
+            last = None if match is None or match[3] == "" else int(match[3] or match[1])
+            if match is None or (last is not None and last < int(match[1])):
+                raise ValueError(
+                    f"{self.label('tiers')}={self.tiers!r}: {part.strip()!r} is not a tier with its layers. Write "
+                    "'fp8:0-11,checkpoint_fp8:12-', or one tier for all layers."
+                )
+            found.append((tier, int(match[1]), last))
+        return found
+
+    def of_layers(self, count: int) -> list[str | None]:
+        """The tier of each of `count` layers. Raises ValueError if a range names a layer that there is not."""
+        tiers: list[str | None] = [None] * count
+        for tier, first, last in self.ranges:
+            if first >= count or (last is not None and last >= count):
+                raise ValueError(
+                    f"{self.label('tiers')}={self.tiers!r}: the model has layers 0 to {count - 1}. "
+                    f"Write '{tier}:{min(first, count - 1)}-' for all up to the last."
+                )
+            for index in range(first, count if last is None else last + 1):
+                tiers[index] = tier
+        return tiers

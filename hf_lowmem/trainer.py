@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 
 from hf_lowmem.arguments import LowMemArguments
-from hf_lowmem.optim import OPTIMIZERS, from_spec, group_table
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class LowMemTrainerMixin:
     model: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
+    accelerator: Any
+    stepping: StepInBackward | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,8 +56,24 @@ class LowMemTrainerMixin:
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay))
         log_groups(optimizer)
+        if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced
+            self.stepping.remove()
+            self.stepping = None
+        if self.args.lowmem_step_in_backward:
+            self.stepping = StepInBackward(optimizer, ready=self._window_ends if optimizer.ACCUMULATES else None)
         self.optimizer = optimizer
         return optimizer
+
+    def _window_ends(self) -> bool:
+        """Whether the backward pass now running is the last of its gradient accumulation."""
+        return self.accelerator.sync_gradients
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the parent, with the true `grad_norm` where gradients were freed before it could look."""
+        if self.stepping is not None and "grad_norm" in logs:
+            norm = self.stepping.grad_norm()
+            logs["grad_norm"] = float("nan") if norm is None else norm
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 def log_groups(optimizer: LowMemOptimizer) -> None:

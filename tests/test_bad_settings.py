@@ -19,7 +19,7 @@ from hf_lowmem import (
     with_lowmem,
 )
 from hf_lowmem.codecs import get_codec
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward
 from tests.conftest import tiny_llama
 
 COMMON: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
@@ -37,11 +37,17 @@ def frozen_model() -> nn.Module:
     return nn.Linear(4, 4).requires_grad_(False)
 
 
-def trainer(build: Callable[[], Any], **kwargs: Any) -> Callable[[], Any]:
-    return lambda: LowMemTrainer(tiny_llama(), build(), **kwargs)
+def trainer(build: Callable[[], Any], create: bool = False, **kwargs: Any) -> Callable[[], Any]:
+    def run() -> None:
+        made = LowMemTrainer(tiny_llama(), build(), **kwargs)
+        if create:
+            made.create_optimizer()
+
+    return run
 
 
 OURS: dict[str, Any] = {"optim": "apollo"}
+STEPPING: dict[str, Any] = OURS | {"lowmem_step_in_backward": True, "max_grad_norm": 0.0}
 
 # (what is wrong, how it is built, exception, what its message must say)
 BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
@@ -49,7 +55,10 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("misspelt optim", args(optim="apolo"), ValueError, ("optim='apolo'", "'apollo'")),
     ("misspelt HuggingFace optim", args(optim="adamw_troch"), ValueError, ("optim='adamw_troch'", "adamw_torch")),
     ("optim that is no string", args(optim=3), TypeError, ("optim=3", "string")),
-    ("optim_args beside ours", args(**OURS, optim_args="rank=3"), ValueError, ("optim_args", "Leave optim_args unset")),
+    ("optim_args that is a field", args(**OURS, optim_args="rank=3"), ValueError, ("optim_args='rank=3'", "lowmem_rank")),
+    ("betas in optim_args", args(**OURS, optim_args="betas=3"), ValueError, ("optim_args='betas=3'", "adam_beta1")),
+    ("optim_args of no pair", args(**OURS, optim_args="rank"), ValueError, ("optim_args='rank'", "key=value")),
+    ("unknown optim_args", args(**OURS, optim_args="ranc=3"), ValueError, ("optim_args", "ranc=3", "optim='apollo'")),
     ("fsdp beside ours", args(**OURS, fsdp=True), ValueError, ("fsdp", "not supported yet", "DDP")),
     ("deepspeed beside ours", args(**OURS, deepspeed={"x": 1}), ValueError, ("deepspeed", "not supported yet")),
     # fields of ours beside HuggingFace's optimizers
@@ -71,9 +80,16 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("negative scale", args(**OURS, lowmem_scale=-1.0), ValueError, ("lowmem_scale=-1.0", "(0, inf)")),
     ("scale 0", args(**OURS, lowmem_scale=0), ValueError, ("lowmem_scale=0", "(0, inf)")),
     ("NaN scale", args(**OURS, lowmem_scale=float("nan")), ValueError, ("lowmem_scale=nan", "finite")),
-    ("unknown projection", args(**OURS, lowmem_projection="svdd"), ValueError, ("lowmem_projection='svdd'", "random")),
-    ("projection of another version", args(**OURS, lowmem_projection="svd"), ValueError, ("lowmem_projection='svd'", "not available")),
-    ("weight store of another version", args(**OURS, lowmem_weights="bf16_sr"), ValueError, ("lowmem_weights='bf16_sr'", "keep")),
+    ("unknown projection", args(**OURS, lowmem_projection="svdd"), ValueError, ("lowmem_projection='svdd'", "svd")),
+    ("pair of three", args(**OURS, lowmem_state="int8,fp8,bf16"), ValueError, ("lowmem_state='int8,fp8,bf16'",)),
+    ("pair of one", args(**OURS, lowmem_state="int8,"), ValueError, ("lowmem_state='int8,'",)),
+    ("pair with a stranger", args(**OURS, lowmem_state="int8,fp9"), ValueError, ("lowmem_state", "fp9", "fp8")),
+    ("unknown weight store", args(**OURS, lowmem_weights="bf16_rs"), ValueError, ("lowmem_weights='bf16_rs'", "bf16_sr")),
+    ("weight store for fp32 weights", trainer(args(**OURS, lowmem_weights="bf16_sr"), create=True), ValueError, ("lowmem_weights='bf16_sr'", "no parameter is bfloat16", "dtype=torch.bfloat16")),
+    ("weight store for fp32 weights by hand", optimizer(rank=4, weights="bf16_ecc"), ValueError, ("weights='bf16_ecc'", "float32")),
+    ("weight store of a class", lambda: OPTIMIZERS["adamw"]([nn.Parameter(torch.zeros(2))], weights="bf16_sr"), ValueError, ("weights='bf16_sr'",)),
+    ("rotate as a number", args(**OURS, lowmem_rotate=1), TypeError, ("lowmem_rotate=1", "True or False")),
+    ("rotate for adamw", args(optim="adamw", lowmem_rotate=True), ValueError, ("lowmem_rotate=True", "optim='adamw'", "no effect")),
     ("negative learning rate", args(**OURS, learning_rate=-1.0), ValueError, ("learning_rate=-1.0",)),
     ("beta1 of 1", args(**OURS, adam_beta1=1.0), ValueError, ("adam_beta1=1.0", "[0, 1)")),
     ("beta2 below 0", args(**OURS, adam_beta2=-0.1), ValueError, ("adam_beta2=-0.1", "[0, 1)")),
@@ -86,9 +102,17 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("projection for adamw", args(optim="adamw", lowmem_projection="random"), ValueError, ("lowmem_projection", "apollo")),
     ("targets for adamw", args(optim="adamw", optim_target_modules=["q_proj"]), ValueError, ("optim_target_modules", "apollo")),
     ("empty targets", args(**OURS, optim_target_modules=[]), ValueError, ("optim_target_modules=[]", "names no module")),
+    # step in backward
+    ("step in backward with another's optim", args(lowmem_step_in_backward=True), ValueError, ("lowmem_step_in_backward=True", "set optim to")),
+    ("step in backward as text", args(**OURS, lowmem_step_in_backward="yes"), TypeError, ("lowmem_step_in_backward='yes'",)),
+    ("clipping by the global norm", args(**STEPPING | {"max_grad_norm": 1.0}), ValueError, ("max_grad_norm=1.0", "lowmem_step_in_backward", "max_grad_norm=0")),
+    ("accumulation of whole gradients", args(**STEPPING, gradient_accumulation_steps=2), ValueError, ("gradient_accumulation_steps=2", "'apollo'", "galore")),
+    ("reentrant checkpoints", args(**STEPPING, gradient_checkpointing_kwargs={"use_reentrant": True}), ValueError, ("gradient_checkpointing_kwargs", "use_reentrant to False")),
+    ("compiled backward", args(**STEPPING, torch_compile=True), ValueError, ("torch_compile=True", "lowmem_step_in_backward")),
+    ("stepping optimizer of another", lambda: StepInBackward(torch.optim.SGD([nn.Parameter(torch.zeros(2))])), TypeError, ("SGD", "make_optimizer")),  # type: ignore[arg-type]
+    ("stepping twice", lambda: [StepInBackward(o) for o in [optimizer(rank=4)()] * 2], ValueError, ("has a hook", "Remove it")),
+    ("accumulation by hand", lambda: StepInBackward(optimizer(rank=4)(), ready=lambda: True), ValueError, ("accumulation", "'apollo'", "galore")),
     # fields that are declared and not built
-    ("step in backward", args(**OURS, lowmem_step_in_backward=True), ValueError, ("lowmem_step_in_backward=True", "not available")),
-    ("step in backward with theirs", args(lowmem_step_in_backward=True), ValueError, ("lowmem_step_in_backward=True",)),
     ("activations", args(lowmem_activations="exact"), ValueError, ("lowmem_activations='exact'", "gradient_checkpointing")),
     ("activations in SFT", args(LowMemSFTConfig, lowmem_activations="fp8"), ValueError, ("lowmem_activations='fp8'",)),
     # preference losses

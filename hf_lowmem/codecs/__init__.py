@@ -1,12 +1,16 @@
 """How an optimizer state is stored. The contract is in base.py, what the block codecs share in blocks.py.
 
-| name         | bytes a value | blocks of | worth it for                                          |
-|--------------|---------------|-----------|-------------------------------------------------------|
-| `fp32`       | 4             | -         | a reference                                           |
-| `bf16`       | 2             | -         | a first moment                                        |
-| `int8`       | 1.016         | 256       | a first moment                                        |
-| `fp8`        | 1.031         | 128       | a baseline                                            |
-| `fp8_expand` | 1.023         | 128       | a second moment: bounded relative error at any range   |
+| name            | bytes a value | blocks of | worth it for                                                     |
+|-----------------|---------------|-----------|------------------------------------------------------------------|
+| `fp32`          | 4             | -         | a reference                                                      |
+| `bf16`          | 2             | -         | a first moment                                                   |
+| `int8`          | 1.016         | 256       | a first moment, at the fewest bytes                              |
+| `int8_softsign` | 1.031         | 64        | a first moment: the smallest error of the update in 8 bits       |
+| `fp8`           | 1.031         | 128       | a baseline                                                       |
+| `fp8_expand`    | 1.023         | 128       | a second moment: bounded relative error at any range             |
+| `int4`          | 0.531         | 128       | half of 8 bits, for ten times the error                          |
+
+A second moment has other needs than a first one, so a setting may be a pair: `codec_pair`.
 """
 
 from hf_lowmem.codecs.base import Encoded, StateCodec
@@ -14,11 +18,14 @@ from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound, is_signed
 from hf_lowmem.codecs.fp8 import Fp8Codec
 from hf_lowmem.codecs.fp8_expand import Fp8ExpandCodec
 from hf_lowmem.codecs.full import Bf16Codec, Fp32Codec
+from hf_lowmem.codecs.int4 import Int4Codec
 from hf_lowmem.codecs.int8 import Int8Codec
+from hf_lowmem.codecs.softsign import SoftsignCodec
 from hf_lowmem.specs import check_choice
 
 __all__ = [
     "CODECS",
+    "PAIRS",
     "Bf16Codec",
     "BlockCodec",
     "Encoded",
@@ -26,17 +33,70 @@ __all__ = [
     "Fp8Codec",
     "Fp8ExpandCodec",
     "Fp32Codec",
+    "Int4Codec",
     "Int8Codec",
+    "SoftsignCodec",
     "StateCodec",
+    "codec_pair",
     "get_codec",
     "is_signed",
 ]
 
-_ALL: tuple[StateCodec, ...] = (Fp32Codec(), Bf16Codec(), Int8Codec(), Fp8Codec(), Fp8ExpandCodec())
+_ALL: tuple[StateCodec, ...] = (
+    Fp32Codec(),
+    Bf16Codec(),
+    Int8Codec(),
+    SoftsignCodec(),
+    Fp8Codec(),
+    Fp8ExpandCodec(),
+    Int4Codec(),
+)
 CODECS: dict[str, StateCodec] = {codec.name: codec for codec in _ALL}
+
+# Names of pairs: the codec of signed states (a first moment), the codec of unsigned ones (a second moment).
+# "8bit" is what scripts/bench/codecs.py found best: see its record.
+PAIRS: dict[str, tuple[str, str]] = {"8bit": ("int8_softsign", "fp8_expand")}
 
 
 def get_codec(name: str) -> StateCodec:
     """The codec called `name`. Raises ValueError, with the nearest names first, if there is none."""
     check_choice("codec", name, CODECS)
     return CODECS[name]
+
+
+def codec_pair(name: str, *, label: str = "state") -> tuple[StateCodec, StateCodec]:
+    """The codec of signed states and the codec of unsigned ones.
+
+    ```python
+    codec_pair("int8")               # one codec for both
+    codec_pair("int8,fp8_expand")    # first moment, second moment
+    codec_pair("8bit")               # a name of PAIRS
+    ```
+
+    Args:
+        name: a name of `CODECS` or `PAIRS`, or two names of `CODECS` with a comma between them.
+        label: what the user calls the argument, for the errors.
+
+    Raises:
+        TypeError: where `name` is no string.
+        ValueError: for an unknown name (the nearest ones first), an empty one, or more than two.
+    """
+    if not isinstance(name, str) or "," not in name:
+        check_choice(label, name, [*CODECS, *PAIRS])
+        signed, unsigned = PAIRS.get(name, (name, name))
+        return CODECS[signed], CODECS[unsigned]
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) != 2 or not all(parts):
+        what = "has an empty name" if len(parts) == 2 else f"has {len(parts)} names"
+        raise ValueError(
+            f"{label}={name!r} {what}: expected one codec, or two with a comma between them, that of the signed states "
+            "(first moment) and that of the unsigned ones (second moment), such as 'int8,fp8_expand'."
+        )
+    for place, part in zip(("first", "second"), parts, strict=True):
+        if part in PAIRS:
+            raise ValueError(
+                f"{label}={name!r}: {part!r} is a pair itself ({','.join(PAIRS[part])}) and cannot be one half of "
+                f"another. Write {label}={part!r}, or name two codecs: {', '.join(CODECS)}."
+            )
+        check_choice(f"{label}={name!r}: {place} codec", part, CODECS)
+    return CODECS[parts[0]], CODECS[parts[1]]

@@ -1,4 +1,4 @@
-"""What the block codecs share: a uint8 code a value, few scalars a block, blocks over the flattened tensor.
+"""What the block codecs share: a code of 8 or 4 bits a value, few scalars a block, blocks over the flattened tensor.
 
 A block codec is two pure functions on a matrix whose rows are blocks. `BlockCodec` does the rest: it cuts the
 flattened tensor into spans of whole blocks, hands each span over as (rows, block), pads the ragged last block
@@ -8,6 +8,9 @@ Why spans: an expression like `map[lut[bits(x / scale) >> 16]]` makes a temporar
 tensors each of those is as large as the state in fp32, which is the memory that the codec exists to save;
 on a span it is small, and on a CPU it stays in the cache, which makes the same code two to four times
 faster.
+
+Codes of 4 bits are packed two a byte, neighbours together: a state of N values has ceil(N / 2) bytes of codes, so its
+size still depends on N alone. They have no shape of their own, as a last dimension of odd length has no half.
 
 Signedness is a key of the dict, not a value in it, so it costs no byte and reading it waits for no device:
 the first scalar is called `scale` for a signed state and `uscale` for one whose values are all >= 0.
@@ -26,6 +29,10 @@ ACCELERATOR_SPAN = 1 << 24
 # A span on a CPU, per thread: 512 KiB in fp32. Smaller ones pay for their operators, larger ones leave the
 # second-level cache.
 CPU_SPAN_PER_THREAD = 1 << 17
+
+BF16_MAX = torch.finfo(torch.bfloat16).max
+# The largest fp32 pattern, less one: stands for "no non-zero value in this block".
+NO_VALUE = 0x7F7FFFFE
 
 
 class DeviceTable:
@@ -98,6 +105,36 @@ def as_rows(flat: Tensor, block: int) -> Tensor:
     return flat.view(-1, block)
 
 
+def pack_pairs(codes: Tensor) -> Tensor:
+    """uint8 codes below 16, flat, of even number -> uint8, half as many: value 2j in the low half of byte j."""
+    return codes[1::2].bitwise_left_shift(4).bitwise_or_(codes[::2])
+
+
+def unpack_pairs(packed: Tensor) -> Tensor:
+    """The inverse: uint8, flat -> uint8 codes below 16, twice as many."""
+    return torch.stack((packed.bitwise_and(15), packed.bitwise_right_shift(4)), 1).view(-1)
+
+
+def round_to_bf16(x: Tensor) -> Tensor:
+    """fp32 -> the nearest bf16, ties to even, still as fp32; finite for |x| <= bf16's largest.
+
+    By integers: torch.compile keeps the unrounded fp32 of `x.bfloat16().float()`, and the codes would be
+    encoded with another scale than the stored one.
+    """
+    bits = x.view(torch.int32)
+    odd = bits.bitwise_right_shift(16).bitwise_and_(1)
+    return odd.add_(bits).add_(0x7FFF).bitwise_and_(-0x10000).view(torch.float32)
+
+
+def smallest_nonzero(magnitude: Tensor) -> Tensor:
+    """The smallest non-zero value of each row of a non-negative fp32 (rows, block); huge for a row of zeros.
+
+    In integers, as the bits of non-negative floats have their order: subtracting 1 wraps zero to the far end.
+    """
+    bits = magnitude.view(torch.int32).sub(1).bitwise_and_(0x7FFFFFFF)
+    return bits.amin(1).clamp_(max=NO_VALUE).add_(1).view(torch.float32)
+
+
 def mark_nonzero(x: Tensor) -> Tensor:
     """1 where a non-negative fp32 is not zero, else 0, as uint8; exact for denormals on every device.
 
@@ -111,8 +148,8 @@ def mark_nonzero(x: Tensor) -> Tensor:
 class BlockCodec:
     """A `StateCodec` from two functions on rows; see hf_lowmem/codecs/base.py for the contract.
 
-    State: `codes` (uint8, shape of `like`, contiguous) and, per block, the scalars that `scalars` names
-    with their dtypes (n_blocks,); the first of them is stored as `scale` or `uscale`.
+    State: `codes` (uint8, shape of `like`, contiguous; packed codes are flat) and, per block, the scalars that
+    `scalars` names with their dtypes (n_blocks,); the first of them is stored as `scale` or `uscale`.
 
     Every lossy codec keeps these promises, which tests/codecs hold it to:
     - a block of zeros decodes to zeros; with `signed=False` a value that was not zero never decodes to zero;
@@ -124,6 +161,7 @@ class BlockCodec:
 
     name: ClassVar[str]
     block: ClassVar[int]
+    bits: ClassVar[int] = 8  # of a code, 8 or 4
     scalars: ClassVar[dict[str, torch.dtype]]
     smallest: ClassVar[float]
     signed_bound: ClassVar[ErrorBound]
@@ -144,13 +182,18 @@ class BlockCodec:
         for table in self.tables(signed):
             table.on(like.device)
         rows = count_blocks(like.numel(), self.block)
-        enc = {"codes": torch.full(like.shape, self.zero_code(signed), dtype=torch.uint8, device=like.device)}
+        shape = like.shape if self.bits == 8 else (self._code_bytes(like.numel()),)
+        enc = {"codes": torch.full(shape, self.zero_code(signed), dtype=torch.uint8, device=like.device)}
         for key, dtype in zip(self._keys(signed), self.scalars.values(), strict=True):
             enc[key] = torch.zeros(rows, dtype=dtype, device=like.device)
         return enc
 
     def zero_code(self, signed: bool) -> int:
+        """The byte that `init` fills the codes with."""
         return 0
+
+    def _code_bytes(self, numel: int) -> int:
+        return -(-numel * self.bits // 8)
 
     def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
         """What encode_rows and decode_rows look up."""
@@ -162,7 +205,11 @@ class BlockCodec:
         flat = value.reshape(-1)
         for start, stop in spans(flat.numel(), self.block, flat.device):
             new_codes, *new_scalars = self.encode_rows(as_rows(flat[start:stop], self.block), signed)
-            codes[start:stop].copy_(new_codes.view(-1)[: stop - start])
+            new_codes = new_codes.view(-1)
+            if self.bits == 4:
+                new_codes = pack_pairs(new_codes)
+            first, last = self._code_bytes(start), self._code_bytes(stop)
+            codes[first:last].copy_(new_codes[: last - first])
             first = start // self.block
             for old, new in zip(scalars, new_scalars, strict=True):
                 old[first : first + new.numel()].copy_(new)
@@ -170,9 +217,12 @@ class BlockCodec:
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
         signed = is_signed(enc)
         codes, scalars = enc["codes"].view(-1), [enc[key] for key in self._keys(signed)]
-        out = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
+        out = torch.empty(shape.numel(), dtype=torch.float32, device=codes.device)
         for start, stop in spans(out.numel(), self.block, out.device):
-            rows = as_rows(codes[start:stop], self.block)
+            part = codes[self._code_bytes(start) : self._code_bytes(stop)]
+            if self.bits == 4:
+                part = unpack_pairs(part)[: stop - start]
+            rows = as_rows(part, self.block)
             first = start // self.block
             of_rows = tuple(scalar[first : first + rows.shape[0]] for scalar in scalars)
             out[start:stop].copy_(self.decode_rows(rows, of_rows, signed).view(-1)[: stop - start])
@@ -180,4 +230,4 @@ class BlockCodec:
 
     def nbytes(self, numel: int) -> int:
         per_block = sum(dtype.itemsize for dtype in self.scalars.values())
-        return numel + count_blocks(numel, self.block) * per_block
+        return self._code_bytes(numel) + count_blocks(numel, self.block) * per_block

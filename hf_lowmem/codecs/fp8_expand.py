@@ -31,7 +31,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs.blocks import BlockCodec, DeviceTable, ErrorBound, mark_nonzero
+from hf_lowmem.codecs.blocks import (
+    BF16_MAX,
+    BlockCodec,
+    DeviceTable,
+    ErrorBound,
+    mark_nonzero,
+    round_to_bf16,
+    smallest_nonzero,
+)
 from hf_lowmem.codecs.fp8 import E4M3_MAX, E4M3_MIN, e4m3_values, to_e4m3
 
 POWERS_PER_OCTAVE = 60
@@ -42,34 +50,11 @@ UNSIGNED_BINADES = math.log2(E4M3_MAX / 2.0**-6)  # 14.8, normal codes alone
 # smallest k, end at 2**-116 / 2**(3 / 0.297) = 2**-126, so whatever is decoded is normal too.
 SMALLEST_A = 2.0**-108
 SMALLEST_B = 2.0**-116
-BF16_MAX = torch.finfo(torch.bfloat16).max
-# The largest fp32 pattern, less one: stands for "no non-zero value in this group".
-NO_VALUE = 0x7F7FFFFE
-
-
-def round_to_bf16(x: Tensor) -> Tensor:
-    """fp32 -> the nearest bf16, ties to even, still as fp32; finite for |x| <= bf16's largest.
-
-    By integers: torch.compile keeps the unrounded fp32 of `x.bfloat16().float()`, and the codes would be
-    encoded with another a than the stored one.
-    """
-    bits = x.view(torch.int32)
-    odd = bits.bitwise_right_shift(16).bitwise_and_(1)
-    return odd.add_(bits).add_(0x7FFF).bitwise_and_(-0x10000).view(torch.float32)
 
 
 def exponent(power: Tensor) -> Tensor:
     """k of each group, fp32, from its stored uint8."""
     return power.float().sub_(POWER_OF_ONE).div_(POWERS_PER_OCTAVE).exp2_()
-
-
-def smallest_nonzero(magnitude: Tensor) -> Tensor:
-    """The smallest non-zero value of each row of a non-negative fp32 (rows, block); huge for a row of zeros.
-
-    In integers, as the bits of non-negative floats have their order: subtracting 1 wraps zero to the far end.
-    """
-    bits = magnitude.view(torch.int32).sub(1).bitwise_and_(0x7FFFFFFF)
-    return bits.amin(1).clamp_(max=NO_VALUE).add_(1).view(torch.float32)
 
 
 def expanded_values() -> Tensor:

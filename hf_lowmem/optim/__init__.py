@@ -10,12 +10,21 @@ from typing import Any
 from torch import nn
 
 from hf_lowmem.optim.adamw import AdamW
-from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.base import LowMemOptimizer, check_store
 from hf_lowmem.optim.groups import parameter_groups
+from hf_lowmem.optim.lamb import Lamb
+from hf_lowmem.optim.lion import Lion
 from hf_lowmem.optim.lowrank.apollo import Apollo, ApolloMini
+from hf_lowmem.optim.lowrank.fira import Fira
+from hf_lowmem.optim.lowrank.galore import GaLore
+from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
+from hf_lowmem.optim.release import StepInBackward
+from hf_lowmem.optim.soap import Soap
 from hf_lowmem.specs import OptimSpec, check_choice
 
-OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {cls.name: cls for cls in (AdamW, Apollo, ApolloMini)}
+OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
+    cls.name: cls for cls in (AdamW, Lion, Lamb, Soap, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
+}
 
 
 def methods_with(option: str) -> list[str]:
@@ -27,6 +36,7 @@ def from_spec(spec: OptimSpec, model: nn.Module, *, decay: Collection[str] | Non
     """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`."""
     cls = check_spec(spec)
     options = cls.resolve(spec)
+    check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
     groups = parameter_groups(model, spec, rank=options.get("rank"), decay=decay)
     return cls(groups, **{k: v for k, v in options.items() if k != "method"})
 
@@ -54,7 +64,7 @@ def make_optimizer(
     model: nn.Module,
     *,
     lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float = 0.0,
     state: str = "fp32",
@@ -63,8 +73,10 @@ def make_optimizer(
     update_gap: int | None = None,
     scale: float | None = None,
     projection: str | None = None,
+    rotate: bool | None = None,
     target_modules: str | list[str] | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> LowMemOptimizer:
     """An optimizer of ours for a model: an ordinary torch optimizer, for Trainer's `optimizers=` or a loop of your own.
 
@@ -77,14 +89,17 @@ def make_optimizer(
         name: one of `OPTIMIZERS`.
         model: its trainable parameters are taken. Parameters with one dimension (biases, norms) do not decay.
         lr: learning rate.
-        betas: decay rates of the first and the second moment.
+        betas: decay rates of the first and the second moment; `None` for the method's own.
         eps: `None` for the method's own.
         weight_decay: decoupled, as in AdamW.
-        state: codec of the moments, one of `hf_lowmem.codecs.CODECS`.
-        weights: how weights are written: "keep", in their own dtype by rounding to nearest.
-        rank, update_gap, scale, projection: of a low-rank method; `None` for its defaults.
+        state: codec of the moments, one of `hf_lowmem.codecs.CODECS`; a pair "int8,fp8_expand" for the first and the
+            second moment; or "8bit", the recommended pair.
+        weights: how weights are written: "keep", in their own dtype by rounding to nearest; for bf16 weights also
+            "bf16_sr", rounded at random, and "bf16_ecc", with 8 more bits kept beside them.
+        rank, update_gap, scale, projection, rotate: of a low-rank method; `None` for its defaults.
         target_modules: which modules take the low-rank rule; `None` for every linear one but the output head.
-        seed: start of the random projections.
+        seed: start of the random projections and of random rounding.
+        **options: what one method alone understands, such as natural_galore's `damping`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value, the reason and the remedy.
@@ -106,8 +121,10 @@ def make_optimizer(
         update_gap=update_gap,
         scale=scale,
         projection=projection,
+        rotate=rotate,
         target_modules=target_modules,
         seed=seed,
+        options=options,
     )
     return from_spec(spec, model)
 
@@ -133,7 +150,14 @@ __all__ = [
     "AdamW",
     "Apollo",
     "ApolloMini",
+    "Fira",
+    "GaLore",
+    "Lamb",
+    "Lion",
     "LowMemOptimizer",
+    "NaturalGaLore",
+    "Soap",
+    "StepInBackward",
     "check_spec",
     "from_spec",
     "group_table",

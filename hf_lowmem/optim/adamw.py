@@ -53,7 +53,7 @@ class AdamW(LowMemOptimizer):
 
     name = "adamw"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"eps": 1e-8}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)

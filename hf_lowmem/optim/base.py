@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowmem.codecs import CODECS, StateCodec, get_codec
+from hf_lowmem.codecs import StateCodec, codec_pair
+from hf_lowmem.codecs.weights import join_24, round_stochastic, split_24
 from hf_lowmem.specs import OptimSpec, check_choice
 
 # Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
@@ -30,8 +31,11 @@ SMALLEST_COMPRESSED = 4096
 # Squares and sums of a gradient below this stay inside fp32. Anything above is a diverged step, as Inf and NaN are.
 LARGEST_GRADIENT = 1e15
 
-# Options that decide what the state looks like: a checkpoint made with others cannot be continued.
-STRUCTURAL = ("method", "state", "weights", "rank", "projection", "seed")
+# The sum of projected gradients, between the backward passes of one window.
+WINDOW = "window"
+
+# The int8 beside a bf16 weight that is stored with 24 bits.
+CORRECTION = "correction"
 
 
 class StateDecl(NamedTuple):
@@ -46,14 +50,17 @@ class ParamState:
     def __init__(
         self,
         raw: dict[str, Any],
-        codec: StateCodec,
+        codecs: tuple[StateCodec, StateCodec],
         decls: dict[str, StateDecl],
         make_key: Callable[[], int],
+        waits: bool,
     ) -> None:
         self.raw = raw
-        self.codec = codec
+        self.codecs = codecs
         self.decls = decls
         self.make_key = make_key
+        # Whether a method may ask for a number on the device: on a CPU the answer costs nothing.
+        self.waits = waits
 
     @property
     def step(self) -> int:
@@ -66,6 +73,9 @@ class ParamState:
         if "key" not in self.raw:
             self.raw["key"] = self.make_key()
         return self.raw["key"]
+
+    def _codec(self, name: str) -> StateCodec:
+        return self.codecs[0 if self.decls[name].signed else 1]
 
     def _encoded(self, name: str) -> dict[str, Tensor] | None:
         if name in self.raw:
@@ -81,19 +91,19 @@ class ParamState:
         """
         encoded = self._encoded(name)
         if encoded is None:
-            encoded = self.codec.init(like, signed=self.decls[name].signed)
+            encoded = self._codec(name).init(like, signed=self.decls[name].signed)
             self.raw.update({name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()})
         data = encoded.get("data")
         if data is not None and data.dtype == torch.float32:
             return data
-        return self.codec.decode(encoded, like.shape)
+        return self._codec(name).decode(encoded, like.shape)
 
     def store(self, name: str, value: Tensor) -> None:
         """Encode `value` over the state `name`."""
         encoded = self._encoded(name)
         assert encoded is not None, f"state {name!r} is stored before it was loaded"
         if encoded.get("data") is not value:
-            self.codec.encode_(encoded, value)
+            self._codec(name).encode_(encoded, value)
 
     def tensor(self, name: str, init: Callable[[], Tensor]) -> Tensor:
         """A small uncompressed state, in place."""
@@ -113,8 +123,9 @@ class LowMemOptimizer(Optimizer):
     Args:
         params: as for any torch optimizer; `named_parameters()` or groups of such where a method draws random numbers,
             whose stream is derived from the parameter's name. Without names, from shape and position.
-        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, seed: see `OptimSpec`; each
-            may also be set per group. An option that means nothing to the method is refused.
+        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, seed: see `OptimSpec`
+            and may also be set per group. An option that means nothing to the method is refused.
+        **options: what this method alone understands; see its docstring.
 
     A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were; the
     step still counts. Sparse and complex gradients are refused.
@@ -125,15 +136,23 @@ class LowMemOptimizer(Optimizer):
 
     name: ClassVar[str]
     STATES: ClassVar[dict[str, StateDecl]]
-    # Options of OptimSpec whose default is the method's own. An option that is absent here means nothing to the method.
+    # Options whose default is the method's own. An option that is absent here means nothing to the method.
     DEFAULTS: ClassVar[dict[str, Any]]
+    # Of those, the ones that OptimSpec does not know, each with a function (label, value) that raises if it is bad.
+    CHECKS: ClassVar[dict[str, Callable[[str, Any], None]]] = {}
+    # The projections that make sense for the method, if it projects.
+    PROJECTIONS: ClassVar[tuple[str, ...]] = ()
+    # Whether gradients can be added up without keeping them; see `fold`.
+    ACCUMULATES: ClassVar[bool] = False
+    # Options that decide what the state looks like: a checkpoint made with others cannot be continued.
+    STRUCTURAL: ClassVar[tuple[str, ...]] = ("method", "state", "weights", "rank", "projection", "seed")
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float | None = None,
         weight_decay: float = 0.0,
         state: str = "fp32",
@@ -142,11 +161,13 @@ class LowMemOptimizer(Optimizer):
         update_gap: int | None = None,
         scale: float | None = None,
         projection: str | None = None,
+        rotate: bool | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         spec = OptimSpec(
             name=self.name,
-            lr=lr,
+            lr=plain(lr),
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
@@ -156,40 +177,73 @@ class LowMemOptimizer(Optimizer):
             update_gap=update_gap,
             scale=scale,
             projection=projection,
+            rotate=rotate,
             seed=seed,
+            options=options,
         )
-        super().__init__(params, self.resolve(spec))
+        super().__init__(params, self.resolve(spec) | {"lr": lr})
+        for group in self.param_groups:
+            check_store(spec.label("weights"), group["weights"], (p for g in self.param_groups for p in g["params"]))
 
     @classmethod
     def resolve(cls, spec: OptimSpec) -> dict[str, Any]:
         """The options of a parameter group: what the spec says, the method's defaults for the rest.
 
         Raises:
-            ValueError: for an unknown codec, or an option that would do nothing for this method.
+            ValueError: for an unknown codec or option, or an option that would do nothing for this method.
         """
-        check_choice(spec.label("state"), spec.state, CODECS)
-        group: dict[str, Any] = {"method": cls.name, "lr": spec.lr, "betas": (spec.betas[0], spec.betas[1])}
-        for option in ("eps", "rank", "update_gap", "scale", "projection"):
+        from hf_lowmem.optim import methods_with  # the table is built from these classes
+
+        codecs = codec_pair(spec.state, label=spec.label("state"))
+        names = [c.name for c in codecs]
+        group: dict[str, Any] = {"method": cls.name, "lr": spec.lr}
+        for option in ("betas", "eps", "rank", "update_gap", "scale", "projection", "rotate"):
             value = getattr(spec, option)
             if option in cls.DEFAULTS:
                 group[option] = cls.DEFAULTS[option] if value is None else value
             elif value is not None:
-                from hf_lowmem.optim import methods_with  # the table is built from these classes
-
                 raise ValueError(
                     f"{spec.label(option)}={value!r} has no effect with {spec.label('name')}={cls.name!r}. "
                     f"Leave it unset, or choose a method that uses it: {', '.join(methods_with(option))}."
                 )
-        return group | {k: getattr(spec, k) for k in ("weight_decay", "state", "weights", "seed")}
+        group["betas"] = (group["betas"][0], group["betas"][1])
+        if "projection" in group:
+            check_choice(
+                f"{spec.label('name')}={cls.name!r} with {spec.label('projection')}",
+                group["projection"],
+                cls.PROJECTIONS,
+            )
+        for option, value in spec.options.items():
+            if option not in cls.CHECKS:
+                others = methods_with(option)
+                remedy = (
+                    f"It belongs to: {', '.join(others)}" if others else f"It has: {', '.join(cls.CHECKS) or 'none'}"
+                )
+                raise ValueError(
+                    f"{spec.label('options')}: {option}={value!r} is not an option of "
+                    f"{spec.label('name')}={cls.name!r} alone. {remedy}."
+                )
+            cls.CHECKS[option](spec.label(option), value)
+        group |= {option: spec.options.get(option, cls.DEFAULTS[option]) for option in cls.CHECKS}
+        state = names[0] if names[0] == names[1] else ",".join(names)
+        return group | {"state": state} | {k: getattr(spec, k) for k in ("weight_decay", "weights", "seed")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's own options are checked like the constructor's."""
-        fields = {f.name for f in dataclasses.fields(OptimSpec)}
-        own = {k: v for k, v in param_group.items() if k in fields and k != "name"}
-        merged = {**{k: v for k, v in self.defaults.items() if k in fields}, **own}
-        self.resolve(OptimSpec(name=self.name, **merged))
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        fields = {f.name for f in dataclasses.fields(OptimSpec)} - {"name", "options", "labels"}
+        merged = {**self.defaults, **param_group}
+        merged["lr"] = plain(merged["lr"])
+        resolved = self.resolve(
+            OptimSpec(
+                name=self.name,
+                **{k: v for k, v in merged.items() if k in fields},
+                options={k: merged[k] for k in self.CHECKS},
+            )
+        )
+        own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
+        super().add_param_group(param_group | own)
+        group = self.param_groups[-1]
+        for p in group["params"]:
             if p.is_complex():
                 raise TypeError(f"a parameter of dtype {p.dtype}: {self.name} needs real ones; use torch.view_as_real.")
 
@@ -213,6 +267,16 @@ class LowMemOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
+    def fold_param(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
+        assert p.grad is not None
+        return self.fold(p.grad.to(torch.float32), self._state_of(p, group), group)
+
+    def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
+        """Add to `state.raw[WINDOW]` what `update` needs of a gradient that is not the last of its window."""
+        return False
+
+    @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter from its `.grad`. `step()` and a backward hook both call this."""
         assert p.grad is not None
@@ -227,14 +291,21 @@ class LowMemOptimizer(Optimizer):
             )
         if p.numel() == 0:
             return
+        if isinstance(group["lr"], Tensor):
+            group = group | {"lr": plain(group["lr"])}
         raw = self.state[p]
         raw["step"] = raw.get("step", 0) + 1
         grad = p.grad.to(torch.float32)
         low, high = torch.aminmax(grad)  # one pass, where a norm would take eight times as long on a CPU
         sound = (low > -LARGEST_GRADIENT) & (high < LARGEST_GRADIENT)  # False for NaN too
+        if WINDOW in raw:
+            low, high = torch.aminmax(raw[WINDOW])
+            sound &= (low > -LARGEST_GRADIENT) & (high < LARGEST_GRADIENT)
         if self._waits_for_the_device(p):
             if sound:
-                self._apply(p, grad, raw, group)
+                self._apply(p, grad, group)
+            else:
+                raw.pop(WINDOW, None)
         else:
             self._apply_where(sound, p, grad, raw, group)
 
@@ -243,19 +314,39 @@ class LowMemOptimizer(Optimizer):
         """Whether reading a number from `p`'s device costs nothing, so that a bad gradient can simply be skipped."""
         return p.device.type == "cpu"
 
-    def _apply(self, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
-        codec = self.codec(p, group)
-        weights = p if p.dtype == torch.float32 else p.to(torch.float32)
-        state = ParamState(raw, codec, self.STATES, lambda: self._stream_key(p, group))
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> ParamState:
+        return ParamState(
+            self.state[p],
+            self.codecs(p, group),
+            self.STATES,
+            lambda: self._stream_key(p, group),
+            self._waits_for_the_device(p),
+        )
+
+    def _apply(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Update `p` from a sound gradient. The one place where a weight is read and written."""
+        state = self._state_of(p, group)
+        store = group["weights"] if p.dtype == torch.bfloat16 else "keep"
+        if store == "bf16_ecc":
+            correction = state.tensor(CORRECTION, lambda: torch.zeros_like(p, dtype=torch.int8))
+            weights = join_24(p, correction)
+        else:
+            weights = p if p.dtype == torch.float32 else p.to(torch.float32)
         self.update(weights, grad, state, group)
-        if weights is not p:
+        if store == "bf16_ecc":
+            coarse, fine = split_24(weights)
+            p.copy_(coarse)
+            correction.copy_(fine)
+        elif store == "bf16_sr":
+            p.copy_(round_stochastic(weights, stream_key(state.key, "weights", state.step)))
+        elif weights is not p:
             p.copy_(weights)
 
     def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
         """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
         before = {k: v.clone() for k, v in raw.items() if isinstance(v, Tensor)}
         weights = p.clone()
-        self._apply(p, grad, raw, group)
+        self._apply(p, grad, group)
         p.copy_(torch.where(sound, p, weights))
         for k, v in raw.items():
             if isinstance(v, Tensor):  # a state that this very step allocated was zero before it
@@ -266,9 +357,9 @@ class LowMemOptimizer(Optimizer):
         raise NotImplementedError
 
     @staticmethod
-    def codec(p: Tensor, group: dict[str, Any]) -> StateCodec:
-        """What stores the moments of this parameter."""
-        return get_codec(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
+    def codecs(p: Tensor, group: dict[str, Any]) -> tuple[StateCodec, StateCodec]:
+        """What stores the signed and the unsigned states of this parameter."""
+        return codec_pair(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
 
     def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
         """Shapes of the coded states of a parameter of `shape`."""
@@ -276,8 +367,11 @@ class LowMemOptimizer(Optimizer):
 
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         """Bytes of the tensors that the state of `p` takes (foretold: nothing is allocated)."""
-        codec = self.codec(p, group)
-        return sum(codec.nbytes(shape.numel()) for shape in self.state_shapes(p.shape, group).values())
+        codecs = self.codecs(p, group)
+        shapes = self.state_shapes(p.shape, group)
+        moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
+        corrected = group["weights"] == "bf16_ecc" and p.dtype == torch.bfloat16
+        return moments + (p.numel() if corrected else 0)
 
     @staticmethod
     def _stream_key(p: Tensor, group: dict[str, Any]) -> int:
@@ -316,7 +410,7 @@ class LowMemOptimizer(Optimizer):
 
     def _check_groups(self, saved: list[dict[str, Any]]) -> None:
         for ours, theirs in zip(self.param_groups, saved, strict=False):  # torch checks the lengths
-            for option in STRUCTURAL:
+            for option in self.STRUCTURAL:
                 if option in ours and theirs.get(option) != ours[option]:
                     raise ValueError(
                         f"the checkpoint was made with {option}={theirs.get(option)!r}, this optimizer has "
@@ -347,6 +441,22 @@ class LowMemOptimizer(Optimizer):
             self.state[p] = {
                 k: v.to(device=p.device, copy=True) if isinstance(v, Tensor) else v for k, v in raw.items()
             }
+
+
+def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
+    """Raise where a store for bf16 weights would meet none."""
+    dtypes = {p.dtype for p in parameters}
+    if store != "keep" and torch.bfloat16 not in dtypes:
+        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        raise ValueError(
+            f"{label}={store!r} has no effect: no parameter is bfloat16 (found: {found}). Load the model with "
+            "dtype=torch.bfloat16, or leave it unset."
+        )
+
+
+def plain(lr: Any) -> Any:
+    """A learning rate as a number. torch lets it be a tensor, which a schedule may change in place."""
+    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
 
 
 def stream_key(*parts: object) -> int:

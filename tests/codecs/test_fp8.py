@@ -7,16 +7,9 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import CODECS, Fp8Codec, Fp8ExpandCodec
-from hf_lowmem.codecs.blocks import DeviceTable
+from hf_lowmem.codecs.blocks import BF16_MAX, DeviceTable, round_to_bf16, smallest_nonzero
 from hf_lowmem.codecs.fp8 import E4M3_MAX, E4M3_MIN
-from hf_lowmem.codecs.fp8_expand import (
-    BF16_MAX,
-    SMALLEST_A,
-    SMALLEST_B,
-    exponent,
-    round_to_bf16,
-    smallest_nonzero,
-)
+from hf_lowmem.codecs.fp8_expand import SMALLEST_A, SMALLEST_B, exponent
 from tests.codecs.test_contract import draw, encoded, roundtrip
 
 KINDS = ["normal", "log-normal", "heavy-tailed", "mixed", "sparse", "range"]

@@ -8,19 +8,12 @@ nothing of the weight's size is kept.
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
-from hf_lowmem.optim.lowrank.pipeline import (
-    adam_direction,
-    channel_dim,
-    channel_scale,
-    corrected_lr,
-    limit_norm_growth_,
-    tensor_scale,
-)
-from hf_lowmem.optim.lowrank.projector import RandomProjector
+from hf_lowmem.optim.base import ParamState
+from hf_lowmem.optim.lowrank.family import LowRankOptimizer, previous_norm
+from hf_lowmem.optim.lowrank.pipeline import channel_dim, channel_scale, limit_norm_growth_, tensor_scale
+from hf_lowmem.optim.lowrank.projector import Projector
 
 
 def apollo_update(
@@ -40,7 +33,7 @@ def apollo_update(
     return limit_norm_growth_(grad * s, prev_norm).mul_(math.sqrt(scale))
 
 
-class Apollo(LowMemOptimizer):
+class Apollo(LowRankOptimizer):
     """APOLLO (arXiv 2412.05270, algorithm 1).
 
     ```python
@@ -59,7 +52,9 @@ class Apollo(LowMemOptimizer):
     gives it those of linear layers; embeddings, the output head, norms and biases take Adam with the same codec and the
     family's order of eps and decay.
 
-    State: 2 * max(m, n) * rank values a matrix, in the codec, and 4 bytes.
+    State: 2 * max(m, n) * rank values a matrix, in the codec, and 4 bytes. With `projection="svd"` (the authors' other
+    variant) or "subspace" the factors are read in the leading singular directions, whose basis is stored: rank *
+    min(m, n) values more.
 
     Recommended: pre-training rank = a quarter of the hidden size, lr 0.01 with scale 1; fine-tuning rank 256 and lr
     about that of AdamW, where sqrt(scale) wants tuning (the authors use scale 32 for an 8B model). Not for you when
@@ -67,41 +62,29 @@ class Apollo(LowMemOptimizer):
     """
 
     name = "apollo"
-    STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {
+        "betas": (0.9, 0.999),
         "eps": 1e-6,
         "rank": 256,
         "update_gap": 200,
         "scale": 1.0,
         "projection": "random",
     }
+    LIFTS = False
+    LIMITS = True
     per_channel: ClassVar[bool] = True
 
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        low_rank = is_low_rank(p.shape, group["rank"])
-        low = grad
-        if low_rank:
-            low = RandomProjector(group["rank"], group["update_gap"], state.key).down(grad, state.step - 1)
-        exp_avg, exp_avg_sq = state.load("exp_avg", low), state.load("exp_avg_sq", low)
-        update = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
-        state.store("exp_avg", exp_avg)
-        state.store("exp_avg_sq", exp_avg_sq)
-        if low_rank:
-            prev_norm = state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], device=grad.device))
-            update = apollo_update(grad, low, update, prev_norm, per_channel=self.per_channel, scale=group["scale"])
-        p.add_(update, alpha=-corrected_lr(group["lr"], group["betas"], state.step))
-        p.add_(p, alpha=-group["lr"] * group["weight_decay"])
-
-    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        if is_low_rank(shape, group["rank"]):
-            kept = list(shape)
-            kept[channel_dim(shape)] = group["rank"]
-            shape = torch.Size(kept)
-        return super().state_shapes(shape, group)
-
-    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
-        prev_norm = 4 * p.shape[:-2].numel() if is_low_rank(p.shape, group["rank"]) else 0
-        return super().state_bytes(p, group) + prev_norm
+    def lift(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        projector: Projector,
+        state: ParamState,
+        group: dict[str, Any],
+    ) -> Tensor:
+        prev_norm = previous_norm(grad, state)
+        return apollo_update(grad, low, direction, prev_norm, per_channel=self.per_channel, scale=group["scale"])
 
 
 class ApolloMini(Apollo):
@@ -117,8 +100,3 @@ class ApolloMini(Apollo):
     name = "apollo_mini"
     DEFAULTS: ClassVar[dict[str, Any]] = {**Apollo.DEFAULTS, "rank": 1, "scale": 128.0}
     per_channel = False
-
-
-def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
-    """Whether a parameter of this shape takes the low-rank rule: a matrix, or a batch, that the rank makes smaller."""
-    return rank is not None and len(shape) in (2, 3) and rank < min(shape[-2:])

@@ -60,3 +60,31 @@ def limit_norm_growth_(x: Tensor, prev_norm: Tensor) -> Tensor:
     factor = torch.where(prev_norm > 0, factor, torch.ones_like(factor))
     prev_norm.copy_(norm / factor)
     return x.div_(factor[..., None, None])
+
+
+def rotate_first(exp_avg: Tensor, rotation: Tensor, right: bool) -> Tensor:
+    """The first moment in the coordinates of a new basis: m @ Q, or Q.T @ m, with Q = P_old.T @ P_new (..., r, r).
+
+    What of it lies outside of the new basis is dropped. LDAdam, arXiv 2410.16103, section 3.
+    """
+    return exp_avg @ rotation if right else rotation.mT @ exp_avg
+
+
+def rotate_second(exp_avg_sq: Tensor, rotation: Tensor, right: bool) -> Tensor:
+    """The second moment in the coordinates of a new basis.
+
+    ```python
+    w = Q**2                                             # (r, r), each column sums to at most 1
+    v = v @ w + (1 - w.sum(0)) * v.mean(-1)              # m >= n; each row is a channel
+    ```
+
+    The variance of a sum of uncorrelated coordinates is the sum of their variances, by squared weights. A new direction
+    lies partly outside of the old basis, where nothing is known; that part takes the channel's mean. So every new value
+    is a weighted mean of the channel's old ones: never negative, and never so small that the next step explodes, as
+    v @ w alone would be for a direction that is all new.
+    """
+    weights = rotation.square()
+    rest = (1 - weights.sum(-2, keepdim=True)).clamp_(min=0)  # (..., 1, r); below 0 only by rounding
+    if right:
+        return exp_avg_sq @ weights + rest * exp_avg_sq.mean(-1, keepdim=True)
+    return weights.mT @ exp_avg_sq + rest.mT * exp_avg_sq.mean(-2, keepdim=True)

@@ -1,49 +1,227 @@
-"""Projections of a gradient to a small rank.
+"""Projections of a gradient to a small rank, behind one interface: `refresh_`, `down`, `up`.
 
-`random` keeps nothing but a number: its Gaussian matrix is drawn again at each step from a seed that is a hash of the
-parameter's name and of the number of the refresh. The authors' packages keep the matrix (and a Python object that holds
-it, which `torch.load(weights_only=True)` refuses). A seed taken from a parameter's position in a list would change with
-every layer that is added.
+A projector lives for one update of one parameter. What has to last is a state: the coded tensor `basis`, or for
+`random` nothing but a number. The authors' packages keep a Python object in the state, which
+`torch.load(weights_only=True)` refuses, and an fp32 basis: beside the 8-bit moments of a square weight it takes twice
+the bytes of both.
+
+| name       | basis                                          | stored  | cost of a refresh                  |
+|------------|------------------------------------------------|---------|------------------------------------|
+| `svd`      | the leading singular vectors of this gradient  | r·d     | an SVD; waits for the device       |
+| `subspace` | the last basis after one power step and a QR   | r·d     | two products with the gradient, QR |
+| `random`   | a seeded Gaussian, drawn again at every step   | nothing | none; every step draws r·d numbers |
+
+Shapes: a gradient is (..., m, n), a basis P (..., d, r) with d = min(m, n), a projection (..., m, r) where m >= n and
+(..., r, n) otherwise.
+
+A basis is made where step % update_gap == 0. Two things keep it from being made of nothing: a matrix whose gradient is
+all zero (an expert that saw no token, a LoRA's A while B is zero) or not finite keeps the basis it has, and one that
+has none yet gets it at step 1, 2, 4, 8, ... (also after the first gap, if need be). Both are selections on the device,
+so no step waits for it.
 """
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import stream_key
+from hf_lowmem.optim.base import LARGEST_GRADIENT, ParamState, stream_key
 from hf_lowmem.optim.lowrank.pipeline import channel_dim
 
+COLD_STEPS = 3  # power steps from a Gaussian start; later refreshes start from the last basis and take one
 
-class RandomProjector:
-    """Gaussian projection with variance 1/rank, regenerated from its seed.
+
+def svd_basis(grad: Tensor, rank: int) -> Tensor:
+    """The `rank` leading singular vectors of the smaller side, (..., m, n) -> (..., d, rank). GaLore, 2403.03507."""
+    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    return (vh.mT if channel_dim(grad.shape) == -1 else u)[..., :rank]
+
+
+def power_basis(grad: Tensor, start: Tensor, steps: int) -> Tensor:
+    """Orthogonal iteration towards the leading singular vectors of the smaller side, from `start` (..., d, r).
+
+    ```python
+    for _ in range(steps):
+        P, R = qr(grad.T @ (grad @ P))        # m >= n;  qr(grad @ (grad.T @ P)) otherwise
+        P *= sign(diag(R))
+    ```
+
+    A QR leaves the sign of each column open, and LAPACK's choice mostly flips it. With R's diagonal made positive a
+    column stays near the one that it came from, which matters because the moments live in these coordinates.
+
+    Products are divided by the largest value of the gradient: the square of a small one would vanish.
+    """
+    right = channel_dim(grad.shape) == -1
+    peak = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True)
+    basis = start
+    for _ in range(steps):
+        low = (grad @ basis if right else grad.mT @ basis).div_(peak)
+        basis, triangle = torch.linalg.qr((grad.mT @ low if right else grad @ low).div_(peak))
+        signs = torch.diagonal(triangle, dim1=-2, dim2=-1).sign()
+        basis = basis * torch.where(signs == 0, 1.0, signs)[..., None, :]
+    return basis
+
+
+def gaussian(key: int, small: int, rank: int, device: torch.device) -> Tensor:
+    """A (small, rank) Gaussian with variance 1/rank, the same for the same key."""
+    generator = torch.Generator(device).manual_seed(key)
+    return torch.randn(small, rank, generator=generator, device=device, dtype=torch.float32).div_(math.sqrt(rank))
+
+
+class Projector:
+    """The projection of one parameter at one step.
+
+    ```python
+    projector = PROJECTORS[group["projection"]](grad, state, group, step, lifts=True)
+    rotation = projector.refresh_(grad)
+    low = projector.down(grad)             # grad @ P       (..., m, r)    or  P.T @ grad    (..., r, n)
+    update = projector.up(low)             # low @ P.T      (..., m, n)    or  P @ low
+    ```
+
+    Args:
+        grad: for its shape and device.
+        state, group: of the parameter.
+        step: number of the update, from 0.
+        lifts: whether the method calls `up`; see `RandomProjector`.
+    """
+
+    def __init__(self, grad: Tensor, state: ParamState, group: dict[str, Any], step: int, *, lifts: bool) -> None:
+        self.state = state
+        self.rank: int = group["rank"]
+        self.update_gap: int = group["update_gap"]
+        self.step = step
+        self.lifts = lifts
+        self.right = channel_dim(grad.shape) == -1
+        self.basis = self.load_basis(grad)
+
+    def load_basis(self, grad: Tensor) -> Tensor:
+        """The basis as it is before this step."""
+        raise NotImplementedError
+
+    def refresh_(self, grad: Tensor) -> Tensor | None:
+        """Make a new basis if one is due.
+
+        Returns P_old.T @ P_new, (..., r, r), which turns moments into the new coordinates: the identity for a matrix of
+        a batch that keeps its basis. `None` where none was due, or where old and new have nothing in common.
+        """
+        raise NotImplementedError
+
+    def down(self, grad: Tensor) -> Tensor:
+        """The gradient in the coordinates of the basis."""
+        return grad @ self.basis if self.right else self.basis.mT @ grad
+
+    def up(self, low: Tensor) -> Tensor:
+        """The matrix that has these coordinates."""
+        return low @ self.basis.mT if self.right else self.basis @ low
+
+
+class StoredProjector(Projector):
+    """A basis that is made from gradients and kept in the state "basis", by the codec of signed states."""
+
+    # Whether making a basis waits for the device as it is.
+    WAITS: ClassVar[bool]
+
+    def find(self, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
+        """A basis for `grad`, (..., d, r). What it is where not `sound`, (..., 1, 1), does not matter."""
+        raise NotImplementedError
+
+    def load_basis(self, grad: Tensor) -> Tensor:
+        shape = basis_shape(grad.shape, self.rank)
+        return self.state.load("basis", grad.new_zeros(()).expand(shape))  # only a shape: nothing is allocated
+
+    def refresh_(self, grad: Tensor) -> Tensor | None:
+        due = self.step % self.update_gap == 0
+        if not due and self.step & (self.step - 1):
+            return None
+        old = self.basis
+        missing = (old == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+        # Here the answer costs nothing; elsewhere a basis is made in vain in a handful of the first steps.
+        if not due and (self.state.waits or self.WAITS) and not missing.any():
+            return None
+        peak = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True)
+        sound = (peak > 0) & (peak < LARGEST_GRADIENT)  # False for NaN too
+        renewed = sound if due else sound & missing
+        new = torch.where(renewed, self.find(grad, old, sound), old)
+        rotation = None
+        if due:
+            same = torch.eye(self.rank, device=grad.device)
+            rotation = torch.where(renewed & ~missing, old.mT @ new, same)
+        self.state.store("basis", new)
+        self.basis = self.load_basis(grad)  # what the codec made of it, as every later step will see it
+        return rotation
+
+
+class SvdProjector(StoredProjector):
+    """Exact: the leading singular vectors. For comparison with the authors' packages, whose bits it gives."""
+
+    WAITS = True
+
+    def find(self, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
+        return svd_basis(torch.where(sound, grad, 0.0), self.rank)  # torch's SVD raises on NaN
+
+
+class SubspaceProjector(StoredProjector):
+    """The default: one power step from the last basis and a QR; from a seeded Gaussian, three of them.
+
+    The leading directions of a gradient move slowly, so each refresh goes on where the last one stopped (PowerSGD,
+    arXiv 1905.09727, section 3; block power iteration). At 1024×2816 and rank 256 a refresh takes a 23rd of an SVD's
+    time on one core.
+    """
+
+    WAITS = False
+
+    def find(self, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
+        key = stream_key(self.state.key, "start")
+        missing = (old == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+        start = torch.where(missing, gaussian(key, old.shape[-2], self.rank, grad.device), old)
+        return power_basis(grad, start, 1 if self.step >= self.update_gap else COLD_STEPS)
+
+
+class RandomProjector(Projector):
+    """Gaussian projection, regenerated from its seed.
 
     ```python
     P = randn(d, rank) / sqrt(rank)        # d = min(m, n); new after each `update_gap` steps
-    low = grad @ P                         # (..., m, n) -> (..., m, r)     where m >= n
-    low = P.T @ grad                       # (..., m, n) -> (..., r, n)     otherwise
+    P *= sqrt(rank / d)                    # for a method that lifts
     ```
 
-    Source: APOLLO, arXiv 2412.05270, section 4.2.
+    With variance 1/rank a projection keeps the norm of each channel (APOLLO, arXiv 2412.05270, section 4.2, needs just
+    that), but P @ P.T then stretches by up to (1 + sqrt(d / rank))**2. With variance 1/d the columns have length 1 and
+    are almost orthogonal: up(down(G)) is nearly the projection of G to a random subspace, its singular values between
+    (1 - sqrt(rank / d))**2 and (1 + sqrt(rank / d))**2, and a lifted direction has the size that GaLore's has.
 
-    Args:
-        rank: r.
-        update_gap: steps between two matrices.
-        key: start of the parameter's random stream.
+    A seed that were taken from a parameter's position in a list would change with every layer that is added; this one
+    is a hash of its name and of the number of the refresh.
     """
 
-    def __init__(self, rank: int, update_gap: int, key: int) -> None:
-        self.rank = rank
-        self.update_gap = update_gap
-        self.key = key
+    def load_basis(self, grad: Tensor) -> Tensor:
+        small = min(grad.shape[-2:])
+        matrix = self.matrix(small, self.step, grad.device)
+        return matrix * math.sqrt(self.rank / small) if self.lifts else matrix
+
+    def refresh_(self, grad: Tensor) -> Tensor | None:
+        return None
 
     def matrix(self, small: int, step: int, device: torch.device) -> Tensor:
-        """P, (small, rank), for the update with this number, counted from 0."""
-        generator = torch.Generator(device).manual_seed(stream_key(self.key, step // self.update_gap))
-        drawn = torch.randn(small, self.rank, generator=generator, device=device, dtype=torch.float32)
-        return drawn.div_(math.sqrt(self.rank))
+        """P with variance 1/rank, (small, rank), for the update with this number, counted from 0."""
+        return gaussian(stream_key(self.state.key, step // self.update_gap), small, self.rank, device)
 
-    def down(self, grad: Tensor, step: int) -> Tensor:
-        """The projected gradient; `step` counts from 0."""
-        matrix = self.matrix(min(grad.shape[-2:]), step, grad.device)
-        return grad @ matrix if channel_dim(grad.shape) == -1 else matrix.mT @ grad
+
+def basis_shape(shape: torch.Size, rank: int) -> torch.Size:
+    """Shape of the basis of a gradient of `shape`."""
+    return torch.Size([*shape[:-2], min(shape[-2:]), rank])
+
+
+def low_shape(shape: torch.Size, rank: int) -> torch.Size:
+    """Shape of the projection of a gradient of `shape`."""
+    low = list(shape)
+    low[channel_dim(shape)] = rank
+    return torch.Size(low)
+
+
+PROJECTORS: dict[str, type[Projector]] = {
+    "svd": SvdProjector,
+    "subspace": SubspaceProjector,
+    "random": RandomProjector,
+}

@@ -1,0 +1,138 @@
+"""4-bit states: two values a byte (the aim of Li et al., arXiv 2309.01507, with maps of our own).
+
+Sixteen codes forgive nothing, so the two kinds of state have little in common:
+
+- **A first moment** takes the squares of even steps, both signs: -(7/8)**2 ... 0 ... (8/8)**2 of its block's extreme.
+  As in `int8` the scale has the extreme's sign, so that the extreme is exact and the sixteenth code is not wasted.
+  The paper's map, the dynamic one of 4 bits, spends six codes below a tenth of the extreme and has gaps of a fifth of
+  it above: its error in the update is a fifth larger.
+- **A second moment** takes fifteen values in geometric progression from the block's smallest to its largest, and code
+  0 for an exact zero. The paper excludes zero from an even map, 1/16 to 16/16; a floor of 1/16 is far above most of a
+  block, and in a state of zeros (before the first step, in a row of an embedding that no token has used) it would
+  have no way to say zero. Here every non-zero value keeps its order of magnitude: what counts is the *relative*
+  error of sqrt(v). On moments of real training the error in the update is a sixth of that of the even map
+  (`scripts/bench/codecs.py`).
+
+Both take 4 bytes of scalars a block of 128. A first moment has one extreme in bf16 for each half of it, a second
+moment the largest and the smallest value; so the size does not depend on the kind of state.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs.blocks import (
+    BF16_MAX,
+    BlockCodec,
+    DeviceTable,
+    ErrorBound,
+    mark_nonzero,
+    round_to_bf16,
+    smallest_nonzero,
+)
+
+SQUARES = 64.0  # of the largest step, 8
+TOP = 15  # the code of a second moment's largest value; its smallest has code 1
+# The widest progression of a second moment: a factor of 4 a step, so at most of 2 in v and 1.42 in the update. What is
+# still smaller is raised to its end: the update becomes too small, never too large.
+MOST_OCTAVES = 28.0
+# A decoded smallest value may come back from exp2(log2(...)) a few units in the last place above its bf16; rounding it
+# up again must not reach the next one. 64 units are 2**-17 of it, and a bf16's own are 2**-7.
+LEEWAY = 64
+
+
+def square_values() -> Tensor:
+    """x / scale of every code of a first moment, fp32 (16,): codes are integers from -7 to 8, modulo 16."""
+    steps = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, -7, -6, -5, -4, -3, -2, -1], dtype=torch.float32)
+    return steps * steps.abs() / SQUARES
+
+
+SQUARE_TABLE = DeviceTable(square_values)
+
+
+def bf16_below(x: Tensor) -> Tensor:
+    """The largest bf16 that is not above a positive x, as fp32."""
+    return x.view(torch.int32).bitwise_and(-0x10000).view(torch.float32)
+
+
+def bf16_above(x: Tensor) -> Tensor:
+    """The smallest bf16 that is not below a positive x by more than `LEEWAY`, as fp32."""
+    return x.view(torch.int32).add(0xFFFF - LEEWAY).bitwise_and_(-0x10000).view(torch.float32)
+
+
+class Int4Codec(BlockCodec):
+    """`int4`: 1/2 + 4/128 = 0.531 bytes a value. `codes` (two a byte, flat) and two bf16 of each block of 128.
+
+    ```python
+    # signed; one scale for each half of a block
+    scale = bf16(x[argmax(abs(x))])
+    codes = argmin(abs(x / scale - map)),  map = sign(i) * (i / 8)**2,  i = -7 ... 8
+    x = map[codes] * scale
+    # unsigned
+    a, b = bf16_below(max(x)), max(bf16_above(min(x[x > 0])), a / 2**28)
+    codes = where(x > 0, 15 - clamp(round(14 * log(a / x) / log(a / b)), 0, 14), 0)
+    x = where(codes > 0, a * (b / a)**((15 - codes) / 14), 0)
+    ```
+    Error: signed half a gap, at most 7.5/64 of the half's extreme, and 15/64 for a value as large as the extreme but
+    of the other sign, whose codes end at -49/64. Unsigned a factor of (a / b)**(1/28), 1.41 for a block 14 octaves
+    wide; never more than 2, but for what is under 2**-28 of the largest and is raised to that.
+
+    a is rounded down and b up, so that the extremes of a block are outside [b, a], take its end codes and decode to a
+    and b themselves: encoding again changes nothing.
+
+    For what it saves, half of an 8-bit state, the error in the update is about tenfold. For a first moment of a long
+    pre-training take 8 bits; for fine-tuning, and where the state is a bundle of low-rank gradients, it may do.
+    """
+
+    name: ClassVar[str] = "int4"
+    block: ClassVar[int] = 128
+    bits: ClassVar[int] = 4
+    scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.bfloat16, "scale2": torch.bfloat16}
+    # Times 2**-28 or 1/64 still a normal fp32.
+    smallest: ClassVar[float] = 2.0**-97
+    # Nearest of (i/8)**2 and ((i+1)/8)**2: off by (i + 1/2) / 64 at a midpoint of (i**2 + i + 1/2) / 64. From i = 4 on
+    # that is less than 15/64 of the value, so i = 3 sets the absolute part. 2**-8: the rounding of the scale.
+    signed_bound: ClassVar[ErrorBound] = ErrorBound(15 / 64 + 2.0**-8, 3.5 / 64 * (1 + 2.0**-7))
+    # Half a step of 2 octaves, upwards. 2**-12: fp32's logarithm, 2**-20 of at most 97 + 28 octaves.
+    unsigned_bound: ClassVar[ErrorBound] = ErrorBound(2 ** (MOST_OCTAVES / 28) - 1 + 2.0**-12, 2.0**-MOST_OCTAVES)
+
+    def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
+        return (SQUARE_TABLE,) if signed else ()
+
+    def encode_rows(self, x: Tensor, signed: bool) -> tuple[Tensor, ...]:
+        return self._encode_squares(x) if signed else self._encode_progression(x)
+
+    def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:
+        first, second = (scalar.float()[:, None] for scalar in scalars)
+        if signed:
+            steps = SQUARE_TABLE.on(codes.device).index_select(0, codes.view(-1).int())
+            return steps.view(-1, 2, 64).mul_(torch.stack((first, second), 1)).view(codes.shape)
+        largest, smallest = first.clamp_(min=self.smallest), second  # init's zeros decode to zeros
+        octaves = largest.div(smallest.clamp_(min=self.smallest * 2.0**-MOST_OCTAVES)).log2_()
+        exponent = codes.float().sub_(TOP).mul_(octaves.div_(TOP - 1))
+        return exponent.exp2_().mul_(largest).mul_(codes.clamp(max=1))
+
+    def _encode_squares(self, x: Tensor) -> tuple[Tensor, ...]:
+        halves = x.reshape(-1, 64)
+        high, low = halves.amax(1), halves.amin(1).neg_()
+        scale = round_to_bf16(torch.maximum(high, low).clamp_(self.smallest, BF16_MAX))
+        # A half of values under `smallest` may decode to zeros: its sign must not depend on them.
+        scale = torch.where((high >= low) | (low < self.smallest), scale, -scale)
+        q = halves.div(scale[:, None])
+        # Midpoints of squares are at (i**2 + i + 1/2) / 64 = ((i + 1/2)**2 + 1/4) / 64: less 1/4, the root rounds to
+        # the nearest exactly.
+        steps = q.abs().mul_(SQUARES).sub_(0.25).clamp_(min=0).sqrt_().round_()
+        codes = steps.copysign_(q).clamp_(-7, 8).to(torch.int8).view(torch.uint8).bitwise_and_(15)
+        return codes.view(x.shape), *scale.view(-1, 2).unbind(1)
+
+    def _encode_progression(self, x: Tensor) -> tuple[Tensor, ...]:
+        largest = bf16_below(x.amax(1).clamp_(min=self.smallest))
+        smallest = bf16_above(smallest_nonzero(x))
+        smallest = torch.minimum(torch.maximum(smallest, largest * 2.0**-MOST_OCTAVES), largest)
+        octaves = largest.div(smallest).log2_()
+        steps = torch.where(octaves > 0, (TOP - 1) / octaves, 0)  # an octave; 0: all values have the code TOP
+        # The clamp spares log2 its slow path for zero, and keeps infinities out of 0 * inf.
+        ratio = x.div(largest[:, None]).clamp_(min=2.0**-100).log2_()
+        codes = ratio.mul_(steps[:, None]).round_().clamp_(-(TOP - 1), 0).add_(TOP).to(torch.uint8)
+        return codes.mul_(mark_nonzero(x)), largest, smallest

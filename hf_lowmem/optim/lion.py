@@ -1,0 +1,61 @@
+"""Lion: the sign of a momentum. One state, and no second moment whose small values a codec could lose.
+
+Each weight moves by exactly `lr` in each step, whatever the size of its gradient; weight decay is what keeps weights
+bounded. The step looks ahead (`beta1`) of the momentum that is kept (`beta2`): both decay rates belong to averages of
+the gradient and not, as in Adam, to two moments.
+
+Why not bitsandbytes' Lion8bit: the codec decides the bytes here, so the same few lines run with any of them, on any
+device, and resume bit for bit.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
+
+
+def lion_(
+    p: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> None:
+    """One Lion step in place, all tensors fp32 of one shape (arXiv 2302.06675, program 1 and algorithm 2).
+
+    Decay acts on the weight as it was. A value of zero has no sign and does not move.
+    """
+    beta1, beta2 = betas
+    direction = exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_()
+    p.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
+    exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
+class Lion(LowMemOptimizer):
+    """Lion (arXiv 2302.06675) whose momentum is stored by a codec.
+
+    ```python
+    # p, grad and m have one shape
+    c   = sign(beta1 * m + (1 - beta1) * grad)
+    p  *= 1 - lr * weight_decay
+    p  -= lr * c
+    m   = beta2 * m + (1 - beta2) * grad                 # stored signed
+    ```
+
+    Defaults: betas (0.9, 0.99). There is no `eps`.
+
+    State, bytes a parameter: fp32 4, bf16 2, int8 1.02, fp8 1.03, fp8_expand 1.02. Parameters of fewer than 4096 values
+    keep an fp32 state.
+
+    Recommended, both for pre-training and for fine-tuning: a learning rate 3 to 10 times smaller than AdamW's and a
+    weight decay 3 to 10 times larger, so that their product stays (the paper's section 5); `state="int8"`. Pre-training
+    a language model that turns unstable: betas (0.95, 0.98) (same section). Let the schedule end near zero: a weight
+    that has arrived still moves by `lr` a step. Not for you with batches below 64, where the paper found nothing gained
+    over AdamW, or with a learning rate that you cannot tune: take `adamw`.
+    """
+
+    name = "lion"
+    STATES = {"exp_avg": StateDecl(signed=True)}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
+
+    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
+        exp_avg = state.load("exp_avg", grad)
+        lion_(p, grad, exp_avg, lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"])
+        state.store("exp_avg", exp_avg)

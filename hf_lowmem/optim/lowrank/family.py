@@ -1,0 +1,137 @@
+"""The template of the low-rank family: project, Adam on the projection, a rule that lifts its direction.
+
+A method is its rule, `lift`; natural_galore also preconditions the projection. All else is here once: which parameters
+are projected, what becomes of the moments at a refresh, the order of eps and decay, bytes, gradient accumulation.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.optim.base import WINDOW, LowMemOptimizer, ParamState, StateDecl
+from hf_lowmem.optim.lowrank.pipeline import adam_direction, corrected_lr, rotate_first, rotate_second
+from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, low_shape
+from hf_lowmem.specs import OptimSpec
+
+
+class LowRankOptimizer(LowMemOptimizer):
+    """Base of the low-rank methods.
+
+    ```python
+    P = new_basis(grad) if t % update_gap == 0 else P        # t from 0
+    R = down(grad, P)
+    m = beta1 * m + (1 - beta1) * R
+    v = beta2 * v + (1 - beta2) * R**2
+    N = m / (sqrt(v) + eps)
+    p -= lr * sqrt(1 - beta2**(t+1)) / (1 - beta1**(t+1)) * lift(grad, R, N)
+    p -= lr * weight_decay * p
+    ```
+
+    Matrices and batches of matrices (fused experts) whose smaller side exceeds `rank` are projected. Everything else
+    takes Adam with the same codec, R = grad and lift = N.
+
+    Raises:
+        ValueError: for `rotate` with a projection that stores no basis.
+    """
+
+    STATES = {
+        "exp_avg": StateDecl(signed=True),
+        "exp_avg_sq": StateDecl(signed=False),
+        "basis": StateDecl(signed=True),
+    }
+    PROJECTIONS = tuple(PROJECTORS)
+    # Whether `lift` goes back through the basis (else it only reads norms), and whether it limits the growth of norms.
+    LIFTS: ClassVar[bool] = True
+    LIMITS: ClassVar[bool] = False
+
+    @classmethod
+    def resolve(cls, spec: OptimSpec) -> dict[str, Any]:
+        group = super().resolve(spec)
+        if group.get("rotate") and group["projection"] == "random":
+            raise ValueError(
+                f"{spec.label('rotate')}=True has no effect with {spec.label('projection')}='random': two random bases "
+                "have nothing in common, so there is nothing to rotate. Leave it unset, or choose 'subspace'."
+            )
+        return group
+
+    def lift(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        projector: Projector,
+        state: ParamState,
+        group: dict[str, Any],
+    ) -> Tensor:
+        """The update of a projected parameter, (..., m, n), from its gradient, R and N."""
+        raise NotImplementedError
+
+    def precondition(self, low: Tensor, state: ParamState, group: dict[str, Any]) -> Tensor:
+        """What Adam sees of a projected gradient."""
+        return low
+
+    def rotate(self, rotation: Tensor, low: Tensor, right: bool, state: ParamState, group: dict[str, Any]) -> None:
+        """Turn the states that live in the basis into the new one. `low` has the shape of a moment."""
+        first, second = state.load("exp_avg", low), state.load("exp_avg_sq", low)
+        state.store("exp_avg", rotate_first(first, rotation, right))
+        state.store("exp_avg_sq", rotate_second(second, rotation, right))
+
+    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
+        low, projector = grad, None
+        if is_low_rank(p.shape, group["rank"]):
+            window = state.raw.pop(WINDOW, None)
+            projector, low = self._project(grad, state, group, state.step - 1, refresh=window is None)
+            if window is not None:
+                low = low.add_(window)
+            low = self.precondition(low, state, group)
+        exp_avg, exp_avg_sq = state.load("exp_avg", low), state.load("exp_avg_sq", low)
+        update = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
+        state.store("exp_avg", exp_avg)
+        state.store("exp_avg_sq", exp_avg_sq)
+        if projector is not None:
+            update = self.lift(grad, low, update, projector, state, group)
+        p.add_(update, alpha=-corrected_lr(group["lr"], group["betas"], state.step))
+        p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+
+    def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
+        """Add up the projections of a window of gradients; the first one makes the basis if one is due."""
+        if not (self.ACCUMULATES and is_low_rank(grad.shape, group["rank"])):
+            return False
+        window = state.raw.get(WINDOW)
+        _, low = self._project(grad, state, group, state.raw.get("step", 0), refresh=window is None)
+        state.raw[WINDOW] = low if window is None else window.add_(low)
+        return True
+
+    def _project(
+        self, grad: Tensor, state: ParamState, group: dict[str, Any], step: int, *, refresh: bool
+    ) -> tuple[Projector, Tensor]:
+        projector = PROJECTORS[group["projection"]](grad, state, group, step, lifts=self.LIFTS)
+        rotation = projector.refresh_(grad) if refresh else None
+        low = projector.down(grad)
+        if rotation is not None and group.get("rotate"):
+            self.rotate(rotation, low, projector.right, state, group)
+        return projector, low
+
+    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        if not is_low_rank(shape, group["rank"]):
+            return {"exp_avg": shape, "exp_avg_sq": shape}
+        low = low_shape(shape, group["rank"])
+        shapes = {"exp_avg": low, "exp_avg_sq": low}
+        if group["projection"] != "random":
+            shapes["basis"] = basis_shape(shape, group["rank"])
+        return shapes
+
+    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
+        limited = self.LIMITS and is_low_rank(p.shape, group["rank"])
+        return super().state_bytes(p, group) + (4 * p.shape[:-2].numel() if limited else 0)
+
+
+def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
+    """Whether a parameter of this shape takes the low-rank rule: a matrix, or a batch, that the rank makes smaller."""
+    return rank is not None and len(shape) in (2, 3) and rank < min(shape[-2:])
+
+
+def previous_norm(grad: Tensor, state: ParamState) -> Tensor:
+    """The limiter's memory, one fp32 a matrix: (...) for a gradient (..., m, n)."""
+    return state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], device=grad.device))

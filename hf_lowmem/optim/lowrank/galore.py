@@ -1,0 +1,69 @@
+"""GaLore: Adam in the leading singular directions of the gradient.
+
+The gradients of a weight matrix stay close to a slowly moving subspace. Adam's moments are kept for the coordinates in
+that subspace alone, and its direction is lifted back, so the weight itself may still move anywhere over time: unlike
+LoRA, nothing confines the sum of the steps to a small rank.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_lowmem.optim.base import ParamState
+from hf_lowmem.optim.lowrank.family import LowRankOptimizer
+from hf_lowmem.optim.lowrank.projector import Projector
+
+
+class GaLore(LowRankOptimizer):
+    """GaLore (arXiv 2403.03507, algorithm 2).
+
+    ```python
+    # grad (m, n), m >= n; P (n, r), orthonormal, new at each t % update_gap == 0 (t from 0). m < n: from the left
+    R = grad @ P                                             # (m, r)
+    m = beta1 * m + (1 - beta1) * R
+    v = beta2 * v + (1 - beta2) * R**2
+    N = m / (sqrt(v) + eps)
+    p -= lr * sqrt(1 - beta2**(t+1)) / (1 - beta1**(t+1)) * scale * N @ P.T
+    p -= lr * weight_decay * p
+    ```
+
+    Applies to matrices and batches of matrices (fused experts) whose smaller side exceeds `rank`. `make_optimizer`
+    gives it those of linear layers; embeddings, the output head, norms and biases take Adam with the same codec and the
+    family's order of eps and decay.
+
+    State: 2 * r * max(m, n) + r * min(m, n) values a matrix, in the codec (with `projection="random"` without the
+    second term). Parameters of fewer than 4096 values keep fp32 states.
+
+    Options: rank 128, update_gap 200, scale 0.25, eps 1e-6, betas (0.9, 0.999) are the authors'; "subspace" stands for
+    their SVD, which is `projection="svd"`. `rotate=True` turns the moments into each new basis, which the paper does
+    not do; see `rotate_first` and `rotate_second`.
+
+    Recommended: for pre-training the authors' lr 0.01 with scale 0.25 and rank a quarter of the hidden size (7B: rank
+    1024, lr 0.005, update_gap 500). For fine-tuning lr * scale about AdamW's learning rate; the authors take lr 3e-5
+    with scale 4, rank 4 and update_gap 500 on RoBERTa. Not for you when rank reaches the smaller side of your weights
+    (nothing is saved; take `adamw` with `state="8bit"`), or when a run is shorter than some update_gaps: it sees a few
+    subspaces only, and `fira`, which also steps in the rest, or `apollo` serve better.
+    """
+
+    name = "galore"
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "rank": 128,
+        "update_gap": 200,
+        "scale": 0.25,
+        "projection": "subspace",
+        "rotate": False,
+    }
+    ACCUMULATES = True
+
+    def lift(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        projector: Projector,
+        state: ParamState,
+        group: dict[str, Any],
+    ) -> Tensor:
+        return projector.up(direction).mul_(group["scale"])
