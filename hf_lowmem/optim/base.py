@@ -392,8 +392,13 @@ class LowMemOptimizer(Optimizer):
 
         def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:  # after every hook that a user registered
             taken.update(final)
-            self._check_groups(final["param_groups"])
-            return {**final, "state": {}}
+            saved = final["param_groups"]
+            self._check_groups(saved)
+            # An option that is younger than the checkpoint keeps this optimizer's value.
+            ours = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+            ours += [{}] * (len(saved) - len(ours))  # torch complains about their number
+            groups = [own | theirs for own, theirs in zip(ours, saved, strict=False)]
+            return {**final, "param_groups": groups, "state": {}}
 
         def fill(_: Optimizer) -> None:
             self._fill_state(taken)
@@ -456,7 +461,11 @@ def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
 
 def plain(lr: Any) -> Any:
     """A learning rate as a number. torch lets it be a tensor, which a schedule may change in place."""
-    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.numel() != 1:
+        raise ValueError(f"lr={lr!r}: Tensor lr must be 1-element. Give one rate; other groups may have their own.")
+    return lr.item()
 
 
 def stream_key(*parts: object) -> int:

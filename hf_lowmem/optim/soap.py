@@ -7,8 +7,8 @@ the basis the second moment goes on being updated, which is why SOAP may refresh
 The first moment is kept in the rotated basis and turned at each refresh. The other way, keeping it as it is and
 rotating it in each step, costs two more products of matrices a step; and a rotation spreads a codec's rounding errors
 evenly over the directions, those with a small second moment included, whose root then divides them. Measured with
-int8 on a 96 x 128 matrix whose gradients fall by two decades along each side's directions, as the distance of the
-weights from those with fp32 moments after 100 steps: 4.8 % of the way they went against 171 %.
+an int8 first moment on a 96 x 128 matrix whose gradients fall by two decades along each side's directions, as the
+distance of the weights from those with fp32 moments after 100 steps: 4.8 % of the way they went against 171 %.
 
 Why not an eigendecomposition at each refresh: one power step and a QR decomposition track a slowly turning basis at a
 fraction of the time (the paper's section 4, algorithm 4).
@@ -25,8 +25,6 @@ from hf_lowmem.optim.lowrank.pipeline import adam_direction, corrected_lr
 from hf_lowmem.specs import check_number
 
 LARGEST_SIDE = 10_000  # a dimension above it is not preconditioned (the authors' max_precond_dim)
-
-
 NAMES = {-2: "left", -1: "right"}
 
 
@@ -47,7 +45,11 @@ def rotate(x: Tensor, sides: Sequence[Side], *, back: bool = False) -> Tensor:
 
 
 def eigenbasis(factor: Tensor) -> Tensor:
-    """Eigenvectors of (..., d, d), by falling eigenvalue. In fp64 where the solver does not converge in fp32."""
+    """Eigenvectors of (..., d, d), by falling eigenvalue. In fp64 where the solver does not converge in fp32.
+
+    Of a bad gradient's factor they do not matter, for its step is undone, but the solver must not raise.
+    """
+    factor = factor.nan_to_num(0.0, 0.0, 0.0)
     try:
         vectors = torch.linalg.eigh(factor).eigenvectors
     except torch.linalg.LinAlgError:  # many eigenvalues of zero, as a first gradient of low rank has
@@ -92,8 +94,8 @@ def soap_(
         p, grad: (..., m, n), or any shape without `sides`.
         exp_avg, exp_avg_sq: of that shape, in the rotated basis.
         sides: what is preconditioned; none: Adam.
-        step: how many gradients the moments hold, this one included. 0: none yet, and no basis; the weights take
-            Adam's first step, which leaves no moments, and the basis comes from this gradient.
+        step: how many gradients the moments hold, this one included. 0: none; the weights take Adam's first step, which
+            leaves no moments, and the basis comes from this gradient.
         refresh: whether the basis is refreshed after the weights were updated.
     """
     if step == 0:
@@ -137,7 +139,8 @@ class Soap(LowMemOptimizer):
     The first step. A gradient in its own eigenbasis is diagonal, and Adam would blow the rounding errors beside the
     diagonal up to the size of a step. The authors' code therefore takes the basis from the first gradient and leaves
     the weights alone. Here the weights take plain Adam's first step meanwhile, which leaves no moments; from the second
-    step on the two are the same, and t counts from there.
+    step on the two are the same, and t counts from there. Should the first gradient be bad (NaN, Inf), the basis is the
+    identity until the first refresh.
 
     Applies to matrices and to batches of matrices (three dimensions: fused experts), each with its own basis. A
     dimension above 10 000 (a vocabulary) is not preconditioned. Vectors, numbers, convolutions with four or more
@@ -149,7 +152,7 @@ class Soap(LowMemOptimizer):
     bytes a parameter with fp32 moments and 18.03 with `state="int8"`; an embedding of 32000 x 4096 9.02 and 3.06.
     Parameters of fewer than 4096 values keep fp32 moments.
 
-    A step asks no device for a number, but for the first one, whose eigendecomposition reports whether it converged.
+    No step asks the device for a number but the first, whose eigendecomposition reports whether it converged.
 
     Recommended: pre-training with lr 3e-3, betas (0.95, 0.95) and update_gap 10, the authors' settings. Fine-tuning:
     AdamW's learning rate to begin with (the step is Adam's, turned), and `state="int8"`. Not for you where memory is
@@ -166,10 +169,8 @@ class Soap(LowMemOptimizer):
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
-        dims = preconditioned(grad.shape)
-        first = bool(dims) and not any(f"basis_{NAMES[dim]}" in state.raw for dim in dims)
-        sides = [self.side(dim, grad, state) for dim in dims]
-        step = 0 if first else state.step - bool(dims)
+        sides = [self.side(dim, grad, state) for dim in preconditioned(grad.shape)]
+        step = state.step - bool(sides)
         soap_(
             p,
             grad,
@@ -189,14 +190,19 @@ class Soap(LowMemOptimizer):
 
     @staticmethod
     def side(dim: int, grad: Tensor, state: ParamState) -> Side:
-        """The stored factor and basis of one dimension."""
+        """The stored factor and basis of one dimension; a basis that is zero is none yet and becomes the identity.
+
+        It is zero when it is made, and again where a bad first gradient was undone. No row of a basis is zero, so one
+        row tells, and no device has to be asked.
+        """
         shape = (*grad.shape[:-2], grad.shape[dim], grad.shape[dim])
 
         def zeros() -> Tensor:
             return torch.zeros(shape, device=grad.device)
 
-        name = NAMES[dim]
-        return Side(dim, state.tensor(f"factor_{name}", zeros), state.tensor(f"basis_{name}", zeros))
+        factor, basis = (state.tensor(f"{name}_{NAMES[dim]}", zeros) for name in ("factor", "basis"))
+        basis.diagonal(dim1=-2, dim2=-1).add_((basis[..., 0, :] == 0).all(-1, keepdim=True))
+        return Side(dim, factor, basis)
 
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         batch = p.shape[:-2].numel() if p.numel() else 0

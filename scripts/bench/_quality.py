@@ -225,6 +225,7 @@ def run(setting: Setting, *, rate: float, seed: int, size: dict[str, Any]) -> di
     train = statistics.fmean(losses[-max(1, size["steps"] // 4) :])
     return configuration(setting, rate=rate, seed=seed, size=size) | {
         "setting": setting.name,
+        "codecs": sorted({group["state"] for group in optimizer.param_groups}),  # what "8bit" stood for
         "parameters": count,
         "state_bytes_per_parameter": optimizer_bytes(optimizer) / count,
         "weight_bytes_per_parameter": sum(p.nbytes for p in parameters) / count,

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from _settings import CODECS, METHOD_OPTIONS, PAIRS
+from rich.progress import track
 from torch import nn
 from torch.optim import Optimizer
 
@@ -51,7 +52,7 @@ Build = Callable[[nn.Module, dict[str, int]], Optimizer]
 
 def ours(method: str, state: str) -> Build:
     def build(model: nn.Module, size: dict[str, int]) -> Optimizer:
-        options: dict[str, int] = {}
+        options: dict[str, Any] = {}
         if method in METHOD_OPTIONS:  # the low-rank ones; apollo_mini's rank is one
             options["update_gap"] = NEVER
             if "rank" in METHOD_OPTIONS[method]:
@@ -61,7 +62,7 @@ def ours(method: str, state: str) -> Build:
     return build
 
 
-def torch_adamw(**options: bool) -> Build:
+def torch_adamw(**options: Any) -> Build:
     return lambda model, _: torch.optim.AdamW(model.parameters(), lr=RATE, **options)
 
 
@@ -146,7 +147,7 @@ def warmed(build: Build, model: nn.Module, size: dict[str, int]) -> Optimizer:
 def interleaved(optimizers: dict[str, Optimizer], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of a step, by name, one a round."""
     times: dict[str, list[float]] = {name: [] for name in optimizers}
-    for _ in range(rounds):
+    for _ in track(range(rounds), description="rounds"):
         for name, optimizer in optimizers.items():
             times[name].append(seconds(optimizer.step, device))
     return times
@@ -162,7 +163,7 @@ def installed(
     """(what could be built and has stepped, rows that say why the rest has not)."""
     built: dict[str, Optimizer] = {}
     missing: list[dict[str, Any]] = []
-    for name, (package, build) in builds.items():
+    for name, (package, build) in track(builds.items(), description="first steps, others"):
         try:
             built[name] = warmed(build, model, size)
         except ImportError as error:
@@ -180,7 +181,7 @@ def measure_steps(
     model = with_gradients(Layer(size), device)
     count = sum(p.numel() for p in model.parameters())
     theirs, rows = installed(peers, model, size)
-    mine = {name: warmed(build, model, size) for name, build in settings.items()}
+    mine = {n: warmed(build, model, size) for n, build in track(settings.items(), description="first steps, ours")}
     times = interleaved(theirs | mine, size["rounds"], device)
     for name, optimizer in (theirs | mine).items():
         rows.append(

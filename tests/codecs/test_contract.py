@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs import CODECS, BlockCodec, Encoded, StateCodec, get_codec, is_signed
+from hf_lowmem.codecs import CODECS, PAIRS, BlockCodec, Encoded, StateCodec, codec_pair, get_codec, is_signed
 
 BLOCK_CODECS = [name for name, codec in CODECS.items() if isinstance(codec, BlockCodec)]
 SHAPES = [(), (0,), (0, 3), (1,), (127,), (128,), (129,), (255,), (257,), (3, 5, 7), (40, 70), (1000, 257)]
@@ -218,3 +218,40 @@ def test_names() -> None:
         get_codec("fp8_expnd")
     with pytest.raises(ValueError, match="Choose from: fp32, bf16, int8, int8_softsign, fp8, fp8_expand, int4"):
         get_codec("zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("int8", ("int8", "int8")),
+        ("int8,fp8_expand", ("int8", "fp8_expand")),
+        ("int4 , bf16", ("int4", "bf16")),
+        *((name, PAIRS[name]) for name in PAIRS),
+    ],
+)
+def test_a_pair_is_the_codec_of_signed_and_of_unsigned_states(name: str, want: tuple[str, str]) -> None:
+    assert codec_pair(name) == (CODECS[want[0]], CODECS[want[1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("int9", r"lowmem_state='int9' is not available\. Did you mean .*'int8'.*Choose from: fp32, .*, int4, 8bit"),
+        ("8bits", r"lowmem_state='8bits' is not available\. Did you mean '8bit'"),
+        ("", r"lowmem_state='' is not available"),
+        ("int8,fp8_expnd", r"lowmem_state='int8,fp8_expnd': second codec='fp8_expnd' .* Did you mean 'fp8_expand'"),
+        ("int,fp8", r"lowmem_state='int,fp8': first codec='int' is not available"),
+        ("int8,", r"lowmem_state='int8,' has an empty name: expected one codec, or two"),
+        (",", "has an empty name"),
+        ("int8,fp8,int8", r"lowmem_state='int8,fp8,int8' has 3 names: expected one codec, or two"),
+        ("8bit,int8", r"'8bit' is a pair itself .* Write lowmem_state='8bit', or name two codecs"),
+    ],
+)
+def test_bad_pairs_are_refused_by_the_users_name(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        codec_pair(name, label="lowmem_state")
+
+
+def test_a_pair_is_a_string() -> None:
+    with pytest.raises(TypeError, match="state=8: expected a string, got int"):
+        codec_pair(8)  # pyright: ignore[reportArgumentType]

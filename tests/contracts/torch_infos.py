@@ -87,6 +87,7 @@ class Problem:
         self.bias = nn.Parameter(torch.randn(12, generator=generator).to(dtypes[1]))
         self.input = torch.randn(8, generator=generator)
         self.params = [self.weight, self.bias]
+        self.start = self.values()
 
     def loss(self) -> Tensor:
         for p in self.params:
@@ -108,3 +109,10 @@ def make(info: OptimizerInfo, params: Any, case: OptimizerInput | None = None, *
 def train(optimizer: Any, problem: Problem, steps: int = 5) -> None:
     for _ in range(steps):
         optimizer.step(problem.loss)
+
+
+def trained(info: OptimizerInfo, case: OptimizerInput | None = None, steps: int = 5) -> tuple[Problem, Any]:
+    problem = Problem()
+    optimizer = make(info, problem.params, case)
+    train(optimizer, problem, steps)
+    return problem, optimizer

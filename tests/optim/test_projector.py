@@ -84,20 +84,19 @@ def test_svd_keeps_the_most_that_can_be_kept(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(energy(grad, svd_basis(grad, 4)), expected.expand(shape[:-2]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(64, 48), (48, 64)], ids=str)
-def test_subspace_keeps_nearly_as_much(shape: tuple[int, int]) -> None:
-    """On gradients that change slowly: at least 95 % of SVD's energy at once, 99.9 % after two refreshes."""
-    stepper = Stepper("subspace", rank=12, gap=1)
-    drift = normal(*shape, seed=1) / math.sqrt(shape[0] * shape[1])
-    kept = []
+@pytest.mark.parametrize(("shape", "rank"), [((64, 48), 12), ((48, 64), 12), ((128, 352), 32)], ids=str)
+def test_subspace_keeps_nearly_as_much(shape: tuple[int, int], rank: int) -> None:
+    """Of gradients that change by 3 % from one refresh to the next, 99.9 % of SVD's energy after two."""
+    stepper = Stepper("subspace", rank=rank, gap=1)
+    drift = normal(*shape, seed=1)
     for step in range(3):
-        grad = decaying(shape) + 0.05 * step * drift + 0.01 * normal(*shape, seed=2 + step) / 8
-        kept.append((energy(grad, stepper(grad, step).basis) / energy(grad, svd_basis(grad, 12))).item())
-    assert kept[0] >= 0.95
-    assert kept[2] >= 0.999
+        grad = decaying(shape)
+        grad = grad + 0.03 * step * drift * grad.norm() / drift.norm()
+        kept = energy(grad, stepper(grad, step).basis) / energy(grad, svd_basis(grad, rank))
+    assert kept >= 0.999
 
 
-def test_three_power_steps_from_a_gaussian_are_good_at_once() -> None:
+def test_the_first_power_steps_from_a_gaussian_are_good_at_once() -> None:
     """Also where singular values fall slowly, as those of a real gradient do behind the first ones: like 1 / i."""
     u, s, vh = torch.linalg.svd(normal(96, 128), full_matrices=False)
     grad = (u / torch.arange(1.0, len(s) + 1)) @ vh
@@ -156,7 +155,9 @@ def test_a_bad_gradient_makes_no_basis(projection: str, bad: float) -> None:
     second = stepper(good, 1).basis.clone()
     assert torch.equal(second[0], first[0])
     assert distance_from_orthonormal(second[1]) < 1e-5, "made as soon as there was something to make it of"
-    fifth = stepper(spoilt + normal(2, 40, 24, seed=3), 4).basis if bad else stepper(spoilt, 4).basis
+    later = normal(2, 40, 24, seed=3)
+    later[1] = bad
+    fifth = stepper(later, 4).basis
     assert torch.equal(fifth[1], second[1]), "kept"
     assert not torch.equal(fifth[0], second[0])
     assert stepper.rotation is not None
@@ -249,8 +250,9 @@ def test_subspace_refreshes_ten_times_as_fast_as_svd() -> None:
         stepper(grad, 0)
         times = []
         for step in range(1, 4):
+            moved = grad + 0.1 * normal(1024, 2816, seed=step)
             begin = time.perf_counter()
-            stepper(grad + 0.1 * normal(1024, 2816, seed=step), step)
+            stepper(moved, step)
             times.append(time.perf_counter() - begin)
         medians[projection] = sorted(times)[1]
     print({k: round(v, 3) for k, v in medians.items()}, "ratio", round(medians["svd"] / medians["subspace"], 1))

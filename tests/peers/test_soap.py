@@ -230,6 +230,36 @@ def test_a_solver_that_does_not_converge_in_fp32_is_asked_again_in_fp64(monkeypa
     assert basis.abs().argmax(0).tolist() == [1, 2, 0], "columns by falling eigenvalue"
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_bad_first_gradient_leaves_adam_until_the_first_refresh(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Soap, "_waits_for_the_device", staticmethod(lambda p: not asynchronous))
+    shape = (2, 12, 9)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    p, flat = nn.Parameter(start.clone()), nn.Parameter(start.flatten())
+    one, adam = Soap([p], lr=0.01), Soap([flat], lr=0.01)
+    p.grad = torch.full(shape, math.nan)
+    one.step()
+    assert torch.equal(p, start)
+    for step in range(10):
+        p.grad = gradient(shape, step)
+        flat.grad = p.grad.flatten()
+        one.step()
+        adam.step()
+    assert torch.equal(p.flatten(), flat)
+    for basis in bases(one, p):
+        eye = torch.eye(basis.shape[-1]).expand_as(basis)
+        torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=5e-6)
+        assert (basis.abs() - eye).abs().amax((-2, -1)).min() > 0.1, "it has been refreshed"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_basis_of_a_bad_gradient_does_not_raise(bad: float) -> None:
+    basis = eigenbasis(torch.full((3, 5, 5), bad))
+    assert torch.equal((basis.mT @ basis).round(decimals=5), torch.eye(5).expand(3, 5, 5))
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

@@ -65,7 +65,7 @@ def limit_norm_growth_(x: Tensor, prev_norm: Tensor) -> Tensor:
 def rotate_first(exp_avg: Tensor, rotation: Tensor, right: bool) -> Tensor:
     """The first moment in the coordinates of a new basis: m @ Q, or Q.T @ m, with Q = P_old.T @ P_new (..., r, r).
 
-    What of it lies outside of the new basis is dropped. LDAdam, arXiv 2410.16103, section 3.
+    What of it lies outside of the new basis is dropped. LDAdam, arXiv 2410.16103.
     """
     return exp_avg @ rotation if right else rotation.mT @ exp_avg
 
