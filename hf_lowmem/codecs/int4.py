@@ -5,13 +5,12 @@ Sixteen codes forgive nothing, so the two kinds of state have little in common:
 - **A first moment** takes the squares of even steps, both signs: -(7/8)**2 ... 0 ... (8/8)**2 of its block's extreme.
   As in `int8` the scale has the extreme's sign, so that the extreme is exact and the sixteenth code is not wasted.
   The paper's map, the dynamic one of 4 bits, spends six codes below a tenth of the extreme and has gaps of a fifth of
-  it above: its error in the update is a fifth larger.
+  it above: on moments of real training its error in the update is a quarter to a third larger.
 - **A second moment** takes fifteen values in geometric progression from the block's smallest to its largest, and code
   0 for an exact zero. The paper excludes zero from an even map, 1/16 to 16/16; a floor of 1/16 is far above most of a
   block, and in a state of zeros (before the first step, in a row of an embedding that no token has used) it would
   have no way to say zero. Here every non-zero value keeps its order of magnitude: what counts is the *relative*
-  error of sqrt(v). On moments of real training the error in the update is a sixth of that of the even map
-  (`scripts/bench/codecs.py`).
+  error of sqrt(v). The error in the update is a sixth to an eighth of the even map's (`scripts/bench/codecs.py`).
 
 Both take 4 bytes of scalars a block of 128. A first moment has one extreme in bf16 for each half of it, a second
 moment the largest and the smallest value; so the size does not depend on the kind of state.
@@ -81,8 +80,9 @@ class Int4Codec(BlockCodec):
     a is rounded down and b up, so that the extremes of a block are outside [b, a], take its end codes and decode to a
     and b themselves: encoding again changes nothing.
 
-    For what it saves, half of an 8-bit state, the error in the update is about tenfold. For a first moment of a long
-    pre-training take 8 bits; for fine-tuning, and where the state is a bundle of low-rank gradients, it may do.
+    For the half of an 8-bit state that it saves, the error in the update is 11 to 16 times as large, nearly all of it
+    the first moment's: a tenth to a quarter of the update. Where the state is not what fills the memory, take 8 bits;
+    or 4 for the second moment alone ("int8_softsign,int4").
     """
 
     name: ClassVar[str] = "int4"

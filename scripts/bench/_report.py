@@ -24,6 +24,7 @@ STYLES = {
     "apollo_mini": ("#000000", "s"),
     "natural_galore": ("#882255", "s"),
 }
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # bytes a parameter
 
 
 class Comparison(NamedTuple):
@@ -194,6 +195,8 @@ def draw(scores: Scores, path: Path) -> None:
         for at, loss, _, codec in points:
             axes.annotate(codec, (at, loss), fontsize=6, xytext=(3, 3), textcoords="offset points", color=colour)
     axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("optimizer state, bytes a parameter (model of about a million parameters)")
     axes.set_ylabel("held-out loss, nats a token, mean over seeds")
     axes.legend(fontsize=8)

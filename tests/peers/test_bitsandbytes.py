@@ -90,3 +90,19 @@ def test_takes_no_more_bytes(method: str) -> None:
     # bitsandbytes keeps a map of 256 fp32 for each state of each parameter.
     assert optimizer_bytes(ours) <= optimizer_bytes(theirs)
     assert optimizer_bytes(ours) == pair.states * (64 * 256 + 64 * 256 // 256 * 4)
+
+
+@pytest.mark.parametrize("shape", [(31, 17), (4095,)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_agrees_where_neither_compresses(method: str, shape: tuple[int, ...]) -> None:
+    """Below 4096 values both keep fp32 states: the rules themselves, over 100 steps with decay."""
+    pair = METHODS[method]
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    theirs_p, ours_p = (nn.Parameter(start.clone()) for _ in range(2))
+    theirs, ours = pair.theirs([theirs_p], **SETTINGS), pair.ours([ours_p], state="int8", **SETTINGS)
+    for step in range(STEPS):
+        for p, optimizer in ((theirs_p, theirs), (ours_p, ours)):
+            p.grad = gradient((1, start.numel()), step, "normal").view(shape)
+            optimizer.step()
+    assert rms(ours_p - start) > 0.01
+    assert (ours_p - theirs_p).abs().max().item() <= 1e-5

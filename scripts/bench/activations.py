@@ -1,0 +1,82 @@
+"""Saved activations by tier: bytes, gradient error, time, peaks and loss, beside what HuggingFace users have.
+
+    python scripts/bench/activations.py --part bytes --part error --part time     # minutes
+    python scripts/bench/activations.py --part peaks       # Llama-3-8B weighed without a device
+    python scripts/bench/activations.py --part loss        # a 5M model, 200 steps, three seeds; resumable
+    python scripts/bench/activations.py --part report      # tables and the plot, from the record
+
+Every row of records/activations.jsonl says which part and case it is, with device, versions and commit. A part that is
+run again replaces its rows; `loss` adds the runs that are missing.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; read when torch is imported
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import _activation_parts as parts
+import torch
+from _activation_report import draw, tables
+from optimizers import commit
+from rich.console import Console
+
+from hf_lowmem.demo.run import device, versions
+
+RECORD = Path(__file__).parent / "records" / "activations.jsonl"
+
+PARTS: dict[str, Callable[[bool, list[dict[str, Any]]], Any]] = {
+    "bytes": parts.bytes_rows,
+    "error": parts.error_rows,
+    "time": parts.time_rows,
+    "peaks": parts.peak_rows,
+    "loss": parts.loss_rows,
+}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=[*PARTS, "report"], action="append", required=True)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    options = parser.parse_args(arguments)
+    console = Console()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    for part in [p for p in options.part if p != "report"]:
+        common = {
+            "command": f"python scripts/bench/activations.py --part {part}",
+            "device": device(),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        rows = read(options.record)
+        old = [row for row in rows if row["part"] == part]
+        kept = [row for row in rows if row["part"] != part or part == "loss"]
+        for row in PARTS[part](options.smoke, old):
+            kept.append({"part": part} | row | common)
+            write(options.record, kept)
+            console.print(row, highlight=False, soft_wrap=True)
+    if "report" in options.part:
+        rows = read(options.record)
+        for table in tables(rows):
+            console.print(table, highlight=False, markup=False, soft_wrap=True)
+        draw(rows, options.record.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
