@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.optim.release import accumulation_refused
-from hf_lowmem.specs import PROJECTIONS, OptimSpec, check_choice, check_flag
+from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
@@ -156,7 +156,23 @@ class LowMemArguments:
     )
     lowmem_activations: str | None = field(
         default=None,
-        metadata={"help": "Tier in which activations are saved for backward. Not available yet."},
+        metadata={
+            "help": "What decoder layers keep for backward: exact (gradients equal bit for bit, about half), fp8 (a "
+            "quarter), fp8_recompute (gate and up are computed again), checkpoint_fp8 (the layer's input alone), "
+            "hooks_fp8 (for layers that are not recognised); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
+            "optim. Takes the place of gradient_checkpointing, which is then off unless it is set."
+        },
+    )
+    lowmem_activations_stochastic: bool = field(
+        default=False,
+        metadata={"help": "Round at random where lowmem_activations compresses, so that errors average out."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep each layer's input only and compute the layer again in backward. Default: that of the class "
+            "without lowmem (True for TRL's); False with lowmem_activations."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -164,6 +180,7 @@ class LowMemArguments:
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
         self._check_lowmem_fields(ours, name)
+        self._settle_checkpointing()
         own = OPTIMIZERS[name].DEFAULTS if ours else {}
         betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
         defaults = {"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": own.get("eps")}
@@ -179,11 +196,6 @@ class LowMemArguments:
 
     def _check_lowmem_fields(self, ours: bool, name: str) -> None:
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
-        if self.lowmem_activations is not None:
-            raise ValueError(
-                f"lowmem_activations={self.lowmem_activations!r} is not available in this version. Leave it unset, "
-                "and use gradient_checkpointing=True to keep fewer activations."
-            )
         if not ours:
             for option in (*OPTIMIZER_FIELDS, "step_in_backward"):
                 value = getattr(self, f"lowmem_{option}")
@@ -200,6 +212,45 @@ class LowMemArguments:
                     f"{other}={value!r} with optim={name!r} is not supported yet: sharded state would not survive a "
                     f"checkpoint. Use DDP or one process, and leave {other} unset."
                 )
+
+    def _settle_checkpointing(self) -> None:
+        """Checkpointing or our tiers: inside a checkpoint nothing is left to compress."""
+        spec = self.lowmem_activation_spec()
+        checkpointing = self.gradient_checkpointing or getattr(self, "activation_checkpointing", None)
+        if spec is None:
+            if self.lowmem_activations_stochastic:
+                raise ValueError(
+                    "lowmem_activations_stochastic=True has no effect without lowmem_activations. Leave it unset, or "
+                    "set lowmem_activations='fp8'."
+                )
+            if self.gradient_checkpointing is None:
+                self.gradient_checkpointing = inherited_default(type(self), "gradient_checkpointing")
+            return
+        self.gradient_checkpointing = self.gradient_checkpointing or False
+        tiers = f"lowmem_activations={self.lowmem_activations!r}"
+        inside = "inside it nothing is left for a tier to compress"
+        for setting, value, reason, remedy in (
+            ("gradient_checkpointing", checkpointing, inside, "Leave it unset; 'checkpoint_fp8' is a tier"),
+            ("activation_offloading", "activation_offloading", inside, "Set one of the two"),
+            (
+                "use_liger_kernel",
+                "use_liger_kernel",
+                "its norms and MLPs keep tensors in functions of their own, out of reach",
+                "Set one of the two",
+            ),
+            ("fsdp", "fsdp", "it was not tested with sharded weights", "Use DDP or one process"),
+            ("deepspeed", "deepspeed", "it was not tested with sharded weights", "Use DDP or one process"),
+        ):
+            found = getattr(self, value, None) if isinstance(value, str) else value
+            if found:
+                raise ValueError(f"{setting}={found!r} cannot be combined with {tiers}: {reason}. {remedy}.")
+
+    def lowmem_activation_spec(self) -> ActivationSpec | None:
+        """What these arguments ask of the model's layers."""
+        check_flag("lowmem_activations_stochastic", self.lowmem_activations_stochastic)
+        if self.lowmem_activations is None:
+            return None
+        return ActivationSpec(tiers=self.lowmem_activations, stochastic=self.lowmem_activations_stochastic)
 
     def _check_step_in_backward(self) -> None:
         """What needs all gradients at once is refused."""
@@ -270,6 +321,14 @@ class LowMemArguments:
         self.optim = str(name)
         check_spec(self.lowmem_optim_spec())
         return self
+
+
+def inherited_default(config: type, name: str) -> Any:
+    """The default that a field would have without our mixin."""
+    above = config.__mro__[config.__mro__.index(LowMemArguments) + 1 :]
+    return next(
+        (c.__dataclass_fields__[name].default for c in above if name in getattr(c, "__dataclass_fields__", {})), None
+    )
 
 
 def parse_options(optim_args: str | None, name: str) -> dict[str, Any]:

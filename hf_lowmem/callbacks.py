@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowmem.activations import Report, convert
 from hf_lowmem.memory import (
     PeakMemory,
     SavedReport,
@@ -28,6 +29,7 @@ from hf_lowmem.memory import (
     parameter_bytes,
 )
 from hf_lowmem.memory.peak import CUDA_SOURCE
+from hf_lowmem.specs import ActivationSpec
 
 __all__ = ["LowMemCallback"]
 
@@ -50,6 +52,8 @@ class LowMemCallback(TrainerCallback):
         trainer.train()
         callback.report["optimizer"], callback.report["saved"], callback.report["peak"]
 
+    activations: also let the model keep less for backward: a tier, or tiers by layer, as for `activations.convert`,
+              whose report is `callback.activations`. None: leave the model alone
     every:    measure again every so many optimizer steps; None: in the first step only
     verbose:  print a table at the end of training (rank 0; the other processes log theirs)
 
@@ -80,11 +84,17 @@ class LowMemCallback(TrainerCallback):
     Raises TypeError or ValueError for an `every` that is not a positive integer.
     """
 
-    def __init__(self, every: int | None = None, verbose: bool = True) -> None:
+    def __init__(
+        self, activations: str | ActivationSpec | None = None, *, every: int | None = None, verbose: bool = True
+    ) -> None:
         if every is not None and (not isinstance(every, int) or isinstance(every, bool)):
             raise TypeError(f"every={every!r} must be an int, in steps, or None for the first step only")
         if every is not None and every < 1:
             raise ValueError(f"every={every} must be at least 1 step; None measures the first step only")
+        self.spec = ActivationSpec(tiers=activations) if isinstance(activations, str) else activations
+        if self.spec is not None and not isinstance(self.spec, ActivationSpec):
+            raise TypeError(f"activations={activations!r}: expected a tier, such as 'fp8', or None.")
+        self.activations: Report | None = None
         self.every = every
         self.verbose = verbose
         self.report: dict[str, Any] = {}
@@ -99,8 +109,29 @@ class LowMemCallback(TrainerCallback):
         # A copy reports what was measured, but does not measure on: threads and open contexts cannot be pickled.
         return self.__dict__ | {"_peak": None, "_model": None, "_hooks": [], "_calls": []}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._convert(args, kw.get("model"))
+
+    def _convert(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        if self.spec is None or model is None:
+            return
+        for setting in (
+            "gradient_checkpointing",
+            "activation_checkpointing",
+            "activation_offloading",
+            "use_liger_kernel",
+        ):
+            if getattr(args, setting, None):
+                raise ValueError(
+                    f"{setting}=True cannot be combined with LowMemCallback(activations={self.spec.tiers!r}): nothing "
+                    f"would be left to compress. Set {setting}=False (TRL turns gradient_checkpointing on "
+                    "by default); 'checkpoint_fp8' is a tier."
+                )
+        self.activations = convert(model, self.spec)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._stop()  # of a training that ended in an exception
+        self._convert(args, kw.get("model"))  # of `model_init`, or where the callback was added late
         self.report, self._last = {}, None
         self._start_peak(args)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from hf_lowmem.activations import Report, convert
 from hf_lowmem.arguments import LowMemArguments
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
@@ -28,6 +29,7 @@ class LowMemTrainerMixin:
     optimizer_cls_and_kwargs: Any
     accelerator: Any
     stepping: StepInBackward | None = None
+    activations: Report | None = None  # what `lowmem_activations` did to the model
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,13 +39,23 @@ class LowMemTrainerMixin:
                 f"optim={self.args.optim!r} would have no effect: an optimizer was passed as well. Pass one or the "
                 "other: drop `optimizers=`/`optimizer_cls_and_kwargs=`, or leave `optim` and the lowmem fields unset."
             )
+        self._convert_activations()
 
     @property
     def _ours(self) -> bool:
         return isinstance(self.args, LowMemArguments) and self.args.optim in OPTIMIZERS
 
+    def _convert_activations(self) -> None:
+        spec = self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
+        if spec is not None and self.model is not None:
+            report = convert(self.model, spec)
+            if self.activations is None:
+                logger.info("lowmem_activations=%r:\n%s", spec.tiers, report)
+            self.activations = report
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Ours, where `optim` names it: with the decay split of the parent and the user's lr, betas, eps and decay."""
+        self._convert_activations()  # again: `model_init` makes a new model for each training
         if self.optimizer is not None or not self._ours:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
         for engine in ("fsdp", "deepspeed"):

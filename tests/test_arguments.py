@@ -87,7 +87,7 @@ class TestEveryConfig:
         text = " ".join(capsys.readouterr().out.split())
         for name in [f.name for f in dataclasses.fields(LowMemArguments)]:
             assert f"--{name}" in text
-        for word in (*OPTIMIZERS, "Default: 200", "fp8_expand"):
+        for word in (*OPTIMIZERS, "200 (galore", "fp8_expand", "bf16_ecc"):
             assert word in text
 
 

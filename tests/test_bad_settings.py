@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from trl import DPOConfig, SFTConfig
 
 from hf_lowmem import (
+    LowMemCallback,
     LowMemDPOConfig,
     LowMemSFTConfig,
     LowMemTrainer,
@@ -112,9 +113,18 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("stepping optimizer of another", lambda: StepInBackward(torch.optim.SGD([nn.Parameter(torch.zeros(2))])), TypeError, ("SGD", "make_optimizer")),  # type: ignore[arg-type]
     ("stepping twice", lambda: [StepInBackward(o) for o in [optimizer(rank=4)()] * 2], ValueError, ("has a hook", "Remove it")),
     ("accumulation by hand", lambda: StepInBackward(optimizer(rank=4)(), ready=lambda: True), ValueError, ("accumulation", "'apollo'", "galore")),
-    # fields that are declared and not built
-    ("activations", args(lowmem_activations="exact"), ValueError, ("lowmem_activations='exact'", "gradient_checkpointing")),
-    ("activations in SFT", args(LowMemSFTConfig, lowmem_activations="fp8"), ValueError, ("lowmem_activations='fp8'",)),
+    # saved activations
+    ("unknown tier", args(lowmem_activations="fp9"), ValueError, ("lowmem_activations='fp9'", "fp8")),
+    ("tier that is no string", args(lowmem_activations=8), TypeError, ("lowmem_activations=8", "string")),
+    ("layers of no form", args(lowmem_activations="fp8:a-b"), ValueError, ("lowmem_activations='fp8:a-b'", "fp8:0-11")),
+    ("layers that overlap", args(lowmem_activations="fp8:0-4,exact:3-"), ValueError, ("lowmem_activations", "layer 3 twice")),
+    ("layer that is not there", trainer(args(lowmem_activations="fp8:0-7")), ValueError, ("lowmem_activations='fp8:0-7'", "layers 0 to 0")),
+    ("tiers in a checkpoint", args(LowMemSFTConfig, lowmem_activations="fp8", gradient_checkpointing=True), ValueError, ("gradient_checkpointing=True", "lowmem_activations='fp8'", "checkpoint_fp8")),
+    ("tiers and offloading", args(LowMemSFTConfig, lowmem_activations="fp8", activation_offloading=True), ValueError, ("activation_offloading=True", "lowmem_activations")),
+    ("tiers and Liger", args(lowmem_activations="fp8", use_liger_kernel=True), ValueError, ("use_liger_kernel=True", "lowmem_activations")),
+    ("stochastic nothing", args(lowmem_activations_stochastic=True), ValueError, ("lowmem_activations_stochastic=True", "no effect")),
+    ("stochastic as text", args(lowmem_activations="fp8", lowmem_activations_stochastic="no"), TypeError, ("lowmem_activations_stochastic='no'",)),
+    ("tier of a callback", lambda: LowMemCallback("fp9"), ValueError, ("'fp9'", "fp8")),
     # preference losses
     ("unknown loss", args(LowMemDPOConfig, loss_type="asfd"), ValueError, ("loss_type='asfd'", "'asft'")),
     ("asft among others", args(LowMemDPOConfig, loss_type=["asft", "sigmoid"]), ValueError, ("loss_type", "cannot be combined")),

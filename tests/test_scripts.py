@@ -12,13 +12,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from hf_lowmem.codecs import codec_pair
 from tests.conftest import tiny_llama
 from tests.test_trainers import pair_data
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "integrations" / "trl").glob("*.yaml"))
-SMALL = ["--use_cpu", "--bf16", "False", "--dtype", "float32", "--max_steps", "2", "--max_length", "32"]
-SMALL += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--report_to", "none"]
+FEW = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--max_length", "32"]
+FEW += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--report_to", "none"]
+SMALL = [*FEW, "--dtype", "float32"]
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_runs_from_its_configuration(config: Path, model_and_data: tuple[str, st
     out = tmp_path / "out"
     done = run(
         script, "--config", str(config), "--model_name_or_path", model, "--dataset_name", data,
-        "--output_dir", str(out), *SMALL, "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2",
+        "--output_dir", str(out), *FEW, "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     AutoModelForCausalLM.from_pretrained(out)
@@ -71,8 +73,8 @@ def test_runs_from_its_configuration(config: Path, model_and_data: tuple[str, st
     assert any("eval_loss" in row for row in state["log_history"])
     settings = yaml.safe_load(config.read_text())
     saved = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)
-    methods = {(group["method"], group["state"]) for group in saved["param_groups"]}
-    assert methods == {(settings["optim"], settings["lowmem_state"])}
+    methods = {(g["method"], codec_pair(g["state"]), g["weights"]) for g in saved["param_groups"]}
+    assert methods == {(settings["optim"], codec_pair(settings["lowmem_state"]), settings["lowmem_weights"])}
 
 
 def test_an_unknown_key_is_refused(model_and_data: tuple[str, str], tmp_path: Path) -> None:

@@ -1,1 +1,18 @@
-"""Saved activations in fewer bytes. Nothing yet: `lowmem_activations` is refused."""
+"""What a layer keeps for its backward pass, in fewer bytes.
+
+formats      how one tensor is stored: as it is, as E4M3, as int8
+values       what backward asks for, and how it is had: kept, or computed again
+tape         which tensors of a layer's call are the same, and which can be computed from others
+blocks       the forwards of a converted layer
+detect       which modules of a model are what
+convert      from a tier to forwards, and back
+checkpoint   tier `checkpoint_fp8`
+hooks        tier `hooks_fp8`
+report       what was handled, and bytes per token, counted
+"""
+
+from hf_lowmem.activations.convert import convert, undo
+from hf_lowmem.activations.formats import compress, decompress
+from hf_lowmem.activations.report import LayerReport, Measured, Report, measure
+
+__all__ = ["LayerReport", "Measured", "Report", "compress", "convert", "decompress", "measure", "undo"]

@@ -62,7 +62,7 @@ def build(family: str, shape: dict[str, Any], *, layers: int, hidden: int, token
 def lora(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear"))
+    return get_peft_model(model, LoraConfig(r=8, lora_dropout=0.05, target_modules="all-linear"))
 
 
 def prepared(way: str, model: Any) -> Any:

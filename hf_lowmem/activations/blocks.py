@@ -1,0 +1,152 @@
+"""The forwards that a converted model runs: HuggingFace's own, with a tape beside them.
+
+A module is converted by an instance attribute `forward`: its class, its name, its parameters, its hooks and its state
+dict stay what they are; `undo` deletes the attribute. The attribute is an object of a class of this module, no closure,
+so a converted model can be copied and pickled.
+
+    Layer       opens the tape; everything that autograd saves inside goes through it
+    Cheap       a norm, an activation, a dropout: replayed in backward
+    Block       attention or MLP: says how what is saved inside is stored
+    Projection  a linear of the MLP's input: run again in backward, in tier `fp8_recompute`
+
+Without gradients, or in eval mode, the plain forward runs and nothing else.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hf_lowmem.activations.checkpoint import WrappedForward
+from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, active, unpack
+
+__all__ = ["Block", "Cheap", "Layer", "Patch", "Projection", "draw_seed", "patches", "put", "put_back", "take_out"]
+
+
+class Patch:
+    """A callable in the place of `module.forward`. `inner` is an instance attribute that was found there, or None."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.inner: Callable[..., Any] | None = vars(module).get("forward")
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        return self.inner or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+
+def patches(model: nn.Module) -> Iterator[Patch | WrappedForward]:
+    """The forwards of ours in a model, outer modules first."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, Patch | WrappedForward):
+            yield forward
+
+
+def take_out(model: nn.Module) -> list[Patch | WrappedForward]:
+    """Make a model plain again; what `put_back` needs to undo that."""
+    found = list(patches(model))
+    for patch in found:
+        del patch.module.forward
+        if patch.inner is not None:
+            patch.module.forward = patch.inner
+    return found
+
+
+def put_back(found: list[Patch | WrappedForward]) -> None:
+    for patch in found:
+        put(patch)
+
+
+def put(patch: Patch | WrappedForward) -> None:
+    vars(patch.module)["forward"] = patch
+
+
+def draw_seed() -> int:
+    """A seed from torch's generator, whose state a checkpoint holds: a resumed run rounds as an uninterrupted one."""
+    return int(torch.randint(2**62, ()))
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether running the module draws random numbers."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
+
+
+class Layer(Patch):
+    """A decoder layer in tier `exact`, `fp8` or `fp8_recompute`.
+
+    Raises RuntimeError where HuggingFace's activation checkpointing was turned on after conversion: inside a checkpoint
+    nothing is saved that could be compressed, so the tier would have no effect.
+    """
+
+    def __init__(self, module: nn.Module, name: str, tier: str, stochastic: bool) -> None:
+        super().__init__(module)
+        self.name, self.tier, self.stochastic = name, tier, stochastic
+
+    @torch.compiler.disable(reason="hf_lowmem runs converted layers eagerly: a compiled graph decides what it saves")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = first_tensor(args, kwargs)
+        if hidden is None or not (self.module.training and torch.is_grad_enabled()):
+            return self.original(*args, **kwargs)
+        if getattr(self.module, "gradient_checkpointing", False):
+            raise RuntimeError(
+                f"lowmem_activations={self.tier!r} on {self.name}: activation checkpointing was turned on after the "
+                "model was converted, and inside a checkpoint the tier has no effect. Turn it off "
+                "(model.gradient_checkpointing_disable(), activation_checkpointing=False), or use the tier "
+                "'checkpoint_fp8', which checkpoints and compresses."
+            )
+        seed = draw_seed() if self.stochastic else None
+        tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape
+        active.tape = tape
+        try:
+            with saved_tensors_hooks(tape.pack, unpack):
+                return self.original(*args, **kwargs)
+        finally:
+            active.tape = outer
+            tape.close()
+
+
+class Cheap(Patch):
+    """A module of one tensor that costs little beside a matrix product."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tape = active.tape
+        if tape is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            return self.original(*args, **kwargs)
+        return tape.replay(self.module, self.original, args[0], has_dropout(self.module))
+
+
+class Block(Patch):
+    """`kind`: "attention" or "mlp"."""
+
+    def __init__(self, module: nn.Module, kind: str) -> None:
+        super().__init__(module)
+        self.kind = kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tape, x = active.tape, first_tensor(args, kwargs)
+        if tape is None or x is None:
+            return self.original(*args, **kwargs)
+        with tape.scope(self.kind, x):
+            return self.original(*args, **kwargs)
+
+
+class Projection(Patch):
+    """A linear, plain or with adapters, of the MLP's input."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tape = active.tape
+        if tape is None or not tape.formats.rerun or kwargs or len(args) != 1 or args[0] is not tape.block_input:
+            return self.original(*args, **kwargs)
+        return tape.rerun(self.module, self.original, args[0], has_dropout(self.module))

@@ -1,0 +1,210 @@
+"""Tier `checkpoint_fp8`: of a whole layer keep nothing but its input, compressed, and run the layer again in backward.
+
+Activation checkpointing keeps the layer's input as it is, 1 U (tokens x hidden x 2 bytes). As E4M3 it is 0.51 U, for
+the same second forward pass. The first forward pass is the layer's own, on the exact input: its output is bit-equal
+to HuggingFace's. Only backward sees the rounding, as x' = x + d with |d| <= 6 % of |x|: what a layer computes is
+exactly its backward pass at x'. Roundings do not build up in x', as no layer's x' is computed from another's.
+
+How: torch's non-reentrant checkpoint of a function whose *argument* is the compressed input,
+
+    parts = compress(x)
+    checkpoint(run, *parts, use_reentrant=False)      # run: the first time on x, afterwards on decompress(parts)
+
+and not a custom Function that calls `torch.autograd.backward` inside its own backward. There, an inner graph makes the
+gradients of parameters: DDP does not find them in the graph that it searches, an input without gradient (frozen
+embeddings) cuts the parameters off, and tensors in keyword arguments get no gradient. In the
+non-reentrant form the first pass builds the real graph, with empty places where tensors would be saved, and the second
+pass fills the places: gradients flow as if nothing were checkpointed.
+
+Saved-tensor hooks that compress what checkpoint saves would do as well; but of nested hooks only the innermost are
+asked. With the codes as ordinary saved tensors, hooks around the model (offloading, measuring) move or count the codes.
+"""
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from hf_lowmem.activations.formats import check_format, compress, decompress
+
+__all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
+
+
+class WrappedForward(ABC):
+    """What stands in a module's `forward`: an instance attribute, so class, names and state_dict stay as they are.
+
+    An object and not a closure, because it must be copied and pickled with its module, and then belong to the copy.
+    nn.DataParallel's replicas, whose attributes are copied without that care, are the exception: use DDP.
+    """
+
+    tier = ""
+
+    def __init__(self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{self.tier} wraps an nn.Module, not {type(module).__name__}.")
+        if is_wrapped(module):
+            tier = vars(module)["forward"].tier
+            raise ValueError(f"{type(module).__name__} is wrapped already, as {tier}: undo that first.")
+        self.module, self.fmt, self.seeds = module, check_format("fmt", fmt), seeds
+        # Somebody's instance attribute (a patched forward), or None: the class's, found at each call.
+        self.inner: Callable[..., Any] | None = vars(module).get("forward")
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        return self.inner or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def seed(self) -> int | None:
+        return None if self.seeds is None else self.seeds()
+
+    def training(self) -> bool:
+        """Whether this call will be followed by a backward pass. Raises ValueError if HF checkpoints it too."""
+        if not (self.module.training and torch.is_grad_enabled()):
+            return False
+        if getattr(self.module, "gradient_checkpointing", False):
+            raise ValueError(
+                f"{type(self.module).__name__} is wrapped as {self.tier} and has HuggingFace's activation "
+                "checkpointing on as well, which would run it once more and save nothing. Turn that off: "
+                "gradient_checkpointing=False in the training arguments or model.gradient_checkpointing_disable()."
+            )
+        return True
+
+    # The layer runs uncompiled inside a compiled model: checkpoint recomputes with the compiler off, and would meet
+    # other saved tensors than a compiled first pass has left; hooks would compress what a compiler wants to recompute.
+    @torch.compiler.disable(reason="compressed activations are kept by eager code")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs) if self.training() else self.original(*args, **kwargs)
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward when a backward pass will follow."""
+
+    def install(self) -> Callable[[], None]:
+        self.module.forward = self
+
+        def undo() -> None:
+            now = vars(self.module).get("forward")
+            if now is not self:
+                if now is self.inner:
+                    return  # undone before
+                raise RuntimeError(
+                    f"{type(self.module).__name__}.forward was replaced by {now!r} after it was wrapped as "
+                    f"{self.tier}: take that away first."
+                )
+            del self.module.forward
+            if self.inner is not None:
+                self.module.forward = self.inner
+
+        return undo
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `wrap_layer` or `wrap_module` has replaced this very module's forward."""
+    return isinstance(vars(module).get("forward"), WrappedForward)
+
+
+class _Checkpointed(WrappedForward):
+    tier = "checkpoint_fp8"
+
+    def __init__(self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None) -> None:
+        super().__init__(module, fmt, seeds)
+        if fmt != "none":
+            routed = next((name for name, _ in module.named_modules() if name.split(".")[-1] == "experts"), None)
+            if routed is not None:
+                raise ValueError(
+                    f"fmt={fmt!r}: {type(module).__name__} has routed experts ({routed!r}). Run again from a rounded "
+                    "input, a token near a tie goes to another expert than in the forward pass. Use fmt='none', which "
+                    "keeps the exact input, or another tier for this layer."
+                )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.without_cache(args, kwargs)
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states", None)
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__} is wrapped as {self.tier} and was called without a tensor "
+                f"`hidden_states`, first or by name (got {type(hidden).__name__}). Wrap decoder layers, or undo."
+            )
+        original, fmt, shape, dtype, wants = self.original, self.fmt, hidden.shape, hidden.dtype, hidden.requires_grad
+        if not (wants or self.has_grad(args, kwargs)):
+            return original(hidden, *args, **kwargs)
+        parts = compress(hidden, fmt, seed=self.seed())
+        exact = [hidden]  # taken by the first pass, so that nothing keeps it
+        del hidden
+
+        def run(*parts: Tensor) -> Any:
+            x = exact.pop() if exact else decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
+            return original(x, *args, **kwargs)
+
+        return checkpoint(run, *parts, use_reentrant=False)
+
+    def has_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.module.parameters())
+
+    def without_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take an empty key-value cache away: the second pass would write into it again. HF does the same."""
+        kwargs = dict(kwargs)
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        if getattr(self.module, "_can_checkpoint_with_cache", False):  # it only reads, says HF
+            return args, kwargs
+        caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+        if any(cache.get_seq_length(self.layer_index()) for cache in caches):
+            raise ValueError(
+                f"{type(self.module).__name__} is wrapped as {self.tier} and was called in training with a key-value "
+                "cache that holds tokens, which a second pass would extend again. Train without it (use_cache=False, "
+                "no prefix tuning), or choose another tier."
+            )
+        if caches:
+            warnings.warn(
+                f"{self.tier}: no key-value cache is filled in training; use_cache=False says so to the model.",
+                stacklevel=2,
+            )
+            args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)
+            kwargs = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+        return args, kwargs
+
+    def layer_index(self) -> int:
+        found = (vars(module).get("layer_idx") for module in self.module.modules())
+        return next((index for index in found if isinstance(index, int)), 0)
+
+
+def wrap_layer(layer: nn.Module, fmt: str = "e4m3", *, seeds: Callable[[], int] | None = None) -> Callable[[], None]:
+    """Let `layer` keep only its compressed input for the backward pass. Returns the function that undoes it.
+
+        undo = [wrap_layer(layer) for layer in model.model.layers]
+
+    layer:  called as layer(hidden_states, ...) or layer(hidden_states=..., ...), hidden_states (..., hidden) of bf16,
+            fp16, fp32 or fp64. Other arguments are kept as they are, uncompressed, and get their gradients.
+    fmt:    of hf_lowmem.activations.formats.FORMATS. "none" is torch's checkpoint, exactly.
+    seeds:  called once a forward pass for the seed of stochastic rounding; None rounds to the nearest.
+
+    In eval mode, without grad, or where neither an input nor a parameter wants a gradient, the layer runs as it is and
+    keeps nothing of ours. RNG (CPU and device), autocast and arguments are the same in the second pass.
+    `layer.state_dict()`, names, class, copy and pickle do not notice.
+
+    Keeps 0.508 U a layer (int8: 0.531) where activation checkpointing keeps 1 U, for the same second forward pass.
+    Measured in float64 on three random layers of hidden size 256: the gradient of a parameter is off by 2.5 % (median)
+    and 5 % (worst), with int8 by 0.5 % and 1.1 %; norm and head above the layers are exact. Beside that, torch keeps
+    the state of the CPU's generator for each layer, 5 KB.
+
+    Not for a layer whose arithmetic jumps with its input: routed experts are refused. In torch.compile the layer runs
+    eagerly, behind a graph break; `fullgraph=True` is therefore an error there.
+
+    Raises TypeError or ValueError for a bad `fmt`, a module that is no layer, one that is wrapped already; in the
+    forward pass ValueError when HF's activation checkpointing is on too, or when a key-value cache holds tokens.
+    """
+    return _Checkpointed(layer, fmt, seeds).install()

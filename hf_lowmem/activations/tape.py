@@ -1,0 +1,284 @@
+"""One call of one layer: which of the tensors that autograd saves are the same, and which can be computed again.
+
+`Tape.pack` is asked for every tensor that autograd saves in a layer. It knows a tensor by its storage, since one is
+saved under many shapes: sdpa's output (B, H, T, D) is the output projection's input (B*T, H*D). It keeps a value
+once, and it does not keep what it can *prove* to be computable from what is kept:
+
+    the output of a replayed module     the tape saw it being made
+    a product                           its node is a multiplication, and has saved both factors
+    a cast or a copy                    its node is a cast or a copy, and the edge behind it leads, through reshapes and
+                                        transpositions, to something known: autocast's copies of inputs and of weights
+    keys and values, repeated           its node is the copy of an expanded tensor, and knows of which size
+
+The proof is the autograd graph itself, read in every forward pass. Nothing is concluded from a name or a class, so a
+model that computes something else than its relatives do merely keeps more. What the graph does not know the tape does
+not either: a result that is written to through `.data` before it is saved comes back as it was computed.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hf_lowmem.activations.values import Derived, Kept, Replay, Rerun, Slot, Value, View
+
+__all__ = ["FORMATS_OF_TIER", "Formats", "Tape", "active", "unpack"]
+
+# Fewer values a token than this (a norm's 1/rms, a router's logits, a small adapter's inside) are not worth a scale.
+SMALL = 32
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How a tier stores what it keeps, by names of `formats.FORMATS`.
+
+    residual: inputs of norms and of blocks; attention, mlp: what is saved inside of these.
+    rerun: do not keep the MLP's projections of its input (gate and up), run them again.
+    """
+
+    residual: str = "none"
+    attention: str = "none"
+    mlp: str = "none"
+    rerun: bool = False
+
+
+FORMATS_OF_TIER = {
+    "exact": Formats(),
+    "fp8": Formats("e4m3", "int8", "e4m3"),
+    "fp8_recompute": Formats("e4m3", "int8", "e4m3", rerun=True),
+}
+
+
+# Nodes that give the same values, in the same order, another shape, and know the shape before.
+RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+# A function and what to call it with.
+Formula = tuple[Callable[..., Tensor], tuple[View, ...]]
+
+
+class _Active(threading.local):
+    """What runs in this thread: a layer's tape, a look into a node."""
+
+    tape: "Tape | None" = None
+    peeked: list[Any] | None = None
+
+
+active = _Active()
+
+
+def unpack(packed: View | Slot) -> Tensor:
+    """The hook for autograd that turns what was packed into a tensor again."""
+    if active.peeked is not None:
+        active.peeked.append(packed)
+        return torch.empty(0)
+    return packed.get()
+
+
+def factors(node: Any) -> list[Any]:
+    """What a multiplication has saved, as it was packed: `_saved_self` asks `unpack`, which here only takes note."""
+    active.peeked = []
+    try:
+        _ = node._saved_self, node._saved_other
+        return active.peeked
+    finally:
+        active.peeked = None
+
+
+class Tape:
+    """The values of one layer's call. `hidden`: the layer's input (..., hidden size), which is kept first.
+
+    `seed`: rounds stochastically. The tape ends with the layer's forward; values live as long as the graph needs them.
+    """
+
+    def __init__(self, formats: Formats, hidden: Tensor, seed: int | None) -> None:
+        self.formats, self.seed = formats, seed
+        self.batch, self.tokens = hidden.shape[0], max(hidden.numel() // hidden.shape[-1], 1)
+        self.kind: str | None = None
+        self.block_input: Tensor | None = None
+        self.known: dict[int, list[tuple[weakref.ref, Value]]] = {}
+        self.by_node: dict[tuple[Any, int], Value] = {}
+        self.offered: list[View] = []
+        self.kept = 0
+        self.view(hidden, formats.residual)
+
+    def pack(self, tensor: Tensor) -> View:
+        return self.view(tensor).use()
+
+    def view(self, tensor: Tensor, fmt: str | None = None) -> View:
+        """`tensor` as a window on a known value, or on a new one, kept as `fmt` or as the scope and its looks say."""
+        value = self.find(tensor)
+        if value is None:
+            base = tensor if tensor._base is None else tensor._base
+            value = self.explain(base)
+            if value is None:
+                base = base if self.as_a_whole(base, tensor) else tensor
+                value = self.keep(base, fmt or self.format_of(base))
+            self.remember(base, value)
+            if not self.covers(value, tensor):
+                value = self.keep(tensor, fmt or self.format_of(tensor))
+        return View(value, tensor)
+
+    def keep(self, tensor: Tensor, fmt: str, compact: bool = False) -> Kept:
+        self.kept += 1
+        seed = None if self.seed is None else self.seed + self.kept
+        compact = compact or (self.kind == "attention" and tensor.requires_grad and not tensor.is_leaf)
+        return Kept(tensor, fmt, compact=compact, seed=seed)
+
+    def as_a_whole(self, base: Tensor, part: Tensor) -> bool:
+        """Whether to keep `base` rather than a view of it: where all of it will be saved, as gate and up in one are."""
+        if base.dtype != part.dtype:
+            return False
+        return base.numel() == part.numel() or (self.kind == "mlp" and not base.is_leaf and base.is_contiguous())
+
+    def format_of(self, tensor: Tensor) -> str:
+        """The scope's format, if these are activations of its tokens; weights, masks and the like stay as they are."""
+        ours = (
+            self.kind is not None
+            and tensor.requires_grad
+            and tensor.is_floating_point()
+            and not tensor.is_leaf
+            and tensor.shape[0] in (self.batch, self.tokens)
+            and tensor.numel() % self.tokens == 0
+            and tensor.numel() >= SMALL * self.tokens
+        )
+        return self.scope_format if ours else "none"
+
+    @property
+    def scope_format(self) -> str:
+        return self.formats.residual if self.kind is None else getattr(self.formats, self.kind)
+
+    def find(self, tensor: Tensor) -> Value | None:
+        storage = tensor.untyped_storage()
+        for ref, value in self.known.get(storage._cdata, ()):
+            # An address is given out again once its storage is gone, hence the weak reference.
+            if ref() is storage and value.version == tensor._version and self.covers(value, tensor):
+                return value
+        return None
+
+    @staticmethod
+    def covers(value: Value, tensor: Tensor) -> bool:
+        if value.dtype != tensor.dtype:
+            return False
+        start = tensor.storage_offset() - value.offset
+        if start == 0 and tensor.size() == value.size and tensor.stride() == value.stride:
+            return True
+        reach = sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
+        return value.dense and start >= 0 and start + reach < value.span
+
+    def remember(self, tensor: Tensor, value: Value) -> None:
+        storage = tensor.untyped_storage()
+        self.known.setdefault(storage._cdata, []).append((weakref.ref(storage), value))
+        if tensor.grad_fn is not None:
+            self.by_node[tensor.grad_fn, tensor.output_nr] = value
+
+    def explain(self, tensor: Tensor) -> Value | None:
+        """`tensor` as a function of known values, if the graph says that it is one."""
+        node = tensor.grad_fn
+        if node is None or tensor._version:  # changed in place, it is no longer what the node has made
+            return None
+        if node.name() == "UnsafeViewBackward0" and (repeated := self.explain_repeat(tensor, node)):
+            return repeated
+        cast = node.name() == "ToCopyBackward0"
+        made = self.formula(node.next_functions[0] if cast else (node, tensor.output_nr), tensor.size())
+        if made is None:
+            return None
+        (fn, inputs), dtype, device = made, tensor.dtype, tensor.device
+        return Derived(tensor, lambda *values: fn(*values).to(device, dtype), *inputs)
+
+    def formula(self, edge: tuple[Any, int], size: Sequence[int]) -> Formula | None:
+        """How to compute the tensor of this size that an edge of the graph stands for. Casts inside it end the search:
+        a node does not tell the dtype of what it made, only a tensor does."""
+        node, value = edge[0], self.by_node.get(edge)
+        if value is not None:
+            return (_itself, (View(value),)) if value.size == size else None
+        if node is None:
+            return None
+        if (leaf := getattr(node, "variable", None)) is not None:
+            return (_itself, (self.view(leaf),)) if leaf.size() == size else None
+        name = node.name()
+        if name == "MulBackward0":
+            saved = factors(node)
+            known = len(saved) == 2 and all(isinstance(view, View) for view in saved)
+            return (torch.mul, tuple(saved)) if known else None
+        if name == "CloneBackward0":
+            return self.formula(node.next_functions[0], size)
+        if name in RESHAPES:
+            before = self.formula(node.next_functions[0], torch.Size(node._saved_self_sym_sizes))
+            return before and (_then(before[0], lambda t: t.reshape(size)), before[1])
+        if name == "TransposeBackward0":
+            dims = node._saved_dim0, node._saved_dim1
+            if max(dims) >= len(size):  # a negative dimension is saved as 2**64 less something
+                return None
+            sizes = list(size)
+            sizes[dims[0]], sizes[dims[1]] = sizes[dims[1]], sizes[dims[0]]
+            before = self.formula(node.next_functions[0], torch.Size(sizes))
+            return before and (_then(before[0], lambda t: t.transpose(*dims)), before[1])
+        return None
+
+    def explain_repeat(self, tensor: Tensor, node: Any) -> Value | None:
+        """HuggingFace's repeat_kv: (B, K, T, D), expanded to (B, K, n, T, D), copied to (B, K*n, T, D). K are kept."""
+        copy = node.next_functions[0][0]
+        expand = copy.next_functions[0][0] if copy is not None and copy.name() == "CloneBackward0" else None
+        if expand is None or expand.name() != "ExpandBackward0" or tensor.ndim != 4:
+            return None
+        once = tuple(expand._saved_self_sym_sizes)
+        batch, heads, *rest = tensor.shape
+        if len(once) != 5 or once[2] != 1 or once[0] != batch or once[3:] != tuple(rest) or heads % once[1]:
+            return None
+        times = heads // once[1]
+        kept = self.keep(tensor[:, ::times], self.format_of(tensor), compact=True)
+        return Derived(tensor, lambda t: t.repeat_interleave(times, 1), View(kept))
+
+    def replay(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dropout: bool) -> Tensor:
+        """Run a cheap module; of all that it saves and returns, only its input is kept, of a dropout not even that."""
+        value = Replay(module, run, x, self.offer(x), rng=dropout)
+        with saved_tensors_hooks(value.pack, unpack):
+            output = run(x)
+        return self.made(value, output, x)
+
+    def rerun(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, rng: bool) -> Tensor:
+        """Run a module whose output need not be kept. What it saves inside is kept as ever."""
+        value = Rerun(module, run, x, self.offer(x), rng=rng)
+        return self.made(value, run(x), x)
+
+    def offer(self, x: Tensor) -> View:
+        """The input of a module, held here until the layer ends: by then it is known whether it will be needed."""
+        self.offered.append(self.view(x, self.scope_format))
+        return self.offered[-1]
+
+    def made(self, value: Value, output: Tensor, x: Tensor) -> Tensor:
+        if isinstance(output, Tensor) and output.untyped_storage() is not x.untyped_storage():
+            value.locate(output)
+            self.remember(output, value)
+        return output
+
+    @contextmanager
+    def scope(self, kind: str, x: Tensor) -> Iterator[None]:
+        """Inside a block with input `x`, an "attention" or an "mlp", whose format is for what is saved there."""
+        self.view(x, self.formats.residual)
+        before = self.kind, self.block_input
+        self.kind, self.block_input = kind, x
+        try:
+            yield
+        finally:
+            self.kind, self.block_input = before
+
+    def close(self) -> None:
+        """The layer is done: let go of all that nobody will read, and of the graph's nodes."""
+        self.known.clear()
+        self.offered.clear()
+        self.by_node.clear()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _then(first: Callable[..., Tensor], second: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda *values: second(first(*values))

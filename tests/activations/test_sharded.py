@@ -1,0 +1,91 @@
+"""Converted models under DDP and FSDP2, two processes over gloo: gradients are those of the plain model."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_lowmem.activations import convert
+from tests.activations.models import batch, build
+
+ROOT = Path(__file__).parents[2]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of the second of two passes, when sharded weights have been freed and gathered again."""
+    rank = dist.get_rank()
+    mine = {name: tensor[rank : rank + 1] for name, tensor in batch().items()}
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        model(**mine).loss.backward()
+    found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+
+
+def sharded(model: nn.Module, mixed: bool) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if mixed else None)
+    for layer in model.get_submodule("model.layers").children():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def check(wrap: str, when: str, tier: str) -> None:
+    plain, ours = build("llama"), build("llama")
+    wrappers = {
+        "ddp": DistributedDataParallel,
+        "fsdp2": lambda m: sharded(m, mixed=False),
+        "fsdp2-bf16": lambda m: sharded(m, mixed=True),
+    }
+    expected = gradients(wrappers[wrap](copy.deepcopy(plain)))
+    if when == "before":
+        convert(ours, tier)
+    wrapped = wrappers[wrap](ours)
+    if when == "after":
+        convert(wrapped, tier)
+    found = gradients(wrapped)
+    assert found.keys() == expected.keys()
+    unequal = [n for n, g in expected.items() if not torch.equal(g, found[n])]
+    assert bool(unequal) == (tier != "exact"), unequal
+    # tests/activations/test_lossy.py derives 0.15; here it tells a rounded gradient from a wrong one.
+    assert max(((found[n] - g).norm() / g.norm()).item() for n, g in expected.items()) < 0.15
+
+
+CASES = [
+    ("ddp", "before", "exact"),
+    ("ddp", "before", "fp8"),
+    ("ddp", "before", "checkpoint_fp8"),
+    ("fsdp2", "before", "exact"),
+    ("fsdp2", "after", "exact"),
+    ("fsdp2", "after", "fp8_recompute"),
+    ("fsdp2-bf16", "after", "exact"),
+    ("fsdp2-bf16", "after", "fp8"),
+]
+
+
+@pytest.mark.dist
+def test_ddp_and_fsdp2() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", __name__]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    # gloo may end a process with "terminate called without an active exception" after everything has passed
+    assert all(f"passed {' '.join(case)}" in done.stdout for case in CASES), done.stdout + done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for case in CASES:
+        check(*case)
+        if dist.get_rank() == 0:
+            print("passed", *case, flush=True)
+    dist.destroy_process_group()
