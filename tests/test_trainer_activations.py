@@ -87,7 +87,7 @@ def test_it_stacks_with_every_optimizer_and_resumes_to_the_same_bits(name: str, 
     settings: dict[str, Any] = {
         "optim": name,
         "lowmem_state": "8bit",
-        "lowmem_activations": "fp8:0,checkpoint_fp8:1",
+        "lowmem_activations": "exact:0,fp8:1,fp8_recompute:2,checkpoint_fp8:3,hooks_fp8:4",
         "lowmem_activations_stochastic": True,
         "lowmem_step_in_backward": True,
         "max_grad_norm": 0.0,
@@ -97,11 +97,11 @@ def test_it_stacks_with_every_optimizer_and_resumes_to_the_same_bits(name: str, 
     }
     if OPTIMIZERS[name].DEFAULTS.get("rank", 0) > 8:
         settings["lowmem_rank"] = 8
-    model = {"model": tiny_llama(num_hidden_layers=2, attention_dropout=0.1)}
+    model = {"model": tiny_llama(num_hidden_layers=5, attention_dropout=0.1)}
     start = {k: v.clone() for k, v in model["model"].state_dict().items()}
     whole = make("Trainer", tmp_path, tokenizer, **model, **settings)
     whole.train()
-    fresh = tiny_llama(num_hidden_layers=2, attention_dropout=0.1)
+    fresh = tiny_llama(num_hidden_layers=5, attention_dropout=0.1)
     fresh.load_state_dict(start)
     resumed = make("Trainer", tmp_path, tokenizer, model=fresh, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -137,7 +137,8 @@ def why_not_replayable(module: nn.Module) -> str | None:
     weight = next(module.parameters(recurse=False), None)
     if weight is not None and (type(weight) is not nn.Parameter or weight.is_meta):
         return None
-    width = 64 if weight is None or not weight.ndim else weight.numel()
+    # A norm without weights knows its width by the name that torch gives it.
+    width = getattr(module, "normalized_shape", (64,))[-1] if weight is None or not weight.ndim else weight.numel()
     like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
     x = torch.linspace(-3.0, 3.0, 3 * width, **like).view(1, 3, width)
     if type(x) is not Tensor:

@@ -70,7 +70,8 @@ def prepared(way: str, model: Any) -> Any:
     if way in TIERS:
         convert(model, way)
     elif way == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     elif way.startswith("compile"):
         for layer in model.model.layers:
             layer.compile(backend="aot_eager_decomp_partition")
@@ -221,18 +222,18 @@ def weigh(way: str, layers: int, tokens: int, smoke: bool, freed: bool) -> tuple
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width = 64 if smoke else 4096
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 128 or 1,
-        num_key_value_heads=max(width // 512, 1),
-        vocab_size=128256,
-        max_position_embeddings=tokens,
-        rope_theta=5e5,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": width * 7 // 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 128 or 1,
+        "num_key_value_heads": max(width // 512, 1),
+        "vocab_size": 128256,
+        "max_position_embeddings": tokens,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
+    config = LlamaConfig(**settings)
     tracker = MemTracker()
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
