@@ -193,6 +193,12 @@ class LowMemArguments:
             self.optim = name
             check_spec(self.lowmem_optim_spec())
             self._check_step_in_backward()
+        if self.lowmem_activations is not None and getattr(self, "n_gpu", 1) > 1:
+            raise ValueError(
+                f"lowmem_activations={self.lowmem_activations!r} with {self.n_gpu} visible GPUs in one process: "  # type: ignore[attr-defined]
+                "DataParallel's replicas would share the first one's layers. Make one GPU visible, or start a process "
+                "a GPU with `accelerate launch` or `torchrun`."
+            )
 
     def _check_lowmem_fields(self, ours: bool, name: str) -> None:
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)

@@ -1,20 +1,30 @@
 """README says what the records say, and what it shows can be run."""
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hf_lowmem
-from hf_lowmem.codecs import CODECS
+from hf_lowmem.codecs import CODECS, PAIRS
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.specs import TIERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RECORDS = ROOT / "scripts" / "bench" / "records"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that makes README's tables; scripts/bench is no package, a user runs its scripts from there."""
+    monkeypatch.syspath_prepend(str(RECORDS.parent))
+    return importlib.import_module("_readme")
 
 
 def cells(line: str) -> list[str]:
@@ -63,6 +73,51 @@ def test_the_table_of_the_demo_is_the_record() -> None:
     first, second = record["training"][:2]
     assert human_bytes(first["optimizer"]) in README
     assert human_bytes(second["optimizer"]) in README
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RECORDS / name).read_text().splitlines()]
+
+
+def test_the_table_of_update_errors_is_the_record() -> None:
+    rows = [row for row in records("codecs.jsonl") if row["kind"] == "pair"]
+    shown = [cells(line) for line in README.splitlines() if re.match(r"\| `\w+,\w+`[^|]*\| \d", line)]
+    assert len(shown) == 5
+    for line in shown:
+        first, second = line[0].split("`")[1].split(",")
+        found = [row for row in rows if (row["m"], row["v"]) == (first, second)]
+        assert line[2:] == [f"{100 * r['relative_rms_error']:.2f} % / {r['worst_error']:.2f}" for r in found]
+    both, ours = (
+        [r["relative_rms_error"] for r in rows if (r["m"], r["v"]) == pair]
+        for pair in (("fp8_expand", "fp8_expand"), PAIRS["8bit"])
+    )
+    assert all(a < b for a, b in zip(ours, both, strict=True)), "the recommended pair is below range expansion for both"
+
+
+def test_the_table_of_activations_is_the_record(made: Any) -> None:
+    for line in made.activation_rows(records("activations.jsonl")):
+        assert line in README
+
+
+def test_the_table_of_codecs_is_the_record(made: Any) -> None:
+    for line in made.quality_table(made.scores()):
+        assert line in README
+    for name, figure in made.quality_figures(made.scores()).items():
+        assert figure in README, name
+
+
+def test_what_the_records_promise(made: Any) -> None:
+    """Codecs within 0.5 % of fp32 state, `subspace` within 0.3 % of `svd`, bf16 stores within 0.3 % of fp32 masters."""
+    for comparison in made._report.comparisons():
+        for setting, reference in comparison.rows:
+            if setting.weights == "keep" or setting.name == reference.name:
+                continue
+            assert made.difference(made.scores(), setting, reference)[0] <= comparison.limit, setting.name
+    losses = [row for row in records("activations.jsonl") if row["part"] == "loss"]
+    for tier in TIERS:
+        ours, theirs = ([r["heldout_loss"] for r in losses if r["way"] == way] for way in (tier, "HuggingFace"))
+        assert len(ours) == len(theirs) == 3
+        assert sum(ours) <= 1.003 * sum(theirs), tier
 
 
 def test_every_python_block_parses_and_its_names_exist() -> None:
