@@ -188,9 +188,12 @@ def time_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]
         }
 
 
+PEAK_TOKENS = (2048, 16384)
+
+
 def peak_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A step of a bf16 Llama-3-8B under FakeTensorMode: nothing is allocated, every tensor is counted."""
-    layers, lengths = (2, (64,)) if smoke else (32, (2048, 16384))
+    layers, lengths = (2, (64,)) if smoke else (32, PEAK_TOKENS)
     blocks.CPU_SPAN_PER_THREAD = blocks.ACCELERATOR_SPAN  # fake CPU tensors stand for a device's
     for tokens in lengths:
         for way in ("HuggingFace", "checkpointing", *TIERS):
