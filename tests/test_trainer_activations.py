@@ -181,3 +181,28 @@ def test_evaluation_is_that_of_the_plain_model(tmp_path: Path, tokenizer: Any) -
     undo(model)
     assert trainer.evaluate(token_data(8))["eval_loss"] == converted
     convert(model, "fp8")
+
+
+def test_auto_find_batch_size_goes_on_with_the_converted_model(tmp_path: Path) -> None:
+    """Out of memory at the first batch size: the loop is entered again, with the same tiers and a new optimizer."""
+    sizes: list[int] = []
+
+    class Short(LowMemTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > 3:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    tiers: dict[str, Any] = {"lowmem_activations": "fp8", "auto_find_batch_size": True, "optim": "adamw"}
+    tiers |= {"lowmem_step_in_backward": True, "max_grad_norm": 0.0, "per_device_train_batch_size": 4}
+    callback = LowMemCallback(verbose=False)
+    model = tiny_llama()
+    before = weights(model)
+    args = LowMemTrainingArguments(str(tmp_path), **COMMON | tiers)
+    Short(model, args, train_dataset=token_data(40), callbacks=[callback]).train()
+    assert sizes[0] == 4
+    assert sizes[1] < 4
+    assert callback.report["saved"] > 0
+    assert not any(torch.equal(p, q) for p, q in zip(weights(model), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())

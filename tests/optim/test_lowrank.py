@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.codecs import codec_pair
+from hf_lowmem.codecs import CODECS, codec_pair
 from hf_lowmem.memory import optimizer_bytes
+from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.base import WINDOW, LowMemOptimizer
 from hf_lowmem.optim.lowrank.apollo import Apollo, ApolloMini
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer
@@ -281,3 +282,23 @@ def test_shapes_of_basis_and_projection() -> None:
     assert basis_shape(torch.Size([5, 30, 20]), 4) == (5, 20, 4)
     assert low_shape(torch.Size([30, 20]), 4) == (30, 4)
     assert low_shape(torch.Size([20, 30]), 4) == (4, 30)
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "8bit"])
+@pytest.mark.parametrize("shape", [(1024, 2816), (2816, 1024), (2048, 2048), (1000, 333)], ids=str)
+def test_apollo_keeps_no_projection(shape: tuple[int, int], codec: str) -> None:
+    """s * 2rD + 64 bytes, Mini 2 * s * D + 64, where s is the codec's bytes a value and D the larger side."""
+    p = nn.Parameter(torch.zeros(shape))
+    for name, rank in (("apollo", 128), ("apollo_mini", 1)):
+        optimizer = OPTIMIZERS[name]([p], rank=rank, state=codec)
+        values = rank * max(shape)
+        first, second = codec_pair(codec if p.numel() >= 4096 else "fp32")
+        promised = first.nbytes(values) + second.nbytes(values) + 64
+        assert optimizer.state_bytes(p, optimizer.param_groups[0]) <= promised
+
+
+@pytest.mark.parametrize(("codec", "most"), [("fp8_expand", 2.10), ("8bit", 2.10), ("int8", 2.05), ("int4", 1.10)])
+def test_adamw_bytes_a_parameter(codec: str, most: float) -> None:
+    p = nn.Parameter(torch.zeros(1024, 2816))
+    optimizer = OPTIMIZERS["adamw"]([p], state=codec)
+    assert optimizer.state_bytes(p, optimizer.param_groups[0]) / p.numel() <= most
