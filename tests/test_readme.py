@@ -106,6 +106,14 @@ def test_the_table_of_codecs_is_the_record(made: Any) -> None:
         assert figure in README, name
 
 
+def test_the_table_of_step_times_is_the_record(made: Any) -> None:
+    rows = records("optimizers_speed.jsonl")
+    for line in made.speed_rows(rows):
+        assert line in README
+    refresh = {row["setting"]: row for row in rows if row["measured"] == "refresh"}
+    assert refresh["galore svd"]["refresh_seconds"] >= 10 * refresh["galore subspace"]["refresh_seconds"]
+
+
 def test_what_the_records_promise(made: Any) -> None:
     """Codecs within 0.5 % of fp32 state, `subspace` within 0.3 % of `svd`, bf16 stores within 0.3 % of fp32 masters."""
     for comparison in made._report.comparisons():

@@ -80,3 +80,21 @@ def quality_figures(scored: _report.Scores) -> dict[str, str]:
     subspace = difference(scored, Setting("galore"), Setting("galore", extra={"projection": "svd"}))
     control = difference(scored, Setting("adamw", control=True), Setting("adamw"))
     return stores | {"SUBSPACE": "{:+.2f} ± {:.2f}".format(*subspace), "CONTROL": f"{abs(control[0]):.2f}"}
+
+
+def speed_rows(rows: Rows) -> list[str]:
+    """A line an optimizer that keeps AdamW's moments in fewer bytes, ours beside others'."""
+    names = (
+        "torch AdamW fused",
+        "bitsandbytes AdamW8bit",
+        "torchao AdamW8bit",
+        "torchao AdamWFp8",
+        "torchao AdamW4bit",
+    )
+    ours = ("adamw int8", "adamw 8bit", "adamw fp8", "adamw int4", "apollo_mini 8bit")
+    lines = []
+    for name in (*names, *ours):
+        row = one(rows, setting=name)
+        shown = f"hf_lowmem `{name}`" if name in ours else name
+        lines.append(f"| {shown} | {row['state_bytes_per_parameter']:.2f} | {row['step_ratio']:.1f} |")
+    return lines
