@@ -1,7 +1,7 @@
 """What a codec does to the update m / sqrt(v), on the moments of AdamW in real training: every pair of codecs.
 
     python scripts/bench/codecs.py                     # about ten minutes on two cores; writes records/codecs.jsonl
-    python scripts/bench/codecs.py --steps 20 --tuning-steps 2 --record /tmp/short.jsonl
+    python scripts/bench/codecs.py --steps 20 --tuning-steps 2 --record short.jsonl
 
 Three sets of moments: a Llama of 3.3M parameters trained from nothing on Shakespeare's bytes; layers 0, 15 and 29 of
 SmolLM2-135M fine-tuned on the plays; the first 4096 rows of its embedding, whose rows are far apart in size.
