@@ -81,7 +81,7 @@ def make_optimizer(
     """An optimizer of ours for a model: an ordinary torch optimizer, for Trainer's `optimizers=` or a loop of your own.
 
     ```python
-    optimizer = make_optimizer("apollo_mini", model, lr=1e-4, state="int8")
+    optimizer = make_optimizer("apollo_mini", model, lr=1e-4, state="8bit")
     trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=[LowMemCallback()])
     ```
 

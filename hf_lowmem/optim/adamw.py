@@ -42,10 +42,10 @@ class AdamW(LowMemOptimizer):
     p  -= lr * m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps)
     ```
 
-    State, bytes a parameter: fp32 8, bf16 4, int8 2.03, fp8 2.06, fp8_expand 2.05. Parameters of fewer than 4096
+    State, bytes a parameter: fp32 8, bf16 4, 8bit 2.06, int8 2.03, fp8_expand 2.05, int4 1.06. Parameters under 4096
     values keep fp32 states.
 
-    Recommended: `state="int8"` or `"fp8_expand"` with the learning rate of your fp32 run, both for pre-training and for
+    Recommended: `state="8bit"` with the learning rate of your fp32 run, both for pre-training and for
     fine-tuning. Not for you when even 2 bytes a parameter are too many: take `apollo_mini`.
 
     With `state="fp32"` the arithmetic is torch.optim.AdamW's (the single-tensor path), bit for bit.
