@@ -256,7 +256,10 @@ class LowMemArguments:
         check_flag("lowmem_activations_stochastic", self.lowmem_activations_stochastic)
         if self.lowmem_activations is None:
             return None
-        return ActivationSpec(tiers=self.lowmem_activations, stochastic=self.lowmem_activations_stochastic)
+        labels = {"stochastic": "lowmem_activations_stochastic"}
+        return ActivationSpec(
+            tiers=self.lowmem_activations, stochastic=self.lowmem_activations_stochastic, labels=labels
+        )
 
     def _check_step_in_backward(self) -> None:
         """What needs all gradients at once is refused."""

@@ -196,6 +196,11 @@ class ActivationSpec:
             check_choice(label, self.tiers, TIERS)
         for tier, _, _ in self.ranges:
             check_choice(label, tier, TIERS)
+        if self.stochastic and all(tier == "exact" for tier, _, _ in self.ranges):
+            raise ValueError(
+                f"{self.label('stochastic')}=True has no effect with {label}={self.tiers!r}, which rounds nothing. "
+                "Leave it unset, or choose a tier that compresses, such as 'fp8'."
+            )
         ends = sorted((first, math.inf if last is None else last) for _, first, last in self.ranges)
         for (_, end), (start, _) in itertools.pairwise(ends):
             if start <= end:

@@ -123,6 +123,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("tiers and offloading", args(LowMemSFTConfig, lowmem_activations="fp8", activation_offloading=True), ValueError, ("activation_offloading=True", "lowmem_activations")),
     ("tiers and Liger", args(lowmem_activations="fp8", use_liger_kernel=True), ValueError, ("use_liger_kernel=True", "lowmem_activations")),
     ("stochastic nothing", args(lowmem_activations_stochastic=True), ValueError, ("lowmem_activations_stochastic=True", "no effect")),
+    ("stochastic rounding of nothing", args(lowmem_activations="exact", lowmem_activations_stochastic=True), ValueError, ("lowmem_activations_stochastic=True", "'exact'", "no effect")),
     ("stochastic as text", args(lowmem_activations="fp8", lowmem_activations_stochastic="no"), TypeError, ("lowmem_activations_stochastic='no'",)),
     ("tier of a callback", lambda: LowMemCallback("fp9"), ValueError, ("'fp9'", "fp8")),
     # preference losses
