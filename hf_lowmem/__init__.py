@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_lowmem.callbacks import LowMemCallback
     from hf_lowmem.dpo import LowMemDPOConfig, LowMemDPOTrainer
     from hf_lowmem.optim import make_optimizer
+    from hf_lowmem.plugin import LowMemPlugin
     from hf_lowmem.sft import LowMemSFTConfig, LowMemSFTTrainer
     from hf_lowmem.trainer import LowMemTrainer, LowMemTrainerMixin
 
@@ -21,6 +22,7 @@ _HOME = {
     "LowMemCallback": "callbacks",
     "LowMemDPOConfig": "dpo",
     "LowMemDPOTrainer": "dpo",
+    "LowMemPlugin": "plugin",
     "LowMemSFTConfig": "sft",
     "LowMemSFTTrainer": "sft",
     "LowMemTrainer": "trainer",
@@ -35,6 +37,7 @@ __all__ = [
     "LowMemCallback",
     "LowMemDPOConfig",
     "LowMemDPOTrainer",
+    "LowMemPlugin",
     "LowMemSFTConfig",
     "LowMemSFTTrainer",
     "LowMemTrainer",

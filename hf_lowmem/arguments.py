@@ -8,6 +8,7 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 """
 
 import ast
+import logging
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
@@ -16,10 +17,13 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_lowmem import section
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.optim.release import accumulation_refused
 from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
@@ -41,6 +45,9 @@ LABELS = {
     "target_modules": "optim_target_modules",
 }
 OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection", "rotate")
+
+# What a section of an accelerate YAML (see hf_lowmem/section.py) may hold beside the fields of LowMemArguments.
+SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
 
 # Fields of HuggingFace whose default is the method's own with an optim of ours, and HuggingFace's with any other.
 ADAM_DEFAULTS = {
@@ -176,6 +183,7 @@ class LowMemArguments:
     )
 
     def __post_init__(self) -> None:
+        self._take_section()
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
@@ -199,6 +207,19 @@ class LowMemArguments:
                 "DataParallel's replicas would share the first one's layers. Make one GPU visible, or start a process "
                 "a GPU with `accelerate launch` or `torchrun`."
             )
+
+    def _take_section(self) -> None:
+        """Fields that have their default value take what HF_LOWMEM_CONFIG says of them."""
+        label, known = f"{section.VARIABLE} ({section.KEY})", section_fields()
+        for name, value in section.from_env().items():
+            check_choice(f"{label}: field", name, known)
+            own = type(self).__dataclass_fields__.get(name)
+            if own is None or getattr(self, name) == value:
+                continue
+            if getattr(self, name) != own.default:
+                logger.info("%s: %s=%r gives way to %r, which was set here", label, name, value, getattr(self, name))
+                continue
+            setattr(self, name, value)
 
     def _check_lowmem_fields(self, ours: bool, name: str) -> None:
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
@@ -306,7 +327,7 @@ class LowMemArguments:
         """What these arguments ask of our optimizer; checked again, since fields may have been assigned."""
         asked: dict[str, Any] = {f: getattr(self, f"lowmem_{f}") for f in OPTIMIZER_FIELDS}
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
-        if isinstance(self, TrainingArguments):
+        if hasattr(self, "learning_rate"):
             own = OPTIMIZERS[self.optim].DEFAULTS
             asked |= {
                 "lr": args.learning_rate,
@@ -330,6 +351,11 @@ class LowMemArguments:
         self.optim = str(name)
         check_spec(self.lowmem_optim_spec())
         return self
+
+
+def section_fields() -> list[str]:
+    """Names that a section may hold."""
+    return [*(f.name for f in fields(LowMemArguments)), *SECTION_FIELDS]
 
 
 def inherited_default(config: type, name: str) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the subcommand; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments[:1] if arguments[:1] == ["launch"] else arguments)
     try:
         return options.run(options, arguments)
     except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
@@ -44,7 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=42, help="of the data, their order and the projections")
     demo.set_defaults(run=_demo)
+    # Its own parser, accelerate's, takes what follows; see hf_lowmem/launch.py.
+    launch = commands.add_parser(
+        "launch", add_help=False, help="accelerate launch, with a section hf_lowmem_config in the --config_file"
+    )
+    launch.set_defaults(run=_launch)
     return parser
+
+
+def _launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.launch import launch
+
+    return launch(arguments[1:])
 
 
 def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:

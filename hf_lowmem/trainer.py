@@ -1,11 +1,16 @@
 """One short mixin puts the fields to work in any Trainer."""
 
 import logging
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
+from hf_lowmem import checkpoints
 from hf_lowmem.activations import Report, convert
 from hf_lowmem.arguments import LowMemArguments
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
@@ -76,6 +81,81 @@ class LowMemTrainerMixin:
         self.optimizer = optimizer
         return optimizer
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, from a checkpoint that is known to be whole.
+
+        Args:
+            resume_from_checkpoint: a folder; True for the newest complete checkpoint of `output_dir`; "auto" for that
+                one, or a fresh start where there is none. Incomplete and damaged ones are passed over, and named.
+
+        Raises:
+            BadCheckpoint: (a ValueError) where the folder named is incomplete, damaged, or holds what only code could
+                rebuild; it names the file, and the last complete checkpoint.
+        """
+        return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
+
+    def _checked(self, resume: str | bool | None) -> str | bool | None:
+        if not resume:
+            return resume
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:  # the others would read every file again
+            try:
+                found[0] = self._choose_checkpoint(resume)
+            except (ValueError, OSError) as error:
+                found[1] = error
+        found = broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def _choose_checkpoint(self, resume: str | bool) -> str | None:
+        run = self.args.output_dir
+        if resume is not True and resume != "auto":
+            try:
+                checkpoints.verify(str(resume))
+            except checkpoints.BadCheckpoint as error:
+                last, _ = checkpoints.last_complete(Path(str(resume)).resolve().parent)
+                offer = f"The last complete checkpoint is {last}." if last else "The run has no complete checkpoint."
+                raise checkpoints.BadCheckpoint(f"{error} {offer}") from error
+            return str(resume)
+        last, passed = checkpoints.last_complete(run)
+        for reason in passed:
+            logger.warning("passed over: %s", reason)
+        if last is None and resume is True:
+            reasons = "".join(f"\n- {reason}" for reason in passed)
+            raise ValueError(f"resume_from_checkpoint=True: there is no complete checkpoint in {run}.{reasons}")
+        if last is not None:
+            logger.info("resuming from %s", last)
+        return None if last is None else str(last)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the parent; then, when every process has written, a manifest that says that it is complete.
+
+        Older checkpoints are deleted after that, not before.
+        """
+        step = self.state.global_step  # type: ignore[attr-defined]
+        run = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
+        folder, limit = run / f"checkpoint-{step}", self.args.save_total_limit
+        if self.args.should_save:
+            checkpoints.set_aside(folder)
+        self.accelerator.wait_for_everyone()
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.write_manifest(folder, step=step, processes=self.args.world_size, versions=library_versions())
+            checkpoints.drop_aside(folder)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,  # type: ignore[attr-defined]
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
     def _window_ends(self) -> bool:
         """Whether the backward pass now running is the last of its gradient accumulation."""
         return self.accelerator.sync_gradients
@@ -86,6 +166,11 @@ class LowMemTrainerMixin:
             norm = self.stepping.grad_norm()
             logs["grad_norm"] = float("nan") if norm is None else norm
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a checkpoint's files are made by."""
+    return {name: version(name) for name in ("torch", "transformers", "accelerate")}
 
 
 def log_groups(optimizer: LowMemOptimizer) -> None:

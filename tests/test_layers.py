@@ -13,26 +13,34 @@ PACKAGE = ROOT / "hf_lowmem"
 # A room may import from rooms of a lower number, and from itself.
 LEVEL = {
     "specs": 0,
-    "codecs": 1,
     "kernels": 1,
     "distributed": 1,
     "memory": 1,
-    "optim": 2,
-    "activations": 2,
-    "losses": 2,
-    "arguments": 3,
-    "trainer": 4,
-    "callbacks": 4,
-    "plugin": 4,
-    "planner": 4,
-    "sft": 5,
-    "dpo": 5,
-    "demo": 6,
-    "cli": 7,
-    "__init__": 8,
+    "checkpoints": 1,
+    "section": 1,
+    "codecs": 2,
+    "optim": 3,
+    "activations": 3,
+    "losses": 3,
+    "arguments": 4,
+    "trainer": 5,
+    "callbacks": 5,
+    "plugin": 5,
+    "planner": 5,
+    "pairs": 5,
+    "reference": 5,
+    "launch": 6,
+    "sft": 6,
+    "dpo": 6,
+    "demo": 7,
+    "cli": 8,
+    "__init__": 9,
 }
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
-MAY_SEE_HOSTS = {"arguments", "trainer", "callbacks", "plugin", "planner", "sft", "dpo", "demo", "cli"}
+MAY_SEE_HOSTS = {
+    "arguments", "trainer", "callbacks", "plugin", "launch", "planner", "pairs", "reference", "sft", "dpo", "demo",
+    "cli",
+}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -67,8 +75,10 @@ def test_imports_go_down(path: Path) -> None:
         if top in HOSTS:
             assert here in MAY_SEE_HOSTS, f"{here} must not import {top}"
         if top == "triton":
-            assert here == "kernels", "triton is imported by kernels/*/triton.py alone"
-            assert path.name == "triton.py", "triton is imported by kernels/*/triton.py alone"
+            alone = "triton is imported by kernels alone, in the files named here"
+            assert here == "kernels", alone
+            # ahead.py compiles for GPUs that are not there; nothing that trains imports it.
+            assert path.name in ("triton.py", "_device.py", "ahead.py"), alone
         if top in ("scripts", "integrations", "tests"):
             pytest.fail(f"the package must not import {top}")
         if here == "specs":

@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; read when torch is imported
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing import Any
 import _activation_parts as parts
 import torch
 from _activation_report import draw, tables
-from optimizers import commit
+from _record import RECORDS, commit, read_rows, write_rows
 from rich.console import Console
 
 from hf_lowmem.demo.run import device, versions
 
-RECORD = Path(__file__).parent / "records" / "activations.jsonl"
+RECORD = RECORDS / "activations.jsonl"
 
 PARTS: dict[str, Callable[[bool, list[dict[str, Any]]], Any]] = {
     "bytes": parts.bytes_rows,
@@ -37,15 +36,6 @@ PARTS: dict[str, Callable[[bool, list[dict[str, Any]]], Any]] = {
     "peaks": parts.peak_rows,
     "loss": parts.loss_rows,
 }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "versions": versions(),
             "commit": commit(),
         }
-        rows = read(options.record)
+        rows = read_rows(options.record)
         old = [row for row in rows if row["part"] == part]
         kept = [row for row in rows if row["part"] != part or part == "loss"]
         for row in PARTS[part](options.smoke, old):
             kept.append({"part": part} | row | common)
-            write(options.record, kept)
+            write_rows(options.record, kept)
             console.print(row, highlight=False, soft_wrap=True)
     if "report" in options.part:
-        rows = read(options.record)
+        rows = read_rows(options.record)
         for table in tables(rows):
             console.print(table, highlight=False, markup=False, soft_wrap=True)
         draw(rows, options.record.with_suffix(".png"))

@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; rea
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,28 +27,12 @@ import _report
 import _schedule
 import _speed
 import torch
+from _record import RECORDS, commit
 from _settings import SETTINGS, Setting
 from rich.console import Console
 
 from hf_lowmem.demo.run import device, versions
 from hf_lowmem.specs import PROJECTIONS
-
-HERE = Path(__file__).parent
-RECORDS = HERE / "records"
-
-
-def commit() -> str | None:
-    """The commit of this clone, marked where code differs from it. The records do not count: a run writes them."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--", ":/", f":(exclude,top){RECORDS.relative_to(HERE.parent.parent)}")
-        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def leave_out(faults: dict[str, str], *, available: bool, console: Console) -> None:
