@@ -12,6 +12,10 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+# Kernels' Triton runs in its interpreter where there is no GPU. Triton reads this as it is imported, so before anything
+# imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

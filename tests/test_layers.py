@@ -28,7 +28,8 @@ LEVEL = {
     "plugin": 5,
     "planner": 5,
     "pairs": 5,
-    "reference": 5,
+    "reference": 4,
+    "dpo_config": 5,
     "launch": 6,
     "sft": 6,
     "dpo": 6,
@@ -38,8 +39,8 @@ LEVEL = {
 }
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 MAY_SEE_HOSTS = {
-    "arguments", "trainer", "callbacks", "plugin", "launch", "planner", "pairs", "reference", "sft", "dpo", "demo",
-    "cli",
+    "arguments", "trainer", "callbacks", "plugin", "launch", "planner", "pairs", "reference", "dpo_config", "sft",
+    "dpo", "demo", "cli",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -5,6 +5,7 @@ values       what backward asks for, and how it is had: kept, or computed again
 tape         which tensors of a layer's call are the same, and which can be computed from others
 blocks       the forwards of a converted layer
 detect       which modules of a model are what
+fusable      which of them a kernel can stand in for
 convert      from a tier to forwards, and back
 checkpoint   tier `checkpoint_fp8`
 hooks        tier `hooks_fp8`

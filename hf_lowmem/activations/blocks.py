@@ -8,6 +8,8 @@ so a converted model can be copied and pickled.
     Cheap       a norm, an activation, a dropout: replayed in backward
     Block       attention or MLP: says how what is saved inside is stored
     Projection  a linear of the MLP's input: run again in backward, in tier `fp8_recompute`
+    Norm        a Cheap in a tier that rounds: by one kernel with the codes of its input, where that runs
+    GatedMLP    a Block in such a tier: act(gate) * up by one kernel with the codes of both, where that runs
 
 Without gradients, or in eval mode, the plain forward runs and nothing else.
 """
@@ -21,9 +23,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_lowmem.activations.checkpoint import WrappedForward
+from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, wanted
 from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, active, unpack
+from hf_lowmem.kernels.glu import FLOATS, GLU
+from hf_lowmem.kernels.rmsnorm import RMSNORM
 
-__all__ = ["Block", "Cheap", "Layer", "Patch", "Projection", "draw_seed", "patches", "put", "put_back", "take_out"]
+__all__ = [
+    "Block",
+    "Cheap",
+    "GatedMLP",
+    "Layer",
+    "Norm",
+    "Patch",
+    "Projection",
+    "draw_seed",
+    "patches",
+    "put",
+    "put_back",
+    "take_out",
+]
 
 
 class Patch:
@@ -140,6 +158,61 @@ class Block(Patch):
             return self.original(*args, **kwargs)
         with tape.scope(self.kind, x):
             return self.original(*args, **kwargs)
+
+
+class Norm(Cheap):
+    """A norm that computes what `formula` says."""
+
+    def __init__(self, module: nn.Module, formula: RMSNorm) -> None:
+        super().__init__(module)
+        self.formula = formula
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tape, f, weight = active.tape, self.formula, getattr(self.module, self.formula.weight)
+        alone = len(args) == 1 and not kwargs and self.inner is None and not has_hooks(self.module)
+        if tape is not None and alone and plain(*args, weight) and self.fits(args[0], weight):
+            y = tape.norm(args[0], weight, f.eps, f.plus_one, f.cast_first)
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
+    @staticmethod
+    def fits(x: Tensor, weight: Tensor) -> bool:
+        wide = x.dim() > 1 and x.shape[-1:] == weight.shape and x.numel() > 0
+        return wide and (x.requires_grad or weight.requires_grad) and wanted(RMSNORM, x, weight)
+
+
+class GatedMLP(Block):
+    """An MLP whose forward is what `formula` says."""
+
+    def __init__(self, module: nn.Module, formula: Gated) -> None:
+        super().__init__(module, "mlp")
+        self.formula = formula
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tape, act = active.tape, getattr(self.module, self.formula.act)
+        if tape is None or kwargs or len(args) != 1 or self.inner is not None or has_hooks(act):
+            return super().__call__(*args, **kwargs)
+        x = args[0]
+        if type(x) is not Tensor or not wanted(GLU, x):
+            return super().__call__(x)
+        with tape.scope(self.kind, x):
+            return self.fused(tape, x, act)
+
+    def fused(self, tape: Tape, x: Tensor, act: nn.Module) -> Any:
+        f, parts = self.formula, self.module.get_submodule
+        if f.up:
+            gate, up = parts(f.gate)(x), parts(f.up)(x)
+        else:
+            halves = parts(f.gate)(x).chunk(2, -1)
+            gate, up = halves if f.gate_first else halves[::-1]
+        product = tape.glu(gate, up, f.kind) if plain(gate, up) and gate.numel() else None
+        return parts(f.down)(act(gate) * up if product is None else product)
+
+
+def plain(*tensors: Any) -> bool:
+    """Whether these are tensors that a kernel takes: no subclass, a float dtype that it knows."""
+    return all(type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS for t in tensors)
 
 
 class Projection(Patch):

@@ -8,9 +8,22 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_lowmem.activations.blocks import Block, Cheap, Layer, Patch, Projection, draw_seed, put, put_back, take_out
+from hf_lowmem.activations.blocks import (
+    Block,
+    Cheap,
+    GatedMLP,
+    Layer,
+    Norm,
+    Patch,
+    Projection,
+    draw_seed,
+    put,
+    put_back,
+    take_out,
+)
 from hf_lowmem.activations.checkpoint import wrap_layer
 from hf_lowmem.activations.detect import Structure, find_stack, has_experts, structure_of
+from hf_lowmem.activations.fusable import gated_of, rmsnorm_of
 from hf_lowmem.activations.hooks import wrap_module
 from hf_lowmem.activations.report import LayerReport, Report
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
@@ -33,6 +46,9 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
         hooks_fp8                      whatever is saved, compressed: for layers that are not recognised
 
     Start with `fp8`. The forward pass is HuggingFace's in every tier: same modules, same order, loss equal bit for bit.
+    On a GPU with Triton there is one exception: the tiers that round leave plain RMSNorms and act(gate) * up, with the
+    codes of what they keep, to a kernel each (hf_lowmem/kernels), one pass over memory for a dozen. It rounds where
+    HuggingFace rounds; what may differ is the last bits of an fp32 sum and of an exponential before that.
     Eval mode and no_grad run the untouched forward. Names, state_dict and saved checkpoints do not change; a converted
     model can be copied and pickled. Weights may be frozen, tied, quantised (bitsandbytes), or have LoRA adapters:
     convert after PEFT has wrapped the model, so that the adapters' dropouts are seen. Converting again with the same
@@ -115,11 +131,14 @@ def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, spec: 
     yield Layer(layer, name, tier, spec.stochastic)
     for module in parts.attention.values():
         yield Block(module, "attention")
+    formats = FORMATS_OF_TIER[tier]
     for module in parts.mlp.values():
-        yield Block(module, "mlp")
+        gated = gated_of(module) if formats.mlp == "e4m3" else None
+        yield Block(module, "mlp") if gated is None else GatedMLP(module, gated)
     for module in parts.cheap.values():
-        yield Cheap(module)
-    if FORMATS_OF_TIER[tier].rerun:
+        norm = rmsnorm_of(module) if formats.residual == "e4m3" else None
+        yield Cheap(module) if norm is None else Norm(module, norm)
+    if formats.rerun:
         for module in parts.projections.values():
             yield Projection(module)
 

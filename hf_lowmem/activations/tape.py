@@ -9,6 +9,7 @@ once, and it does not keep what it can *prove* to be computable from what is kep
     a cast or a copy                    its node is a cast or a copy, and the edge behind it leads, through reshapes and
                                         transpositions, to something known: autocast's copies of inputs and of weights
     keys and values, repeated           its node is the copy of an expanded tensor, and knows of which size
+    what a kernel has made              the kernel returned the codes that it can be made of again
 
 The proof is the autograd graph itself, read in every forward pass. Nothing is concluded from a name or a class, so a
 model that computes something else than its relatives do merely keeps more. What the graph does not know the tape does
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_lowmem.activations.values import Derived, Kept, Replay, Rerun, Slot, Value, View
+from hf_lowmem.kernels.glu import GLU, glu_rows
+from hf_lowmem.kernels.quantize import GROUPS
+from hf_lowmem.kernels.rmsnorm import RMSNORM_AGAIN, rmsnorm_rows
 
 __all__ = ["FORMATS_OF_TIER", "Formats", "Tape", "active", "unpack"]
 
@@ -125,10 +129,12 @@ class Tape:
         return View(value, tensor)
 
     def keep(self, tensor: Tensor, fmt: str, compact: bool = False) -> Kept:
-        self.kept += 1
-        seed = None if self.seed is None else self.seed + self.kept
         compact = compact or (self.kind == "attention" and tensor.requires_grad and not tensor.is_leaf)
-        return Kept(tensor, fmt, compact=compact, seed=seed)
+        return Kept(tensor, fmt, compact=compact, seed=self.next_seed())
+
+    def next_seed(self) -> int | None:
+        self.kept += 1
+        return None if self.seed is None else self.seed + self.kept
 
     def as_a_whole(self, base: Tensor, part: Tensor) -> bool:
         """Whether to keep `base` rather than a view of it: where all of it will be saved, as gate and up in one are."""
@@ -246,6 +252,52 @@ class Tape:
         """Run a module whose output need not be kept. What it saves inside is kept as ever."""
         value = Rerun(module, run, x, self.offer(x), rng=rng)
         return self.made(value, run(x), x)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool, cast_first: bool) -> Tensor | None:
+        """RMSNorm by a kernel that gives the codes of x as well; None where x is not to be kept as E4M3, or is by now.
+
+        Backward reads the codes twice, for the output that projections need and for the norm itself, and nothing else.
+        """
+        kept = self.offer(x).value
+        if not (isinstance(kept, Kept) and kept.fmt == "e4m3" and kept.raw and x.is_contiguous() and weight.is_leaf):
+            return None
+        rows, size, dtype = x.view(-1, x.shape[-1]), x.size(), x.dtype
+        if kept.size != size or kept.rows != rows.size():
+            return None
+        y, codes, scales = rmsnorm_rows(rows, weight, eps, plus_one, cast_first, kept.seed)
+        kept.adopt((codes, scales))
+        y = y.view(size)
+
+        def again(codes: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
+            return RMSNORM_AGAIN(codes, scales, weight, eps, plus_one, cast_first, dtype).view(size)
+
+        self.remember(y, Derived(y, again, self.view(codes), self.view(scales), self.view(weight)))
+        return y
+
+    def glu(self, gate: Tensor, up: Tensor, act: str) -> Tensor | None:
+        """act(gate) * up by a kernel; None where it does not apply. Of gate and up codes are kept, which the kernel
+        gives as well, or, where they can be run again, nothing."""
+        if not (gate.requires_grad and up.requires_grad and gate.size() == up.size() and gate.dtype == up.dtype):
+            return None
+        size, dtype = gate.size(), gate.dtype
+        gate_rows, up_rows = gate.flatten(0, -2), up.flatten(0, -2)
+        # Halves of one matrix that are not whole groups have fewer scales where the matrix is kept as one.
+        whole = gate.is_contiguous() or not size[-1] % GROUPS["e4m3"].group
+        if self.formats.mlp == "e4m3" and whole and self.find(gate) is None and self.find(up) is None:
+            out, *saved = glu_rows(gate_rows, up_rows, act, (self.next_seed(), self.next_seed()))
+
+            def again(gate: Tensor, *rest: Tensor) -> Tensor:
+                gate_scales, up, up_scales = rest
+                return GLU(gate, up, gate_scales, up_scales, act, dtype).view(size)
+        else:
+            out, saved = GLU(gate_rows, up_rows, None, None, act, dtype), [gate_rows, up_rows]
+
+            def again(gate: Tensor, *rest: Tensor) -> Tensor:
+                return GLU(gate, *rest, None, None, act, dtype).view(size)
+
+        out = out.view(size)
+        self.remember(out, Derived(out, again, *map(self.view, saved)))
+        return out
 
     def offer(self, x: Tensor) -> View:
         """The input of a module, held here until the layer ends: by then it is known whether it will be needed."""

@@ -10,7 +10,9 @@ Autograd saves tensors. Inside a converted layer it saves `View`s in their place
 Autograd's graph stays HuggingFace's own: its formulas, its order of summation. Hence a value that comes back bit for
 bit gives gradients that are equal bit for bit, and a new kind of norm or activation needs no code here. An
 autograd.Function a block, with a backward of its own, would have to repeat the arithmetic of every family, and of
-every adapter and quantised layer on top of it.
+every adapter and quantised layer on top of it. The exception, where a GPU gains by it, is what
+hf_lowmem/activations/fusable.py has recognised for certain: a norm, and act(gate) * up, each an operator with a
+backward pass of its own.
 
 A value counts its future readers (`uses`) and holds what it computed only until the last of them has read: the q, k
 and v projections share one recomputed norm, and nothing outlives its layer's backward. Whoever reads once more, after
@@ -127,6 +129,15 @@ class Kept(Value):
         elif self.compact and tensor.untyped_storage().nbytes() > tensor.nbytes:
             self.tensor = tensor.detach().clone()
             self.version = self.tensor._version
+
+    @property
+    def raw(self) -> bool:
+        """Whether nobody has asked for it yet, so that it is neither compressed nor copied."""
+        return self.tensor is not None and self.uses == 0
+
+    def adopt(self, parts: tuple[Tensor, ...]) -> None:
+        """Take the codes that a kernel has made of it on the way: the same bits as `prepare` would have made."""
+        self.parts, self.tensor = parts, None
 
     def compute(self) -> Tensor:
         if self.tensor is None:

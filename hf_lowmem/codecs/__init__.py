@@ -14,7 +14,7 @@ A second moment has other needs than a first one, so a setting may be a pair: `c
 """
 
 from hf_lowmem.codecs.base import Encoded, StateCodec
-from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound, is_signed
+from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound, KernelCodec, is_signed
 from hf_lowmem.codecs.fp8 import Fp8Codec
 from hf_lowmem.codecs.fp8_expand import Fp8ExpandCodec
 from hf_lowmem.codecs.full import Bf16Codec, Fp32Codec
@@ -35,6 +35,7 @@ __all__ = [
     "Fp32Codec",
     "Int4Codec",
     "Int8Codec",
+    "KernelCodec",
     "SoftsignCodec",
     "StateCodec",
     "codec_pair",

@@ -13,24 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs.blocks import BlockCodec, DeviceTable, ErrorBound, mark_nonzero
-
-E4M3_MAX = 448.0
-E4M3_MIN = 2.0**-9  # the smallest subnormal
-FLOAT_MAX = torch.finfo(torch.float32).max
+from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound
+from hf_lowmem.kernels.codecs.blocks import mark_nonzero
+from hf_lowmem.kernels.codecs.tables import E4M3_MIN, DeviceTable, e4m3_values
+from hf_lowmem.kernels.exact import E4M3_MAX, FLOAT_MAX
 
 
 def to_e4m3(x: Tensor) -> Tensor:
     """fp32 within [-448, 448] -> the nearest E4M3, ties to even, as uint8 of the same shape."""
     return x.to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def e4m3_values() -> Tensor:
-    """The value of every code, fp32 (256,); codes 0x7F and 0xFF are nan and never written for finite input.
-
-    A look-up in it is twice as fast as torch's own cast from float8 on a CPU.
-    """
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 E4M3_TABLE = DeviceTable(e4m3_values)

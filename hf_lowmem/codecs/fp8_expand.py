@@ -23,55 +23,22 @@ Where this departs from COAT, and why:
 - A second moment may be compressed (k < 1), when its group is wider than E4M3. With k >= 1 the small values would
   fall to the floor instead, up to a hundredfold off, as `fp8` shows. A first moment is never compressed and uses the
   subnormal codes: its small values only add, so its large ones should have the precision.
+
+The power is never computed. Each k has a table of the 126 values of |x|/a from which on a code is taken, made once in
+fp64: no device has a logarithm of its own, so all give the same codes, and a CPU encodes faster than by log2 and exp2
+(hf_lowmem/kernels/codecs/tables.py).
 """
 
-import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from hf_lowmem.codecs.blocks import (
-    BF16_MAX,
-    BlockCodec,
-    DeviceTable,
-    ErrorBound,
-    mark_nonzero,
-    round_to_bf16,
-    smallest_nonzero,
-)
-from hf_lowmem.codecs.fp8 import E4M3_MAX, E4M3_MIN, e4m3_values, to_e4m3
-
-POWERS_PER_OCTAVE = 60
-POWER_OF_ONE = 105  # the stored power that means k = 1
-SIGNED_BINADES = math.log2(E4M3_MAX / E4M3_MIN)  # 17.8, subnormals included
-UNSIGNED_BINADES = math.log2(E4M3_MAX / 2.0**-6)  # 14.8, normal codes alone
-# The least a: 2**-108 / 2**17.8 is a normal fp32. The least b: three binades of subnormal codes under it, at the
-# smallest k, end at 2**-116 / 2**(3 / 0.297) = 2**-126, so whatever is decoded is normal too.
-SMALLEST_A = 2.0**-108
-SMALLEST_B = 2.0**-116
+from hf_lowmem.codecs.blocks import ErrorBound, KernelCodec
+from hf_lowmem.kernels.codecs.tables import E4M3_MIN
+from hf_lowmem.kernels.exact import E4M3_MAX
 
 
-def exponent(power: Tensor) -> Tensor:
-    """k of each group, fp32, from its stored uint8."""
-    return power.float().sub_(POWER_OF_ONE).div_(POWERS_PER_OCTAVE).exp2_()
-
-
-def expanded_values() -> Tensor:
-    """sign(q) (|q|/448)^(1/k) for every power and code, fp32 (256 * 256,), row by power: 256 KiB.
-
-    A look-up instead of a power: exact to fp32's rounding, equal on every device, and half the time on a CPU.
-    """
-    q = e4m3_values().double()  # (256,)
-    power = torch.arange(256, dtype=torch.float64)[:, None]
-    k = 2.0 ** ((power - POWER_OF_ONE) / POWERS_PER_OCTAVE)
-    return ((q.abs() / E4M3_MAX) ** (1 / k)).copysign(q).float().view(-1)
-
-
-EXPANDED_TABLE = DeviceTable(expanded_values)
-
-
-class Fp8ExpandCodec(BlockCodec):
+class Fp8ExpandCodec(KernelCodec):
     """`fp8_expand`: 1 + 3/128 = 1.023 bytes a value (COAT: 1.094). E4M3 `codes`, a (bf16), `power` (uint8).
 
     ```python
@@ -104,32 +71,6 @@ class Fp8ExpandCodec(BlockCodec):
     scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.bfloat16, "power": torch.uint8}
     # SMALLEST_B as a part of the largest value of a group that is just wide enough for the smallest k.
     smallest: ClassVar[float] = 2.0**-66
-    # 2**-12: what the fp32 power adds near a tie, 2**-18 of q, with room.
+    # 2**-12: what rounding |x|/a and a threshold to fp32 adds near a tie, 2**-23 of each over the least k, with room.
     signed_bound: ClassVar[ErrorBound] = ErrorBound(1 / 3 + 2.0**-12, E4M3_MIN / E4M3_MAX)
     unsigned_bound: ClassVar[ErrorBound] = ErrorBound((16 / 15) ** (1 / 0.297) - 1 + 2.0**-12, 2.0**-49)
-
-    def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
-        return (EXPANDED_TABLE,)
-
-    def encode_rows(self, x: Tensor, signed: bool) -> tuple[Tensor, ...]:
-        magnitude = x.abs() if signed else x
-        a = round_to_bf16(magnitude.amax(1).clamp_(SMALLEST_A, BF16_MAX))
-        b = smallest_nonzero(magnitude).clamp_(min=SMALLEST_B)
-        # A ratio below 1.01 (all values equal, or none) has a logarithm of zero or less; its k is clamped anyway.
-        binades = a.div(b).clamp_(min=1.01).log2_()
-        k = (SIGNED_BINADES if signed else UNSIGNED_BINADES) / binades
-        step = k.log2_().mul_(POWERS_PER_OCTAVE).add_(POWER_OF_ONE).round_()
-        power = step.clamp_(POWER_OF_ONE if signed else 0, 255).to(torch.uint8)
-        # Power by logarithms: faster than pow on a CPU. The clamp spares log2 its slow path for zero.
-        q = magnitude.div(a[:, None]).clamp_(min=2.0**-100).log2_()
-        q = q.mul_(exponent(power)[:, None]).exp2_().mul_(E4M3_MAX).clamp_(max=E4M3_MAX)
-        codes = torch.maximum(to_e4m3(q), mark_nonzero(magnitude))
-        if signed:
-            codes.bitwise_or_(x.view(torch.int32).bitwise_right_shift(24).bitwise_and_(0x80).to(torch.uint8))
-        return codes, a, power
-
-    def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:
-        a, power = scalars
-        where = codes.int().add_(power.int().mul_(256)[:, None]).view(-1)
-        table = EXPANDED_TABLE.on(codes.device)
-        return table.index_select(0, where).view(codes.shape).mul_(a.float()[:, None])

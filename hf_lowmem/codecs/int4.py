@@ -21,15 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs.blocks import (
-    BF16_MAX,
-    BlockCodec,
-    DeviceTable,
-    ErrorBound,
-    mark_nonzero,
-    round_to_bf16,
-    smallest_nonzero,
-)
+from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound
+from hf_lowmem.kernels.codecs.blocks import mark_nonzero, smallest_nonzero
+from hf_lowmem.kernels.codecs.tables import DeviceTable
+from hf_lowmem.kernels.exact import BF16_MAX, round_bf16
 
 SQUARES = 64.0  # of the largest step, 8
 TOP = 15  # the code of a second moment's largest value; its smallest has code 1
@@ -116,7 +111,7 @@ class Int4Codec(BlockCodec):
     def _encode_squares(self, x: Tensor) -> tuple[Tensor, ...]:
         halves = x.reshape(-1, 64)
         high, low = halves.amax(1), halves.amin(1).neg_()
-        scale = round_to_bf16(torch.maximum(high, low).clamp_(self.smallest, BF16_MAX))
+        scale = round_bf16(torch.maximum(high, low).clamp_(self.smallest, BF16_MAX))
         # A half of values under `smallest` may decode to zeros: its sign must not depend on them.
         scale = torch.where((high >= low) | (low < self.smallest), scale, -scale)
         q = halves.div(scale[:, None])

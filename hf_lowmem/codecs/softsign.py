@@ -14,42 +14,17 @@ trained from nothing, and a half and a third of it in the layers and the embeddi
 
 The second moment takes the root first: half the range in octaves, and sqrt(v) is what the update divides by.
 
-Only divisions and one root, no logarithm: the cheapest codec here to encode, next to `fp8`.
+A first moment takes two divisions and no look-up to encode: next to `fp8` the cheapest codec here. Those of a second
+one are looked up, because the root of a CPU is not correctly rounded and would differ from that of a GPU.
 """
 
-import functools
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from hf_lowmem.codecs.blocks import (
-    BF16_MAX,
-    BlockCodec,
-    DeviceTable,
-    ErrorBound,
-    mark_nonzero,
-    round_to_bf16,
-)
-
-SOFTNESS = 0.15  # c
-STEPS = {True: 127, False: 255}  # codes from 0 to 1, for signed and unsigned states
-
-
-def expand(y: Tensor) -> Tensor:
-    """The inverse of the companding, for |y| <= 1."""
-    return SOFTNESS * y / (1 + SOFTNESS - y.abs())
-
-
-def code_values(signed: bool) -> Tensor:
-    """x / scale of every code, fp32 (256,). Signed codes are int8 in a byte; 0x80, -128, is never written."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    if signed:
-        return expand(codes.view(torch.int8).double() / STEPS[True]).float()
-    return expand(codes.double() / STEPS[False]).square().float()
-
-
-VALUES = {signed: DeviceTable(functools.partial(code_values, signed)) for signed in (True, False)}
+from hf_lowmem.codecs.blocks import ErrorBound, KernelCodec
+from hf_lowmem.kernels.codecs.reference import SMALLEST_SCALE
+from hf_lowmem.kernels.codecs.tables import SOFTNESS, STEPS
 
 
 def bound(steps: int, power: int) -> ErrorBound:
@@ -65,7 +40,7 @@ def bound(steps: int, power: int) -> ErrorBound:
     return ErrorBound(relative, relative * c ** (2 * power) * (1 + 2.0**-8))
 
 
-class SoftsignCodec(BlockCodec):
+class SoftsignCodec(KernelCodec):
     """`int8_softsign`: 1 + 2/64 = 1.031 bytes a value. `codes` and the largest |x| of each block of 64, bf16.
 
     ```python
@@ -95,26 +70,6 @@ class SoftsignCodec(BlockCodec):
     block: ClassVar[int] = 64
     scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.bfloat16}
     # The smallest codes stand for 1.0e-3 and 2.6e-7: times this still a normal fp32.
-    smallest: ClassVar[float] = 2.0**-104
+    smallest: ClassVar[float] = SMALLEST_SCALE
     signed_bound: ClassVar[ErrorBound] = bound(STEPS[True], 1)
     unsigned_bound: ClassVar[ErrorBound] = bound(STEPS[False], 2)
-
-    def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
-        return (VALUES[signed],)
-
-    def encode_rows(self, x: Tensor, signed: bool) -> tuple[Tensor, ...]:
-        largest = x.abs().amax(1) if signed else x.amax(1)
-        scale = round_to_bf16(largest.clamp_(self.smallest, BF16_MAX))
-        # A bf16 that was rounded down leaves |u| <= 1 + 2**-8, whose y is 1.0005 at most and still rounds to 1.
-        u = x.div(scale[:, None])
-        if not signed:
-            u.sqrt_()
-        divisor = (u.abs() if signed else u).add(SOFTNESS)
-        steps = u.mul_((1 + SOFTNESS) * STEPS[signed]).div_(divisor).round_()
-        if signed:
-            return steps.to(torch.int8).view(torch.uint8), scale
-        return torch.maximum(steps.to(torch.uint8), mark_nonzero(x)), scale
-
-    def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:
-        values = VALUES[signed].on(codes.device)
-        return values.index_select(0, codes.view(-1).int()).view(codes.shape).mul_(scalars[0].float()[:, None])

@@ -1,35 +1,13 @@
 """AdamW with its two moments in any codec."""
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
-
-
-def adamw_(
-    p: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    """One AdamW step in place, all tensors fp32 of one shape; `step` counts from 1.
-
-    Decay acts on the weight as it was, eps is added after bias correction (arXiv 1711.05101, algorithm 2).
-    """
-    beta1, beta2 = betas
-    p.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denom = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
-    p.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
+from hf_lowmem.kernels.adamw import ADAMW_STEP
+from hf_lowmem.kernels.adamw.reference import adamw_
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.state import ParamState, StateDecl
 
 
 class AdamW(LowMemOptimizer):
@@ -54,6 +32,7 @@ class AdamW(LowMemOptimizer):
     name = "adamw"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    FUSED = ADAMW_STEP
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
@@ -70,3 +49,6 @@ class AdamW(LowMemOptimizer):
         )
         state.store("exp_avg", exp_avg)
         state.store("exp_avg_sq", exp_avg_sq)
+
+    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
+        return steps, "adamw", group["lr"], *group["betas"], group["eps"], group["weight_decay"]

@@ -1,8 +1,8 @@
 """The loop that every optimizer shares: state, codecs, checkpoints, bad gradients. No mathematics of any method.
 
-`step()` is a loop over `step_param(p, group)`, which is also what a backward hook calls, so there is one way to
-update a parameter. A method implements `update` on plain fp32 tensors and never sees a codec's bytes, a bf16 weight
-or a NaN.
+`step()` does with each parameter what `step_param(p, group)` does with one, which is what a backward hook calls. A
+method implements `update` on plain fp32 tensors and never sees a codec's bytes, a bf16 weight or a NaN. It may also
+name a kernel that does the whole step, see optim/fused.py.
 
 Why not torchao's tensor subclasses, where `exp_avg` is an 8-bit tensor that decodes itself: every subclass has to be
 taught to DTensor, to `torch.load(weights_only=True)` and to `Optimizer.load_state_dict`. Here the state of a parameter
@@ -13,103 +13,22 @@ moments would come back as bf16; accelerate calls it once at `prepare`. Therefor
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowmem.codecs import StateCodec, codec_pair
-from hf_lowmem.codecs.weights import join_24, round_stochastic, split_24
+from hf_lowmem.kernels import Kernel
+from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
+from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
+from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
 from hf_lowmem.specs import OptimSpec, check_choice
 
 # Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
 SMALLEST_COMPRESSED = 4096
-
-# Squares and sums of a gradient below this stay inside fp32. Anything above is a diverged step, as Inf and NaN are.
-LARGEST_GRADIENT = 1e15
-
-# The sum of projected gradients, between the backward passes of one window.
-WINDOW = "window"
-
-# The int8 beside a bf16 weight that is stored with 24 bits.
-CORRECTION = "correction"
-
-
-class StateDecl(NamedTuple):
-    """One state of a method. `signed=False` promises values >= 0, such as a second moment."""
-
-    signed: bool
-
-
-class ParamState:
-    """One parameter's state as its method sees it: fp32 tensors by name, whatever codec stores them."""
-
-    def __init__(
-        self,
-        raw: dict[str, Any],
-        codecs: tuple[StateCodec, StateCodec],
-        decls: dict[str, StateDecl],
-        make_key: Callable[[], int],
-        waits: bool,
-    ) -> None:
-        self.raw = raw
-        self.codecs = codecs
-        self.decls = decls
-        self.make_key = make_key
-        # Whether a method may ask for a number on the device: on a CPU the answer costs nothing.
-        self.waits = waits
-
-    @property
-    def step(self) -> int:
-        """How many updates this parameter has had, this one included."""
-        return self.raw["step"]
-
-    @property
-    def key(self) -> int:
-        """Start of this parameter's random streams; kept in the state, so that a resumed run draws the same numbers."""
-        if "key" not in self.raw:
-            self.raw["key"] = self.make_key()
-        return self.raw["key"]
-
-    def _codec(self, name: str) -> StateCodec:
-        return self.codecs[0 if self.decls[name].signed else 1]
-
-    def _encoded(self, name: str) -> dict[str, Tensor] | None:
-        if name in self.raw:
-            return {"data": self.raw[name]}
-        prefix = name + "."
-        return {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)} or None
-
-    def load(self, name: str, like: Tensor) -> Tensor:
-        """The state `name` as an fp32 tensor of `like`'s shape; zeros, now allocated, the first time.
-
-        A state that is stored as fp32 is handed out itself, to be changed in place: a copy would cost a pass over
-        memory each way, and a temporary.
-        """
-        encoded = self._encoded(name)
-        if encoded is None:
-            encoded = self._codec(name).init(like, signed=self.decls[name].signed)
-            self.raw.update({name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()})
-        data = encoded.get("data")
-        if data is not None and data.dtype == torch.float32:
-            return data
-        return self._codec(name).decode(encoded, like.shape)
-
-    def store(self, name: str, value: Tensor) -> None:
-        """Encode `value` over the state `name`."""
-        encoded = self._encoded(name)
-        assert encoded is not None, f"state {name!r} is stored before it was loaded"
-        if encoded.get("data") is not value:
-            self._codec(name).encode_(encoded, value)
-
-    def tensor(self, name: str, init: Callable[[], Tensor]) -> Tensor:
-        """A small uncompressed state, in place."""
-        if name not in self.raw:
-            self.raw[name] = init()
-        return self.raw[name]
 
 
 class LowMemOptimizer(Optimizer):
@@ -144,6 +63,8 @@ class LowMemOptimizer(Optimizer):
     PROJECTIONS: ClassVar[tuple[str, ...]] = ()
     # Whether gradients can be added up without keeping them; see `fold`.
     ACCUMULATES: ClassVar[bool] = False
+    # The kernel that makes a whole step of a parameter, for those that `fuses` names; see optim/fused.py.
+    FUSED: ClassVar[Kernel | None] = None
     # Options that decide what the state looks like: a checkpoint made with others cannot be continued.
     STRUCTURAL: ClassVar[tuple[str, ...]] = ("method", "state", "weights", "rank", "projection", "seed")
 
@@ -261,9 +182,14 @@ class LowMemOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            together = []
             for p in group["params"]:
                 if p.grad is not None:
-                    self.step_param(p, group)
+                    if self.fuses(p, group):
+                        together.append(p)
+                    else:
+                        self._step_loop(p, group)
+            step_fused(self, together, group)
         return loss
 
     @torch.no_grad()
@@ -278,7 +204,14 @@ class LowMemOptimizer(Optimizer):
 
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter from its `.grad`. `step()` and a backward hook both call this."""
+        """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this."""
+        if self.fuses(p, group):
+            step_fused(self, [p], group)
+        else:
+            self._step_loop(p, group)
+
+    def _step_loop(self, p: Tensor, group: dict[str, Any]) -> None:
+        """A step by decoding the state, `update`, and encoding it again."""
         assert p.grad is not None
         if p.grad.layout != torch.strided:
             raise RuntimeError(
@@ -296,18 +229,24 @@ class LowMemOptimizer(Optimizer):
         raw = self.state[p]
         raw["step"] = raw.get("step", 0) + 1
         grad = p.grad.to(torch.float32)
-        low, high = torch.aminmax(grad)  # one pass, where a norm would take eight times as long on a CPU
-        sound = (low > -LARGEST_GRADIENT) & (high < LARGEST_GRADIENT)  # False for NaN too
+        sound = is_sound(grad)
         if WINDOW in raw:
-            low, high = torch.aminmax(raw[WINDOW])
-            sound &= (low > -LARGEST_GRADIENT) & (high < LARGEST_GRADIENT)
+            sound &= is_sound(raw[WINDOW])
         if self._waits_for_the_device(p):
             if sound:
-                self._apply(p, grad, group)
+                self._apply(p, grad, sound, group)
             else:
                 raw.pop(WINDOW, None)
         else:
             self._apply_where(sound, p, grad, raw, group)
+
+    def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether `FUSED` makes this parameter's step."""
+        return self.FUSED is not None and kernels_run_on(p, self.FUSED) and can_store(self.codecs(p, group))
+
+    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
+        """The last arguments of `FUSED`, after tensors, codecs, store and seeds. `steps`: of each parameter."""
+        raise NotImplementedError
 
     @staticmethod
     def _waits_for_the_device(p: Tensor) -> bool:
@@ -323,34 +262,62 @@ class LowMemOptimizer(Optimizer):
             self._waits_for_the_device(p),
         )
 
-    def _apply(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Update `p` from a sound gradient. The one place where a weight is read and written."""
+    def _apply(self, p: Tensor, grad: Tensor, sound: Tensor, group: dict[str, Any]) -> None:
+        """Update `p` from a gradient that is sound, or will be undone. The one place where weights are read and written
+        but for the kernels."""
         state = self._state_of(p, group)
-        store = group["weights"] if p.dtype == torch.bfloat16 else "keep"
+        store = self.store_of(p, group)
+        correction = seed = None
         if store == "bf16_ecc":
             correction = state.tensor(CORRECTION, lambda: torch.zeros_like(p, dtype=torch.int8))
-            weights = join_24(p, correction)
-        else:
-            weights = p if p.dtype == torch.float32 else p.to(torch.float32)
-        self.update(weights, grad, state, group)
-        if store == "bf16_ecc":
-            coarse, fine = split_24(weights)
-            p.copy_(coarse)
-            correction.copy_(fine)
         elif store == "bf16_sr":
-            p.copy_(round_stochastic(weights, stream_key(state.key, "weights", state.step)))
-        elif weights is not p:
-            p.copy_(weights)
+            seed = self.weight_seed(state)
+        if self.writes_weights(p, group):
+            self.update_weights(p, correction, seed, grad, sound, state, group)
+            return
+        weights = load_weight(p, correction)
+        self.update(weights, grad, state, group)
+        save_weight(p, weights, correction, seed)
 
     def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
         """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
-        before = {k: v.clone() for k, v in raw.items() if isinstance(v, Tensor)}
-        weights = p.clone()
-        self._apply(p, grad, group)
-        p.copy_(torch.where(sound, p, weights))
+        guarded = self.writes_weights(p, group)  # by a kernel that reads `sound` itself
+        before = {k: v.clone() for k, v in raw.items() if isinstance(v, Tensor) and not (guarded and k == CORRECTION)}
+        weights = None if guarded else p.clone()
+        self._apply(p, grad, sound, group)
+        if weights is not None:
+            p.copy_(torch.where(sound, p, weights))
         for k, v in raw.items():
-            if isinstance(v, Tensor):  # a state that this very step allocated was zero before it
+            if isinstance(v, Tensor) and not (guarded and k == CORRECTION):
+                # A state that this very step allocated was zero before it.
                 v.copy_(torch.where(sound, v, before[k] if k in before else torch.zeros_like(v)))
+
+    @staticmethod
+    def store_of(p: Tensor, group: dict[str, Any]) -> str:
+        """How this parameter's weights are written: the stores are for bf16."""
+        return group["weights"] if p.dtype == torch.bfloat16 else "keep"
+
+    @staticmethod
+    def weight_seed(state: ParamState) -> int:
+        """Of this step's random rounding."""
+        return stream_key(state.key, "weights", state.step)
+
+    def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether `update_weights`, a kernel that reads and writes the weights, takes the place of `update`."""
+        return False
+
+    def update_weights(
+        self,
+        p: Tensor,
+        correction: Tensor | None,
+        seed: int | None,
+        grad: Tensor,
+        sound: Tensor,
+        state: ParamState,
+        group: dict[str, Any],
+    ) -> None:
+        """As `update`, on the stored weights, which must stay as they are where `sound`, on the device, is false."""
+        raise NotImplementedError
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         """Update `p` in place. `p` and `grad` are fp32 and finite, of one shape."""
@@ -466,9 +433,3 @@ def plain(lr: Any) -> Any:
     if lr.numel() != 1:
         raise ValueError(f"lr={lr!r}: Tensor lr must be 1-element. Give one rate; other groups may have their own.")
     return lr.item()
-
-
-def stream_key(*parts: object) -> int:
-    """63 bits that depend on every part, the same on every machine and in every process."""
-    text = "\x1f".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

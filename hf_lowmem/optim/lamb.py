@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.state import ParamState, StateDecl
 from hf_lowmem.specs import check_flag
 
 LARGEST_NORM = 10.0  # phi(z) = min(max(z, 0), 10)

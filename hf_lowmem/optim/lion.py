@@ -12,20 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
-
-
-def lion_(
-    p: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, betas: tuple[float, float], weight_decay: float
-) -> None:
-    """One Lion step in place, all tensors fp32 of one shape (arXiv 2302.06675, program 1 and algorithm 2).
-
-    Decay acts on the weight as it was. A value of zero has no sign and does not move.
-    """
-    beta1, beta2 = betas
-    direction = exp_avg.mul(beta1).add_(grad, alpha=1 - beta1).sign_()
-    p.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
-    exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
+from hf_lowmem.kernels.lion import LION_STEP
+from hf_lowmem.kernels.lion.reference import lion_
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.state import ParamState, StateDecl
 
 
 class Lion(LowMemOptimizer):
@@ -54,8 +44,12 @@ class Lion(LowMemOptimizer):
     name = "lion"
     STATES = {"exp_avg": StateDecl(signed=True)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
+    FUSED = LION_STEP
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg = state.load("exp_avg", grad)
         lion_(p, grad, exp_avg, lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"])
         state.store("exp_avg", exp_avg)
+
+    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
+        return group["lr"], *group["betas"], group["weight_decay"]

@@ -20,8 +20,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
-from hf_lowmem.optim.lowrank.pipeline import adam_direction, corrected_lr
+from hf_lowmem.kernels.adamw.reference import adam_direction, corrected_lr
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.state import ParamState, StateDecl
 from hf_lowmem.specs import check_number
 
 LARGEST_SIDE = 10_000  # a dimension above it is not preconditioned (the authors' max_precond_dim)

@@ -180,7 +180,7 @@ class TestContract:
 def test_spans_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, x = CODECS[name], draw("mixed", (5000,))
     want = encoded(codec, x, True)
-    monkeypatch.setattr("hf_lowmem.codecs.blocks.CPU_SPAN_PER_THREAD", 300)  # no multiple of a block
+    monkeypatch.setattr("hf_lowmem.kernels.spans.CPU_SPAN_PER_THREAD", 300)  # no multiple of a block
     got = encoded(codec, x, True)
     assert all(torch.equal(got[key], want[key]) for key in want)
     assert torch.equal(codec.decode(got, x.shape), codec.decode(want, x.shape))

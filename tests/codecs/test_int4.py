@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import Int4Codec
-from hf_lowmem.codecs.blocks import pack_pairs, unpack_pairs
 from hf_lowmem.codecs.int4 import MOST_OCTAVES, bf16_above, bf16_below
+from hf_lowmem.kernels.codecs.blocks import pack_pairs, unpack_pairs
 from tests.codecs.test_contract import draw, encoded, roundtrip
 
 CODEC = Int4Codec()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import CODECS, SoftsignCodec
-from hf_lowmem.codecs.softsign import SOFTNESS, STEPS, code_values
+from hf_lowmem.kernels.codecs.tables import SOFTNESS, STEPS, softsign_values
 from tests.codecs.test_contract import draw, encoded, roundtrip
 
 CODEC = SoftsignCodec()
@@ -71,7 +71,7 @@ def test_every_code_survives_at_every_rounding_of_the_scale(signed: bool) -> Non
     mantissas = 1 + torch.arange(128) / 128
     for exponent in (-100, 0, 100):
         scale = (mantissas * 2.0**exponent).repeat_interleave(len(rows))
-        x = code_values(signed)[rows].repeat(128, 1) * scale[:, None]
+        x = softsign_values(signed)[rows].repeat(128, 1) * scale[:, None]
         enc = encoded(CODEC, x, signed)
         assert torch.equal(enc["codes"].long(), rows.repeat(128, 1))
         assert torch.equal(enc["scale" if signed else "uscale"].float(), scale)
@@ -93,7 +93,7 @@ def test_floor_of_a_second_moment() -> None:
     v[0, 0], v[0, 1] = 1.0, 0.0
     got = roundtrip(CODEC, v, False)
     assert got[0, 1] == 0
-    assert torch.equal(got[0, 2:], code_values(False)[1].expand(62))
+    assert torch.equal(got[0, 2:], softsign_values(False)[1].expand(62))
     assert 2.5e-7 < got[0, 2] < 2.7e-7
 
 

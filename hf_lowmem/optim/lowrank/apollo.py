@@ -5,32 +5,16 @@ projection of the gradient to a few dimensions, so the moments live in rank r (M
 nothing of the weight's size is kept.
 """
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.base import ParamState
-from hf_lowmem.optim.lowrank.family import LowRankOptimizer, previous_norm
-from hf_lowmem.optim.lowrank.pipeline import channel_dim, channel_scale, limit_norm_growth_, tensor_scale
+from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
+from hf_lowmem.kernels.apollo.reference import apollo_update
+from hf_lowmem.optim.fused import kernels_run_on
+from hf_lowmem.optim.lowrank.family import LowRankOptimizer, is_low_rank, previous_norm
 from hf_lowmem.optim.lowrank.projector import Projector
-
-
-def apollo_update(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
-) -> Tensor:
-    """The update of a matrix: limit_growth(grad * s) * sqrt(scale).
-
-    Args:
-        grad: (..., m, n).
-        low: the projected gradient R, (..., m, r) or (..., r, n).
-        direction: Adam's direction N for it, of the same shape.
-        prev_norm: (...), norm of the last update; changed in place.
-        per_channel: one s for each channel (APOLLO) or for each matrix (Mini).
-        scale: the authors' `scale`; its root multiplies the update.
-    """
-    s = channel_scale(direction, low, channel_dim(grad.shape)) if per_channel else tensor_scale(direction, low)
-    return limit_norm_growth_(grad * s, prev_norm).mul_(math.sqrt(scale))
+from hf_lowmem.optim.state import ParamState
 
 
 class Apollo(LowRankOptimizer):
@@ -85,6 +69,25 @@ class Apollo(LowRankOptimizer):
     ) -> Tensor:
         prev_norm = previous_norm(grad, state)
         return apollo_update(grad, low, direction, prev_norm, per_channel=self.per_channel, scale=group["scale"])
+
+    def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return is_low_rank(p.shape, group["rank"]) and kernels_run_on(p, APOLLO_STEP)
+
+    def update_weights(
+        self,
+        p: Tensor,
+        correction: Tensor | None,
+        seed: int | None,
+        grad: Tensor,
+        sound: Tensor,
+        state: ParamState,
+        group: dict[str, Any],
+    ) -> None:
+        assert p.grad is not None
+        low, direction, _ = self.adam(grad, state, group)
+        s, factor = APOLLO_FACTORS(p.grad, low, direction, previous_norm(grad, state), self.per_channel)
+        settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], state.step
+        APOLLO_STEP(p, p.grad, correction, sound, s, factor, *settings, seed)
 
 
 class ApolloMini(Apollo):

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import WINDOW, LowMemOptimizer, ParamState, StateDecl
-from hf_lowmem.optim.lowrank.pipeline import adam_direction, corrected_lr, rotate_first, rotate_second
+from hf_lowmem.kernels.adamw import ADAMW_STEP
+from hf_lowmem.kernels.adamw.reference import adam_direction, descend_
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, low_shape
+from hf_lowmem.optim.state import WINDOW, ParamState, StateDecl
 from hf_lowmem.specs import OptimSpec
 
 
@@ -44,6 +47,7 @@ class LowRankOptimizer(LowMemOptimizer):
     # Whether `lift` goes back through the basis (else it only reads norms), and whether it limits the growth of norms.
     LIFTS: ClassVar[bool] = True
     LIMITS: ClassVar[bool] = False
+    FUSED = ADAMW_STEP
 
     @classmethod
     def resolve(cls, spec: OptimSpec) -> dict[str, Any]:
@@ -78,21 +82,24 @@ class LowRankOptimizer(LowMemOptimizer):
         state.store("exp_avg_sq", rotate_second(second, rotation, right))
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
+        low, direction, projector = self.adam(grad, state, group)
+        update = direction if projector is None else self.lift(grad, low, direction, projector, state, group)
+        descend_(p, update, group["lr"], group["betas"], group["weight_decay"], state.step)
+
+    def adam(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> tuple[Tensor, Tensor, Projector | None]:
+        """R, Adam's direction N for it, and what has projected it: nothing where R is the gradient."""
         low, projector = grad, None
-        if is_low_rank(p.shape, group["rank"]):
+        if is_low_rank(grad.shape, group["rank"]):
             window = state.raw.pop(WINDOW, None)
             projector, low = self._project(grad, state, group, state.step - 1, refresh=window is None)
             if window is not None:
                 low = low.add_(window)
             low = self.precondition(low, state, group)
         exp_avg, exp_avg_sq = state.load("exp_avg", low), state.load("exp_avg_sq", low)
-        update = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
+        direction = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
         state.store("exp_avg", exp_avg)
         state.store("exp_avg_sq", exp_avg_sq)
-        if projector is not None:
-            update = self.lift(grad, low, update, projector, state, group)
-        p.add_(update, alpha=-corrected_lr(group["lr"], group["betas"], state.step))
-        p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+        return low, direction, projector
 
     def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
         """Add up the projections of a window of gradients; the first one makes the basis if one is due."""
@@ -112,6 +119,12 @@ class LowRankOptimizer(LowMemOptimizer):
         if rotation is not None and group.get("rotate"):
             self.rotate(rotation, low, projector.right, state, group)
         return projector, low
+
+    def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return not is_low_rank(p.shape, group["rank"]) and super().fuses(p, group)
+
+    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
+        return steps, "family", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
 
     def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
         if not is_low_rank(shape, group["rank"]):

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.base import ParamState
+from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale, limit_norm_growth_
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer, previous_norm
 from hf_lowmem.optim.lowrank.galore import GaLore
-from hf_lowmem.optim.lowrank.pipeline import channel_dim, channel_scale, limit_norm_growth_
 from hf_lowmem.optim.lowrank.projector import Projector
+from hf_lowmem.optim.state import ParamState
 from hf_lowmem.specs import check_flag
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.base import ParamState
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer
 from hf_lowmem.optim.lowrank.projector import Projector
+from hf_lowmem.optim.state import ParamState
 
 
 class GaLore(LowRankOptimizer):

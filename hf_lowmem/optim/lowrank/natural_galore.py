@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import LowMemOptimizer, ParamState, StateDecl
+from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.lowrank.family import is_low_rank
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.pipeline import rotate_first
 from hf_lowmem.optim.lowrank.projector import low_shape
+from hf_lowmem.optim.state import ParamState, StateDecl
 from hf_lowmem.specs import check_integer, check_number
 
 # Times the largest squared norm in the history: the rounding of its sums in fp32, below which damping means nothing.

@@ -26,8 +26,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.optim.base import LARGEST_GRADIENT, ParamState, stream_key
-from hf_lowmem.optim.lowrank.pipeline import channel_dim
+from hf_lowmem.kernels.apollo.reference import channel_dim
+from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
+from hf_lowmem.optim.state import ParamState, stream_key
 
 COLD_STEPS = 4  # power steps from a Gaussian start; later refreshes start from the last basis and take one
 

@@ -1,0 +1,15 @@
+"""Adam's step, fused: gradient, weight and both moments in any 8-bit codec, read once and written once."""
+
+from hf_lowmem.kernels.adamw.cases import adamw_cases
+from hf_lowmem.kernels.adamw.reference import adamw_step
+from hf_lowmem.kernels.registry import Kernel
+
+__all__ = ["ADAMW_STEP"]
+
+ADAMW_STEP = Kernel(
+    name="adamw_step",
+    reference=adamw_step,
+    triton="hf_lowmem.kernels.adamw.triton:adamw_step",
+    mutates=("params", "corrections", "first", "second"),
+    cases=adamw_cases,
+)

@@ -1,0 +1,141 @@
+"""Adam's arithmetic in torch: AdamW's, and the order of eps and decay that the low-rank family has.
+
+These are torch's own fused operators, not products and sums one by one: on a CPU they are twice as fast, and AdamW's
+bits are those of torch.optim.AdamW. What they compute was found by comparison with exactly rounded candidates, on an
+AVX-512 and an AVX2 CPU, and the Triton kernel does the same:
+
+    a.lerp_(b, w)                fma(w, b - a, a)             w < 1/2; else fma(a - b, 1 - w, b)
+    a.addcmul_(b, c, value=w)    fma(w * b, c, a)
+    a.add_(b, alpha=w)           fma(w, b, a)
+    a.addcdiv_(b, c, value=w)    a + (w * b) / c
+
+One is not correctly rounded: a CPU's `sqrt` is off by a unit in the last place for every sixth value. See `root`.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_lowmem.kernels.exact import sqrt
+from hf_lowmem.kernels.registry import current_impl
+from hf_lowmem.kernels.step.reference import States, each_sound, on_the_cpu
+
+RULES = ("adamw", "family")
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, a fresh tensor: on a CPU torch's own, unless an implementation is forced; else the exact one.
+
+    Torch's is a fifth of the exact one's time and has the bits of torch.optim.AdamW. Who forces one compares two.
+    """
+    return x.sqrt() if x.device.type != "cpu" or current_impl() == "auto" else sqrt(x)
+
+
+def adamw_(
+    p: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """One AdamW step in place, all tensors fp32 of one shape; `step` counts from 1.
+
+    Decay acts on the weight as it was, eps is added after bias correction (arXiv 1711.05101, algorithm 2).
+    """
+    beta1, beta2 = betas
+    p.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denom = root(exp_avg_sq).div_(math.sqrt(1 - beta2**step)).add_(eps)
+    p.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
+
+
+def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+    """Update both moments in place and return m / (sqrt(v) + eps), without bias correction."""
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    return exp_avg / root(exp_avg_sq).add_(eps)
+
+
+def corrected_lr(lr: float, betas: tuple[float, float], step: int) -> float:
+    """Learning rate times Adam's bias correction; `step` counts from 1."""
+    return lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+
+
+def adam_family_(
+    p: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """One step of Adam as the low-rank family takes it: eps before bias correction, decay after the update."""
+    descend_(p, adam_direction(grad, exp_avg, exp_avg_sq, betas, eps), lr, betas, weight_decay, step)
+
+
+def descend_(p: Tensor, update: Tensor, lr: float, betas: tuple[float, float], weight_decay: float, step: int) -> None:
+    """The family's last two lines, in place."""
+    p.add_(update, alpha=-corrected_lr(lr, betas, step))
+    p.add_(p, alpha=-lr * weight_decay)
+
+
+@on_the_cpu
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    first_codec: str,
+    second_codec: str,
+    store: str,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    rule: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step for each of `params`, from its encoded moments and back, in place.
+
+    ```python
+    for p, grad, m, v in zip(...):
+        if all(abs(grad) < 1e15):                       # a bad gradient leaves all as it was
+            w, m, v = wide(p), decode(m), decode(v)
+            adamw_(w, grad, m, v)                       # "family": adam_family_
+            m, v, p = encode(m), encode(v), rounded(w)
+    ```
+
+    Args:
+        params: contiguous, all of one dtype (bf16, fp16 or fp32).
+        grads: of the same shapes, contiguous, all of one dtype (bf16, fp16 or fp32).
+        corrections: int8 of the same shapes with store "bf16_ecc", else none.
+        first, second: the tensors of each parameter's encoded moments, one parameter after another: its values with
+            codec "fp32", else codes and scalars.
+        first_codec, second_codec: "fp32" or a name of kernels/codecs.
+        store: "keep", "bf16_sr" or "bf16_ecc".
+        seeds: of the random numbers of "bf16_sr", one a parameter, else none.
+        steps: of each parameter, this one included.
+        rule: "adamw" or "family".
+    """
+    update = adamw_ if rule == "adamw" else adam_family_
+    moments = States(first_codec, first, True), States(second_codec, second, False)
+    for i, weights, grad in each_sound(params, grads, corrections, store, seeds):
+        m, v = (states.load(i) for states in moments)
+        update(weights, grad, m, v, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=steps[i])
+        for states, value in zip(moments, (m, v), strict=True):
+            states.save(i, value)

@@ -1,0 +1,58 @@
+"""Adam's fused step: numbers for the kernels of step/triton.py, which has the formulas."""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_lowmem.kernels.adamw.reference import corrected_lr
+from hf_lowmem.kernels.step.reference import States
+from hf_lowmem.kernels.step.triton import check_case, run_steps, step_cases
+
+# What is compiled ahead of time; every pair of codecs runs.
+PAIRS = [("fp32", "fp32"), ("int8", "int8"), ("fp8_expand", "fp8_expand"), ("int8_softsign", "fp8_expand")]
+
+
+def fp32(x: float) -> float:
+    """A number as torch passes it to an fp32 operator: rounded once."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    first_codec: str,
+    second_codec: str,
+    store: str,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    rule: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    states = States(first_codec, first, True), States(second_codec, second, False)
+    weight = fp32(1 - beta1)
+    numbers = []
+    for step in steps:
+        if rule == "adamw":
+            # torch's lerp takes the complement of the weight in fp32.
+            averages = weight, 1 - weight, beta2, 1 - beta2
+            pace = 1 - lr * weight_decay, -lr / (1 - beta1**step), eps, math.sqrt(1 - beta2**step)
+        else:
+            averages = weight, beta1, beta2, 1 - beta2
+            pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0
+        numbers.append((*averages, *pace))
+    run_steps(rule, params, grads, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    small, best = PAIRS[0], PAIRS[-1]
+    return [check_case(), *step_cases("adamw", PAIRS, [small, best]), *step_cases("family", [best], [])]

@@ -1,0 +1,48 @@
+"""APOLLO's channel factors with the limit on their growth, and its step of the weights, without temporaries."""
+
+from torch import Tensor
+
+from hf_lowmem.kernels.apollo import reference
+from hf_lowmem.kernels.apollo.cases import factor_cases, step_cases
+from hf_lowmem.kernels.registry import Kernel
+
+__all__ = ["APOLLO_FACTORS", "APOLLO_STEP"]
+
+UNIT = 2.0**-24  # of fp32: half a unit in the last place of 1
+
+
+def _bound(grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool) -> list[Tensor]:
+    """How far apart two ways of summing may be, for s, the factor and the new norm.
+
+    A sum of w values that are not negative, in any order, is off by at most w units in proportion, one of them for
+    the rounding of each square. Its root halves that, and is itself off by two (torch's on a CPU) at most; so is a norm
+    by w / 2 + 2. Two norms, the addition of 1e-8 and the division: s by w + 6. The norm of grad * s has w = m * n, and
+    each term has the error of s and of a product; the factor has two divisions and an addition on top, the new norm is
+    the quotient of both. Each implementation errs by so much, so twice that lies between them, and one part in 256
+    covers the products of errors.
+    """
+    before = prev_norm.clone()
+    s, factor = reference.apollo_factors(grad, low, direction, before, per_channel)
+    width = low.shape[-2:].numel() // (max(grad.shape[-2:]) if per_channel else 1)
+    of_s = width + 6
+    of_norm = grad.shape[-2:].numel() / 2 + 2 + of_s + 1
+    units = 2 * UNIT * (1 + 1 / 256)
+    return [s.abs() * (of_s * units), factor * ((of_norm + 4) * units), before * ((2 * of_norm + 5) * units)]
+
+
+APOLLO_FACTORS = Kernel(
+    name="apollo_factors",
+    reference=reference.apollo_factors,
+    triton="hf_lowmem.kernels.apollo.triton:apollo_factors",
+    fake=reference.apollo_factors_fake,
+    mutates=("prev_norm",),
+    cases=factor_cases,
+    bound=_bound,
+)
+APOLLO_STEP = Kernel(
+    name="apollo_step",
+    reference=reference.apollo_step,
+    triton="hf_lowmem.kernels.apollo.triton:apollo_step",
+    mutates=("param", "correction"),
+    cases=step_cases,
+)

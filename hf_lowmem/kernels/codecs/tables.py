@@ -1,0 +1,234 @@
+"""The tables of the 8-bit codecs: the value of each code, and the code of each value.
+
+A code is found by *thresholds*: code j is taken from the j-th threshold on. That defines a codec without naming a
+logarithm or a root, whose last bits differ from device to device; the thresholds are computed once, in fp64 on the
+CPU, and copied, so every device gives the same codes.
+
+Finding a place among hundreds of thresholds takes one look-up and one addition. The upper bits of an fp32 name an
+interval that is narrower than any gap between two thresholds, so at most one lies inside, and the lower bits decide on
+which side of it x is. An entry packs both facts, `code << shift | (2**shift - first lower bits beyond the threshold)`:
+adding the lower bits carries into the code exactly when x is beyond. (torch.bucketize searches 8 levels: 20 times
+slower.)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.kernels.exact import E4M3_MAX
+
+E4M3_MIN = 2.0**-9  # the smallest subnormal
+
+DECADES = 7  # of the dynamic map
+
+SOFTNESS = 0.15  # c of the softsign
+STEPS = {True: 127, False: 255}  # its codes from 0 to 1, for signed and unsigned states
+
+POWERS_PER_OCTAVE = 60
+POWER_OF_ONE = 105  # the stored power that means k = 1
+SIGNED_BINADES = math.log2(E4M3_MAX / E4M3_MIN)  # 17.8, subnormals included
+UNSIGNED_BINADES = math.log2(E4M3_MAX / 2.0**-6)  # 14.8, normal codes alone
+LARGEST_CODE = 0x7E  # 448
+# |x| / a is at most 1 + 2**-8; anything above, a nan too, counts as this.
+LARGEST_BITS = 0x3F80FFFF
+
+
+class DeviceTable:
+    """A constant that `build` makes on the CPU, copied to each device that asks for it, once.
+
+    A plain dict, because torch.compile reads tensors out of one but ignores functools.cache. Building cannot be
+    traced: a codec asks for its tables in `init`, so compiled code finds them there.
+    """
+
+    def __init__(self, build: Callable[[], Tensor]):
+        self.build = build
+        self.built: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Raises RuntimeError if compiled code is the first to ask."""
+        if device not in self.built:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"a codec's table for {device} is first needed inside torch.compile, which cannot build it: "
+                    "call the codec's init(), or encode or decode once, on that device before compiling"
+                )
+            with torch.inference_mode(False), torch.device("cpu"):
+                self.built[device] = self.build().to(device)
+        return self.built[device]
+
+
+def packed(thresholds: Tensor, first: int, shift: int, count: int) -> Tensor:
+    """The table described above, int32 (count,): entry i is for the bits from first + (i << shift) on.
+
+    `thresholds`: int64, ascending; the bits of the first fp32 that takes code 1, 2, ...
+    """
+    start = first + (torch.arange(count) << shift)
+    code = torch.searchsorted(thresholds, start, right=True)
+    until = thresholds[code.clamp(max=thresholds.numel() - 1)] - start  # how far inside the interval the code rises
+    inside = (until > 0) & (until < 1 << shift)
+    return ((code << shift) + torch.where(inside, (1 << shift) - until, 0)).int()
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """The bits of fp64 values rounded to fp32, int64."""
+    return x.float().view(torch.int32).long()
+
+
+# -- int8: the dynamic map -------------------------------------------------------------------------------------------
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 values of the dynamic map, ascending, fp32 (256,).
+
+    Decade i = 0 .. 6 spans [10**(i-7), 10**(i-6)] and is cut into 2**i equal parts (2**(i+1) if unsigned),
+    of which the middles are taken, with both signs if signed. With 0 and 1 these are 2 * 127 + 2 = 256 (254
+    + 2 if unsigned).
+    """
+    values = [0.0, 1.0]
+    for i in range(DECADES):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        middles = (10.0 ** (i - DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += middles
+        if signed:
+            values += [-middle for middle in middles]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def nearest_table(signed: bool) -> Tensor:
+    """Finds the nearest value of the dynamic map: int32 (65536,), indexed by the upper half of an fp32's bits.
+
+    For negative x the bits grow as x falls, so those entries hold `255 - code`, and the caller complements the result.
+    A quotient halfway between two values takes the lower one.
+    """
+    wide = dynamic_map(signed).double()
+    middles = (wide[:-1] + wide[1:]) / 2  # exact: two fp32 of similar size
+    beyond = middles.float()  # the first fp32 above each midpoint
+    beyond = torch.where(beyond.double() > middles, beyond, torch.nextafter(beyond, torch.full_like(beyond, torch.inf)))
+    bits = beyond.view(torch.int32).long()
+    order = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # integers in the order of the floats
+    positive = packed(order, 0, 16, 1 << 15)
+
+    magnitude = torch.arange(1 << 15) << 16
+    down = torch.searchsorted(order, -magnitude, right=True)
+    until = 1 - order[(down - 1).clamp(min=0)] - magnitude  # the code falls once -magnitude < order
+    inside = (down > 0) & (until > 0) & (until < 1 << 16)
+    negative = ((255 - down) << 16) + torch.where(inside, (1 << 16) - until, 0)
+    return torch.cat([positive, negative.int()])
+
+
+MAPS = {signed: DeviceTable(functools.partial(dynamic_map, signed)) for signed in (True, False)}
+NEAREST = {signed: DeviceTable(functools.partial(nearest_table, signed)) for signed in (True, False)}
+
+
+# -- int8_softsign ---------------------------------------------------------------------------------------------------
+
+
+def softsign_inverse(y: Tensor) -> Tensor:
+    """The inverse of the companding, for |y| <= 1."""
+    return SOFTNESS * y / (1 + SOFTNESS - y.abs())
+
+
+def softsign_values(signed: bool) -> Tensor:
+    """x / scale of every code, fp32 (256,). Signed codes are int8 in a byte; 0x80, -128, is never written."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if signed:
+        return softsign_inverse(codes.view(torch.int8).double() / STEPS[True]).float()
+    return softsign_inverse(codes.double() / STEPS[False]).square().float()
+
+
+def softsign_table() -> Tensor:
+    """Finds the code of an unsigned x / scale: int32 (32768,), indexed by the upper half of an fp32's bits.
+
+    The threshold of code j is where 255 steps of the companded root reach j - 1/2. Two are 2.7 % apart at least.
+    """
+    middles = (torch.arange(1, 256, dtype=torch.float64) - 0.5) / STEPS[False]
+    return packed(bits_of(softsign_inverse(middles).square()), 0, 16, 1 << 15)
+
+
+SOFTSIGN_VALUES = {signed: DeviceTable(functools.partial(softsign_values, signed)) for signed in (True, False)}
+SOFTSIGN_CODES = DeviceTable(softsign_table)
+
+
+# -- fp8_expand ------------------------------------------------------------------------------------------------------
+
+
+def e4m3_values() -> Tensor:
+    """The value of every E4M3 code, fp32 (256,); codes 0x7F and 0xFF are nan and never written for finite input.
+
+    A look-up in it is twice as fast as torch's own cast from float8 on a CPU.
+    """
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def exponents() -> Tensor:
+    """k of every stored power, fp64 (256,)."""
+    return 2.0 ** ((torch.arange(256, dtype=torch.float64) - POWER_OF_ONE) / POWERS_PER_OCTAVE)
+
+
+def expanded_values() -> Tensor:
+    """sign(q) (|q|/448)^(1/k) for every power and code, fp32 (256 * 256,), row by power: 256 KiB.
+
+    A look-up instead of a power: exact to fp32's rounding, equal on every device, and half the time on a CPU.
+    """
+    q = e4m3_values().double()  # (256,)
+    return ((q.abs() / E4M3_MAX) ** (1 / exponents()[:, None])).copysign(q).float().view(-1)
+
+
+def expanding_thresholds() -> Tensor:
+    """Where |x| / a reaches each code, (middle of two codes / 448)^(1/k): int64 bits, (256, 126)."""
+    values = e4m3_values()[: LARGEST_CODE + 1].double()
+    middles = (values[1:] + values[:-1]) / 2
+    return bits_of((middles / E4M3_MAX) ** (1 / exponents()[:, None]))
+
+
+def expanding_rows() -> Tensor:
+    """What tells the place of |x| / a in `expanding_table`, int32 (256, 3), by power: shift, first bits, offset.
+
+    ```python
+    bits = clamp(bits(abs(x) / a), first, LARGEST_BITS)
+    code = (table[(bits >> shift) + offset] + bits) >> shift
+    ```
+    The narrowest interval that the widest gap allows would be the same number of bits for all powers; with as many as
+    each needs, the row of a power is 250 to 600 entries, and a group, which has one power, stays in 2 KiB of the table.
+    """
+    thresholds = expanding_thresholds()
+    # At the end of a binade, 14.5 to 15.5: the narrowest gap in proportion, 6.9 % / k.
+    gap = thresholds.diff(dim=1).amin(1)
+    shift = gap.double().log2().floor().long()
+    first = (thresholds[:, 0] - 1) >> shift << shift
+    count = ((LARGEST_BITS - first) >> shift) + 1
+    offset = count.cumsum(0) - count - (first >> shift)
+    return torch.stack([shift, first, offset], 1).int()
+
+
+def expanding_table() -> Tensor:
+    """The rows of all powers one after another, int32 (about 110 000,).
+
+    The upper bits, which tell the place, are taken off each entry: the whole bits can be added, not the lower ones.
+    """
+    thresholds = expanding_thresholds()
+    rows = []
+    for power, (shift, first, _) in enumerate(expanding_rows().tolist()):
+        count = ((LARGEST_BITS - first) >> shift) + 1
+        rows.append(packed(thresholds[power], first, shift, count) - (first + (torch.arange(count) << shift)))
+    return torch.cat(rows).int()
+
+
+def power_thresholds(signed: bool) -> Tensor:
+    """Where a / b reaches the powers 255, 254, ... 1 from above, fp32 (255,), ascending.
+
+    Power p stands for the k = 2**((p - 105) / 60) that is nearest to binades / log2(a / b), so it is taken up to the
+    ratio whose k is half a step below.
+    """
+    step = torch.arange(255, 0, -1, dtype=torch.float64) - 0.5
+    k = 2.0 ** ((step - POWER_OF_ONE) / POWERS_PER_OCTAVE)
+    return (2.0 ** ((SIGNED_BINADES if signed else UNSIGNED_BINADES) / k)).float()
+
+
+EXPANDED_VALUES = DeviceTable(expanded_values)
+EXPANDING_ROWS = DeviceTable(expanding_rows)
+EXPANDING_TABLE = DeviceTable(expanding_table)
+POWERS = {signed: DeviceTable(functools.partial(power_thresholds, signed)) for signed in (True, False)}

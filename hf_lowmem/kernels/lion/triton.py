@@ -1,0 +1,34 @@
+"""Lion's fused step: numbers for the kernels of step/triton.py, which has the formula."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_lowmem.kernels.step.reference import States
+from hf_lowmem.kernels.step.triton import run_steps, step_cases
+
+CODECS = ("fp32", "int8", "int8_softsign", "fp8_expand")
+
+
+def lion_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    first: Sequence[Tensor],
+    first_codec: str,
+    store: str,
+    seeds: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
+    run_steps(
+        "lion", params, grads, corrections, [States(first_codec, first, True)], store, seeds, [numbers] * len(params)
+    )
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    return step_cases("lion", [(codec, codec) for codec in CODECS], [("fp32", "fp32")])

@@ -1,0 +1,165 @@
+"""A kernel is two implementations of one function, and the promise that they give the same bits.
+
+The *reference* is plain torch: it is what the mathematics says, what runs on a CPU, and what tests hold the other to.
+The *Triton* one makes the same values in one pass over memory. Both hide behind one opaque custom operator
+`torch.ops.hf_lowmem.<name>`, so torch.compile, FakeTensorMode, autograd and a profiler meet one name whichever runs.
+
+Why an opaque `custom_op` and not `triton_op`, which lets inductor see the kernel's code: an operator of the latter
+kind with a CPU implementation breaks torch.compile on a CPU, and the same model must compile on both.
+
+Which one runs is decided at each call from the tensors' device: Triton where they are on an accelerator that the kernel
+supports, else the reference. The environment variable HF_LOWMEM_KERNELS, or `use_kernels`, forces one; a forced Triton
+that cannot run is an error that says why, never a silent reference. On a CPU Triton runs only in its interpreter
+(TRITON_INTERPRET=1, set before triton is imported): slow, and exactly what tests want.
+
+`triton` is imported inside a kernel's triton.py alone, and that module is imported when it is first needed.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.specs import check_choice
+
+IMPLS = ("auto", "reference", "triton")
+VARIABLE = "HF_LOWMEM_KERNELS"
+_forced: list[str] = []
+
+
+def current_impl() -> str:
+    """What `use_kernels` or HF_LOWMEM_KERNELS asks for. Raises ValueError for a value that is none of IMPLS."""
+    if _forced:
+        return _forced[-1]
+    asked = os.environ.get(VARIABLE)
+    if asked is None:
+        return "auto"
+    check_choice(VARIABLE, asked, IMPLS)
+    return asked
+
+
+@contextlib.contextmanager
+def use_kernels(impl: str) -> Iterator[None]:
+    """Force one implementation of every kernel inside the block: "auto", "reference" or "triton".
+
+    ```python
+    with use_kernels("reference"):
+        optimizer.step()
+    ```
+    For the whole process: the choice is not kept by thread, as autograd runs backward in threads of its own.
+    """
+    check_choice("impl", impl, IMPLS)
+    _forced.append(impl)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments, shared by tests, benchmarks and ahead-of-time compilation. `make(device)` builds it."""
+
+    name: str
+    make: Callable[[torch.device], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function with a reference and a Triton implementation; `kernel(*args)` runs the one that fits.
+
+    Args:
+        name: of the operator, torch.ops.hf_lowmem.<name>.
+        reference: plain torch, annotated: the operator's schema is read from its signature.
+        triton: "package.module:function", same signature; imported when first needed.
+        fake: shapes and dtypes of the results without computing them. None where nothing is returned.
+        mutates: names of the arguments that are written in place.
+        supports: why Triton cannot take these arguments, or "" if it can.
+        cases: arguments on which the two are compared.
+        bound: how far apart the two may be: from the arguments of a call, the largest |triton - reference| allowed for
+            each result and then for each argument that is written in place, as a tensor or a number; 0: the same bits.
+            None: the same bits throughout. For kernels that sum, whose order of summation differs; the comment at its
+            definition derives it.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    triton: str
+    fake: Callable[..., Any] | None = None
+    mutates: tuple[str, ...] = ()
+    supports: Callable[..., str] = lambda *args: ""
+    cases: Callable[[], Iterable[Case]] = tuple
+    bound: Callable[..., Sequence[Tensor | float]] | None = None
+    op: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        @functools.wraps(self.reference)
+        def run(*args: Any) -> Any:
+            chosen = self.pick(*args)
+            device = next((t.device for t in _tensors(args) if t.device.type == "cuda"), None)
+            if device is None:
+                return chosen(*args)
+            with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+                return chosen(*args)
+
+        op = torch.library.custom_op(f"hf_lowmem::{self.name}", run, mutates_args=self.mutates)
+        if self.fake is not None:
+            op.register_fake(self.fake)
+        object.__setattr__(self, "op", op)
+
+    def __call__(self, *args: Any) -> Any:
+        """Through the operator: arguments are positional, as its schema has them."""
+        return self.op(*args)
+
+    def load_triton(self) -> Callable[..., Any]:
+        """The Triton implementation. Raises ImportError where triton is not installed."""
+        module, _, function = self.triton.partition(":")
+        return getattr(import_module(module), function)
+
+    def pick(self, *args: Any) -> Callable[..., Any]:
+        """The implementation for these arguments.
+
+        Raises:
+            RuntimeError: where Triton is forced and cannot take them; the message says why.
+        """
+        impl = current_impl()
+        if impl == "reference":
+            return self.reference
+        reason = self.unsupported(*args)
+        if not reason:
+            return self.load_triton()
+        if impl == "triton":
+            raise RuntimeError(f"kernel {self.name!r} is forced to triton, but {reason}. Leave {VARIABLE} unset.")
+        return self.reference
+
+    def unsupported(self, *args: Any) -> str:
+        """Why Triton does not run on these arguments, or ""."""
+        devices = {t.device.type for t in _tensors(args)}
+        if devices == {"cpu"} and not (current_impl() == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return "the tensors are on a CPU, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
+        if not devices or not devices <= {"cpu", "cuda"}:
+            return f"Triton does not run on {', '.join(sorted(devices)) or 'no tensor'}"
+        if not _has_triton():
+            return "triton is not installed"
+        return self.supports(*args)
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among the arguments and in lists of them."""
+    for arg in args:
+        for item in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+@functools.cache
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None

@@ -1,0 +1,51 @@
+"""Parameters, gradients and encoded states for the cases of the fused steps, the same on every device."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.kernels.codecs.cases import room, values
+from hf_lowmem.kernels.codecs.reference import encode_state
+from hf_lowmem.kernels.step.reference import STORES
+
+PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("fp8_expand", "fp8_expand"), ("int8_softsign", "fp8_expand"))
+# A scalar, an odd size, a matrix with a ragged last block, one of a whole tile.
+SHAPES = ((), (7,), (37, 41), (16, 64))
+
+
+def state_of(shape: Sequence[int], codec: str, signed: bool, device: torch.device) -> list[Tensor]:
+    """An encoded state of a few steps' gradients; zeros among it, but nothing huge or denormal."""
+    size = torch.Size(shape)
+    value = values(size.numel(), signed, device).view(size)
+    value = torch.where((value.abs() > 1e-15) & (value.abs() < 1e3), value, 0.0) * 1e-2
+    if codec == "fp32":
+        return [value]
+    codes, scalars = room(codec, size, device)
+    encode_state(value, codes, scalars, codec, signed)
+    return [codes, *scalars]
+
+
+def parameters(
+    store: str, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """Parameters of all SHAPES with gradients, corrections and seeds; the gradient of the matrix has a nan."""
+    generator = torch.Generator().manual_seed(1)
+    params, grads, corrections = [], [], []
+    for shape in (*SHAPES, SHAPES[2]):
+        params.append(torch.randn(shape, generator=generator).to(dtype).to(device))
+        grads.append((torch.randn(shape, generator=generator) * 0.1).to(grad_dtype).to(device))
+        fine = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+        corrections.append(fine.to(device))
+    grads[2].view(-1)[-1] = float("nan")
+    seeds = [5 + 2**40 * i for i in range(len(params))] if store == "bf16_sr" else []
+    return params, grads, corrections if store == "bf16_ecc" else [], seeds
+
+
+def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:
+    """(weights, gradients, store): every store of bf16, and the other dtypes."""
+    for store in STORES:
+        yield torch.bfloat16, torch.bfloat16, store
+    yield torch.float32, torch.float32, "keep"
+    yield torch.bfloat16, torch.float32, "bf16_ecc"
+    yield torch.float16, torch.float16, "keep"

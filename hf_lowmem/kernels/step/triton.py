@@ -1,0 +1,393 @@
+"""One fused optimizer step in Triton: gradient, weight and encoded states are read once and written once.
+
+The formulas of a method are a function of a tile (adamw/triton.py, lion/triton.py); here is what surrounds it.
+
+**Bad gradients.** A first small kernel reads the gradients and clears a parameter's flag on the device if it finds
+anything that is not finite and below 1e15; the step's kernel reads the flag and does nothing. Nobody waits, and nothing
+is copied to be undone: selecting between old and new afterwards would take a second set of weights and states.
+
+**Many small parameters.** A launch costs the host more time than a GPU needs for the few thousand values of a norm or
+a bias, and those are half of a model's parameters. So all parameters up to `SMALL` values share one launch: a table in
+device memory has a row of addresses and numbers for each, and a program finds its parameter by its place in the grid.
+torch._foreach would need one launch an operator for the same, and a temporary each, and cannot leave out one bad
+parameter. The check of the gradients is such a shared launch for parameters of all sizes. A large one is stepped by
+itself, where its addresses are arguments and Triton knows how they are aligned.
+
+What changes from step to step is passed as floats or is declared not to be specialised on: nothing is compiled twice.
+"""
+
+# A jit function is called with launch options, and with plain numbers where it declares constants.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_lowmem.kernels._device import (
+    as_bf16,
+    bits_of,
+    div,
+    fma,
+    from_bits,
+    load_fp32,
+    magnitude,
+    random_word,
+    sqrt,
+    store_rounded,
+    widen,
+)
+from hf_lowmem.kernels.codecs.triton import (
+    FP32,
+    INT8,
+    NUM_WARPS,
+    NUMBERS,
+    ROWS,
+    TILE,
+    WIDTH,
+    decode_tile,
+    encode_tile,
+    tables_of,
+    tile_offsets,
+)
+from hf_lowmem.kernels.exact import seed_keys
+from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT, STORES, States
+
+SMALL = 1 << 16  # values: 64 tiles, less than one for every multiprocessor of a large GPU
+
+KEEP: tl.constexpr = tl.constexpr(0)
+BF16_SR: tl.constexpr = tl.constexpr(1)
+BF16_ECC: tl.constexpr = tl.constexpr(2)
+
+RULES = {"adamw": 0, "family": 1, "lion": 2}
+ADAMW: tl.constexpr = tl.constexpr(0)
+FAMILY: tl.constexpr = tl.constexpr(1)
+LION: tl.constexpr = tl.constexpr(2)
+
+LIMIT: tl.constexpr = tl.constexpr(torch.tensor(LARGEST_GRADIENT).view(torch.int32).item())
+CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
+CHECK_PROGRAMS = 1024  # at most, for one parameter
+
+# Columns of the table of small parameters, all int64; a number is an fp32's bits.
+PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, KEYS, COUNT = 0, 1, 2, 3, 6, 9, 10, 12
+_FIRST: tl.constexpr = tl.constexpr(FIRST)
+_SECOND: tl.constexpr = tl.constexpr(SECOND)
+_NUMEL: tl.constexpr = tl.constexpr(NUMEL)
+_KEYS: tl.constexpr = tl.constexpr(KEYS)
+_NUMBERS: tl.constexpr = tl.constexpr(COUNT)
+MOST_NUMBERS = 8
+COLUMNS: tl.constexpr = tl.constexpr(COUNT + MOST_NUMBERS)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_weight(ptr, correction_ptr, mask, STORE: tl.constexpr):
+    """A weight in fp32, from the pointers to a tile's values. Reference: `load_weight` and `join_24`."""
+    w = load_fp32(ptr, mask)
+    if STORE == BF16_ECC:
+        fine = tl.load(correction_ptr, mask=mask, other=0).to(tl.int32)
+        bits = tl.maximum(magnitude(w) + fine * 256, 0).to(tl.uint32)
+        w = from_bits(bits | (bits_of(w) & 0x80000000))
+    return w
+
+
+@triton.jit
+def save_weight(ptr, correction_ptr, w, index, mask, k0, k1, STORE: tl.constexpr):
+    """Write a weight; `index`: of each value in the parameter. Reference: `save_weight` and what it calls."""
+    if STORE == BF16_SR:
+        bits = bits_of(w) + (random_word(index, k0, k1) & 0xFFFF)
+        tl.store(ptr, as_bf16(from_bits(bits)), mask=mask)
+    elif STORE == BF16_ECC:
+        upper = (bits_of(w).to(tl.int32, bitcast=True) + 128) >> 8
+        coarse = (upper + 128) >> 8
+        tl.store(correction_ptr, (upper - coarse * 256).to(tl.int8), mask=mask)
+        tl.store(ptr, as_bf16((coarse * 65536).to(tl.float32, bitcast=True)), mask=mask)
+    else:
+        store_rounded(ptr, w, mask)
+
+
+# -- formulas --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adamw(w, m, v, g, x0, x1, x2, x3, decay, step, eps, root, HEAVY: tl.constexpr):
+    """x0, x1, x2, x3: 1 - beta1, its complement, beta2, 1 - beta2. HEAVY: x0 >= 1/2, where torch's lerp starts from its
+    other end."""
+    m = fma(m - g, x1, g) if HEAVY else fma(g - m, x0, m)
+    v = fma(g * x3, g, v * x2)
+    w = w * decay + div(m * step, div(sqrt(v), root) + eps)
+    return w, m, v
+
+
+@triton.jit
+def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps):
+    """x0, x1, x2, x3: 1 - beta1, beta1, beta2, 1 - beta2."""
+    m = fma(g, x0, m * x1)
+    v = fma(g * x3, g, v * x2)
+    w = fma(div(m, sqrt(v) + eps), step, w)
+    return fma(w, decay, w), m, v
+
+
+@triton.jit
+def lion(w, m, g, x0, x1, x2, x3, decay, step):
+    """x0, x1, x2, x3: 1 - beta1, beta1, beta2, 1 - beta2."""
+    c = fma(g, x0, m * x1)
+    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
+    return fma(sign, step, w * decay), fma(g, x3, m * x2)
+
+
+@triton.jit
+def step_tile(
+    param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
+    m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1,
+    RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
+):  # fmt: skip
+    """The whole step of the tile that begins at value `start` (int64) and has `left` values or more."""
+    local = tile_offsets()
+    mask = local < left
+    g = load_fp32(grad + start + local, mask)
+    w = load_weight(param + start + local, correction + start + local, mask, STORE)
+    m = decode_tile(m_codes, m_scale, m_power, m_values, start, left, FIRST, True)
+    if RULE == LION:
+        w, m = lion(w, m, g, x0, x1, x2, x3, decay, step)
+    else:
+        v = decode_tile(v_codes, v_scale, v_power, v_values, start, left, SECOND, False)
+        if RULE == ADAMW:
+            w, m, v = adamw(w, m, v, g, x0, x1, x2, x3, decay, step, eps, root, HEAVY)
+        else:
+            w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps)
+    # The weights first: their registers are free while a state is encoded, where most are needed.
+    index = start.to(tl.uint32) + local.to(tl.uint32)
+    save_weight(param + start + local, correction + start + local, w, index, mask, k0, k1, STORE)
+    encode_tile(m, m_codes, m_scale, m_power, m_table, m_powers, m_rows, start, left, FIRST, True)
+    if RULE != LION:
+        encode_tile(v, v_codes, v_scale, v_power, v_table, v_powers, v_rows, start, left, SECOND, False)
+
+
+@triton.jit(do_not_specialize=["k0", "k1"])
+def step_kernel(
+    sound_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
+    m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1,
+    RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
+):  # fmt: skip
+    """One parameter of n values."""
+    if tl.load(sound_ptr) != 0:
+        start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
+        left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
+        step_tile(
+            param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
+            m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1,
+            RULE, FIRST, SECOND, STORE, HEAVY,
+        )  # fmt: skip
+
+
+@triton.jit
+def _address(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer from the table; ALIGNED: all of them are multiples of 16."""
+    ptr = tl.load(row + column).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(ptr, 16) if ALIGNED else ptr
+
+
+@triton.jit
+def _number(row, place):
+    return from_bits(tl.load(row + _NUMBERS + place).to(tl.uint32))
+
+
+@triton.jit
+def steps_kernel(
+    table, sound_ptr,
+    m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+    RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): the j-th tile of the i-th parameter of the table. WHOLE: all sizes are multiples of 16."""
+    i = tl.program_id(0)
+    row = table + i * COLUMNS
+    n = tl.load(row + _NUMEL)
+    if WHOLE:
+        n = tl.multiple_of(n, 16)
+    start = tl.program_id(1).to(tl.int64) * (ROWS * WIDTH)
+    if (start < n) & (tl.load(sound_ptr + i) != 0):
+        left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
+        step_tile(
+            _address(row, 0, WEIGHT, ALIGNED),
+            _address(row, 1, GRADIENT, ALIGNED),
+            _address(row, 2, tl.int8, ALIGNED),
+            _address(row, _FIRST, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED),
+            _address(row, _FIRST + 1, tl.float32 if FIRST == INT8 else tl.bfloat16, ALIGNED),
+            _address(row, _FIRST + 2, tl.uint8, ALIGNED),
+            _address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
+            _address(row, _SECOND + 1, tl.float32 if SECOND == INT8 else tl.bfloat16, ALIGNED),
+            _address(row, _SECOND + 2, tl.uint8, ALIGNED),
+            m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows, start, left,
+            _number(row, 0), _number(row, 1), _number(row, 2), _number(row, 3),
+            _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
+            tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
+            RULE, FIRST, SECOND, STORE, HEAVY,
+        )  # fmt: skip
+
+
+@triton.jit
+def check_kernel(table, sound_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Clear the flag of the i-th parameter if its gradient is bad. Programs (i, ...) share the values of one."""
+    i = tl.program_id(0)
+    row = table + i * COLUMNS
+    grad = _address(row, 1, GRADIENT, ALIGNED)
+    n = tl.load(row + _NUMEL)
+    lane = tl.arange(0, CHECK_BLOCK)
+    whole = n // CHECK_BLOCK * CHECK_BLOCK  # without a mask values are read 16 bytes at a time
+    worst = tl.zeros((CHECK_BLOCK,), tl.int32)
+    hop = tl.num_programs(1).to(tl.int64) * CHECK_BLOCK
+    start = tl.program_id(1).to(tl.int64) * CHECK_BLOCK
+    while start < whole:  # a range of loaded numbers is beyond the interpreter of triton 3.6
+        worst = tl.maximum(worst, magnitude(widen(tl.load(grad + start + lane))))
+        start += hop
+    if tl.program_id(1) == 0:
+        worst = tl.maximum(worst, magnitude(load_fp32(grad + whole + lane, lane < (n - whole).to(tl.int32))))
+    if tl.max(worst, axis=0) >= LIMIT:
+        tl.store(sound_ptr + i, 0)
+
+
+# -- launches --------------------------------------------------------------------------------------------------------
+
+
+def warps(*codecs: str) -> int:
+    """Four values a thread where memory is what a step waits for; eight where it encodes, which has a cost a thread."""
+    return 2 * NUM_WARPS if set(codecs) == {"fp32"} else NUM_WARPS
+
+
+def _fp32_bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _three(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and power of an encoded state. What a codec has not got is another of its tensors, never read."""
+    return parts[0], parts[min(1, len(parts) - 1)], parts[-1]
+
+
+def _tables(codec: str, signed: bool, like: Tensor) -> tuple[Tensor, ...]:
+    return (like,) * 4 if codec == "fp32" else tables_of(codec, signed, like.device)
+
+
+def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
+    """The table on the device, and whether all its addresses are aligned. Copied from pinned memory: no wait."""
+    aligned = all(address % 16 == 0 for row in rows for address in row[PARAM : SECOND + 3])
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), aligned
+
+
+def run_steps(
+    rule: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+    states: Sequence[States],
+    store: str,
+    seeds: Sequence[int],
+    numbers: Sequence[Sequence[float]],
+    *,
+    heavy: bool = False,
+) -> None:
+    """One step for all of `params`: one launch to check the gradients, one for the small ones, one for each large one.
+
+    Args: as those of `adamw_step`; `states`: one or two; `numbers`: the eight of a rule's formula, for each parameter.
+    """
+    count = len(params)
+    if not count:
+        return
+    device = params[0].device
+    sound = torch.ones(count, dtype=torch.int32, device=device)
+    first, second = states[0], states[-1]
+    parts = [(_three(first.of(i)), _three(second.of(i))) for i in range(count)]
+    fixed = {
+        "RULE": RULES[rule],
+        "FIRST": NUMBERS[first.codec],
+        "SECOND": NUMBERS[second.codec],
+        "STORE": STORES.index(store),
+        "HEAVY": heavy,
+    }
+    shared = (*_tables(first.codec, True, params[0]), *_tables(second.codec, second.signed, params[0]))
+    keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
+    rows = []
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        tensors = (p, g, corrections[i] if store == "bf16_ecc" else p, *parts[i][0], *parts[i][1])
+        row = [t.data_ptr() for t in tensors]
+        rows.append([*row, p.numel(), *keys[i], *(_fp32_bits(x) for x in numbers[i])])
+    # The small ones first, so that their rows and flags are the head of one table.
+    order = sorted(range(count), key=lambda i: params[i].numel() > SMALL)
+    small = sum(p.numel() <= SMALL for p in params)
+    table, aligned = _table([rows[i] for i in order], device)
+    kinds = {"GRADIENT": _triton_dtype(grads[0].dtype), "ALIGNED": aligned}
+    options: dict[str, Any] = {"num_warps": warps(first.codec, second.codec), "enable_fp_fusion": False}
+
+    largest = max(p.numel() for p in params)
+    programs = min(triton.cdiv(largest, CHECK_BLOCK.value), CHECK_PROGRAMS)
+    check_kernel[(count, programs)](table, sound, **kinds, **options | {"num_warps": NUM_WARPS})
+    if small:
+        sizes = [params[i].numel() for i in order[:small]]
+        kinds |= {"WEIGHT": _triton_dtype(params[0].dtype), "WHOLE": all(size % 16 == 0 for size in sizes)}
+        steps_kernel[(small, triton.cdiv(max(sizes), TILE))](table, sound, *shared, **kinds, **fixed, **options)
+    for place, i in enumerate(order[small:], small):
+        p = params[i]
+        correction = corrections[i] if store == "bf16_ecc" else p
+        step_kernel[(triton.cdiv(p.numel(), TILE),)](
+            sound[place:], p, grads[i], correction, *parts[i][0], *parts[i][1], *shared,
+            p.numel(), *numbers[i], *keys[i], **fixed, **options,
+        )  # fmt: skip
+
+
+def check_case() -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
+    constants = {"GRADIENT": tl.bfloat16, "ALIGNED": True}
+    return "check", check_kernel, {"table": "*i64", "sound_ptr": "*i32"}, constants, NUM_WARPS
+
+
+def step_cases(
+    rule: str, pairs: Sequence[tuple[str, str]], shared: Sequence[tuple[str, str]]
+) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """For compilation ahead of time, with every store and bf16 weights and gradients: one large parameter with each
+    pair of codecs, and many small ones with those of `shared`."""
+    cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
+    values = {f"{state}_{name}": kind for state in "mv" for name, kind in _TABLE_TYPES.items()}
+    floats = dict.fromkeys(("x0", "x1", "x2", "x3", "decay", "step", "eps", "root"), "fp32")
+    for pair in pairs:
+        state = {f"{s}_{part}": kind for s, codec in zip("mv", pair, strict=True) for part, kind in _types(codec)}
+        for store in STORES:
+            fixed: dict[str, Any] = {
+                "RULE": RULES[rule],
+                "FIRST": NUMBERS[pair[0]],
+                "SECOND": NUMBERS[pair[1]],
+                "STORE": STORES.index(store),
+                "HEAVY": False,
+            }
+            label = f"{rule} {','.join(dict.fromkeys(pair))} {store}"
+            weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
+            one = {"sound_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
+            cases.append((label, step_kernel, one | {"k0": "i32", "k1": "i32"}, fixed, warps(*pair)))
+            kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
+            many = {"table": "*i64", "sound_ptr": "*i32"} | values
+            if pair in shared:
+                cases.append((f"{label}, many", steps_kernel, many, fixed | kinds, warps(*pair)))
+    return cases
+
+
+_TABLE_TYPES = {"values": "*fp32", "table": "*i32", "powers": "*fp32", "rows": "*i32"}
+
+
+def _types(codec: str) -> list[tuple[str, str]]:
+    scale = "*fp32" if codec in ("fp32", "int8") else "*bf16"
+    codes = "*fp32" if codec == "fp32" else "*u8"
+    return [("codes", codes), ("scale", scale), ("power", "*u8" if codec == "fp8_expand" else scale)]

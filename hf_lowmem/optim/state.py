@@ -1,0 +1,107 @@
+"""One parameter's state as a method and as a fused kernel see it, and where random streams start."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import BlockCodec, StateCodec
+
+# The sum of projected gradients, between the backward passes of one window.
+WINDOW = "window"
+
+# The int8 beside a bf16 weight that is stored with 24 bits.
+CORRECTION = "correction"
+
+
+class StateDecl(NamedTuple):
+    """One state of a method. `signed=False` promises values >= 0, such as a second moment."""
+
+    signed: bool
+
+
+class ParamState:
+    """One parameter's state as its method sees it: fp32 tensors by name, whatever codec stores them."""
+
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        codecs: tuple[StateCodec, StateCodec],
+        decls: dict[str, StateDecl],
+        make_key: Callable[[], int],
+        waits: bool,
+    ) -> None:
+        self.raw = raw
+        self.codecs = codecs
+        self.decls = decls
+        self.make_key = make_key
+        # Whether a method may ask for a number on the device: on a CPU the answer costs nothing.
+        self.waits = waits
+
+    @property
+    def step(self) -> int:
+        """How many updates this parameter has had, this one included."""
+        return self.raw["step"]
+
+    @property
+    def key(self) -> int:
+        """Start of this parameter's random streams; kept in the state, so that a resumed run draws the same numbers."""
+        if "key" not in self.raw:
+            self.raw["key"] = self.make_key()
+        return self.raw["key"]
+
+    def _codec(self, name: str) -> StateCodec:
+        return self.codecs[0 if self.decls[name].signed else 1]
+
+    def _encoded(self, name: str) -> dict[str, Tensor] | None:
+        if name in self.raw:
+            return {"data": self.raw[name]}
+        prefix = name + "."
+        return {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)} or None
+
+    def _ensure(self, name: str, like: Tensor) -> dict[str, Tensor]:
+        encoded = self._encoded(name)
+        if encoded is None:
+            encoded = self._codec(name).init(like, signed=self.decls[name].signed)
+            self.raw.update({name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()})
+        return encoded
+
+    def load(self, name: str, like: Tensor) -> Tensor:
+        """The state `name` as an fp32 tensor of `like`'s shape; zeros, now allocated, the first time.
+
+        A state that is stored as fp32 is handed out itself, to be changed in place: a copy would cost a pass over
+        memory each way, and a temporary.
+        """
+        encoded = self._ensure(name, like)
+        data = encoded.get("data")
+        if data is not None and data.dtype == torch.float32:
+            return data
+        return self._codec(name).decode(encoded, like.shape)
+
+    def store(self, name: str, value: Tensor) -> None:
+        """Encode `value` over the state `name`."""
+        encoded = self._encoded(name)
+        assert encoded is not None, f"state {name!r} is stored before it was loaded"
+        if encoded.get("data") is not value:
+            self._codec(name).encode_(encoded, value)
+
+    def parts(self, name: str, like: Tensor) -> list[Tensor]:
+        """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""
+        encoded, codec = self._ensure(name, like), self._codec(name)
+        if isinstance(codec, BlockCodec):
+            return [encoded["codes"], *codec.scalars_of(encoded)]
+        return [encoded["data"]]
+
+    def tensor(self, name: str, init: Callable[[], Tensor]) -> Tensor:
+        """A small uncompressed state, in place."""
+        if name not in self.raw:
+            self.raw[name] = init()
+        return self.raw[name]
+
+
+def stream_key(*parts: object) -> int:
+    """63 bits that depend on every part, the same on every machine and in every process."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

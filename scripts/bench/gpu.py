@@ -1,0 +1,79 @@
+"""What only a CUDA device can show: kernels, optimizer steps, training steps, and foretold against measured peaks.
+
+    python scripts/bench/gpu.py --part kernels --part optimizer --part training --part plan
+    python scripts/bench/gpu.py --part report
+    python scripts/bench/gpu.py --part training --toy       # tiny sizes, any device: does it run at all?
+
+Every row of records/gpu.jsonl has its part, device, versions and commit. A part that is run again replaces its rows on
+that device; a row that fails says why (out of memory, a package that is not there) and the next goes on. A part stops
+by itself before `--minutes` are over and says what it left out.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; read when torch is imported
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import _gpu_kernels
+import _gpu_optimizer
+import _gpu_plan
+import _gpu_report
+import _gpu_training
+import torch
+from _record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
+
+RECORD = RECORDS / "gpu.jsonl"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "bitsandbytes", "torchao", "flashoptim")
+
+Part = Callable[[torch.device, bool, Callable[[], bool]], Iterator[dict[str, Any]]]
+PARTS: dict[str, Part] = {
+    "kernels": _gpu_kernels.rows,
+    "optimizer": _gpu_optimizer.rows,
+    "training": _gpu_training.rows,
+    "plan": _gpu_plan.rows,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=[*PARTS, "report"], action="append", required=True)
+    parser.add_argument("--toy", action="store_true", help="tiny sizes; the record is a temporary file")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no row of a part starts later than that")
+    parser.add_argument("--record", type=Path, default=None, help=f"default: {RECORD.relative_to(RECORDS.parent)}")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.toy:
+        parser.error("no CUDA device is visible, and its figures are what this measures. --toy runs on a CPU.")
+    path = options.record or (Path(tempfile.gettempdir()) / "hf_lowmem_gpu_toy.jsonl" if options.toy else RECORD)
+    failed = 0
+    for part in [p for p in options.part if p != "report"]:
+        common = {
+            "command": f"bash scripts/bench/gpu.sh --part {part}" + (" --toy" if options.toy else ""),
+            "device": device_name(),
+            "versions": versions_of(PACKAGES),
+            "commit": commit(),
+        }
+        kept = [row for row in read_rows(path) if (row["part"], row["device"]) != (part, common["device"])]
+        deadline = time.monotonic() + 60 * options.minutes
+        for row in PARTS[part](device, options.toy, lambda end=deadline: time.monotonic() < end):
+            kept.append({"part": part} | row | common)
+            write_rows(path, kept)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            failed += bool(row.get("wrong"))
+    if "report" in options.part:
+        print(_gpu_report.tables(read_rows(path)))
+        if not options.toy:
+            _gpu_report.draw(read_rows(path), path.with_suffix(".png"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

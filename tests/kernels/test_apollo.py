@@ -1,0 +1,161 @@
+"""APOLLO by its kernels against the loop of optim/base.py. The kernels on all their cases: test_contract.py.
+
+The norms of both are sums in another order. Where the loop is given the kernels' factors, the rest is the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_lowmem.kernels import use_kernels
+from hf_lowmem.kernels.apollo import APOLLO_FACTORS, UNIT
+from hf_lowmem.kernels.apollo.reference import apollo_factors, apollo_update, growth_, update_by_factors
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = ((40, 23), (23, 40), (2, 12, 9), (30,))  # channels by row, by column, a batch; Adam
+BAD_STEP = 1
+STORES = ("keep", "bf16_sr", "bf16_ecc")
+each_method = pytest.mark.parametrize("name", ["apollo", "apollo_mini"])
+
+
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype).to(DEVICE)) for shape in SHAPES]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator) * 0.1
+        if step == BAD_STEP and i in (0, 2):
+            grad.view(-1)[-1] = float("nan") if i == 0 else -2e15
+        p.grad = grad.to(p.dtype).to(p.device)
+
+
+def run(
+    name: str, impl: str, params: list[nn.Parameter], after: Callable[[], None] = lambda: None, **settings: Any
+) -> LowMemOptimizer:
+    names = [f"p{i}" for i in range(len(params))]
+    rank = {"rank": 4} if name == "apollo" else {}
+    optimizer = OPTIMIZERS[name](list(zip(names, params, strict=True)), lr=0.01, weight_decay=0.1, **rank, **settings)
+    with use_kernels(impl):
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+            after()
+    return optimizer
+
+
+def update_by_the_kernel_s_factors(
+    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
+) -> Tensor:
+    with use_kernels("triton"):
+        s, factor = APOLLO_FACTORS(grad, low, direction, prev_norm, per_channel)
+    return update_by_factors(grad, s, factor, scale)
+
+
+@each_method
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("store", STORES)
+def test_all_but_the_norms_is_the_same_bits(
+    name: str, store: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps, a bad gradient in the second: skipped where the device may be asked, else passed to the kernel."""
+    monkeypatch.setattr("hf_lowmem.optim.lowrank.apollo.apollo_update", update_by_the_kernel_s_factors)
+    results = []
+    for impl in ("reference", "triton"):
+        if impl == "triton":
+            monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: waits))
+        params = parameters(torch.bfloat16)
+        results.append((params, run(name, impl, params, weights=store)))
+    (ours, one), (theirs, other) = results
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert one.state[p].keys() == other.state[q].keys()
+        for key, value in one.state[p].items():
+            same = (
+                torch.equal(value, other.state[q][key]) if isinstance(value, Tensor) else value == other.state[q][key]
+            )
+            assert same, key
+
+
+@each_method
+def test_the_norms_are_within_their_bound(name: str) -> None:
+    """Gradients do not depend on the weights and moments not on norms: only what is done with the factors differs.
+
+    An update is off by e in proportion at most, e the bound of s and of the factor, and by that of the norm that limits
+    it, which has come through every step so far: after three, 6 e of the way that a weight went. Each weight has its
+    own roundings, two a step and no more than 2.1 units of it in all in either.
+    """
+    paths = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.float32)
+        path = [[p.detach().clone() for p in params]]
+        run(
+            name, impl, params, after=lambda params=params, path=path: path.append([p.detach().clone() for p in params])
+        )
+        paths.append(path)
+    for i in range(len(SHAPES)):
+        ours, theirs = (torch.stack([weights[i] for weights in path]).double() for path in paths)
+        way = ours.diff(dim=0).abs().sum(0)
+        # A unit of the norm over m * n values, of s and of their quotients: kernels/apollo/__init__.py.
+        e = 2 * UNIT * (1.5 * ours[0].numel() + 20)
+        assert (way > 0).all()
+        assert ((ours[-1] - theirs[-1]).abs() <= 6 * e * way + 2 * 3 * 2.1 * UNIT * ours.abs().amax(0)).all()
+
+
+def test_a_bad_first_gradient_leaves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+    params = parameters(torch.bfloat16)
+    before = [p.detach().clone() for p in params]
+    optimizer = OPTIMIZERS["apollo"](params, lr=0.1, rank=4, weights="bf16_ecc")
+    set_gradients(params, BAD_STEP)
+    with use_kernels("triton"):
+        optimizer.step()
+    for i, (p, old) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(p, old) == (i in (0, 2))
+        if i in (0, 2):
+            assert not any(v.any() for v in optimizer.state[p].values() if isinstance(v, Tensor))
+
+
+def test_growth_is_limited_to_a_hundredth() -> None:
+    last = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    norm = torch.tensor([7.0, 0.5, 1.0, 3.0])
+    factor = growth_(norm, last)
+    torch.testing.assert_close(last, torch.tensor([7.0, 0.5, 1.0, 1.01]), rtol=4 * 2.0**-23, atol=0)
+    torch.testing.assert_close(norm / factor, last, rtol=0, atol=0)
+
+
+def test_the_update_is_the_rescaled_gradient() -> None:
+    grad = torch.tensor([[1.0, -2.0], [4.0, 0.5]])
+    got = update_by_factors(grad, torch.tensor([[2.0], [3.0]]), torch.tensor(4.0), 9.0)
+    assert torch.equal(got, torch.tensor([[1.5, -3.0], [9.0, 1.125]]))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_both_ways_to_the_update_are_one(per_channel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grad, low, direction = (torch.randn(2, 9, n, generator=generator) for n in (7, 3, 3))
+    last = torch.tensor([0.0, 1.0])
+    whole = apollo_update(grad, low, direction, last.clone(), per_channel=per_channel, scale=3.0)
+    s, factor = apollo_factors(grad, low, direction, last.clone(), per_channel)
+    assert torch.equal(update_by_factors(grad, s, factor, 3.0), whole)
+
+
+def test_no_step_asks_the_device_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowmem.optim.base.kernels_run_on", lambda p, kernel: True)
+    monkeypatch.setattr("hf_lowmem.optim.lowrank.apollo.kernels_run_on", lambda p, kernel: True)
+    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.zeros(80, 60)), nn.Parameter(torch.zeros(3))]
+        optimizer = OPTIMIZERS["apollo"](params, lr=0.01, rank=4)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert all(state["step"] == 2 for state in optimizer.state.values())

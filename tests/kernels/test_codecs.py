@@ -1,0 +1,172 @@
+"""The codecs' tables, and the way from a codec to its kernel. The kernels on all their cases: test_contract.py."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import CODECS, KernelCodec
+from hf_lowmem.kernels import use_kernels
+from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, reference, tables, through_op
+from hf_lowmem.kernels.codecs.weights import round_stochastic
+from hf_lowmem.kernels.exact import E4M3_MAX
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAMES = [name for name, codec in CODECS.items() if isinstance(codec, KernelCodec)]
+each_kind = pytest.mark.parametrize(("name", "signed"), [(n, s) for n in NAMES for s in (True, False)])
+
+
+def data(shape: tuple[int, ...], signed: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=generator) * torch.exp(2 * torch.randn(shape, generator=generator))
+    return (x if signed else x.square()).to(DEVICE)
+
+
+def test_every_codec_with_a_reference_here_has_a_class() -> None:
+    assert set(NAMES) == set(reference.CODECS)
+
+
+@each_kind
+@pytest.mark.parametrize("shape", [(), (3, 200), (0, 7)], ids=str)
+def test_a_codec_s_state_is_the_same_from_either(name: str, signed: bool, shape: tuple[int, ...]) -> None:
+    codec, x = CODECS[name], data(shape, signed)
+    encoded, decoded = [], []
+    for impl in ("reference", "triton"):
+        with use_kernels(impl):
+            enc = codec.init(x, signed=signed)
+            codec.encode_(enc, x.mT if x.dim() == 2 else x)  # strides that no kernel takes
+            decoded.append(codec.decode(enc, x.shape))
+            encoded.append(enc)
+    assert all(torch.equal(v, encoded[1][k]) for k, v in encoded[0].items())
+    assert torch.equal(*decoded)
+
+
+@each_kind
+def test_a_nan_or_an_inf_spoils_its_block_alone(name: str, signed: bool) -> None:
+    """On a GPU a bad step is made and then undone: nothing may be read or written beside its place meanwhile."""
+    codec, x = CODECS[name], data((4, 256), signed)
+    for bad in (float("nan"), float("inf")):
+        spoiled = x.clone()
+        spoiled[1, 7] = bad
+        for impl in ("reference", "triton"):
+            with use_kernels(impl):
+                enc = codec.init(x, signed=signed)
+                codec.encode_(enc, x)
+                want = codec.decode(enc, x.shape)
+                codec.encode_(enc, spoiled)
+                got = codec.decode(enc, x.shape)
+            assert torch.equal(got[[0, 2, 3]], want[[0, 2, 3]])
+
+
+def test_on_a_cpu_only_a_forced_triton_passes_the_operator() -> None:
+    x = torch.ones(3)
+    assert not through_op(x)
+    with use_kernels("reference"):
+        assert not through_op(x)
+    with use_kernels("triton"):
+        assert through_op(x)
+        assert torch.compile(lambda x: x + through_op(x), backend="eager", fullgraph=True)(x).equal(x)
+    assert through_op(torch.ones(3, device="meta"))
+
+
+@each_kind
+def test_the_operators_in_one_compiled_graph(name: str, signed: bool) -> None:
+    torch.compiler.reset()
+    x = data((300,), signed)
+    enc = CODECS[name].init(x, signed=signed)
+    codes, scalars = enc["codes"], [v for k, v in enc.items() if k != "codes"]
+
+    def step(x: Tensor, codes: Tensor, scalars: list[Tensor]) -> Tensor:
+        ENCODE_STATE(x * 2, codes, scalars, name, signed)
+        return DECODE_STATE(codes, scalars, name, signed) + 1
+
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(x, codes, scalars)
+    want_enc = CODECS[name].init(x, signed=signed)
+    CODECS[name].encode_(want_enc, x * 2)
+    assert torch.equal(codes, want_enc["codes"])
+    assert torch.equal(got, CODECS[name].decode(want_enc, x.shape) + 1)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_expanding_finds_the_code_at_every_threshold_of_every_power() -> None:
+    """And one unit in the last place below and above, and at both ends of what is clamped."""
+    thresholds = tables.expanding_thresholds()  # (256, 126)
+    ends = torch.tensor([0, 1, tables.LARGEST_BITS, tables.LARGEST_BITS + 1, 0x7F800000, 0x7FC00000])
+    bits = torch.cat([(thresholds[:, :, None] + torch.arange(-1, 2)).view(256, -1), ends.expand(256, -1)], 1)
+    shift, first, offset = tables.expanding_rows().long().unsqueeze(-1).unbind(1)
+    clamped = torch.maximum(bits, first).clamp_(max=tables.LARGEST_BITS)
+    place = (clamped >> shift) + offset
+    last = torch.cat([(first >> shift)[1:] + offset[1:], torch.tensor([[tables.expanding_table().numel()]])])
+    assert (place >= (first >> shift) + offset).all()
+    assert (place < last).all(), "a row ends where the next one begins"
+    got = (tables.expanding_table().long()[place] + clamped) >> shift
+    assert torch.equal(got, torch.searchsorted(thresholds, bits, right=True))
+
+
+@pytest.mark.parametrize("power", [0, 37, tables.POWER_OF_ONE, 200, 255])
+def test_a_threshold_is_where_torch_s_cast_turns(power: int) -> None:
+    """In fp64, a part in 2**20 below and above: the power law, then torch's own cast to E4M3."""
+    k = tables.exponents()[power]
+    r = tables.expanding_thresholds()[power].int().view(torch.float32).double()
+    codes = torch.arange(1, tables.LARGEST_CODE + 1, dtype=torch.uint8)
+    for side, want in ((1 - 2.0**-20, codes - 1), (1 + 2.0**-20, codes)):
+        q = ((r * side) ** k * E4M3_MAX).float().clamp(max=E4M3_MAX)
+        assert torch.equal(q.to(torch.float8_e4m3fn).view(torch.uint8), want)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_power_is_the_nearest_step(signed: bool) -> None:
+    ratio = torch.exp2(torch.linspace(0.02, 120, 5000, dtype=torch.float64)).float()
+    binades = tables.SIGNED_BINADES if signed else tables.UNSIGNED_BINADES
+    ideal = (binades / ratio.double().log2()).log2() * tables.POWERS_PER_OCTAVE + tables.POWER_OF_ONE
+    got = 255 - torch.searchsorted(tables.power_thresholds(signed), ratio)
+    # Half a step, and what rounding a threshold to fp32 moves it: log2 by 2**-24 / ln 2 of at least 2.6 binades.
+    assert ((got - ideal.clamp(0, 255)).abs() <= 0.5 + 60 * 2.0**-24).all()
+
+
+def test_the_second_moment_of_a_softsign_takes_the_nearest_step() -> None:
+    u = torch.rand(100_000, generator=torch.Generator().manual_seed(0)).square()
+    x = torch.cat(
+        [torch.ones(u.shape[0] // 63 + 1, 1), torch.nn.functional.pad(u, (0, -u.numel() % 63)).view(-1, 63)], 1
+    )
+    codes, scale = reference.softsign_encode(x, False)
+    assert (scale == 1).all()
+    root = x.double().sqrt()
+    y = (1 + tables.SOFTNESS) * root / (root + tables.SOFTNESS) * tables.STEPS[False]
+    # A threshold is rounded to fp32, 2**-24 of u: less than 2**-17 of a step, as y is steepest at 255 steps.
+    assert ((codes - y).abs() <= torch.where(x > 0, 0.5 + 2.0**-17, 0)).logical_or(codes == 1).all()
+
+
+def test_packed_tables_have_room_for_one_threshold_an_interval() -> None:
+    rows = tables.expanding_rows().long()
+    assert (tables.expanding_thresholds().diff(dim=1) >= 1 << rows[:, :1]).all()
+    middles = (torch.arange(1, 256, dtype=torch.float64) - 0.5) / 255
+    assert (tables.bits_of(tables.softsign_inverse(middles).square()).diff() >= 1 << 16).all()
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_random_rounding_is_a_function_of_seed_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither spans nor strides nor what lies beside a value show."""
+    x = data((50, 60), True)
+    whole = round_stochastic(x, 2**40 + 7)
+    assert torch.equal(round_stochastic(x.reshape(-1)[:1700], 2**40 + 7), whole.view(-1)[:1700])
+    assert torch.equal(round_stochastic(x.T.contiguous().T, 2**40 + 7), whole)
+    monkeypatch.setattr("hf_lowmem.kernels.spans.CPU_SPAN_PER_THREAD", 17)
+    assert torch.equal(round_stochastic(x, 2**40 + 7), whole)
+
+
+def test_a_state_of_either_is_saved_and_loaded_alike() -> None:
+    x = data((700,), False)
+    files = []
+    for impl in ("reference", "triton"):
+        with use_kernels(impl):
+            enc = CODECS["fp8_expand"].init(x, signed=False)
+            CODECS["fp8_expand"].encode_(enc, x)
+        files.append(io.BytesIO())
+        torch.save(enc, files[-1])
+    assert files[0].getvalue() == files[1].getvalue()

@@ -1,0 +1,273 @@
+"""Fused steps against the loop of optim/base.py: the same weights and states, bit for bit, through whole runs.
+
+The kernels alone, on all their cases, are in test_contract.py; here is what is around them: which parameters take them,
+what a bad gradient leaves, checkpoints, hooks. Both sides compute exact square roots (`use_kernels("reference")`), as
+those of torch on a CPU are off by a unit in the last place for every sixth value.
+"""
+
+import copy
+import io
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_lowmem.kernels import Kernel, use_kernels
+from hf_lowmem.kernels.adamw import ADAMW_STEP
+from hf_lowmem.kernels.adamw.reference import root
+from hf_lowmem.kernels.exact import sqrt
+from hf_lowmem.kernels.lion import LION_STEP
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from hf_lowmem.optim.release import StepInBackward
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CODECS = ("fp32", "int8", "fp8_expand", "int8_softsign,fp8_expand")
+STORES = ("keep", "bf16_sr", "bf16_ecc")
+# The first two are compressed, with a ragged last block; the rest keeps fp32 states.
+SHAPES = ((23, 25), (515,), (5, 9), (), (0, 4))
+BAD_STEP = 1
+SETTINGS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_are_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those from 4096 values on are: in the interpreter a step of so many takes a second."""
+    monkeypatch.setattr("hf_lowmem.optim.base.SMALLEST_COMPRESSED", 500)
+
+
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in SHAPES]
+    tensors.append(torch.randn(22, 25, generator=generator).to(dtype).to(DEVICE).T)
+    tensors.append(torch.randn(13, 80, generator=generator).to(dtype).to(DEVICE)[:, ::2])
+    return [nn.Parameter(t) for t in tensors]
+
+
+def set_gradients(params: list[nn.Parameter], step: int, dtype: torch.dtype | None = None) -> None:
+    """In `BAD_STEP` two of them are bad: a nan in the first, something too large in the third."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator) * 0.1
+        if step == BAD_STEP and i in (0, 2):
+            grad.view(-1)[-1] = float("nan") if i == 0 else -2e15
+        if dtype not in (None, p.dtype):
+            p.grad_dtype = None  # any
+        p.grad = torch.empty_like(p, dtype=dtype or p.dtype).copy_(grad)  # strided as p is
+
+
+def make(name: str, params: list[nn.Parameter], **settings: Any) -> LowMemOptimizer:
+    names = [f"p{i}" for i in range(len(params))]
+    return OPTIMIZERS[name](list(zip(names, params, strict=True)), **SETTINGS | settings)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    return a == b
+
+
+def assert_same(one: LowMemOptimizer, other: LowMemOptimizer) -> None:
+    for p, q in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q), f"weights of {tuple(p.shape)}"
+        for key, value in one.state[p].items():
+            assert same(value, other.state[q][key]), f"{key} of {tuple(p.shape)}"
+
+
+def run(
+    name: str,
+    impl: str,
+    steps: range,
+    dtype: torch.dtype,
+    params: list[nn.Parameter],
+    optimizer: LowMemOptimizer | None = None,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> LowMemOptimizer:
+    optimizer = optimizer or make(name, params, **settings)
+    with use_kernels(impl):
+        for step in steps:
+            set_gradients(params, step, grad_dtype)
+            optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parameters each launch of a fused kernel had."""
+    from hf_lowmem.kernels.step import triton as steps
+
+    counts: list[int] = []
+    inner = steps.run_steps
+
+    def watch(rule: str, params: Any, *args: Any, **kwargs: Any) -> None:
+        counts.append(len(params))
+        inner(rule, params, *args, **kwargs)
+
+    for module in ("adamw", "lion"):
+        monkeypatch.setattr(f"hf_lowmem.kernels.{module}.triton.run_steps", watch)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize(
+    ("codec", "store"),
+    itertools.product(CODECS, STORES),
+    ids=[f"{c}-{s}" for c, s in itertools.product(CODECS, STORES)],
+)
+def test_three_steps_with_a_bad_gradient_give_the_bits_of_the_loop(
+    name: str, codec: str, store: str, launched: list[int]
+) -> None:
+    results = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.bfloat16)
+        results.append(run(name, impl, range(3), torch.bfloat16, params, state=codec, weights=store))
+    assert_same(*results)
+    # Four in each step: one launch for all of one kind, two kinds where some are too small to be compressed. The
+    # strided two and the empty one are left to the loop.
+    assert sum(launched) == 12
+    assert len(launched) == (3 if codec == "fp32" else 6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "galore"])
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"), [(torch.float32, None), (torch.float16, None), (torch.bfloat16, torch.float32)]
+)
+def test_other_dtypes(name: str, dtype: torch.dtype, grad_dtype: torch.dtype | None, launched: list[int]) -> None:
+    results = []
+    for impl in ("reference", "triton"):
+        params = parameters(dtype)
+        results.append(run(name, impl, range(3), dtype, params, grad_dtype=grad_dtype, state="8bit"))
+    assert_same(*results)
+    assert sum(launched) == 12
+
+
+@pytest.mark.parametrize(("name", "store"), [("adamw", "keep"), ("adamw", "bf16_sr"), ("lion", "bf16_ecc")])
+def test_a_large_parameter_has_a_launch_of_its_own(name: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another kernel than the shared launch's, of the same tile; beside smaller ones that share one."""
+    monkeypatch.setattr("hf_lowmem.kernels.step.triton.SMALL", 530)
+    results = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.bfloat16)[:4]
+        params.insert(1, nn.Parameter(params[0].detach().repeat(2, 1)[:41]))  # two tiles, the second one ragged
+        results.append(run(name, impl, range(3), torch.bfloat16, params, state="8bit", weights=store))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.2, 0.5), (0.0, 0.99)])
+@pytest.mark.parametrize("name", ["adamw", "apollo"])
+def test_every_beta(name: str, betas: tuple[float, float]) -> None:
+    """torch's lerp has two formulas, below and from a weight of 1/2."""
+    results = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.float32)[1:4]
+        results.append(run(name, impl, range(3), torch.float32, params, betas=betas))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize(("name", "store"), [("adamw", "bf16_sr"), ("lion", "bf16_ecc"), ("galore", "keep")])
+def test_resumed_in_the_middle_by_the_other(name: str, store: str) -> None:
+    """A checkpoint of either implementation is continued by the other as by itself."""
+    ends = []
+    for impls in (("reference", "reference"), ("reference", "triton"), ("triton", "reference")):
+        params = parameters(torch.bfloat16)[:4]
+        first = run(name, impls[0], range(2), torch.bfloat16, params, state="8bit", weights=store)
+        file = io.BytesIO()
+        torch.save({"weights": [p.detach() for p in params], "optimizer": first.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        again = [nn.Parameter(torch.empty_like(p).copy_(w)) for p, w in zip(params, saved["weights"], strict=True)]
+        optimizer = make(name, again, state="8bit", weights=store)
+        optimizer.load_state_dict(saved["optimizer"])
+        ends.append(run(name, impls[1], range(2, 4), torch.bfloat16, again, optimizer))
+    for other in ends[1:]:
+        assert_same(ends[0], other)
+
+
+def test_a_bad_first_gradient_leaves_weights_and_zeros() -> None:
+    params = parameters(torch.bfloat16)[:3]
+    before = [p.detach().clone() for p in params]
+    optimizer = run(
+        "adamw", "triton", range(BAD_STEP, BAD_STEP + 1), torch.bfloat16, params, state="8bit", weights="bf16_ecc"
+    )
+    assert torch.equal(params[0], before[0])
+    assert torch.equal(params[2], before[2])
+    assert not torch.equal(params[1], before[1]), "the others go on"
+    for i in (0, 2):
+        state = optimizer.state[params[i]]
+        assert state["step"] == 1
+        assert not any(v.any() for v in state.values() if isinstance(v, Tensor))
+
+
+def test_step_in_backward_is_the_same() -> None:
+    results = []
+    for impl, hooked in (("reference", False), ("triton", True)):
+        params = parameters(torch.bfloat16)[:4]
+        optimizer = make("adamw", params, state="8bit", weights="bf16_sr")
+        stepping = StepInBackward(optimizer) if hooked else None
+        with use_kernels(impl):
+            for step in range(3):
+                sum((p.float() * (p.float() + step)).sum() for p in params).backward()  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+        if stepping:
+            stepping.remove()
+        results.append(optimizer)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["lamb", "soap"])
+def test_methods_without_a_kernel_are_not_touched(name: str) -> None:
+    results = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.float32)[1:4]
+        results.append(run(name, impl, range(2), torch.float32, params))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("codec", ["int4", "fp8", "bf16"])
+def test_codecs_without_a_kernel_take_the_loop(codec: str, launched: list[int]) -> None:
+    params = parameters(torch.float32)[:2]
+    run("adamw", "triton", range(2), torch.float32, params, state=codec)
+    assert not launched
+
+
+def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(launched: list[int]) -> None:
+    params = [nn.Parameter(p.detach().cpu()) for p in parameters(torch.float32)]
+    run("adamw", "auto", range(1), torch.float32, params)
+    assert not launched
+
+
+def test_automatic_roots_are_torch_s_and_forced_ones_exact() -> None:
+    x = torch.rand(10_000)
+    assert torch.equal(root(x), x.sqrt())
+    with use_kernels("reference"):
+        assert torch.equal(root(x), sqrt(x))
+
+
+@pytest.mark.parametrize(("kernel", "name"), [(ADAMW_STEP, "adamw"), (LION_STEP, "lion")])
+def test_no_step_asks_the_device_for_a_number(kernel: Kernel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no numbers. The operator is called, and a fake of it, which does nothing."""
+    monkeypatch.setattr("hf_lowmem.optim.base.kernels_run_on", lambda p, kernel: True)
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.zeros(80, 60)), nn.Parameter(torch.zeros(3))]
+        optimizer = make(name, params, state="8bit")
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_deepcopied_optimizers_go_on_alike() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = run("adamw", "triton", range(1), torch.bfloat16, params, state="8bit", weights="bf16_sr")
+    copied = copy.deepcopy(optimizer)
+    run("adamw", "triton", range(2, 3), torch.bfloat16, params, optimizer)
+    run("adamw", "reference", range(2, 3), torch.bfloat16, copied.param_groups[0]["params"], copied)
+    assert_same(optimizer, copied)
