@@ -1,4 +1,4 @@
-"""The command line: ``hf-lowmem demo``.
+"""The command line: ``hf-lowmem demo``, ``hf-lowmem plan``, ``hf-lowmem launch``.
 
 A subcommand imports what it needs only when it runs, so that ``hf-lowmem --help`` answers at once.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the subcommand; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments[:1] if arguments[:1] == ["launch"] else arguments)
+    options = _parser().parse_args(arguments[:1] if arguments[:1] in (["launch"], ["plan"]) else arguments)
     try:
         return options.run(options, arguments)
     except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
@@ -49,7 +49,16 @@ def _parser() -> argparse.ArgumentParser:
         "launch", add_help=False, help="accelerate launch, with a section hf_lowmem_config in the --config_file"
     )
     launch.set_defaults(run=_launch)
+    # Its own parser again, that of the trainers' configs; see hf_lowmem/planner/command.py.
+    plan = commands.add_parser("plan", add_help=False, help="foretell what a training step takes, without a GPU")
+    plan.set_defaults(run=_plan)
     return parser
+
+
+def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.planner.command import run
+
+    return run(arguments[1:])
 
 
 def _launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -1,156 +1,72 @@
 """Preference training: TRL's DPOTrainer with the fields, and losses that need no reference model.
 
-TRL's loss types are TRL's: its code computes them, and nothing here repeats it. Ours take its collator, its fused head
-(per-token log-probabilities, no logits) and its metrics' names, and differ where it matters for memory: a loss that
-needs no reference never loads one. DPOTrainer loads a reference model for every loss, unless one of its private steps
-is told otherwise; which one, and why that one, is said at `_without_reference`.
+TRL's loss types are TRL's: its code computes them, and nothing here repeats it. Ours are added to them from the same
+forward pass: `Captured` stands in for the model while TRL computes its part, and keeps the per-token log-probabilities
+that came out of it. With no loss of TRL's at all its part is an empty sum, so that its metrics, its router loss and its
+treatment of prompt-learning adapters are used as they are, also then.
+
+Why not one loss function with TRL's formulas beside ours: a second copy of a loss drifts. Why not our own forward pass
+for ours: in a mixture it would be a second one. What a loss needs a reference model for, and the ways of having one in
+less memory, is `hf_lowmem.reference`.
 """
 
 import contextlib
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
-from trl import DPOConfig, DPOTrainer
-from trl.trainer import dpo_trainer
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from trl import DPOTrainer
 
-from hf_lowmem.arguments import LowMemArguments
-from hf_lowmem.losses import PREFERENCE_LOSSES, pair_logps
-from hf_lowmem.specs import LossSpec, check_choice
+from hf_lowmem.dpo_config import TRL_LOSSES, LowMemDPOConfig
+from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
+from hf_lowmem.losses.collate import KEYS, MARGINS, PairCollator, has_images
+from hf_lowmem.pairs import share_batches
+from hf_lowmem.reference import (
+    ReferenceLogps,
+    check_none_loaded,
+    free_reference,
+    quantized_reference,
+    read_stream,
+    resolve_reference,
+    without_reference,
+)
+from hf_lowmem.specs import LossSpec
 from hf_lowmem.trainer import LowMemTrainerMixin
 
-_TRL_FIELDS = DPOConfig.__dataclass_fields__
-TRL_LOSSES = re.findall(r"'(\w+)'", _TRL_FIELDS["loss_type"].metadata["help"])
-
-# Fields of DPOConfig that speak of a reference model, or of TRL's own formulas.
-REFERENCE_FIELDS = (
-    "precompute_ref_log_probs",
-    "precompute_ref_batch_size",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-    "loss_weights",
-    "ld_alpha",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "label_smoothing",
-    "use_weighting",
-    "discopop_tau",
-)
+__all__ = ["TRL_LOSSES", "Captured", "LowMemDPOConfig", "LowMemDPOTrainer"]
 
 
-@dataclass
-class LowMemDPOConfig(LowMemArguments, DPOConfig):
-    """`trl.DPOConfig` with the fields of `LowMemArguments`, our losses beside TRL's, and their options.
+class Captured:
+    """Stands in for a model while it is called once through its fused head, and keeps what came out.
 
-    ```python
-    args = LowMemDPOConfig("out", loss_type="asft", asft_lambda=1.0, optim="apollo", learning_rate=6e-6)
-    ```
-
-    Raises:
-        TypeError, ValueError: naming the field, its value, the reason and the remedy.
+    Args:
+        model: the model as the trainer wraps it.
     """
 
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={
-            "help": f"Loss: one of hf_lowmem's ({', '.join(PREFERENCE_LOSSES)}; no reference model is loaded), or one "
-            f"or several of TRL's ({', '.join(TRL_LOSSES)}), combined with `loss_weights`."
-        },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Temperature of the implicit reward. Default: the loss's own, 1 for asft and "
-            f"{_TRL_FIELDS['beta'].default} for TRL's losses. After an SFT stage, 0.1 suits asft well."
-        },
-    )
-    asft_lambda: float | None = field(
-        default=None, metadata={"help": "Weight of the two alignment terms of loss_type='asft'. Default: 1."}
-    )
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.outputs: Any = None
 
-    def __post_init__(self) -> None:
-        types = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        for name in types:
-            check_choice("loss_type", name, [*PREFERENCE_LOSSES, *TRL_LOSSES])
-        ours = [name for name in types if name in PREFERENCE_LOSSES]
-        if ours and len(types) > 1:
-            raise ValueError(
-                f"loss_type={types!r}: {ours[0]!r} cannot be combined with other losses in this version. Use it alone; "
-                "it has its own supervised term."
-            )
-        if self.asft_lambda is not None and "asft" not in ours:
-            raise ValueError(
-                f"asft_lambda={self.asft_lambda!r} has no effect with loss_type={types!r}. Leave it unset, or set "
-                "loss_type='asft'."
-            )
-        if ours:
-            for name in REFERENCE_FIELDS:
-                default = _TRL_FIELDS[name].default if name in _TRL_FIELDS else getattr(self, name, None)
-                if getattr(self, name, default) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no effect with loss_type={ours[0]!r}, which needs no "
-                        "reference model and none of TRL's variants. Leave it unset."
-                    )
-            spec = LossSpec(
-                name=ours[0],
-                beta=1.0 if self.beta is None else self.beta,
-                asft_lambda=1.0 if self.asft_lambda is None else self.asft_lambda,
-            )
-            self.beta, self.asft_lambda = spec.beta, spec.asft_lambda
-        elif self.beta is None:
-            self.beta = _TRL_FIELDS["beta"].default
-        super().__post_init__()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.model(*args, **kwargs)
+        if kwargs.get("fused_lm_head"):
+            self.outputs = outputs
+        return outputs
 
 
 @contextlib.contextmanager
-def _without_reference(policy_is_loaded: bool) -> Iterator[None]:
-    """While DPOTrainer is constructed, let its request for a reference model come back empty.
-
-    TRL has no switch for that. `precompute_ref_log_probs=True` comes near, but it hashes every weight, and under FSDP
-    it loads the model all the same. So `create_model_from_path` answers None once the policy exists; TRL guards each
-    later use of `ref_model` against None. If a future TRL asks in another way, the check in `__init__` tells.
-    """
-    load = dpo_trainer.create_model_from_path
-    loaded = policy_is_loaded
-
-    def only_the_policy(*args: Any, **kwargs: Any) -> Any:
-        nonlocal loaded
-        if loaded:
-            return None
-        loaded = True
-        return load(*args, **kwargs)
-
-    with mock.patch.object(dpo_trainer, "create_model_from_path", only_the_policy):
+def _replaced(target: Any, **values: Any) -> Iterator[None]:
+    """While the block runs, attributes of `target` have other values."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
         yield
-
-
-class RefuseEmptyCompletions:
-    """A collator around another: an error, while the masks are still on the host, for a completion without a token.
-
-    TRL's collator gives one, without a word, where a prompt fills `max_length`. Its log-probability is 0 and trains
-    nothing, while the pair's other completion would be trained alone.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        empty = (batch["completion_mask"][:, 1:].sum(dim=1) == 0).nonzero().flatten().tolist()
-        if empty:
-            row = empty[0]
-            which = "chosen" if row < len(examples) else "rejected"
-            raise ValueError(
-                f"the {which} completion of example {row % len(examples)} of a batch has no token, so the pair says "
-                "nothing. Drop empty completions from the dataset; if the prompt fills max_length, raise max_length or "
-                "shorten the prompt."
-            )
-        return batch
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
 
 
 class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
@@ -161,86 +77,140 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     LowMemDPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer).train()
     ```
 
+    With arguments of the plain class it does what DPOTrainer does. `reference_kind` says which way to a reference was
+    taken. In a mixture, "rewards/*" are TRL's, if it has a loss that has them, else those of our first loss; those of
+    the others are logged under their names ("asft/rewards/chosen").
+
     Raises:
-        ValueError: where a `ref_model` is passed to a loss that needs none.
+        ValueError: where a `ref_model` would be ignored; images meet what was made for text; a column is missing.
     """
 
     ref_model: Any
+    train_dataset: Any
     _metrics: dict[str, Any]
+    reference_logps: ReferenceLogps | None = None
+    _passed_reference_is_freed = False
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        loss = args.loss_type[0] if isinstance(args, LowMemDPOConfig) else None
-        self.lowmem_loss = PREFERENCE_LOSSES.get(loss) if loss else None
-        if self.lowmem_loss is None or self.lowmem_loss.needs_reference:
+        if not isinstance(args, LowMemDPOConfig):
+            self.lowmem_losses: list[LossSpec] = []
+            self.reference_kind = None
             super().__init__(model, ref_model, args, **kwargs)
             return
-        if ref_model is not None:
+        self.lowmem_losses = args.lowmem_loss_specs()
+        evals = kwargs.get("eval_dataset")
+        datasets = {"train_dataset": kwargs.get("train_dataset")}
+        datasets |= evals if isinstance(evals, dict) else {"eval_dataset": evals}
+        fields = ("lowmem_reference", "lowmem_margin_column", "lowmem_share_prompt")
+        text_only = [spec.name for spec in self.lowmem_losses] + [f for f in fields if getattr(args, f)]
+        images = has_images(datasets, margin_column=args.lowmem_margin_column, text_only=text_only)
+        peft = kwargs.get("peft_config") is not None or (not isinstance(model, str) and bool(is_peft_model(model)))
+        self.reference_kind = kind = resolve_reference(
+            args, args.asking_losses, peft=peft, passed=ref_model is not None, images=images
+        )
+        had_adapters = set[str](getattr(model, "peft_config", ()))
+        if kind == "quantized":
+            ref_model = quantized_reference(model, ref_model, args)
+        seen = {
+            "loss_type": args.trl_losses,
+            "loss_weights": [args.weight_of(name) for name in args.trl_losses],
+            "beta": args.trl_beta,
+            "precompute_ref_log_probs": kind == "precomputed",
+        }
+        loading = without_reference(not isinstance(model, str)) if kind == "none" else contextlib.nullcontext()
+        with _replaced(args, **seen), loading:
+            super().__init__(model, ref_model, args, **kwargs)
+        if kind == "none":
+            check_none_loaded(self, had_adapters)
+        elif kind == "precomputed" and ref_model is not None:
+            free_reference(self)
+            self._passed_reference_is_freed = True
+        self._prepare_pairs()
+
+    def _prepare_pairs(self) -> None:
+        """What is done to the collator and the models, once they exist."""
+        self.data_collator = PairCollator(
+            self.data_collator,
+            refuse_empty=bool(self.lowmem_losses),
+            margin_column=self.args.lowmem_margin_column,
+            keyed=self.reference_logps is not None,
+        )
+        share_batches(self)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's, which adds columns, where it can; else our table, from the very batches of training.
+
+        TRL's needs a map-style dataset and, with several processes, one whose files they all see: it writes the columns
+        beside them, and for a dataset in memory that is a temporary folder of rank 0.
+        """
+        if not isinstance(self.args, LowMemDPOConfig):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self._passed_reference_is_freed:
             raise ValueError(
-                f"ref_model was passed, but loss_type={loss!r} needs no reference model and would ignore it. "
-                "Drop ref_model."
+                "lowmem_reference='precomputed': the reference model was freed before training, so the reference "
+                "log-probabilities of another dataset cannot be computed. Pass it to the trainer as eval_dataset."
             )
-        with _without_reference(policy_is_loaded=not isinstance(model, str)):
-            super().__init__(model, None, args, **kwargs)
-        if self.ref_model is not None:
-            raise RuntimeError(
-                f"TRL loaded a reference model although loss_type={loss!r} needs none. This version of trl is not "
-                "supported by hf_lowmem; please report it with the version."
-            )
-        self.data_collator = RefuseEmptyCompletions(self.data_collator)
+        share_batches(self)  # the constructor is not done yet
+        mapped = not isinstance(dataset, IterableDataset)
+        if mapped and (dataset.cache_files or self.accelerator.num_processes == 1):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.reference_logps is None:
+            self.reference_logps = ReferenceLogps.of_model(self.args, str(self._precompute_model_hash))
+        read_stream(self, dataset, self.reference_logps)
+        return dataset
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """As the parent, for a batch that has what our collator adds."""
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in (MARGINS, KEYS)})
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = getattr(self.args, "lowmem_margin_column", None)
+        if column is not None and column not in self._signature_columns:
+            self._signature_columns.append(column)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if self.lowmem_loss is None:
-            return super()._compute_loss(model, inputs, return_outputs)
-        mask = inputs["completion_mask"]
-        model_inputs = {k: v for k, v in inputs.items() if k != "completion_mask"} | {"use_cache": False}
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-        outputs = model(**model_inputs, labels=labels, fused_lm_head=True)
-        shifted = mask[:, 1:]
-        tail = slice(-shifted.size(1), None)  # prompt-learning PEFT puts virtual tokens before the real ones
+        inputs = dict(inputs)
+        margins, keys = inputs.pop(MARGINS, None), inputs.pop(KEYS, None)
+        completion_mask = inputs["completion_mask"]
+        seen: dict[str, Any] = {}
+        if self.reference_kind == "none":
+            zero = completion_mask.new_zeros(len(completion_mask) // 2, dtype=torch.float32)
+            inputs |= {"ref_chosen_logps": zero, "ref_rejected_logps": zero}
+            seen["precompute_ref_logps"] = True
+        elif keys is not None:
+            assert self.reference_logps is not None
+            inputs |= self.reference_logps.of(keys, completion_mask.device)
+        if margins is not None:  # TRL multiplies the log-ratio's difference by it, pair by pair
+            w, k = self.args.lowmem_margin_w, self.args.lowmem_margin_k
+            seen["beta"] = self.beta * (1 + w * -torch.expm1(-k * margins))
+        captured = Captured(model)
+        with _replaced(self, **seen):
+            result = super()._compute_loss(captured, inputs, return_outputs)
+        loss, outputs = result if return_outputs else (result, None)
 
-        policy = pair_logps(outputs.log_probs[:, tail], shifted)
-        per_pair, metrics = self.lowmem_loss(policy, beta=self.args.beta, asft_lambda=self.args.asft_lambda)
-        loss = per_pair.mean()
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-            metrics["aux_loss"] = outputs.aux_loss.detach()[None]
-        self._log_pairs(metrics, outputs, shifted, tail, inputs["attention_mask"])
-        if not return_outputs:
-            return loss
-        with torch.no_grad():  # for compute_metrics, as TRL does: the fused head builds no logits
-            return loss, model(**model_inputs)
+        mask = completion_mask[:, 1:]
+        # Prompt-learning PEFT puts virtual tokens before the real ones.
+        policy = pair_logps(captured.outputs.log_probs[:, -mask.size(1) :], mask)
+        loss = loss + self._add_losses(policy)
+        return (loss, outputs) if return_outputs else loss
 
-    def _log_pairs(
-        self, metrics: dict[str, Tensor], outputs: Any, mask: Tensor, tail: slice, attention_mask: Tensor
-    ) -> None:
-        """Collect metrics under TRL's names; the trainer averages them over a logging step.
-
-        Args:
-            metrics: (B,) each.
-            outputs: of the fused head, (2B, T) each, chosen above rejected.
-            mask: (2B, T), 1 on completion tokens.
-            tail: the real tokens' positions in `outputs`.
-            attention_mask: (2B, T + 1).
-        """
-        mode = "train" if self.model.training else "eval"
-        log = self._metrics[mode]
+    def _add_losses(self, policy: PairLogps) -> Any:
+        """The weighted sum of our losses, and their metrics."""
+        log = self._metrics["train" if self.model.training else "eval"]
         gather: Any = self.accelerator.gather_for_metrics
-        for name, value in metrics.items():
-            log[name].append(gather(value).mean().item())
-        valid = mask.bool()
-        chosen, rejected = valid.chunk(2)
-        chosen_logits, rejected_logits = outputs.mean_logits[:, tail].chunk(2)
-        correct = outputs.is_top1[:, tail].chunk(2)[0] & chosen
-        for name, values, where in (
-            ("entropy", outputs.entropy[:, tail].detach(), valid),
-            ("logits/chosen", chosen_logits, chosen),
-            ("logits/rejected", rejected_logits, rejected),
-            ("mean_token_accuracy", correct, chosen),
-        ):
-            total, count = gather((values * where).sum()).sum(), gather(where.sum()).sum()
-            log[name].append((total / count.clamp(min=1)).item())
-        if mode == "train":
-            self._total_train_tokens += gather(attention_mask.sum()).sum().item() // self._tp_size
-        log["num_tokens"] = [self._total_train_tokens]
+        if self.reference_kind == "none":  # TRL has compared the policy with nothing
+            for name in [name for name in log if name.startswith("rewards/")]:
+                log[name].pop()
+        means = {"logps_mean/chosen": policy.chosen_mean, "logps_mean/rejected": policy.rejected_mean}
+        total: Any = 0.0
+        for i, spec in enumerate(self.lowmem_losses):
+            per_pair, metrics = PREFERENCE_LOSSES[spec.name](policy, **spec.options)
+            total = total + spec.weight * per_pair.mean()
+            prefix = "" if self.reference_kind == "none" and i == 0 else f"{spec.name}/"
+            means |= {prefix + n: v for n, v in metrics.items() if n.startswith(("rewards/", "loss/"))}
+        for name, value in means.items():
+            log[name].append(gather(value.detach()).mean().item())
+        for name in [name for name, values in log.items() if not values]:
+            del log[name]
+        return total

@@ -143,21 +143,20 @@ class OptimSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """One preference loss of ours, with its options; see the loss for what they mean.
+    """One preference loss of ours as part of a sum of losses.
 
     Args:
         name: a name of `hf_lowmem.losses.PREFERENCE_LOSSES`.
-        beta: temperature of the implicit reward, > 0.
-        asft_lambda: weight of ASFT's alignment terms, >= 0.
+        weight: its weight in the sum, finite.
+        options: the loss's keywords, all of them. Which it takes, and in what range, the loss alone knows.
     """
 
     name: str
-    beta: float = 1.0
-    asft_lambda: float = 1.0
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, low=0.0, low_open=True)
-        check_number("asft_lambda", self.asft_lambda, low=0.0)
+        check_number("loss_weights", self.weight, low=-math.inf)
 
 
 TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8", "hooks_fp8")

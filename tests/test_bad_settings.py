@@ -128,14 +128,53 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("tier of a callback", lambda: LowMemCallback("fp9"), ValueError, ("'fp9'", "fp8")),
     # preference losses
     ("unknown loss", args(LowMemDPOConfig, loss_type="asfd"), ValueError, ("loss_type='asfd'", "'asft'")),
-    ("asft among others", args(LowMemDPOConfig, loss_type=["asft", "sigmoid"]), ValueError, ("loss_type", "cannot be combined")),
+    ("a loss twice", args(LowMemDPOConfig, loss_type=["asft", "asft"]), ValueError, ("loss_type", "twice")),
+    ("no loss", args(LowMemDPOConfig, loss_type=[]), ValueError, ("loss_type=[]", "no loss")),
+    ("weights of another number", args(LowMemDPOConfig, loss_type=["asft", "sigmoid"], loss_weights=[1.0]), ValueError, ("loss_weights", "1 weights for 2")),
+    ("a weight that is no number", args(LowMemDPOConfig, loss_type=["asft", "sigmoid"], loss_weights=["1", 2]), TypeError, ("loss_weights='1'", "number")),
+    ("beta for orpo", args(LowMemDPOConfig, loss_type="orpo", beta=0.1), ValueError, ("beta=0.1", "no effect", "'orpo'")),
+    ("orpo_lambda without orpo", args(LowMemDPOConfig, loss_type="asft", orpo_lambda=0.1), ValueError, ("orpo_lambda=0.1", "no effect", "'orpo'")),
+    ("simpo_gamma without simpo", args(LowMemDPOConfig, loss_type=["sigmoid", "cpo"], simpo_gamma=0.5), ValueError, ("simpo_gamma=0.5", "'simpo'")),
+    ("cpo_alpha without cpo", args(LowMemDPOConfig, cpo_alpha=1.0), ValueError, ("cpo_alpha=1.0", "'cpo'")),
+    ("negative orpo_lambda", args(LowMemDPOConfig, loss_type="orpo", orpo_lambda=-0.1), ValueError, ("orpo_lambda=-0.1", ">= 0")),
+    ("negative simpo_gamma", args(LowMemDPOConfig, loss_type="simpo", simpo_gamma=-0.1), ValueError, ("simpo_gamma=-0.1", ">= 0")),
+    ("NaN cpo_alpha", args(LowMemDPOConfig, loss_type="cpo", cpo_alpha=float("nan")), ValueError, ("cpo_alpha=nan", "finite")),
+    ("cpo_alpha as text", args(LowMemDPOConfig, loss_type="cpo", cpo_alpha="1"), TypeError, ("cpo_alpha='1'", "number")),
+    ("beta 0 for simpo", args(LowMemDPOConfig, loss_type="simpo", beta=0.0), ValueError, ("beta=0.0", "> 0")),
+    ("beta 0 for cpo", args(LowMemDPOConfig, loss_type="cpo", beta=0.0), ValueError, ("beta=0.0", "> 0")),
     ("asft_lambda without asft", args(LowMemDPOConfig, asft_lambda=1.0), ValueError, ("asft_lambda=1.0", "loss_type='asft'")),
     ("negative asft_lambda", args(LowMemDPOConfig, loss_type="asft", asft_lambda=-1.0), ValueError, ("asft_lambda=-1.0",)),
-    ("beta 0 for asft", args(LowMemDPOConfig, loss_type="asft", beta=0.0), ValueError, ("beta=0.0", "(0, inf)")),
+    ("beta 0 for asft", args(LowMemDPOConfig, loss_type="asft", beta=0.0), ValueError, ("beta=0.0", "> 0")),
     ("precomputed reference for asft", args(LowMemDPOConfig, loss_type="asft", precompute_ref_log_probs=True), ValueError, ("precompute_ref_log_probs", "no reference")),
     ("synchronised reference for asft", args(LowMemDPOConfig, loss_type="asft", sync_ref_model=True), ValueError, ("sync_ref_model", "no reference")),
     ("label smoothing for asft", args(LowMemDPOConfig, loss_type="asft", label_smoothing=0.1), ValueError, ("label_smoothing=0.1", "no effect")),
-    ("weights for one loss", args(LowMemDPOConfig, loss_type="asft", loss_weights=[1.0]), ValueError, ("loss_weights", "no effect")),
+    ("label smoothing for ours", args(LowMemDPOConfig, loss_type=["asft", "orpo"], label_smoothing=0.1), ValueError, ("label_smoothing=0.1", "no effect")),
+    ("precomputed reference for TRL's sft", args(LowMemDPOConfig, loss_type=["sft", "asft"], precompute_ref_log_probs=True), ValueError, ("precompute_ref_log_probs", "no reference")),
+    # batches that share prompts
+    ("sharing as text", args(LowMemDPOConfig, lowmem_share_prompt="yes"), TypeError, ("lowmem_share_prompt='yes'", "True or False")),
+    ("packing without sharing", args(LowMemDPOConfig, lowmem_pack_tokens=4096), ValueError, ("lowmem_pack_tokens=4096", "lowmem_share_prompt=True")),
+    ("rows of nothing", args(LowMemDPOConfig, lowmem_share_prompt=True, lowmem_pack_tokens=0), ValueError, ("lowmem_pack_tokens=0", "at least 1")),
+    ("rows of half a token", args(LowMemDPOConfig, lowmem_share_prompt=True, lowmem_pack_tokens=2.5), TypeError, ("lowmem_pack_tokens=2.5", "integer")),
+    ("rows in which a pair may not fit", args(LowMemDPOConfig, lowmem_share_prompt=True, lowmem_pack_tokens=2047), ValueError, ("lowmem_pack_tokens=2047", "max_length=1024", "2048")),
+    # the reference model
+    ("unknown reference", args(LowMemDPOConfig, lowmem_reference="half"), ValueError, ("lowmem_reference='half'", "full")),
+    ("reference that is no string", args(LowMemDPOConfig, lowmem_reference=4), TypeError, ("lowmem_reference=4", "string")),
+    ("a reference for asft", args(LowMemDPOConfig, loss_type="asft", lowmem_reference="quantized"), ValueError, ("lowmem_reference='quantized'", "no effect")),
+    ("no reference for dpo", args(LowMemDPOConfig, lowmem_reference="none"), ValueError, ("lowmem_reference='none'", "'sigmoid'", "'auto'")),
+    ("no reference for a mixture", args(LowMemDPOConfig, loss_type=["asft", "ipo"], lowmem_reference="none"), ValueError, ("lowmem_reference='none'", "'ipo'")),
+    ("full and precomputed", args(LowMemDPOConfig, lowmem_reference="full", precompute_ref_log_probs=True), ValueError, ("precompute_ref_log_probs=True", "'full'")),
+    ("adapter and precomputed", args(LowMemDPOConfig, lowmem_reference="adapter", precompute_ref_log_probs=True), ValueError, ("precompute_ref_log_probs=True", "'adapter'")),
+    ("synchronised and precomputed", args(LowMemDPOConfig, lowmem_reference="precomputed", sync_ref_model=True), ValueError, ("sync_ref_model=True", "'precomputed'")),
+    ("synchronised and quantized", args(LowMemDPOConfig, lowmem_reference="quantized", sync_ref_model=True), ValueError, ("sync_ref_model=True", "'quantized'", "'full'")),
+    ("quantized and sharded", args(LowMemDPOConfig, lowmem_reference="quantized", deepspeed={"x": 1}), ValueError, ("deepspeed", "4-bit", "'precomputed'")),
+    # dynamic reward scaling
+    ("margin_w without a column", args(LowMemDPOConfig, lowmem_margin_w=0.5), ValueError, ("lowmem_margin_w=0.5", "no effect", "lowmem_margin_column")),
+    ("margin_k without a column", args(LowMemDPOConfig, lowmem_margin_k=0.5), ValueError, ("lowmem_margin_k=0.5", "no effect")),
+    ("margins for ipo", args(LowMemDPOConfig, loss_type=["sigmoid", "ipo"], lowmem_margin_column="m"), ValueError, ("lowmem_margin_column='m'", "'ipo'")),
+    ("margins for asft", args(LowMemDPOConfig, loss_type="asft", lowmem_margin_column="m"), ValueError, ("lowmem_margin_column='m'", "'sigmoid'")),
+    ("margins of no column", args(LowMemDPOConfig, lowmem_margin_column=""), TypeError, ("lowmem_margin_column=''", "column")),
+    ("margin_w of 0", args(LowMemDPOConfig, lowmem_margin_column="m", lowmem_margin_w=0.0), ValueError, ("lowmem_margin_w=0.0", "(0, inf)")),
+    ("negative margin_k", args(LowMemDPOConfig, lowmem_margin_column="m", lowmem_margin_k=-1.0), ValueError, ("lowmem_margin_k=-1.0", "(0, inf)")),
     ("divergence for asft", args(LowMemDPOConfig, loss_type="asft", f_divergence_type="forward_kl"), ValueError, ("f_divergence_type", "no effect")),
     # make_optimizer and the classes
     ("unknown method", optimizer("galor"), ValueError, ("name='galor'", "Choose from")),
@@ -185,7 +224,10 @@ def test_the_same_settings_without_the_fault_are_accepted() -> None:
     """So that no row above is refused for another reason than its own."""
     args(**OURS, lowmem_state="int8", lowmem_rank=8, lowmem_update_gap=5, lowmem_scale=2.0, lowmem_projection="random",
          lowmem_weights="keep", optim_target_modules=["q_proj"])()  # fmt: skip
-    args(LowMemDPOConfig, loss_type="asft", asft_lambda=0.5, beta=0.1)()
+    args(LowMemDPOConfig, loss_type="asft", asft_lambda=0.5, beta=0.1, loss_weights=[2.0])()
+    args(LowMemDPOConfig, loss_type=["sigmoid", "orpo", "simpo", "cpo"], loss_weights=[1.0, 0.1, 0.1, 0.1], orpo_lambda=0.2,
+         simpo_gamma=1.0, cpo_alpha=0.0, label_smoothing=0.1, lowmem_reference="precomputed")()  # fmt: skip
+    args(LowMemDPOConfig, loss_type=["sigmoid", "asft"], lowmem_margin_column="m", lowmem_margin_w=0.2, lowmem_margin_k=1)()
     args(LowMemSFTConfig, optim="adamw", lowmem_state="fp8_expand")()
     optimizer(rank=4, target_modules="")  # built only when called
     make_optimizer("apollo", nn.Linear(80, 60), rank=59)

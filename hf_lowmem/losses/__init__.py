@@ -6,9 +6,12 @@ here: TRL's own, through its fused head, is used as it is. A second copy would d
 """
 
 from hf_lowmem.losses.asft import asft
+from hf_lowmem.losses.cpo import cpo
 from hf_lowmem.losses.logps import PairLogps, PreferenceLoss, log1mexp, log_odds, pair_logps, preference_loss
+from hf_lowmem.losses.orpo import orpo
+from hf_lowmem.losses.simpo import simpo
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"asft": asft}
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"asft": asft, "orpo": orpo, "simpo": simpo, "cpo": cpo}
 
 
 __all__ = [
@@ -16,8 +19,11 @@ __all__ = [
     "PairLogps",
     "PreferenceLoss",
     "asft",
+    "cpo",
     "log1mexp",
     "log_odds",
+    "orpo",
     "pair_logps",
     "preference_loss",
+    "simpo",
 ]

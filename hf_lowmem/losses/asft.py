@@ -14,12 +14,17 @@ Another method goes by the same four letters, "Anchored" Supervised Fine-Tuning 
 single answers with a KL anchor. It is not this one.
 """
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_lowmem.losses.logps import PairLogps, log_odds, preference_loss
+from hf_lowmem.losses.logps import (
+    PairLogps,
+    check_option,
+    log_odds,
+    pair_metrics,
+    preference_loss,
+    refuse_reference,
+)
 
 
 @preference_loss(needs_reference=False)
@@ -49,13 +54,10 @@ def asft(
 
     Returns:
         loss: (B,), fp32 or fp64, nats a token. The caller takes the mean.
-        metrics: detached (B,) tensors of the same dtype. As TRL names them: "rewards/chosen" and
-            "rewards/rejected" (β r), "rewards/accuracies" (0 or 1), "rewards/margins", "logps/chosen" and
-            "logps/rejected" (sums, nats). And: "logps_mean/chosen", "logps_mean/rejected" (nats a token),
-            "loss/sft" and "loss/align", which add up to the loss.
+        metrics: see `pair_metrics`. "rewards/*" are β·r.
 
     Raises:
-        ValueError: a reference was given; beta is not finite and > 0; asft_lambda is not finite and >= 0.
+        TypeError, ValueError: a reference was given; beta is no finite number > 0; asft_lambda none >= 0.
 
     Settings: after an SFT stage beta ≈ 0.1 and a learning rate of 3e-7 to 1e-6; from a base model a learning
     rate of 6e-6 to 1e-5. Keep gradient clipping on: the slope in l_l is λβσ(βr_l)/(1 - p_l), λp_l/(1 - p_l)
@@ -69,35 +71,13 @@ def asft(
     the two share); very short answers of one or two tokens, where p comes near 1; a policy that must stay
     close to a given model, since nothing here measures that distance (use DPO).
     """
-    if reference is not None:
-        raise ValueError(
-            "reference was given, but asft needs none and would ignore it. Pass reference=None, and do "
-            "not load or query a reference model for it."
-        )
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta={beta!r}: it scales the log-odds in two sigmoids, so it must be finite and > 0.")
-    if not (math.isfinite(asft_lambda) and asft_lambda >= 0):
-        raise ValueError(
-            f"asft_lambda={asft_lambda!r}: it weighs the preference terms, so it must be finite and >= 0 "
-            "(0 is plain SFT on the chosen answers)."
-        )
+    refuse_reference("asft", reference)
+    check_option("beta", beta, "it scales the log-odds in two sigmoids", positive=True)
+    check_option("asft_lambda", asft_lambda, "it weighs the preference terms")
     chosen_mean, rejected_mean = policy.chosen_mean, policy.rejected_mean
     chosen_rewards = beta * log_odds(chosen_mean)
     rejected_rewards = beta * log_odds(rejected_mean)
 
     sft = -chosen_mean
     align = -asft_lambda * (F.logsigmoid(chosen_rewards) + F.logsigmoid(-rejected_rewards))
-
-    metrics = {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": policy.chosen.to(chosen_mean.dtype),
-        "logps/rejected": policy.rejected.to(chosen_mean.dtype),
-        "logps_mean/chosen": chosen_mean,
-        "logps_mean/rejected": rejected_mean,
-        "loss/sft": sft,
-        "loss/align": align,
-    }
-    return sft + align, {name: value.detach() for name, value in metrics.items()}
+    return sft + align, pair_metrics(policy, chosen_rewards, rejected_rewards, sft=sft, align=align)

@@ -13,7 +13,9 @@ Nothing here reads a value on the host. All checks are on shapes, dtypes and dev
 to wait.
 """
 
+import inspect
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -77,6 +79,12 @@ class PairLogps:
                 )
 
     @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """S_w and S_l, (B,) each, nats, fp32 or fp64."""
+        dtype = _compute_dtype(self.chosen)
+        return self.chosen.to(dtype), self.rejected.to(dtype)
+
+    @property
     def chosen_mean(self) -> Tensor:
         """ℓ_w = S_w / tokens, (B,), nats a token, fp32 or fp64. 0 for an empty one (see `pair_logps`)."""
         return _mean(self.chosen, self.chosen_len)
@@ -96,9 +104,11 @@ class PreferenceLoss(Protocol):
 
     `needs_reference` says whether `reference` must be given. Where it is False no reference model is ever
     loaded, and a `reference` that is not None is a ValueError: it would have been computed for nothing.
+    `options` are the keywords of its signature with their defaults; there is no other list of them.
     """
 
     needs_reference: bool
+    options: dict[str, Any]
 
     def __call__(
         self, policy: PairLogps, reference: PairLogps | None = None, **options: Any
@@ -114,9 +124,53 @@ def preference_loss(
     def mark(function: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> PreferenceLoss:
         loss = cast(PreferenceLoss, function)
         loss.needs_reference = needs_reference
+        parameters = inspect.signature(function).parameters.values()
+        loss.options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return loss
 
     return mark
+
+
+def refuse_reference(name: str, reference: PairLogps | None) -> None:
+    """Raise ValueError where the loss `name`, which needs no reference, was given one."""
+    if reference is not None:
+        raise ValueError(
+            f"reference was given, but {name} needs none and would ignore it. Pass reference=None, and do "
+            "not load or query a reference model for it."
+        )
+
+
+def check_option(name: str, value: Any, role: str, *, positive: bool = False) -> None:
+    """Raise unless the option `name` is a finite number >= 0, or > 0 with `positive`; `role` is said in the error."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r}: {role}, so it must be a number, got {type(value).__name__}.")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name}={value!r}: {role}, so it must be finite and {'> 0' if positive else '>= 0'}.")
+
+
+def pair_metrics(
+    policy: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tensor, **terms: Tensor
+) -> dict[str, Tensor]:
+    """What every loss reports: detached (B,) tensors of the loss's dtype.
+
+    As TRL names them: "rewards/chosen", "rewards/rejected", "rewards/accuracies" (0 or 1), "rewards/margins",
+    "logps/chosen" and "logps/rejected" (sums, nats). And "logps_mean/chosen", "logps_mean/rejected" (nats a token):
+    they show when both answers become unlikely together, which margins and accuracies hide. And a "loss/…" for each
+    of `terms`, which add up to the loss.
+    """
+    chosen, rejected = policy.sums
+    metrics = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps_mean/chosen": policy.chosen_mean,
+        "logps_mean/rejected": policy.rejected_mean,
+    } | {f"loss/{name}": term for name, term in terms.items()}
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def pair_logps(per_token_logps: Tensor, mask: Tensor) -> PairLogps:

@@ -1,0 +1,17 @@
+"""Prompt-shared and packed preference batches: a pair costs P + Cw + Cl tokens instead of 2P + Cw + Cl."""
+
+from hf_lowmem.pairs.check import check_sharing
+from hf_lowmem.pairs.layout import KEYS, SharedPairs, shared_layout, without_sharing
+from hf_lowmem.pairs.share import share_prompts, unshare_prompts
+from hf_lowmem.pairs.training import share_batches
+
+__all__ = [
+    "KEYS",
+    "SharedPairs",
+    "check_sharing",
+    "share_batches",
+    "share_prompts",
+    "shared_layout",
+    "unshare_prompts",
+    "without_sharing",
+]

@@ -1,0 +1,84 @@
+"""Fake CPU tensors that stand for an accelerator's.
+
+A CPU build of torch cannot make fake CUDA tensors, so every simulated tensor says that it is on the CPU. Where code
+looks at the device to choose between implementations with different temporaries, the accelerator's is chosen here. The
+whole list:
+
+    torch.optim, clip_grad_norm_     foreach by default, as on CUDA
+    TRL's fused head                 Triton kernels that fold a tile in place, and a GEMM that accumulates in fp32
+    hf_lowmem.kernels                the Triton implementations, which have no temporaries
+    hf_lowmem's references           spans of an accelerator's size
+    hf_lowmem.optim                  no waiting: update, then select old or new
+
+What stays the CPU's: autocast's lists of operators, which are shorter, and scaled_dot_product_attention, which keeps
+the same as the flash kernel does (query, key, value, output, log-sum-exp).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.optim.optimizer as torch_optimizer
+from bitsandbytes import functional
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.utils import import_utils
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from hf_lowmem.kernels import Kernel, spans, use_kernels
+from hf_lowmem.kernels.codecs.tables import DeviceTable
+from hf_lowmem.optim.base import LowMemOptimizer
+
+__all__ = ["as_on_accelerator", "with_real_constants"]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def as_on_accelerator() -> Iterator[None]:
+    """Choose an accelerator's implementations inside the block. For the whole process: not for other threads' work."""
+    devices = _foreach_utils._get_foreach_kernels_supported_devices()
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+        for module in (_foreach_utils, torch_optimizer):
+            patch(module, "_get_foreach_kernels_supported_devices", lambda: [*devices, "cpu"])
+            patch(module, "_foreach_supported_types", [torch.Tensor, torch.nn.Parameter, FakeTensor])
+        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+            patch(chunked_logprob, name, _nothing)
+        patch(trl_utils, "_use_triton", lambda device: True)  # scores a copy of the positions that have a label
+        patch(spans, "CPU_SPAN_PER_THREAD", spans.ACCELERATOR_SPAN)
+        patch(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+        patch(Kernel, "unsupported", lambda self, *args: self.supports(*args))  # as if they were on a GPU with Triton
+        stack.enter_context(use_kernels("triton"))
+        yield
+
+
+def _really(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, outside of every mode."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily(), _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def with_real_constants() -> Iterator[None]:
+    """Inside a fake mode, make small tables of real values, and let models run as they do with real tensors.
+
+    Tables are computed by numbers that fake tensors do not have, and outlive the simulation.
+    """
+    with (
+        mock.patch.object(DeviceTable, "on", _really(DeviceTable.on)),
+        mock.patch.object(functional, "create_dynamic_map", _really(functional.create_dynamic_map)),
+        # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.
+        mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
+    ):
+        yield

@@ -1,0 +1,166 @@
+"""A model without weights: its config from wherever the user has it, its modules inside a fake mode."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+__all__ = [
+    "DTYPES",
+    "Shape",
+    "find_config",
+    "layer_count",
+    "make_model",
+    "meta_model",
+    "period_of",
+    "shapes_of",
+    "token_maker",
+    "with_depth",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One parameter: the number of its decoder layer or None, its shape, bytes a value, trained or not."""
+
+    layer: int | None
+    shape: tuple[int, ...]
+    itemsize: int
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    def shard(self, world: int) -> int:
+        """Values of the largest shard."""
+        rows = self.shape[0] if self.shape else 1
+        return -(-rows // world) * (self.numel // max(rows, 1))
+
+
+def shapes_of(model: Any, stack: str) -> list[Shape]:
+    """The parameters of a model; `stack`: name of its list of decoder layers."""
+    made = []
+    for name, p in model.named_parameters():
+        number = name.removeprefix(f"{stack}.").partition(".")[0]
+        layer = int(number) if name.startswith(f"{stack}.") and number.isdigit() else None
+        made.append(Shape(layer, tuple(p.shape), p.element_size(), p.requires_grad))
+    return made
+
+
+def find_config(model: str | Path | PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model folder, of a config.json, or of a hub id in the local cache; a config is itself.
+
+    Nothing is downloaded.
+
+    Raises:
+        ValueError: where there is none, or of a kind that transformers does not know.
+    """
+    if isinstance(model, PreTrainedConfig):
+        return model
+    path = Path(model)
+    if path.is_file():
+        values = json.loads(path.read_text())
+        kind = values.pop("model_type", None)
+        if kind is None:
+            raise ValueError(f"model={str(model)!r} has no model_type: it is not the config.json of a model.")
+        try:
+            return AutoConfig.for_model(kind, **values)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"model={str(model)!r}: model_type {kind!r} is not one of transformers'.") from error
+    try:
+        return AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"model={str(model)!r} is no folder with a config.json, no such file, and no hub id in the local cache. "
+            "The plan needs the config alone: `hf download ID config.json` puts it there."
+        ) from error
+
+
+def make_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> Any:
+    """The causal language model of `config`, in train mode, its weights of `dtype`. Call it inside a fake mode.
+
+    The flash kernels need a GPU and their packages; sdpa keeps the same for backward and stands for them.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"model_type {config.model_type!r} has no causal language model in transformers, which is what is planned."
+        )
+    before = torch.get_default_dtype()
+    # Cast afterwards, a fake parameter would have to be swapped for another, which fake parameters cannot be.
+    torch.set_default_dtype(dtype)
+    try:
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager" if attention == "eager" else "sdpa"
+        )
+    finally:
+        torch.set_default_dtype(before)
+    return model.train()
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, peft_config: Any) -> Any:
+    """The whole model without even fake weights: its parameters' names, shapes and dtypes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if peft_config is not None:
+                from peft import get_peft_model
+
+                model = get_peft_model(model, copy.deepcopy(peft_config))
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    """Raises ValueError for a config that does not say how many layers there are."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ValueError(f"model_type {config.model_type!r}: its config has no num_hidden_layers.")
+    return count
+
+
+def _per_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """The lists of a config that have an entry for each layer."""
+    count = layer_count(config)
+    values = vars(config.get_text_config())
+    return {k: list(v) for k, v in values.items() if isinstance(v, list | tuple) and len(v) == count}
+
+
+def period_of(config: PreTrainedConfig) -> int:
+    """After how many layers their kinds repeat: 1 where all are alike; Gemma 3 has five of one kind and one other."""
+    count, lists = layer_count(config), list(_per_layer(config).values())
+    return next(p for p in range(1, count + 1) if all(v[i] == v[i - p] for v in lists for i in range(p, count)))
+
+
+def with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config of a model with the first `layers` layers only."""
+    made = copy.deepcopy(config)
+    text = made.get_text_config()
+    for name, values in _per_layer(config).items():
+        setattr(text, name, values[:layers])
+    text.num_hidden_layers = layers
+    return made
+
+
+def token_maker() -> Any:
+    """The least that TRL's trainers accept for a tokenizer. The planned batch is made of ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -1,0 +1,310 @@
+"""The real trainer, taking two steps on nothing.
+
+The trainer's own code runs from `train()` to its end: TRL's fused head, its loss, PEFT's wrapping, checkpointing,
+converted layers, accelerate's autocast and clipping, the optimizer and its state. Nothing of it is repeated here, so
+nothing can be forgotten; what is exchanged is the batch, whose tensors are fake as all others, and what would write
+files.
+
+Two steps, because the first one has no optimizer state yet while it runs forward and backward, and two micro-batches
+where gradients are accumulated, because from the second on gradients are alive in the forward pass. More of either
+would repeat the last.
+"""
+
+import contextlib
+import copy
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl.trainer import dpo_trainer
+
+from hf_lowmem.activations.detect import find_stack
+from hf_lowmem.memory.count import tensors_in
+from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
+from hf_lowmem.planner.live import Live
+from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
+
+__all__ = ["IMPLEMENTATIONS", "MICRO_BATCHES", "STEPS", "Measured", "quiet", "simulate_step", "weighed", "weighed_args"]
+
+STEPS = 2
+MICRO_BATCHES = 2
+IMPLEMENTATIONS = {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True, "fused": False},
+    "fused": {"foreach": False, "fused": True},
+}
+
+
+@dataclass
+class Measured:
+    """A log of storages, and which rows of it are what."""
+
+    live: Live
+    weights: set[int] = field(default_factory=set)
+    reference: set[int] = field(default_factory=set)
+    gradients: set[int] = field(default_factory=set)
+    states: set[int] = field(default_factory=set)
+    inputs: set[int] = field(default_factory=set)
+    vocabulary: int = 0
+    stack: str = ""  # name of the list of decoder layers
+    start: int = 0  # clock at the first step's beginning
+    end: int = 0
+    shapes: list[Shape] = field(default_factory=list)
+
+
+class Phases(TrainerCallback):
+    """Tells the log where in the step the trainer is, and what has become of the storages by then."""
+
+    def __init__(self, measured: Measured) -> None:
+        self.measured, self.live = measured, measured.live
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self.measured.start:
+            self.measured.start = self.live.clock
+        self.live.phase("forward")
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        model: Any = kwargs["model"]
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        self.measured.gradients |= self.live.rows_of(grads)
+        self.live.phase("optimizer")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.live.phase("end")
+        states = kwargs["optimizer"].state.values()
+        self.measured.states |= self.live.rows_of(t for state in states for t in tensors_in(state))
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.measured.end = self.live.clock
+
+
+class Batches:
+    """A data loader that makes each batch when it is asked for, as a loader does that moves batches to a device."""
+
+    def __init__(self, measured: Measured, method: Any, trainer: Any) -> None:
+        self.measured, self.make = measured, partial(method.make_batch, trainer)
+        self.count = STEPS * trainer.args.gradient_accumulation_steps
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.count):
+            batch = self.make()
+            self.measured.inputs |= self.measured.live.rows_of(batch.values())
+            yield batch
+
+
+def weighed(method: Any, measured: Measured, implementation: str | None) -> type:
+    """The method's trainer, taking full batches and telling `measured` what it does."""
+    live = measured.live
+
+    class Weighed(method.trainer()):
+        def get_train_dataloader(self) -> Any:
+            return Batches(measured, method, self)
+
+        def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset  # a pass before training; the batches have what it computes
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            _choose(optimizer, implementation, self.args)
+            self._declare()
+            return optimizer
+
+        def _declare(self) -> None:
+            model: Any = self.model
+            live.watch(model)
+            measured.weights |= live.rows_of([*model.parameters(), *model.buffers()])
+            reference = getattr(self, "ref_model", None)
+            if isinstance(reference, nn.Module):
+                live.watch(reference, "reference: ")
+                measured.reference |= live.rows_of([*reference.parameters(), *reference.buffers()])
+            measured.stack = find_stack(model)[0]
+            measured.vocabulary = model.get_output_embeddings().weight.shape[0]
+            measured.shapes = shapes_of(model, measured.stack)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.register_hook(lambda g: measured.gradients.update(live.rows_of([g])))
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            live.phase("forward")
+            loss = super().compute_loss(*args, **kwargs)
+            live.phase("backward")
+            return loss
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            live.phase("clipping")
+            return loss
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("a simulated run writes nothing")
+
+    return Weighed
+
+
+def _choose(optimizer: Any, implementation: str | None, args: Any) -> None:
+    if implementation is None:
+        return
+    for group in optimizer.param_groups:
+        if "foreach" not in group:
+            raise ValueError(
+                f"implementation={implementation!r} has no effect with optim={args.optim!r}, which has one "
+                "implementation only. Leave it unset."
+            )
+        group |= IMPLEMENTATIONS[implementation]
+
+
+def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
+    """A copy of the arguments for a run of two steps that writes nothing, on the CPU.
+
+    Raises:
+        ValueError: for what would run but not be weighed.
+    """
+    for setting, reason in (
+        ("torch_compile", "a compiled step decides by itself what it saves and where it has temporaries"),
+        ("deepspeed", "DeepSpeed's engine allocates flat buffers of its own, which need its package and a GPU"),
+        ("use_liger_kernel", "liger's kernels run on a GPU alone"),
+        ("activation_offloading", "it needs a CUDA device's streams"),
+    ):
+        if getattr(args, setting, None):
+            raise ValueError(f"{setting}={getattr(args, setting)!r} cannot be planned: {reason}. Leave it unset.")
+    if getattr(args, "lowmem_reference", None) == "quantized":
+        raise ValueError(
+            "lowmem_reference='quantized' cannot be planned: bitsandbytes' 4-bit weights cannot be made of fake "
+            "tensors. Plan with lowmem_reference='precomputed', and add 4.13 bits a linear weight and the embeddings."
+        )
+    args = copy.copy(args)
+    changes: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": steps,
+        "gradient_accumulation_steps": min(args.gradient_accumulation_steps, MICRO_BATCHES),
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "do_eval": False,
+        "load_best_model_at_end": False,
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "push_to_hub": False,
+        "auto_find_batch_size": False,
+        "full_determinism": False,
+        "use_cache": False,
+        "model_init_kwargs": None,
+        "fsdp": type(args.fsdp)() if not isinstance(args.fsdp, bool) else False,
+        # The batch is of full rows already; packing and padding_free only say how rows are filled.
+        "packing": False,
+        "eval_packing": None,
+        "padding_free": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "chat_template_path": None,
+        "eos_token": None,
+        # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
+        "lowmem_update_gap": 1 if "update_gap" in getattr(OPTIMIZERS.get(args.optim), "DEFAULTS", {}) else None,
+    }
+    for name, value in changes.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+    vars(args)["_setup_devices"] = torch.device("cpu")
+    args._n_gpu = 0
+    args.distributed_state = PartialState(cpu=True)
+    return args
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No trace of a simulated run: random streams, accelerate's singletons, warnings and log levels as before."""
+    states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
+    before = [dict(state) for state in states]
+    randoms = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        for state in states:
+            state.clear()
+        PartialState(cpu=True)
+        transformers_logging.set_verbosity_error()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for state, values in zip(states, before, strict=True):
+            state.clear()
+            state.update(values)
+        random.setstate(randoms[0])
+        numpy.random.set_state(randoms[1])  # noqa: NPY002
+        torch.set_rng_state(randoms[2])
+
+
+def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for fake weights, which cannot be swapped: new parameters take their places."""
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in self.modules() if recurse else (self,):
+        for name, p in module._parameters.items():
+            if p is not None:
+                with torch.no_grad():
+                    value = fn(p)
+                if value is not p:
+                    module._parameters[name] = made.setdefault(id(p), nn.Parameter(value, p.requires_grad))
+        module._buffers |= {name: fn(b) for name, b in module._buffers.items() if b is not None}
+    return self
+
+
+def simulate_step(
+    config: PreTrainedConfig,
+    args: Any,
+    method: Any,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    accelerator: bool = True,
+    implementation: str | None = None,
+    peft_config: Any = None,
+) -> Measured:
+    """Run the trainer's steps on fake tensors; see the module. `method`: one of `hf_lowmem.planner.methods.METHODS`.
+
+    Raises:
+        CannotSimulate: naming the operation and the module, where what the step does depends on values.
+    """
+    live = Live(invent_numbers=True)
+    measured = Measured(live)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        run = weighed_args(args, folder)
+        stack.enter_context(with_real_constants())
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        if accelerator:
+            stack.enter_context(as_on_accelerator())
+        # A reference is loaded from where the policy came from, which here is its config; and nothing can be hashed.
+        reference = lambda *args, **kwargs: make_model(config, dtype, attention).eval()  # noqa: E731
+        stack.enter_context(mock.patch.object(dpo_trainer, "create_model_from_path", reference))
+        stack.enter_context(mock.patch.object(dpo_trainer, "hash_module", return_value="unknown"))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, live:
+            model = make_model(config, dtype, attention)
+            cls = weighed(method, measured, implementation)
+            trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.columns), token_maker())
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(Phases(measured))
+            trainer.train()
+            measured.end = live.clock
+    return measured

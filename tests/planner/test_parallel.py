@@ -1,0 +1,72 @@
+"""The formulas for several processes, on models whose shards can be counted by hand."""
+
+import numpy as np
+import pytest
+
+from hf_lowmem.planner import plan
+from hf_lowmem.planner.models import Shape
+from hf_lowmem.planner.outline import Moment
+from hf_lowmem.planner.parallel import spread
+from hf_lowmem.planner.parts import PARTS
+from tests.planner.real import arguments, small_config
+
+# An embedding that four processes cut unevenly (10 rows: 3, 3, 3, 1), and two layers of 64 values; bf16.
+SHAPES = [Shape(None, (10, 8), 2, True), Shape(0, (8, 8), 2, True), Shape(1, (8, 8), 2, True)]
+WHOLE = 2 * (80 + 64 + 64)
+SHARDS = 3 * 8 + 2 * 8 + 2 * 8  # values
+
+
+def moment(phase: str, layer: int | None, before: bool = False, **parts: int) -> Moment:
+    values = np.zeros(len(PARTS) + 1, dtype=np.int64)
+    for name, size in {"weights": WHOLE, **parts}.items():
+        values[PARTS.index(name)] = size
+    return Moment(1, phase, layer, "", before, values)
+
+
+def fsdp2(*moments: Moment, mixed: bool = False, accumulates: bool = False) -> list[dict[str, int]]:
+    made = spread(moments, SHAPES, world=4, parallel="fsdp2", mixed=mixed, accumulates=accumulates)
+    return [m.parts() for m in made]
+
+
+def test_ddp_holds_the_gradients_twice() -> None:
+    config = small_config(num_hidden_layers=2)
+    one = plan(config, arguments(), dtype="bfloat16")
+    two = plan(config, arguments(), dtype="bfloat16", world_size=2, parallel="ddp")
+    assert two.parts == {**one.parts, "communication": 2 * one.settings["parameters"]}
+
+
+@pytest.mark.parametrize(("mixed", "itemsize"), [(False, 2), (True, 4)])
+def test_fsdp2_at_the_update_holds_shards_alone(mixed: bool, itemsize: int) -> None:
+    update = moment("optimizer", None, gradients=WHOLE, states=2 * WHOLE, temporaries=WHOLE)
+    size = SHARDS * itemsize
+    assert fsdp2(update, mixed=mixed) == [
+        {"weights": size, "gradients": size, "states": 2 * size, "temporaries": size},
+    ]
+
+
+def test_fsdp2_gathers_the_layer_the_next_one_and_what_belongs_to_none() -> None:
+    first, last, head = fsdp2(
+        moment("forward", 0, activations=1000), moment("forward", 1), moment("forward", None, logits=5)
+    )
+    assert first == {"weights": 2 * SHARDS, "activations": 1000, "communication": 160 + 128 + 128}
+    assert last["communication"] == 160 + 128
+    assert head == {"weights": 2 * SHARDS, "logits": 5, "communication": 160 + 160}
+
+
+def test_fsdp2_reduces_a_layer_s_gradients_from_a_second_copy() -> None:
+    head, upper, lower, end = fsdp2(
+        moment("backward", None, before=True, gradients=160),
+        moment("backward", 1, gradients=160 + 128),
+        moment("backward", 0, gradients=160 + 256),
+        moment("backward", None, gradients=WHOLE),
+    )
+    ratio = 2 * SHARDS / WHOLE
+    assert head["gradients"] == round(160 * ratio) + 160
+    assert upper["gradients"] == round(288 * ratio) + 160 + 2 * 128
+    assert lower["gradients"] == round(416 * ratio) + 160 + 2 * 128
+    assert end["gradients"] == round(WHOLE * ratio) + 2 * 160
+
+
+def test_fsdp2_keeps_whole_gradients_while_it_accumulates() -> None:
+    (made,) = fsdp2(moment("forward", 0, gradients=WHOLE), accumulates=True)
+    assert made["gradients"] == WHOLE + 2 * SHARDS
