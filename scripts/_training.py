@@ -11,11 +11,15 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from hf_lowmem import LowMemCallback
 
 
-def main(config_class: Any, trainer_class: Any) -> None:
-    """Parse, load, train (from a checkpoint if one is named), report and save."""
-    classes: Any = (ScriptArguments, config_class, ModelConfig)
+def main(config_class: Any, trainer_class: Any, first_stage: Any = None) -> None:
+    """Parse, load, train (from a checkpoint if one is named), report and save.
+
+    first_stage: a dataclass of more flags, whose `run` takes the keyword arguments of a trainer and gives back the
+        model to go on from.
+    """
+    classes: Any = (ScriptArguments, config_class, ModelConfig, *filter(None, (first_stage,)))
     parser = TrlParser(classes)
-    script_args, training_args, model_args = parser.parse_args_and_config()
+    script_args, training_args, model_args, *stages = parser.parse_args_and_config()
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is not set: give a model's name on the hub, or its folder.")
     # TRL loads the model, by these and what `model_init_kwargs` says beside or against them.
@@ -31,16 +35,18 @@ def main(config_class: Any, trainer_class: Any) -> None:
         trust_remote_code=training_args.trust_remote_code,
     )
     train, test = load_splits(script_args, training_args)
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[LowMemCallback()],
-    )
+    given: dict[str, Any] = {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+    for stage in stages:
+        given["model"] = stage.run(**given)
+    trainer = trainer_class(**given, callbacks=[LowMemCallback()])
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:

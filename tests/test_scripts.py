@@ -1,17 +1,23 @@
 """The example scripts and every configuration that we ship, run as a user runs them, on a tiny model."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer, LowMemSFTTrainer
 from hf_lowmem.codecs import codec_pair
 from tests.conftest import tiny_llama
 from tests.test_trainers import pair_data
@@ -95,3 +101,164 @@ def test_a_missing_split_is_named(model_and_data: tuple[str, str], tmp_path: Pat
     )  # fmt: skip
     assert done.returncode != 0
     assert "dataset_train_split='trian': " in done.stderr
+
+
+# --- an SFT stage first ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train_preference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("train_preference", ROOT / "scripts" / "train_preference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stage_arguments(out: Path, **more: Any) -> LowMemDPOConfig:
+    few: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
+    few |= {"per_device_train_batch_size": 4, "max_length": 32, "logging_steps": 1, "save_strategy": "no"}
+    return LowMemDPOConfig(str(out), **(few | more))
+
+
+def run_stage(module: ModuleType, model: str, args: LowMemDPOConfig, tokenizer: Any, peft: Any = None) -> str:
+    return module.FirstStage(sft_first=True, sft_epochs=2, sft_learning_rate=1e-2).run(
+        model=model,
+        args=args,
+        train_dataset=pair_data(12),
+        eval_dataset=None,
+        processing_class=tokenizer,
+        quantization_config=None,
+        peft_config=peft,
+    )
+
+
+def weights_at(folder: str | Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+
+
+def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str], tmp_path: Path) -> None:
+    """A preference stage that hardly moves ends where the SFT stage ended, not where the model began."""
+    model, data = model_and_data
+    out = tmp_path / "out"
+    done = run(
+        "train_preference.py", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(out), *SMALL,
+        "--sft_first", "--sft_epochs", "2", "--sft_learning_rate", "1e-3", "--learning_rate", "1e-9", "--loss_type",
+        "sigmoid", "--save_steps", "1", "--logging_steps", "1", "--optim", "apollo_mini",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, between, last = weights_at(model), weights_at(out / "sft"), weights_at(out)
+    assert all((between[n] - first[n]).abs().max() > 1e-4 for n in first)
+    # Two steps of a normed update of at most 1e-9 an entry times APOLLO-Mini's scale of 128.
+    assert all((last[n] - between[n]).abs().max() < 1e-6 for n in first)
+    state = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
+    (margin,) = [row["rewards/margins"] for row in state["log_history"] if "rewards/margins" in row]
+    assert margin == 0  # the reference is the SFT stage's result
+
+
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules=["q_proj"])], ids=["all weights", "adapters"])
+def test_the_sft_stage_leaves_nothing_in_memory(
+    peft: Any,
+    train_preference: ModuleType,
+    model_and_data: tuple[str, str],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    class Watched(LowMemSFTTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            done = super().train(*args, **kwargs)
+            alive.extend(
+                weakref.ref(x) for x in (self, self.model, self.optimizer, next(iter(self.model.parameters())))
+            )
+            return done
+
+    monkeypatch.setattr(train_preference, "LowMemSFTTrainer", Watched)
+    args = stage_arguments(tmp_path / "out", optim="apollo_mini", lowmem_state="8bit")
+    folder = run_stage(train_preference, model_and_data[0], args, tokenizer, peft)
+    assert len(alive) == 4
+    assert not any(found() is not None for found in alive)
+    before, after = weights_at(model_and_data[0]), weights_at(folder)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == (set(before) if peft is None else {n for n in before if "q_proj" in n})
+
+
+def test_adapters_of_the_second_stage_are_new(
+    train_preference: ModuleType, model_and_data: tuple[str, str], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Without its adapter the policy is the SFT stage's result, which is DPO's reference."""
+    peft, args = LoraConfig(r=4, target_modules=["q_proj"]), stage_arguments(tmp_path / "out")
+    folder = run_stage(train_preference, model_and_data[0], args, tokenizer, peft)
+    trainer = LowMemDPOTrainer(
+        folder, args=args, train_dataset=pair_data(8), processing_class=tokenizer, peft_config=peft
+    )
+    trainer.train()
+    (margin,) = [row["rewards/margins"] for row in trainer.state.log_history if "rewards/margins" in row]
+    assert margin == 0
+    bare = {n: p for n, p in trainer.model.named_parameters() if "q_proj.base_layer.weight" in n}
+    (found,) = bare.values()
+    assert torch.equal(found, weights_at(folder)["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_both_stages_have_the_same_fields(train_preference: ModuleType, tmp_path: Path) -> None:
+    shared = {
+        "optim": "apollo_mini",
+        "lowmem_state": "8bit",
+        "lowmem_activations": "fp8",
+        "gradient_accumulation_steps": 3,
+    }
+    args = stage_arguments(tmp_path, loss_type="asft", beta=0.1, learning_rate=1e-6, seed=7, **shared)
+    stage = train_preference.FirstStage(sft_first=True)
+    made = stage.arguments(args, tmp_path / "sft")
+    assert {name: getattr(made, name) for name in shared} == shared
+    assert (made.seed, made.max_length, made.max_steps) == (7, 32, -1)
+    assert (made.learning_rate, made.num_train_epochs, made.gradient_checkpointing) == (2e-5, 1.0, False)
+    assert made.output_dir == str(tmp_path / "sft")
+
+
+def test_the_sft_stage_reads_prompt_and_chosen(train_preference: ModuleType) -> None:
+    pairs = pair_data(3)
+    found = train_preference.answered(pairs)
+    assert found.column_names == ["prompt", "completion"]
+    assert list(found["completion"]) == list(pairs["chosen"])
+    talk = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "w2"}]
+    implicit = Dataset.from_list(
+        [{"chosen": talk[0] + talk[1], "rejected": talk[0] + [{"role": "assistant", "content": "w3"}]}]
+    )
+    (row,) = train_preference.answered(implicit)
+    assert (row["prompt"], row["completion"]) == talk
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sft_epochs": 1.0}, "sft_epochs=1.0 has no effect without an SFT stage"),
+        ({"sft_learning_rate": 1e-5}, "sft_learning_rate=1e-05 has no effect without an SFT stage"),
+        ({"sft_first": True, "sft_epochs": 0.0}, "sft_epochs=0.0: it must be a finite number above 0"),
+        ({"sft_first": True, "sft_learning_rate": float("nan")}, "sft_learning_rate=nan: it must be a finite number"),
+    ],
+)
+def test_a_bad_sft_stage_is_refused(train_preference: ModuleType, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_preference.FirstStage(**settings)
+
+
+def test_what_cannot_be_one_command_is_refused(train_preference: ModuleType, tmp_path: Path) -> None:
+    stage = train_preference.FirstStage(sft_first=True)
+    given: dict[str, Any] = {"model": "unused", "eval_dataset": None, "processing_class": None, "peft_config": None}
+    given |= {"train_dataset": pair_data(4), "quantization_config": None}
+    args = stage_arguments(tmp_path)
+    with pytest.raises(ValueError, match="sft_first=True with a quantised model"):
+        stage.run(**given | {"args": args, "quantization_config": object()})
+    with pytest.raises(ValueError, match="sft_first=True with dataset_streaming=True"):
+        stage.run(**given | {"args": args, "train_dataset": pair_data(4).to_iterable_dataset()})
+    args.resume_from_checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="is not there"):
+        stage.run(**given | {"args": args})
+    (tmp_path / "sft").mkdir()
+    assert stage.run(**given | {"args": args}) == str(tmp_path / "sft")

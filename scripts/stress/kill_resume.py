@@ -71,7 +71,7 @@ def digest(trainer: Any) -> str:
             for key in sorted(value, key=str):
                 take(f"{name}.{key}", value[key])
         elif isinstance(value, torch.Tensor):
-            found.update(name.encode() + value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(name.encode() + value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
             found.update(f"{name}={value!r}".encode())
 
