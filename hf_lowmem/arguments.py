@@ -9,11 +9,13 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 
 import ast
 import logging
+import os
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
+from torch import Size
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -48,6 +50,15 @@ OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projecti
 
 # What a section of an accelerate YAML (see hf_lowmem/section.py) may hold beside the fields of LowMemArguments.
 SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
+
+FSDP1_REFUSED = (
+    "FSDP1 flattens weights, so rows and matrices, and with them the layout of states, are lost. Set "
+    "fsdp_config={'version': 2} (FSDP2; accelerate: fsdp_version: 2), or use DDP."
+)
+DEEPSPEED_REFUSED = (
+    "ZeRO flattens weights, so low-rank methods cannot see matrices; methods that work element by element could follow "
+    "it, but its checkpoints cut and pad every state as if it had the weights' size, which scales have not."
+)
 
 # Fields of HuggingFace whose default is the method's own with an optim of ours, and HuggingFace's with any other.
 ADAM_DEFAULTS = {
@@ -157,8 +168,8 @@ class LowMemArguments:
         default=False,
         metadata={
             "help": "Update each weight during backward and free its gradient at once. Needs max_grad_norm=0, one "
-            "process and no fp16; with gradient accumulation only for galore and natural_galore. Only with an optim "
-            "of hf_lowmem."
+            "process or FSDP2, and no fp16; with gradient accumulation only for galore and natural_galore. Only with "
+            "an optim of hf_lowmem."
         },
     )
     lowmem_activations: str | None = field(
@@ -197,9 +208,11 @@ class LowMemArguments:
                 setattr(self, f, ADAM_DEFAULTS[f] if default is None else default)
         self.optim = "adamw_torch" if ours else name  # a name that the parents accept while they check
         getattr(super(), "__post_init__", lambda: None)()
+        self._check_fsdp_version(ours, name)
         if ours:
             self.optim = name
             check_spec(self.lowmem_optim_spec())
+            check_fsdp_spec(self.lowmem_optim_spec(), bool(getattr(self, "fsdp", None)))
             self._check_step_in_backward()
         if self.lowmem_activations is not None and getattr(self, "n_gpu", 1) > 1:
             raise ValueError(
@@ -232,13 +245,22 @@ class LowMemArguments:
                         f"hf_lowmem's. Leave it unset, or set optim to one of: {', '.join(OPTIMIZERS)}."
                     )
             return
-        for other in ("fsdp", "deepspeed"):
-            value = getattr(self, other, None)
-            if value:
-                raise ValueError(
-                    f"{other}={value!r} with optim={name!r} is not supported yet: sharded state would not survive a "
-                    f"checkpoint. Use DDP or one process, and leave {other} unset."
-                )
+        value = getattr(self, "deepspeed", None)
+        if value:
+            raise ValueError(
+                f"deepspeed={value!r} with optim={name!r}: {DEEPSPEED_REFUSED} Set fsdp=True (FSDP2) instead, or use "
+                "DDP, and leave deepspeed unset."
+            )
+
+    def _check_fsdp_version(self, ours: bool, name: str) -> None:
+        """FSDP1 is refused; the parents have made `fsdp_config` a dict by now. The trainer sees what accelerate set."""
+        config = getattr(self, "fsdp_config", None) or {}
+        asked = f"optim={name!r}" if ours else f"lowmem_activations={self.lowmem_activations!r}"
+        if getattr(self, "fsdp", None) and (ours or self.lowmem_activations is not None):
+            version = config.get("version", 2)
+            if int(version) != 2 or config.get("xla"):
+                what = "fsdp_config['xla']=True" if config.get("xla") else f"fsdp_config['version']={version!r}"
+                raise ValueError(f"{what} with {asked}: {FSDP1_REFUSED}")
 
     def _settle_checkpointing(self) -> None:
         """Checkpointing or our tiers: inside a checkpoint nothing is left to compress."""
@@ -265,8 +287,7 @@ class LowMemArguments:
                 "its norms and MLPs keep tensors in functions of their own, out of reach",
                 "Set one of the two",
             ),
-            ("fsdp", "fsdp", "it was not tested with sharded weights", "Use DDP or one process"),
-            ("deepspeed", "deepspeed", "it was not tested with sharded weights", "Use DDP or one process"),
+            ("deepspeed", "deepspeed", "it was not tested with its weights", "Set fsdp=True (FSDP2), or use DDP"),
         ):
             found = getattr(self, value, None) if isinstance(value, str) else value
             if found:
@@ -309,9 +330,9 @@ class LowMemArguments:
             ),
             (
                 "world_size",
-                args.world_size if args.world_size > 1 else 0,
+                args.world_size if args.world_size > 1 and not fsdp_asked(args) else 0,
                 "DDP averages gradients after each one's update",
-                "Train in one process, or leave lowmem_step_in_backward unset",
+                "Set fsdp=True (FSDP2), train in one process, or leave lowmem_step_in_backward unset",
             ),
             ("n_gpu", args.n_gpu if args.n_gpu > 1 else 0, "DataParallel has replicas", "Make one GPU visible"),
         ):
@@ -356,6 +377,27 @@ class LowMemArguments:
 def section_fields() -> list[str]:
     """Names that a section may hold."""
     return [*(f.name for f in fields(LowMemArguments)), *SECTION_FIELDS]
+
+
+def fsdp_asked(args: Any) -> bool:
+    """Whether these arguments, or accelerate's launcher, will shard the model."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return launched or bool(getattr(args, "fsdp", None))
+
+
+def check_fsdp_spec(spec: OptimSpec, fsdp: bool) -> None:
+    """Raise for a method, or a projection, that cannot work on weights of which each process has some rows.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not fsdp:
+        return
+    cls = OPTIMIZERS[spec.name]
+    group = cls.resolve(spec) | {"rank": 1}
+    reason = cls.unsharded_only(Size((2, 2)), group)
+    if reason is not None:
+        raise ValueError(reason.replace("projection=", f"{spec.label('projection')}=", 1))
 
 
 def inherited_default(config: type, name: str) -> Any:

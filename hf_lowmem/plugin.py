@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem import section
 from hf_lowmem.activations import Report, convert
-from hf_lowmem.arguments import LowMemArguments, section_fields
+from hf_lowmem.arguments import LowMemArguments, check_fsdp_spec, section_fields
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
 from hf_lowmem.optim.release import accumulation_refused
 from hf_lowmem.specs import check_choice
@@ -144,14 +144,16 @@ class LowMemPlugin(LowMemArguments):
 
     def check(self, accelerator: Accelerator) -> None:
         """Raise where the Accelerator's engine or settings do not go with the fields."""
-        engine = accelerator.distributed_type
+        engine, fsdp2 = accelerator.distributed_type, bool(getattr(accelerator, "is_fsdp2", False))
         ours = self.optim in OPTIMIZERS
+        if ours:
+            check_fsdp_spec(self.lowmem_optim_spec(), fsdp2)
         if ours and engine is DistributedType.DEEPSPEED:
             raise ValueError(
                 f"optim={self.optim!r} under DeepSpeed is not supported: ZeRO flattens parameters and keeps the state "
                 "of its own. Use FSDP2 or DDP."
             )
-        if engine is DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False) and ours:
+        if engine is DistributedType.FSDP and not fsdp2 and ours:
             raise ValueError(
                 f"optim={self.optim!r} under FSDP1 is not supported: it flattens parameters, so that low-rank and "
                 "blockwise state would not survive a checkpoint. Set fsdp_version: 2."
@@ -167,8 +169,8 @@ class LowMemPlugin(LowMemArguments):
             return
         steps = accelerator.gradient_accumulation_steps
         for setting, value, reason, remedy in (
-            ("num_processes", accelerator.num_processes if accelerator.num_processes > 1 else 0,
-             "gradients are averaged after each one's update", "Train in one process"),
+            ("num_processes", accelerator.num_processes if accelerator.num_processes > 1 and not fsdp2 else 0,
+             "gradients are averaged after each one's update", "Use FSDP2, or train in one process"),
             ("mixed_precision", accelerator.mixed_precision if accelerator.mixed_precision == "fp16" else None,
              "loss scaling checks every gradient before the first update", "Use bf16"),
         ):  # fmt: skip

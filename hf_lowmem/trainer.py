@@ -12,7 +12,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_lowmem import checkpoints
 from hf_lowmem.activations import Report, convert
-from hf_lowmem.arguments import LowMemArguments
+from hf_lowmem.arguments import DEEPSPEED_REFUSED, FSDP1_REFUSED, LowMemArguments, check_fsdp_spec
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 
@@ -25,7 +25,7 @@ class LowMemTrainerMixin:
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
 
     Raises:
-        ValueError: where an optimizer is passed beside an `optim` of ours, or the model is sharded.
+        ValueError: where an optimizer is passed beside an `optim` of ours, or the model is under FSDP1 or DeepSpeed.
     """
 
     args: Any
@@ -53,22 +53,32 @@ class LowMemTrainerMixin:
     def _convert_activations(self) -> None:
         spec = self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
         if spec is not None and self.model is not None:
+            self._check_engine(f"lowmem_activations={spec.tiers!r}")
             report = convert(self.model, spec)
             if self.activations is None:
                 logger.info("lowmem_activations=%r:\n%s", spec.tiers, report)
             self.activations = report
+
+    def _check_engine(self, setting: str) -> None:
+        """What accelerate's launcher has set up shows here first."""
+        if getattr(self, "is_deepspeed_enabled", False):
+            raise ValueError(f"{setting} under DeepSpeed: {DEEPSPEED_REFUSED} Use FSDP2 (fsdp_version: 2) or DDP.")
+        if getattr(self, "is_fsdp_enabled", False) and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(f"{setting} under FSDP1: {FSDP1_REFUSED}")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
+        if self.stepping is not None:
+            self.stepping.follow()
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Ours, where `optim` names it: with the decay split of the parent and the user's lr, betas, eps and decay."""
         self._convert_activations()  # again: `model_init` makes a new model for each training
         if self.optimizer is not None or not self._ours:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
-        for engine in ("fsdp", "deepspeed"):
-            if getattr(self, f"is_{engine}_enabled", False):
-                raise ValueError(
-                    f"optim={self.args.optim!r} under {engine} is not supported yet: sharded state would not survive a "
-                    "checkpoint. Use DDP or one process."
-                )
+        self._check_engine(f"optim={self.args.optim!r}")
+        check_fsdp_spec(self.args.lowmem_optim_spec(), getattr(self, "is_fsdp_enabled", False))
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay))

@@ -60,8 +60,11 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("betas in optim_args", args(**OURS, optim_args="betas=3"), ValueError, ("optim_args='betas=3'", "adam_beta1")),
     ("optim_args of no pair", args(**OURS, optim_args="rank"), ValueError, ("optim_args='rank'", "key=value")),
     ("unknown optim_args", args(**OURS, optim_args="ranc=3"), ValueError, ("optim_args", "ranc=3", "optim='apollo'")),
-    ("fsdp beside ours", args(**OURS, fsdp=True), ValueError, ("fsdp", "not supported yet", "DDP")),
-    ("deepspeed beside ours", args(**OURS, deepspeed={"x": 1}), ValueError, ("deepspeed", "not supported yet")),
+    ("FSDP1 beside ours", args(**OURS, fsdp=True, fsdp_config={"version": 1}), ValueError, ("fsdp_config['version']=1", "optim='apollo'", "'version': 2")),
+    ("FSDP1 beside tiers", args(lowmem_activations="fp8", fsdp=True, fsdp_config={"version": 1}), ValueError, ("fsdp_config['version']=1", "lowmem_activations='fp8'", "'version': 2")),
+    ("soap under FSDP2", args(optim="soap", fsdp=True), ValueError, ("'soap' under FSDP2", "Use DDP")),
+    ("svd under FSDP2", args(optim="galore", lowmem_projection="svd", fsdp=True), ValueError, ("lowmem_projection='svd'", "'galore'", "'subspace'")),
+    ("deepspeed beside ours", args(**OURS, deepspeed={"x": 1}), ValueError, ("deepspeed", "ZeRO", "FSDP2")),
     # fields of ours beside HuggingFace's optimizers
     ("state without us", args(optim="adamw_torch", lowmem_state="int8"), ValueError, ("lowmem_state='int8'", "adamw_torch")),
     ("state with the default optim", args(lowmem_state="int8"), ValueError, ("lowmem_state='int8'", "set optim to")),
@@ -227,7 +230,9 @@ def test_the_same_settings_without_the_fault_are_accepted() -> None:
     args(LowMemDPOConfig, loss_type="asft", asft_lambda=0.5, beta=0.1, loss_weights=[2.0])()
     args(LowMemDPOConfig, loss_type=["sigmoid", "orpo", "simpo", "cpo"], loss_weights=[1.0, 0.1, 0.1, 0.1], orpo_lambda=0.2,
          simpo_gamma=1.0, cpo_alpha=0.0, label_smoothing=0.1, lowmem_reference="precomputed")()  # fmt: skip
-    args(LowMemDPOConfig, loss_type=["sigmoid", "asft"], lowmem_margin_column="m", lowmem_margin_w=0.2, lowmem_margin_k=1)()
+    args(
+        LowMemDPOConfig, loss_type=["sigmoid", "asft"], lowmem_margin_column="m", lowmem_margin_w=0.2, lowmem_margin_k=1
+    )()
     args(LowMemSFTConfig, optim="adamw", lowmem_state="fp8_expand")()
     optimizer(rank=4, target_modules="")  # built only when called
     make_optimizer("apollo", nn.Linear(80, 60), rank=59)

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowmem.codecs import StateCodec, codec_pair
+from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import Kernel
 from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
 from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
+from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes, fit
 from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
 from hf_lowmem.specs import OptimSpec, check_choice
 
@@ -165,6 +167,7 @@ class LowMemOptimizer(Optimizer):
         super().add_param_group(param_group | own)
         group = self.param_groups[-1]
         for p in group["params"]:
+            self.check_placement(p, group)
             if p.is_complex():
                 raise TypeError(f"a parameter of dtype {p.dtype}: {self.name} needs real ones; use torch.view_as_real.")
 
@@ -181,6 +184,7 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sound = agreed(self)
         for group in self.param_groups:
             together = []
             for p in group["params"]:
@@ -188,7 +192,7 @@ class LowMemOptimizer(Optimizer):
                     if self.fuses(p, group):
                         together.append(p)
                     else:
-                        self._step_loop(p, group)
+                        self._step_loop(p, group, sound.get(p))
             step_fused(self, together, group)
         return loss
 
@@ -196,42 +200,45 @@ class LowMemOptimizer(Optimizer):
     def fold_param(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
         assert p.grad is not None
-        return self.fold(p.grad.to(torch.float32), self._state_of(p, group), group)
+        return self.fold(local(p.grad).to(torch.float32), self._state_of(p, group), group)
 
     def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
         """Add to `state.raw[WINDOW]` what `update` needs of a gradient that is not the last of its window."""
         return False
 
     @torch.no_grad()
-    def step_param(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this."""
+    def step_param(self, p: Tensor, group: dict[str, Any], sound: Tensor | None = None) -> None:
+        """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this.
+
+        Of a sharded parameter all processes call it, in the same order of parameters. `sound`: whether the gradient is
+        good on all of them, where that is known already.
+        """
         if self.fuses(p, group):
             step_fused(self, [p], group)
         else:
-            self._step_loop(p, group)
+            self._step_loop(p, group, sound)
 
-    def _step_loop(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _step_loop(self, p: Tensor, group: dict[str, Any], sound: Tensor | None) -> None:
         """A step by decoding the state, `update`, and encoding it again."""
         assert p.grad is not None
         if p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"{self.name} needs dense gradients, got {p.grad.layout}. Use nn.Embedding(sparse=False)."
             )
-        if hasattr(p, "device_mesh"):
-            raise RuntimeError(
-                f"{self.name} got a sharded parameter (DTensor). Sharded training (FSDP2) is not supported yet: its "
-                "plain local state would be corrupted by a distributed checkpoint. Train with DDP or one process."
-            )
         if p.numel() == 0:
             return
+        self.check_placement(p, group)
         if isinstance(group["lr"], Tensor):
             group = group | {"lr": plain(group["lr"])}
         raw = self.state[p]
         raw["step"] = raw.get("step", 0) + 1
-        grad = p.grad.to(torch.float32)
-        sound = is_sound(grad)
-        if WINDOW in raw:
-            sound &= is_sound(raw[WINDOW])
+        grad = local(p.grad).to(torch.float32)
+        if sound is None and is_sharded(p):
+            sound = agreed_for(p, raw)
+        elif sound is None:
+            sound = is_sound(grad)
+            if WINDOW in raw:
+                sound &= is_sound(raw[WINDOW])
         if self._waits_for_the_device(p):
             if sound:
                 self._apply(p, grad, sound, group)
@@ -254,13 +261,27 @@ class LowMemOptimizer(Optimizer):
         return p.device.type == "cpu"
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> ParamState:
-        return ParamState(
-            self.state[p],
-            self.codecs(p, group),
-            self.STATES,
-            lambda: self._stream_key(p, group),
-            self._waits_for_the_device(p),
-        )
+        make_key, waits = (lambda: self._stream_key(p, group)), self._waits_for_the_device(p)
+        if is_sharded(p):
+            return ShardedState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits, p)
+        return ParamState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits)
+
+    def check_placement(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise for a parameter of FSDP1 or DeepSpeed, and for a sharded one that the method cannot treat."""
+        if getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
+            engine = "DeepSpeed ZeRO" if hasattr(p, "ds_id") else "FSDP1"
+            raise ValueError(
+                f"{self.name} got a parameter that {engine} has flattened: its rows, and with them the states' layout, "
+                "are lost. Use FSDP2 (fully_shard, fsdp_version 2) or DDP."
+            )
+        reason = self.unsharded_only(p.shape, group) if is_sharded(p) else None
+        if reason is not None:
+            raise ValueError(reason)
+
+    @classmethod
+    def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
+        """Why a parameter of this shape cannot be cut by rows (FSDP2), with the remedy. `None`: it can."""
+        return None
 
     def _apply(self, p: Tensor, grad: Tensor, sound: Tensor, group: dict[str, Any]) -> None:
         """Update `p` from a gradient that is sound, or will be undone. The one place where weights are read and written
@@ -269,12 +290,13 @@ class LowMemOptimizer(Optimizer):
         store = self.store_of(p, group)
         correction = seed = None
         if store == "bf16_ecc":
-            correction = state.tensor(CORRECTION, lambda: torch.zeros_like(p, dtype=torch.int8))
+            correction = state.tensor(CORRECTION, lambda: torch.zeros_like(local(p), dtype=torch.int8))
         elif store == "bf16_sr":
             seed = self.weight_seed(state)
         if self.writes_weights(p, group):
             self.update_weights(p, correction, seed, grad, sound, state, group)
             return
+        p = local(p)
         weights = load_weight(p, correction)
         self.update(weights, grad, state, group)
         save_weight(p, weights, correction, seed)
@@ -282,15 +304,17 @@ class LowMemOptimizer(Optimizer):
     def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
         """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
         guarded = self.writes_weights(p, group)  # by a kernel that reads `sound` itself
-        before = {k: v.clone() for k, v in raw.items() if isinstance(v, Tensor) and not (guarded and k == CORRECTION)}
-        weights = None if guarded else p.clone()
+        kept = {k: local(v) for k, v in raw.items() if isinstance(v, Tensor)}
+        before = {k: v.clone() for k, v in kept.items() if not (guarded and k == CORRECTION)}
+        weights = None if guarded else local(p).clone()
         self._apply(p, grad, sound, group)
         if weights is not None:
-            p.copy_(torch.where(sound, p, weights))
+            local(p).copy_(torch.where(sound, local(p), weights))
         for k, v in raw.items():
             if isinstance(v, Tensor) and not (guarded and k == CORRECTION):
+                new = local(v)
                 # A state that this very step allocated was zero before it.
-                v.copy_(torch.where(sound, v, before[k] if k in before else torch.zeros_like(v)))
+                new.copy_(torch.where(sound, new, before[k] if k in before else torch.zeros_like(new)))
 
     @staticmethod
     def store_of(p: Tensor, group: dict[str, Any]) -> str:
@@ -300,7 +324,7 @@ class LowMemOptimizer(Optimizer):
     @staticmethod
     def weight_seed(state: ParamState) -> int:
         """Of this step's random rounding."""
-        return stream_key(state.key, "weights", state.step)
+        return stream_key(state.key, "weights", state.step, *state.place)
 
     def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether `update_weights`, a kernel that reads and writes the weights, takes the place of `update`."""
@@ -333,12 +357,22 @@ class LowMemOptimizer(Optimizer):
         return dict.fromkeys(self.STATES, shape)
 
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
-        """Bytes of the tensors that the state of `p` takes (foretold: nothing is allocated)."""
-        codecs = self.codecs(p, group)
-        shapes = self.state_shapes(p.shape, group)
-        moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
+        """Bytes of the tensors that the state of `p` takes here (foretold: nothing is allocated)."""
+        if is_sharded(p):
+            moments = coded_bytes(self, p, group)
+        else:
+            codecs, shapes = self.codecs(p, group), self.state_shapes(p.shape, group)
+            moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
         corrected = group["weights"] == "bf16_ecc" and p.dtype == torch.bfloat16
-        return moments + (p.numel() if corrected else 0)
+        return moments + (local(p).numel() if corrected else 0)
+
+    def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
+        """A whole state of a parameter of `shape` with what is cut in front, as shards keep it."""
+        return value
+
+    def from_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
+        """The inverse of `to_rows`."""
+        return value
 
     @staticmethod
     def _stream_key(p: Tensor, group: dict[str, Any]) -> int:
@@ -398,6 +432,7 @@ class LowMemOptimizer(Optimizer):
                     "Build the model and the parameter groups as they were when it was saved."
                 )
 
+    @torch.no_grad()
     def _fill_state(self, state_dict: dict[str, Any]) -> None:
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -410,9 +445,7 @@ class LowMemOptimizer(Optimizer):
                     f"the checkpoint's state of parameter {i} has step={raw.get('step')!r}, expected an integer: it "
                     f"was not saved by hf_lowmem's {group['method']}. Start with a fresh optimizer."
                 )
-            self.state[p] = {
-                k: v.to(device=p.device, copy=True) if isinstance(v, Tensor) else v for k, v in raw.items()
-            }
+            self.state[p] = fit(self, p, group, raw)
 
 
 def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:

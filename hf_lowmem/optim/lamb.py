@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.state import ParamState, StateDecl
 from hf_lowmem.specs import check_flag
@@ -31,11 +32,12 @@ def lamb_(
     weight_decay: float,
     step: int,
     adapt: bool,
+    shards: Whole = WHOLE,
 ) -> None:
     """One LAMB step in place, all tensors fp32 of one shape; `step` counts from 1 (arXiv 1904.00962, algorithm 2).
 
     Three dimensions are a batch of matrices (fused experts) with one ratio each, (b, 1, 1); else there is one ratio.
-    Without `adapt` the ratio is 1.
+    Without `adapt` the ratio is 1. `shards` tells where the rest of the parameter is, if this is a part of it.
     """
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)
@@ -43,15 +45,15 @@ def lamb_(
     denom = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
     update = (exp_avg / (1 - beta1**step)).div_(denom).add_(p, alpha=weight_decay)
     if adapt:
-        update.mul_(trust_ratio(p, update))
+        update.mul_(trust_ratio(p, update, shards))
     p.add_(update, alpha=-lr)
 
 
-def trust_ratio(p: Tensor, update: Tensor) -> Tensor:
+def trust_ratio(p: Tensor, update: Tensor, shards: Whole = WHOLE) -> Tensor:
     """phi(||p||) / ||update|| for each matrix, 1 where either norm is 0; a tensor, so that no device is waited for."""
     dims = (-2, -1) if p.ndim == 3 else None
-    weight = torch.linalg.vector_norm(p, dim=dims, keepdim=dims is not None).clamp_(max=LARGEST_NORM)
-    length = torch.linalg.vector_norm(update, dim=dims, keepdim=dims is not None)
+    weight, length = shards.norms(p, update, dim=dims, keepdim=dims is not None)
+    weight.clamp_(max=LARGEST_NORM)
     return torch.where((weight > 0) & (length > 0), weight / length, 1.0)
 
 
@@ -106,6 +108,7 @@ class Lamb(LowMemOptimizer):
             weight_decay=group["weight_decay"],
             step=state.step,
             adapt=p.ndim >= 2 or group["adapt_vectors"],
+            shards=state.shards,
         )
         state.store("exp_avg", exp_avg)
         state.store("exp_avg_sq", exp_avg_sq)

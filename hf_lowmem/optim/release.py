@@ -6,6 +6,7 @@ Updated one by one, only the gradient in hand exists (the idea is LOMO's, arXiv 
 transformers' layer-wise variant makes one optimizer a parameter, which are never scheduled nor saved.
 
 What needs all gradients at once cannot be had: clipping by the global norm, the loss scaling of fp16, DDP's averaging.
+FSDP2 averages a layer's gradients before it calls the hooks of its sharded parameters, so under FSDP2 it works.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
 
 
@@ -51,8 +53,14 @@ class StepInBackward:
         self.optimizer = optimizer
         self.ready = ready or (lambda: True)
         self.last_norm: Tensor | None = None
-        self._squares: dict[torch.device, Tensor] = {}
+        # Sums of squares, and where the rest of each is: None for whole gradients, else any sharded parameter's places.
+        self._squares: dict[tuple[torch.device, Any], tuple[Tensor, Shards | None]] = {}
         self._hooks: list[Any] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        optimizer = self.optimizer
+        self._attached = [p for group in optimizer.param_groups for p in group["params"]]
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 if getattr(p, "_post_accumulate_grad_hooks", None):
@@ -64,6 +72,13 @@ class StepInBackward:
                 if p.requires_grad:
                     self._hooks.append(p.register_post_accumulate_grad_hook(self._hook(index)))
         self._hooks.append(optimizer.register_step_post_hook(self._close))
+
+    def follow(self) -> None:
+        """Attach to the parameters that the optimizer has now: FSDP2 puts sharded ones in their places."""
+        now = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if len(now) != len(self._attached) or any(p is not q for p, q in zip(now, self._attached, strict=True)):
+            self.remove()
+            self._attach()
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def run(p: Tensor) -> None:
@@ -80,13 +95,16 @@ class StepInBackward:
     @torch.no_grad()
     def _count(self, p: Tensor) -> None:
         assert p.grad is not None
-        square = torch.linalg.vector_norm(p.grad, dtype=torch.float32).square()
-        total = self._squares.get(p.device)
-        self._squares[p.device] = square if total is None else total.add_(square)
+        square = torch.linalg.vector_norm(local(p.grad), dtype=torch.float32).square()
+        shards = Shards(p) if is_sharded(p) else None  # type: ignore[arg-type]
+        key = p.device, shards and shards.group
+        total, _ = self._squares.get(key, (None, None))
+        self._squares[key] = square if total is None else total.add_(square), shards
 
     def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._squares:
-            self.last_norm = torch.stack([s.cpu() for s in self._squares.values()]).sum().sqrt()
+            sums = [s if shards is None else shards.sum_(s) for s, shards in self._squares.values()]
+            self.last_norm = torch.stack([s.cpu() for s in sums]).sum().sqrt()
             self._squares.clear()
 
     def grad_norm(self) -> float | None:

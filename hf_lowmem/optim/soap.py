@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_lowmem.distributed import local
 from hf_lowmem.kernels.adamw.reference import adam_direction, corrected_lr
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.state import ParamState, StateDecl
@@ -205,8 +206,18 @@ class Soap(LowMemOptimizer):
         basis.diagonal(dim1=-2, dim2=-1).add_((basis[..., 0, :] == 0).all(-1, keepdim=True))
         return Side(dim, factor, basis)
 
+    @classmethod
+    def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
+        if len(shape) == 2 and preconditioned(shape):
+            return (
+                f"{cls.name!r} under FSDP2: the factor of a weight's rows needs the whole gradient, which no process "
+                "has, and keeping both factors on each would cost more than sharding saves. Use DDP, or choose "
+                "'adamw', 'fira' or 'galore'."
+            )
+        return None
+
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
-        batch = p.shape[:-2].numel() if p.numel() else 0
+        batch = local(p).shape[:-2].numel() if p.numel() else 0
         sides = sum(8 * batch * p.shape[dim] ** 2 for dim in preconditioned(p.shape))
         return super().state_bytes(p, group) + sides
 

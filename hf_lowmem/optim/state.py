@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BlockCodec, StateCodec
+from hf_lowmem.distributed import WHOLE, Whole
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"
@@ -15,15 +16,30 @@ WINDOW = "window"
 # The int8 beside a bf16 weight that is stored with 24 bits.
 CORRECTION = "correction"
 
+# In the state of a sharded parameter: its tensors are laid out by rows; see hf_lowmem/optim/sharded.py.
+BY_ROWS = "by_rows"
+
 
 class StateDecl(NamedTuple):
-    """One state of a method. `signed=False` promises values >= 0, such as a second moment."""
+    """One state of a method. `signed=False` promises values >= 0, such as a second moment.
+
+    `replicated`: each process keeps the whole of it where a matrix is cut by rows.
+    """
 
     signed: bool
+    replicated: bool = False
 
 
 class ParamState:
-    """One parameter's state as its method sees it: fp32 tensors by name, whatever codec stores them."""
+    """One parameter's state as its method sees it: fp32 tensors by name, whatever codec stores them.
+
+    Of a sharded parameter a method sees the part that is here; `shards` sums over the others, and `rows`, of a matrix
+    that is cut, is how many rows the states loaded next have on all processes together.
+    """
+
+    shards: Whole = WHOLE
+    rows: int | None = None
+    place: tuple[int, ...] = ()  # what tells this shard's random numbers from another's
 
     def __init__(
         self,
@@ -64,9 +80,13 @@ class ParamState:
     def _ensure(self, name: str, like: Tensor) -> dict[str, Tensor]:
         encoded = self._encoded(name)
         if encoded is None:
-            encoded = self._codec(name).init(like, signed=self.decls[name].signed)
-            self.raw.update({name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()})
+            self._allocate(name, like)
+            encoded = self._encoded(name)
+            assert encoded is not None
         return encoded
+
+    def _allocate(self, name: str, like: Tensor) -> None:
+        self.raw.update(named(name, self._codec(name).init(like, signed=self.decls[name].signed)))
 
     def load(self, name: str, like: Tensor) -> Tensor:
         """The state `name` as an fp32 tensor of `like`'s shape; zeros, now allocated, the first time.
@@ -99,6 +119,11 @@ class ParamState:
         if name not in self.raw:
             self.raw[name] = init()
         return self.raw[name]
+
+
+def named(name: str, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A codec's tensors under the names that a state has for them."""
+    return {name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()}
 
 
 def stream_key(*parts: object) -> int:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
-from hf_lowmem.kernels.apollo.reference import apollo_update
+from hf_lowmem.kernels.apollo.reference import apollo_update, update_by_factors
 from hf_lowmem.optim.fused import kernels_run_on
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer, is_low_rank, previous_norm
+from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
 from hf_lowmem.optim.state import ParamState
 
@@ -67,8 +68,12 @@ class Apollo(LowRankOptimizer):
         state: ParamState,
         group: dict[str, Any],
     ) -> Tensor:
-        prev_norm = previous_norm(grad, state)
-        return apollo_update(grad, low, direction, prev_norm, per_channel=self.per_channel, scale=group["scale"])
+        prev_norm, shards = previous_norm(grad, state), state.shards
+        if state.rows is None:
+            return apollo_update(grad, low, direction, prev_norm, per_channel=self.per_channel, scale=group["scale"])
+        # the same, of a matrix that is cut
+        s = projector.channel_scale(direction, low) if self.per_channel else tensor_scale(direction, low, shards)
+        return update_by_factors(grad, s, growth_of_(grad * s, prev_norm, shards), group["scale"])
 
     def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
         return is_low_rank(p.shape, group["rank"]) and kernels_run_on(p, APOLLO_STEP)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_lowmem.distributed import local
 from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import adam_direction, descend_
 from hf_lowmem.optim.base import LowMemOptimizer
@@ -41,7 +42,7 @@ class LowRankOptimizer(LowMemOptimizer):
     STATES = {
         "exp_avg": StateDecl(signed=True),
         "exp_avg_sq": StateDecl(signed=False),
-        "basis": StateDecl(signed=True),
+        "basis": StateDecl(signed=True, replicated=True),
     }
     PROJECTIONS = tuple(PROJECTORS)
     # Whether `lift` goes back through the basis (else it only reads norms), and whether it limits the growth of norms.
@@ -68,7 +69,10 @@ class LowRankOptimizer(LowMemOptimizer):
         state: ParamState,
         group: dict[str, Any],
     ) -> Tensor:
-        """The update of a projected parameter, (..., m, n), from its gradient, R and N."""
+        """The update of a projected parameter, (..., m, n), from its gradient, R and N.
+
+        Of a matrix that is cut into shards: of the rows that are here.
+        """
         raise NotImplementedError
 
     def precondition(self, low: Tensor, state: ParamState, group: dict[str, Any]) -> Tensor:
@@ -89,11 +93,11 @@ class LowRankOptimizer(LowMemOptimizer):
     def adam(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> tuple[Tensor, Tensor, Projector | None]:
         """R, Adam's direction N for it, and what has projected it: nothing where R is the gradient."""
         low, projector = grad, None
-        if is_low_rank(grad.shape, group["rank"]):
+        if is_low_rank(state.shards.shape(grad), group["rank"]):
             window = state.raw.pop(WINDOW, None)
             projector, low = self._project(grad, state, group, state.step - 1, refresh=window is None)
             if window is not None:
-                low = low.add_(window)
+                low = low.add_(local(window))
             low = self.precondition(low, state, group)
         exp_avg, exp_avg_sq = state.load("exp_avg", low), state.load("exp_avg_sq", low)
         direction = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
@@ -103,11 +107,11 @@ class LowRankOptimizer(LowMemOptimizer):
 
     def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
         """Add up the projections of a window of gradients; the first one makes the basis if one is due."""
-        if not (self.ACCUMULATES and is_low_rank(grad.shape, group["rank"])):
+        if not (self.ACCUMULATES and is_low_rank(state.shards.shape(grad), group["rank"])):
             return False
         window = state.raw.get(WINDOW)
         _, low = self._project(grad, state, group, state.raw.get("step", 0), refresh=window is None)
-        state.raw[WINDOW] = low if window is None else window.add_(low)
+        state.tensor(WINDOW, lambda: torch.zeros_like(low)).add_(low)
         return True
 
     def _project(
@@ -117,7 +121,7 @@ class LowRankOptimizer(LowMemOptimizer):
         rotation = projector.refresh_(grad) if refresh else None
         low = projector.down(grad)
         if rotation is not None and group.get("rotate"):
-            self.rotate(rotation, low, projector.right, state, group)
+            self.rotate(rotation, low, projector.tall, state, group)
         return projector, low
 
     def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -137,7 +141,23 @@ class LowRankOptimizer(LowMemOptimizer):
 
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         limited = self.LIMITS and is_low_rank(p.shape, group["rank"])
-        return super().state_bytes(p, group) + (4 * p.shape[:-2].numel() if limited else 0)
+        return super().state_bytes(p, group) + (4 * local(p).shape[:-2].numel() if limited else 0)
+
+    @classmethod
+    def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
+        if len(shape) == 2 and is_low_rank(shape, group["rank"]) and group["projection"] == "svd":
+            return (
+                f"projection='svd' with {cls.name!r} under FSDP2: an SVD needs the whole gradient of a weight, which "
+                "no process has. Set projection='subspace', which adds up products of the shards, or use DDP."
+            )
+        return None
+
+    def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
+        turned = len(shape) == 2 and shape[0] < shape[1] and is_low_rank(shape, group["rank"]) and name != "basis"
+        return value.mT if turned else value  # (r, n) -> (n, r)
+
+    def from_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
+        return LowRankOptimizer.to_rows(self, name, value, shape, group)
 
 
 def is_low_rank(shape: torch.Size, rank: int | None) -> bool:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale, limit_norm_growth_
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer, previous_norm
 from hf_lowmem.optim.lowrank.galore import GaLore
+from hf_lowmem.optim.lowrank.pipeline import growth_of_
 from hf_lowmem.optim.lowrank.projector import Projector
 from hf_lowmem.optim.state import ParamState
 from hf_lowmem.specs import check_flag
@@ -31,7 +31,7 @@ def fira_update(
 
     Args:
         grad: (..., m, n).
-        low: the projected gradient R, (..., m, r) or (..., r, n).
+        low: the projected gradient R, as the projector gave it.
         direction: Adam's direction N for it, of the same shape.
         projector: lifts both.
         prev_norm: (...), norm of the last residual; changed in place.
@@ -39,8 +39,9 @@ def fira_update(
         removed: how much of the lifted projection the residual lacks: 1 in the paper, `scale` in the authors' code.
     """
     residual = grad.sub(projector.up(low), alpha=removed)
-    residual.mul_(channel_scale(direction, low, channel_dim(grad.shape)))
-    return limit_norm_growth_(residual, prev_norm).add_(projector.up(direction), alpha=scale)
+    residual.mul_(projector.channel_scale(direction, low))
+    residual.div_(growth_of_(residual, prev_norm, projector.shards)[..., None, None])
+    return residual.add_(projector.up(direction), alpha=scale)
 
 
 class Fira(LowRankOptimizer):

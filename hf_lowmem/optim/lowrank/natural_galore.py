@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.lowrank.family import is_low_rank
 from hf_lowmem.optim.lowrank.galore import GaLore
@@ -24,7 +25,7 @@ SMALLEST_DAMPING = 1e-6
 TINY = 1e-30  # instead of a damping of 0, where there has been no gradient
 
 
-def natural_gradient(history: Tensor, newest: int, damping: float | None) -> Tensor:
+def natural_gradient(history: Tensor, newest: int, damping: float | None, shards: Whole = WHOLE) -> Tensor:
     """(lambda * I + H @ H.T)**-1 @ g for g = H[:, newest], without a matrix larger than s×s.
 
     ```python
@@ -40,12 +41,13 @@ def natural_gradient(history: Tensor, newest: int, damping: float | None) -> Ten
         newest: which of them is g.
         damping: lambda, in units of a squared gradient norm, raised to 1e-6 of the largest one in the history. `None`:
             lambda = norm(H)**2 / s, and the result times lambda, so that it has the gradient's scale.
+        shards: where the other channels of H are: the products of its columns are sums over all of them.
 
     Returns:
         (..., a, b).
     """
     columns = history.flatten(-2)  # (..., s, a * b): H.T
-    gram = (columns @ columns.mT).double()  # s×s: a solve in float64 costs nothing
+    gram = shards.sum_((columns @ columns.mT).double())  # s×s: a solve in float64 costs nothing
     squares = torch.diagonal(gram, dim1=-2, dim2=-1)
     if damping is None:
         strength = squares.mean(-1, keepdim=True).clamp_(min=TINY)
@@ -105,14 +107,22 @@ class NaturalGaLore(GaLore):
         newest = (state.step - 1) % size
         history = load_history(low, state, size)
         history[..., newest, :, :] = low
-        natural = natural_gradient(history, newest, group["damping"])
-        state.store("history", history)
+        natural = natural_gradient(history, newest, group["damping"], state.shards)
+        store_history(history, state)
         return natural
 
     def rotate(self, rotation: Tensor, low: Tensor, right: bool, state: ParamState, group: dict[str, Any]) -> None:
         super().rotate(rotation, low, right, state, group)
         history = load_history(low, state, group["history"])
-        state.store("history", rotate_first(history, rotation[..., None, :, :], right))
+        store_history(rotate_first(history, rotation[..., None, :, :], right), state)
+
+    def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
+        value = super().to_rows(name, value, shape, group)
+        return value.movedim(0, 1) if name == "history" and len(shape) == 2 else value  # (s, c, r) -> (c, s, r)
+
+    def from_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
+        value = value.movedim(0, 1) if name == "history" and len(shape) == 2 else value
+        return super().from_rows(name, value, shape, group)
 
     def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
         shapes = super().state_shapes(shape, group)
@@ -124,4 +134,12 @@ class NaturalGaLore(GaLore):
 
 def load_history(low: Tensor, state: ParamState, size: int) -> Tensor:
     """The ring of projected gradients, (..., size, a, b) for `low` (..., a, b). Update t from 0 fills slot t % size."""
-    return state.load("history", low.unsqueeze(-3).expand(*low.shape[:-2], size, *low.shape[-2:]))
+    if state.rows is None:
+        return state.load("history", low.unsqueeze(-3).expand(*low.shape[:-2], size, *low.shape[-2:]))
+    # Shards are cut by channels, so a channel's part of all s gradients is one row of what is stored.
+    return state.load("history", low.unsqueeze(1).expand(low.shape[0], size, low.shape[1])).movedim(1, 0)
+
+
+def store_history(history: Tensor, state: ParamState) -> None:
+    """Encode what `load_history` gave."""
+    state.store("history", history if state.rows is None else history.movedim(0, 1))

@@ -10,6 +10,21 @@ of norms, are in hf_lowmem/kernels/adamw/reference.py and kernels/apollo/referen
 
 from torch import Tensor
 
+from hf_lowmem.distributed import Whole
+from hf_lowmem.kernels.apollo.reference import TINY, growth_
+
+
+def tensor_scale(direction: Tensor, low: Tensor, shards: Whole) -> Tensor:
+    """One factor a matrix: ||N|| / (||R|| + 1e-8), (..., 1, 1), of projections that are cut (APOLLO-Mini)."""
+    length, given = shards.norms(direction, low, dim=(-2, -1), keepdim=True)
+    return length / given.add_(TINY)
+
+
+def growth_of_(x: Tensor, prev_norm: Tensor, shards: Whole) -> Tensor:
+    """`growth_` of the norm of each matrix of `x`, (..., m, n), or of the matrix of which `x` is a part."""
+    (norm,) = shards.norms(x, dim=(-2, -1))
+    return growth_(norm, prev_norm)
+
 
 def rotate_first(exp_avg: Tensor, rotation: Tensor, right: bool) -> Tensor:
     """The first moment in the coordinates of a new basis: m @ Q, or Q.T @ m, with Q = P_old.T @ P_new (..., r, r).

@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.apollo.reference import channel_dim
+from hf_lowmem.distributed import WHOLE, Whole
+from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
 from hf_lowmem.optim.state import ParamState, stream_key
 
@@ -39,7 +40,7 @@ def svd_basis(grad: Tensor, rank: int) -> Tensor:
     return (vh.mT if channel_dim(grad.shape) == -1 else u)[..., :rank]
 
 
-def power_basis(grad: Tensor, start: Tensor, steps: int) -> Tensor:
+def power_basis(grad: Tensor, start: Tensor, steps: int, shards: Whole = WHOLE) -> Tensor:
     """Orthogonal iteration towards the leading singular vectors of the smaller side, from `start` (..., d, r).
 
     ```python
@@ -52,13 +53,20 @@ def power_basis(grad: Tensor, start: Tensor, steps: int) -> Tensor:
     column stays near the one that it came from, which matters because the moments live in these coordinates.
 
     Products are divided by the largest value of the gradient: the square of a small one would vanish.
+
+    Of a matrix that is cut by rows, `grad` holds those that are here; `start` and the result are whole everywhere. A
+    step adds up the (n, r) products of all parts, and for m < n also puts the rows of the (m, r) one together.
     """
-    right = channel_dim(grad.shape) == -1
-    peak = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True)
+    rows, columns = shards.shape(grad)[-2:]
+    peak = shards.largest(grad)
     basis = start
     for _ in range(steps):
-        low = (grad @ basis if right else grad.mT @ basis).div_(peak)
-        basis, triangle = torch.linalg.qr((grad.mT @ low if right else grad @ low).div_(peak))
+        if rows >= columns:
+            product = shards.sum_((grad.mT @ (grad @ basis).div_(peak)).div_(peak))
+        else:
+            low = shards.sum_((grad.mT @ shards.rows(basis)).div_(peak))
+            product = shards.gather((grad @ low).div_(peak), rows)
+        basis, triangle = torch.linalg.qr(product)
         signs = torch.diagonal(triangle, dim1=-2, dim2=-1).sign()
         basis = basis * torch.where(signs == 0, 1.0, signs)[..., None, :]
     return basis
@@ -80,6 +88,10 @@ class Projector:
     update = projector.up(low)             # low @ P.T      (..., m, n)    or  P @ low
     ```
 
+    A matrix that is cut into shards by rows has its channels, not its rank, cut: `low` then is (channels of here, r)
+    whichever side is larger. For m >= n nothing is sent, since a row is a channel. For m < n `down` reduce-scatters the
+    (n, r) sum over the rows, and `up` gathers it.
+
     Args:
         grad: for its shape and device.
         state, group: of the parameter.
@@ -93,7 +105,12 @@ class Projector:
         self.update_gap: int = group["update_gap"]
         self.step = step
         self.lifts = lifts
-        self.right = channel_dim(grad.shape) == -1
+        self.shards = state.shards
+        self.shape = state.shards.shape(grad)
+        self.right = channel_dim(self.shape) == -1
+        self.cut = state.rows is not None and not self.right
+        if state.rows is not None:
+            state.rows = max(self.shape)
         self.basis = self.load_basis(grad)
 
     def load_basis(self, grad: Tensor) -> Tensor:
@@ -110,11 +127,25 @@ class Projector:
 
     def down(self, grad: Tensor) -> Tensor:
         """The gradient in the coordinates of the basis."""
+        if self.cut:
+            return self.shards.scatter_sum(grad.mT @ self.shards.rows(self.basis))
         return grad @ self.basis if self.right else self.basis.mT @ grad
 
     def up(self, low: Tensor) -> Tensor:
         """The matrix that has these coordinates."""
+        if self.cut:
+            return self.shards.rows(self.basis) @ self.shards.gather(low, self.shape[1]).mT
         return low @ self.basis.mT if self.right else self.basis @ low
+
+    @property
+    def tall(self) -> bool:
+        """Whether `low` is (..., channels, r), else (..., r, channels)."""
+        return self.right or self.cut
+
+    def channel_scale(self, direction: Tensor, low: Tensor) -> Tensor:
+        """`channel_scale` of a projection and Adam's direction for it, to be multiplied with the gradient."""
+        s = channel_scale(direction, low, -1 if self.tall else -2)
+        return self.shards.gather(s, self.shape[1]).mT if self.cut else s
 
 
 class StoredProjector(Projector):
@@ -128,7 +159,7 @@ class StoredProjector(Projector):
         raise NotImplementedError
 
     def load_basis(self, grad: Tensor) -> Tensor:
-        shape = basis_shape(grad.shape, self.rank)
+        shape = basis_shape(self.shape, self.rank)
         return self.state.load("basis", grad.new_zeros(()).expand(shape))  # only a shape: nothing is allocated
 
     def refresh_(self, grad: Tensor) -> Tensor | None:
@@ -140,7 +171,7 @@ class StoredProjector(Projector):
         # Here the answer costs nothing; elsewhere a basis is made in vain in a handful of the first steps.
         if not due and (self.state.waits or self.WAITS) and not missing.any():
             return None
-        peak = torch.linalg.vector_norm(grad, ord=math.inf, dim=(-2, -1), keepdim=True)
+        peak = self.shards.largest(grad)
         sound = (peak > 0) & (peak < LARGEST_GRADIENT)  # False for NaN too
         renewed = sound if due else sound & missing
         new = torch.where(renewed, self.find(grad, old, sound), old)
@@ -176,7 +207,7 @@ class SubspaceProjector(StoredProjector):
         key = stream_key(self.state.key, "start")
         missing = (old == 0).all(-1, keepdim=True).all(-2, keepdim=True)
         start = torch.where(missing, gaussian(key, old.shape[-2], self.rank, grad.device), old)
-        return power_basis(grad, start, 1 if self.step >= self.update_gap else COLD_STEPS)
+        return power_basis(grad, start, 1 if self.step >= self.update_gap else COLD_STEPS, self.shards)
 
 
 class RandomProjector(Projector):
@@ -197,7 +228,7 @@ class RandomProjector(Projector):
     """
 
     def load_basis(self, grad: Tensor) -> Tensor:
-        small = min(grad.shape[-2:])
+        small = min(self.shape[-2:])
         matrix = self.matrix(small, self.step, grad.device)
         return matrix * math.sqrt(self.rank / small) if self.lifts else matrix
 
