@@ -23,7 +23,7 @@ no rule for a codec's operations on bits.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def is_sharded(p: Any) -> bool:
+def is_sharded(p: Any) -> TypeGuard[DTensor]:
     """Whether a parameter is a DTensor, as FSDP2 makes it."""
     return isinstance(p, DTensor)
 
@@ -138,7 +138,9 @@ class Shards(Whole):
         missing = self.parts * chunk - x.shape[0]
         padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
         mine = x.new_empty(chunk, *x.shape[1:])
-        dist.reduce_scatter_tensor(mine, padded, group=self.group)
+        # Both were renamed in torch 2.13.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(mine, padded, group=self.group)
         return mine[: self.span(x.shape[0])[1]]
 
     def gather(self, x: Tensor, rows: int) -> Tensor:
@@ -148,7 +150,8 @@ class Shards(Whole):
         missing = chunk - x.shape[0]
         padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
         every = x.new_empty(self.parts * chunk, *x.shape[1:])
-        dist.all_gather_into_tensor(every, padded, group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(every, padded, group=self.group)
         return every[:rows]
 
     def largest(self, x: Tensor) -> Tensor:

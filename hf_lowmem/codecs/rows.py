@@ -13,6 +13,7 @@ instead, which is right for shards, where such states are few and divided, and w
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def by_rows(codec: StateCodec, shape: torch.Size) -> StateCodec:
         return codec
     if length < SHORTEST:
         return Fp32Codec()
-    return RowCodec(codec, length)
+    return cast(StateCodec, RowCodec(codec, length))  # whose name is its own, not its class's
 
 
 class RowCodec:

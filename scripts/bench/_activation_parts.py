@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from hf_lowmem.activations import convert, undo
-from hf_lowmem.codecs import blocks
+from hf_lowmem.kernels import spans
 from hf_lowmem.memory import measure_saved
 from hf_lowmem.specs import TIERS
 
@@ -194,7 +194,7 @@ PEAK_TOKENS = (2048, 16384)
 def peak_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A step of a bf16 Llama-3-8B under FakeTensorMode: nothing is allocated, every tensor is counted."""
     layers, lengths = (2, (64,)) if smoke else (32, PEAK_TOKENS)
-    blocks.CPU_SPAN_PER_THREAD = blocks.ACCELERATOR_SPAN  # fake CPU tensors stand for a device's
+    spans.CPU_SPAN_PER_THREAD = spans.ACCELERATOR_SPAN  # fake CPU tensors stand for a device's
     for tokens in lengths:
         for way in ("HuggingFace", "checkpointing", *TIERS):
             for freed in (False, True):

@@ -77,7 +77,8 @@ def row(
     from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer
     from hf_lowmem.planner import plan
 
-    config = LlamaConfig(**shape | {"num_hidden_layers": layers, "max_position_embeddings": tokens, "pad_token_id": 0})
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "max_position_embeddings": tokens, "pad_token_id": 0}
+    config = LlamaConfig(**shape | sizes)
     with tempfile.TemporaryDirectory() as folder:
         values: dict[str, Any] = {
             "use_cpu": device.type == "cpu",

@@ -15,6 +15,6 @@ def launch(processes: int, *words: str, module: str = "tests.dist.worker", secon
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", module]
     done = subprocess.run([*run, *words], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-    passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]
+    passed = [line.removeprefix("passed ").strip() for line in done.stdout.splitlines() if line.startswith("passed ")]
     assert "all" in passed, done.stdout[-2000:] + done.stderr[-6000:]
     return passed

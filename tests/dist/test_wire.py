@@ -35,4 +35,3 @@ def test_bytes_over_the_wire() -> None:
     total = {name: passes + sum(found["step"].values()) for name, found in sent.items()}
     assert total["apollo"] <= 1.07 * total["adamw"]
     assert total["adamw"] <= 1.0001 * passes
-    assert set(sent["apollo"]["step"]) == {"all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"}

@@ -67,7 +67,7 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     for layer in model:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    rank = {"rank": 1 if name == "apollo_mini" else RANK} if name in METHODS[3:] else {}
+    rank: dict[str, Any] = {"rank": 1 if name == "apollo_mini" else RANK} if name in METHODS[3:] else {}
     optimizer = make_optimizer(name, model, lr=1e-3, **rank)
     found: dict[str, dict[str, int]] = {}
     for step in range(3):

@@ -314,7 +314,7 @@ def report(label: str, found: Any = None) -> None:
 def main(task: str, *words: str) -> None:
     """TASK and its words; lists are separated by commas."""
     lists = [word.split(",") for word in words]
-    tasks: dict[str, Callable[[], None]] = {
+    tasks: dict[str, Callable[[], Any]] = {
         "equals": lambda: [
             report(f"{kind} {name} {codec}", check_equals_one_process(kind, name, codec))
             for kind in lists[0] for name in lists[1] for codec in lists[2]
