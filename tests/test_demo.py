@@ -196,7 +196,7 @@ def test_missing_model_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[], ["dem"], ["plan"], ["demo", "--nonsense"], ["demo", "--seed", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["dem"], ["plans"], ["demo", "--nonsense"], ["demo", "--seed", "x"]])
 def test_command_line_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(arguments)
