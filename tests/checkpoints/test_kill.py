@@ -1,5 +1,6 @@
 """A run that is killed again and again ends in the bits of one that never was; see scripts/stress/kill_resume.py."""
 
+import json
 import os
 import re
 import subprocess
@@ -23,3 +24,11 @@ def test_a_killed_run_ends_in_the_same_bits(kills: int) -> None:
     assert re.search(
         rf"^{kills} kills, \d+ of them inside a save; \d+ runs, 0 that ended in other bits$", done.stdout, re.M
     )
+
+
+def test_the_record_of_two_hundred_kills_holds() -> None:
+    found = json.loads((ROOT / "scripts" / "stress" / "records" / "kill_resume.json").read_text())
+    assert found["kills"] == 200
+    assert found["inside a save"] >= 50
+    assert found["runs"]
+    assert all(run["equal"] and run["losses_equal"] for run in found["runs"])
