@@ -23,15 +23,9 @@ from hf_lowmem.dpo_config import TRL_LOSSES, LowMemDPOConfig
 from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
 from hf_lowmem.losses.collate import KEYS, MARGINS, PairCollator, has_images
 from hf_lowmem.pairs import share_batches
-from hf_lowmem.reference import (
-    ReferenceLogps,
-    check_none_loaded,
-    free_reference,
-    quantized_reference,
-    read_stream,
-    resolve_reference,
-    without_reference,
-)
+from hf_lowmem.reference import check_none_loaded, free_reference, resolve_reference, without_reference
+from hf_lowmem.reference.precomputed import ReferenceLogps, read_stream
+from hf_lowmem.reference.quantized import quantized_reference
 from hf_lowmem.specs import LossSpec
 from hf_lowmem.trainer import LowMemTrainerMixin
 

@@ -103,9 +103,6 @@ def test_a_missing_split_is_named(model_and_data: tuple[str, str], tmp_path: Pat
     assert "dataset_train_split='trian': " in done.stderr
 
 
-# --- an SFT stage first ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def train_preference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, as a module."""

@@ -77,9 +77,6 @@ def weights(model: Any) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-# --- three ways in ---------------------------------------------------------------------------------------------------
-
-
 def test_three_ways_in_are_one_optimizer(tmp_path: Path) -> None:
     """The field, `optimizers=` of an unmodified Trainer, and a raw loop end in the same bits."""
     args = settings(LowMemTrainingArguments, tmp_path, optim="apollo_mini", lowmem_state="int8", max_grad_norm=0.0)
@@ -153,9 +150,6 @@ def test_any_other_trl_trainer(tmp_path: Path, tokenizer: Any) -> None:
     trainer.train()
     assert type(trainer.optimizer.optimizer).name == "apollo"
     assert any(not torch.equal(p, q) for p, q in zip(start, weights(model), strict=True))
-
-
-# --- what a user sets reaches the method, seen by its effect ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("optim", list(OPTIMIZERS))
@@ -268,9 +262,6 @@ def test_lora_adapters_are_trained_and_nothing_else(tmp_path: Path, tokenizer: A
     assert all("lora_" in name for name in trained)
     base = trainer.model.get_base_model().state_dict()  # type: ignore[union-attr, operator]
     assert all(torch.equal(v, base[k.replace("_proj.", "_proj.base_layer.")]) for k, v in start.items())
-
-
-# --- ASFT ------------------------------------------------------------------------------------------------------------
 
 
 def asft_trainer(tmp_path: Path, tokenizer: Any, model: Any = None, **kwargs: Any) -> LowMemDPOTrainer:

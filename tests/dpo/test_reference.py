@@ -15,7 +15,7 @@ from trl import DPOTrainer
 
 from hf_lowmem import LowMemDPOTrainer
 from hf_lowmem.losses.collate import pair_keys
-from hf_lowmem.reference import ReferenceLogps
+from hf_lowmem.reference.precomputed import ReferenceLogps
 from tests.dpo.runs import assert_same, data, first_batch, loss_and_gradients, policy, trainer
 from tests.test_trainers import losses
 
@@ -202,9 +202,6 @@ def test_the_table_by_itself(tmp_path: Path) -> None:
     assert got["ref_rejected_logps"].tolist() == [-4.5, -3.5, -2.5]
     table.save()
     assert [p.name for p in table.path.parent.iterdir()] == ["table.safetensors"]
-
-
-# --- what is refused when the model is known -------------------------------------------------------------------------
 
 
 STREAMED: dict[str, Any] = {"lowmem_reference": "precomputed", "train": stream}

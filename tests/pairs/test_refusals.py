@@ -169,9 +169,6 @@ def test_weights_that_are_not_there_are_not_tried() -> None:
         check_sharing(model)
 
 
-# --- the trial -------------------------------------------------------------------------------------------------------
-
-
 class IgnoresMask(LlamaAttention):
     def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         return super().forward(*args, attention_mask=None, **kwargs)
