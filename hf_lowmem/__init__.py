@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_lowmem.arguments import LowMemArguments, LowMemTrainingArguments, with_lowmem
-    from hf_lowmem.callbacks import LowMemCallback
+    from hf_lowmem.callbacks import LowMemCallback, MemoryReportCallback
     from hf_lowmem.dpo import LowMemDPOConfig, LowMemDPOTrainer
     from hf_lowmem.optim import make_optimizer
     from hf_lowmem.plugin import LowMemPlugin
@@ -28,6 +28,7 @@ _HOME = {
     "LowMemTrainer": "trainer",
     "LowMemTrainerMixin": "trainer",
     "LowMemTrainingArguments": "arguments",
+    "MemoryReportCallback": "callbacks",
     "make_optimizer": "optim",
     "with_lowmem": "arguments",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "LowMemTrainer",
     "LowMemTrainerMixin",
     "LowMemTrainingArguments",
+    "MemoryReportCallback",
     "make_optimizer",
     "with_lowmem",
 ]

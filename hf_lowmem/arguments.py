@@ -7,58 +7,40 @@ No private table of transformers is touched.
 Every setting is checked here, at construction, before a model is loaded. A field that would do nothing is an error.
 """
 
-import ast
+import copy
 import logging
-import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from torch import Size
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_lowmem import section
 from hf_lowmem.codecs import CODECS
+from hf_lowmem.compatibility import (
+    LABELS,
+    OPTIMIZER_FIELDS,
+    check_fsdp_spec,
+    check_fsdp_version,
+    check_optimizer_fields,
+    check_step_in_backward,
+    check_tiers,
+    check_zero_config,
+    fsdp_asked,
+    parse_options,
+)
+from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
-from hf_lowmem.optim.release import accumulation_refused
 from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
-# How OptimSpec's fields are called where a user sets them.
-LABELS = {
-    "name": "optim",
-    "lr": "learning_rate",
-    "beta1": "adam_beta1",
-    "beta2": "adam_beta2",
-    "eps": "adam_epsilon",
-    "state": "lowmem_state",
-    "weights": "lowmem_weights",
-    "rank": "lowmem_rank",
-    "update_gap": "lowmem_update_gap",
-    "scale": "lowmem_scale",
-    "projection": "lowmem_projection",
-    "rotate": "lowmem_rotate",
-    "options": "optim_args",
-    "target_modules": "optim_target_modules",
-}
-OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection", "rotate")
-
 # What a section of an accelerate YAML (see hf_lowmem/section.py) may hold beside the fields of LowMemArguments.
 SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
-
-FSDP1_REFUSED = (
-    "FSDP1 flattens weights, so rows and matrices, and with them the layout of states, are lost. Set "
-    "fsdp_config={'version': 2} (FSDP2; accelerate: fsdp_version: 2), or use DDP."
-)
-DEEPSPEED_REFUSED = (
-    "ZeRO flattens weights, so low-rank methods cannot see matrices; methods that work element by element could follow "
-    "it, but its checkpoints cut and pad every state as if it had the weights' size, which scales have not."
-)
 
 # Fields of HuggingFace whose default is the method's own with an optim of ours, and HuggingFace's with any other.
 ADAM_DEFAULTS = {
@@ -185,6 +167,15 @@ class LowMemArguments:
         default=False,
         metadata={"help": "Round at random where lowmem_activations compresses, so that errors average out."},
     )
+    lowmem_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory of one device, such as 24GiB, 24GB or 20000MiB. Before anything is set up, the settings "
+            "that were left at their defaults (batch size and accumulation at constant product, checkpointing or "
+            "lowmem_activations, optim, lowmem_state, lowmem_weights, lowmem_step_in_backward) are searched for the "
+            "fastest that fits. For SFT and DPO."
+        },
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
@@ -195,20 +186,18 @@ class LowMemArguments:
 
     def __post_init__(self) -> None:
         self._take_section()
+        self._lowmem_open = open_fields(self)
+        self._check_budget()
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
-        self._check_lowmem_fields(ours, name)
+        check_optimizer_fields(self, ours, name)
         self._settle_checkpointing()
-        own = OPTIMIZERS[name].DEFAULTS if ours else {}
-        betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
-        defaults = {"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": own.get("eps")}
-        for f, default in defaults.items():
-            if getattr(self, f) is None:
-                setattr(self, f, ADAM_DEFAULTS[f] if default is None else default)
+        self._settle_adam(ours, name)
         self.optim = "adamw_torch" if ours else name  # a name that the parents accept while they check
         getattr(super(), "__post_init__", lambda: None)()
-        self._check_fsdp_version(ours, name)
+        check_fsdp_version(self, ours, name)
+        check_zero_config(self, ours, name)
         if ours:
             self.optim = name
             check_spec(self.lowmem_optim_spec())
@@ -220,6 +209,64 @@ class LowMemArguments:
                 "DataParallel's replicas would share the first one's layers. Make one GPU visible, or start a process "
                 "a GPU with `accelerate launch` or `torchrun`."
             )
+
+    def _check_budget(self) -> None:
+        if self.lowmem_budget is None:
+            return
+        parse_bytes("lowmem_budget", self.lowmem_budget)
+        if not isinstance(self, TrainingArguments):
+            raise ValueError(
+                f"lowmem_budget={self.lowmem_budget!r} has no effect in {type(self).__name__}: a loop of your own "
+                "cannot be planned. Leave it unset, and choose the settings with `hf-lowmem plan --budget`."
+            )
+
+    def _settle_adam(self, ours: bool, name: str) -> None:
+        own = OPTIMIZERS[name].DEFAULTS if ours else {}
+        betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
+        defaults = {"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": own.get("eps")}
+        for f, default in defaults.items():
+            if getattr(self, f) is None:
+                setattr(self, f, ADAM_DEFAULTS[f] if default is None else default)
+
+    @property
+    def lowmem_open(self) -> frozenset[str]:
+        """Names of the fields that had their class's default when these arguments were made: the user left them open,
+        so a search within `lowmem_budget` may set them."""
+        return getattr(self, "_lowmem_open", frozenset())  # not there in arguments that an older version has saved
+
+    def lowmem_replace(self, **values: Any) -> Self:
+        """A copy with other values of fields, checked as at construction. These arguments stay as they are.
+
+        Raises:
+            TypeError, ValueError: where the values do not go together.
+        """
+        made = copy.copy(self)
+        if "optim" in values:  # betas and eps that were not given are the new method's own
+            values = {f: None for f in ADAM_DEFAULTS if f in self.lowmem_open} | values
+        mirrored = "gradient_checkpointing" in values and hasattr(made, "activation_checkpointing")  # the newer name
+        if mirrored:
+            values["activation_checkpointing"] = values["gradient_checkpointing"]
+        for name, value in values.items():
+            setattr(made, name, value)
+        ours = made.optim in OPTIMIZERS
+        check_optimizer_fields(made, ours, made.optim)
+        made._settle_checkpointing()
+        if mirrored:
+            vars(made)["activation_checkpointing"] = made.gradient_checkpointing
+        made._settle_adam(ours, made.optim)
+        check_fsdp_version(made, ours, made.optim)
+        check_zero_config(made, ours, made.optim)
+        if ours:
+            check_spec(made.lowmem_optim_spec())
+            check_fsdp_spec(made.lowmem_optim_spec(), fsdp_asked(made))
+            made._check_step_in_backward()
+        return made
+
+    def lowmem_settle(self, **values: Any) -> Self:
+        """As `lowmem_replace`, the answer to a search: nothing is open any more."""
+        made = self.lowmem_replace(**values)
+        made._lowmem_open = frozenset()
+        return made
 
     def _take_section(self) -> None:
         """Fields that have their default value take what HF_LOWMEM_CONFIG says of them."""
@@ -233,34 +280,6 @@ class LowMemArguments:
                 logger.info("%s: %s=%r gives way to %r, which was set here", label, name, value, getattr(self, name))
                 continue
             setattr(self, name, value)
-
-    def _check_lowmem_fields(self, ours: bool, name: str) -> None:
-        check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
-        if not ours:
-            for option in (*OPTIMIZER_FIELDS, "step_in_backward"):
-                value = getattr(self, f"lowmem_{option}")
-                if value is not None and value is not False:
-                    raise ValueError(
-                        f"lowmem_{option}={value!r} has no effect with optim={name!r}, which is not one of "
-                        f"hf_lowmem's. Leave it unset, or set optim to one of: {', '.join(OPTIMIZERS)}."
-                    )
-            return
-        value = getattr(self, "deepspeed", None)
-        if value:
-            raise ValueError(
-                f"deepspeed={value!r} with optim={name!r}: {DEEPSPEED_REFUSED} Set fsdp=True (FSDP2) instead, or use "
-                "DDP, and leave deepspeed unset."
-            )
-
-    def _check_fsdp_version(self, ours: bool, name: str) -> None:
-        """FSDP1 is refused; the parents have made `fsdp_config` a dict by now. The trainer sees what accelerate set."""
-        config = getattr(self, "fsdp_config", None) or {}
-        asked = f"optim={name!r}" if ours else f"lowmem_activations={self.lowmem_activations!r}"
-        if getattr(self, "fsdp", None) and (ours or self.lowmem_activations is not None):
-            version = config.get("version", 2)
-            if int(version) != 2 or config.get("xla"):
-                what = "fsdp_config['xla']=True" if config.get("xla") else f"fsdp_config['version']={version!r}"
-                raise ValueError(f"{what} with {asked}: {FSDP1_REFUSED}")
 
     def _settle_checkpointing(self) -> None:
         """Checkpointing or our tiers: inside a checkpoint nothing is left to compress."""
@@ -276,22 +295,7 @@ class LowMemArguments:
                 self.gradient_checkpointing = inherited_default(type(self), "gradient_checkpointing")
             return
         self.gradient_checkpointing = self.gradient_checkpointing or False
-        tiers = f"lowmem_activations={self.lowmem_activations!r}"
-        inside = "inside it nothing is left for a tier to compress"
-        for setting, value, reason, remedy in (
-            ("gradient_checkpointing", checkpointing, inside, "Leave it unset; 'checkpoint_fp8' is a tier"),
-            ("activation_offloading", "activation_offloading", inside, "Set one of the two"),
-            (
-                "use_liger_kernel",
-                "use_liger_kernel",
-                "its norms and MLPs keep tensors in functions of their own, out of reach",
-                "Set one of the two",
-            ),
-            ("deepspeed", "deepspeed", "it was not tested with its weights", "Set fsdp=True (FSDP2), or use DDP"),
-        ):
-            found = getattr(self, value, None) if isinstance(value, str) else value
-            if found:
-                raise ValueError(f"{setting}={found!r} cannot be combined with {tiers}: {reason}. {remedy}.")
+        check_tiers(self, checkpointing)
 
     def lowmem_activation_spec(self) -> ActivationSpec | None:
         """What these arguments ask of the model's layers."""
@@ -305,44 +309,8 @@ class LowMemArguments:
 
     def _check_step_in_backward(self) -> None:
         """What needs all gradients at once is refused."""
-        if not self.lowmem_step_in_backward:
-            return
-        args: Any = self
-        for setting, value, reason, remedy in (
-            (
-                "max_grad_norm",
-                args.max_grad_norm,
-                "the global norm needs every gradient before the first update",
-                "Set max_grad_norm=0; apollo, apollo_mini and fira limit the growth of each update by themselves",
-            ),
-            ("fp16", args.fp16, "loss scaling checks every gradient before the first update", "Use bf16=True"),
-            (
-                "torch_compile",
-                args.torch_compile,
-                "a compiled backward pass hands over all gradients at its end, so nothing would be freed",
-                "Leave torch_compile unset",
-            ),
-            (
-                "gradient_checkpointing_kwargs",
-                (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and args.gradient_checkpointing_kwargs,
-                "a reentrant checkpoint may hand over one weight's gradient in parts",
-                "Set use_reentrant to False",
-            ),
-            (
-                "world_size",
-                args.world_size if args.world_size > 1 and not fsdp_asked(args) else 0,
-                "DDP averages gradients after each one's update",
-                "Set fsdp=True (FSDP2), train in one process, or leave lowmem_step_in_backward unset",
-            ),
-            ("n_gpu", args.n_gpu if args.n_gpu > 1 else 0, "DataParallel has replicas", "Make one GPU visible"),
-        ):
-            if value:
-                raise ValueError(
-                    f"{setting}={value!r} cannot be combined with lowmem_step_in_backward=True: {reason}. {remedy}."
-                )
-        steps = args.gradient_accumulation_steps
-        if steps > 1 and not OPTIMIZERS[self.optim].ACCUMULATES:
-            raise ValueError(accumulation_refused(f"gradient_accumulation_steps={steps!r}", self.optim))
+        if self.lowmem_step_in_backward:
+            check_step_in_backward(self)
 
     def lowmem_optim_spec(self) -> OptimSpec:
         """What these arguments ask of our optimizer; checked again, since fields may have been assigned."""
@@ -374,30 +342,18 @@ class LowMemArguments:
         return self
 
 
+def open_fields(args: Any) -> frozenset[str]:
+    """Names of the fields of a config that have their class's default."""
+    return frozenset(
+        f.name
+        for f in fields(args)
+        if getattr(args, f.name, MISSING) == (f.default if f.default_factory is MISSING else f.default_factory())
+    )
+
+
 def section_fields() -> list[str]:
     """Names that a section may hold."""
     return [*(f.name for f in fields(LowMemArguments)), *SECTION_FIELDS]
-
-
-def fsdp_asked(args: Any) -> bool:
-    """Whether these arguments, or accelerate's launcher, will shard the model."""
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    return launched or bool(getattr(args, "fsdp", None))
-
-
-def check_fsdp_spec(spec: OptimSpec, fsdp: bool) -> None:
-    """Raise for a method, or a projection, that cannot work on weights of which each process has some rows.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    if not fsdp:
-        return
-    cls = OPTIMIZERS[spec.name]
-    group = cls.resolve(spec) | {"rank": 1}
-    reason = cls.unsharded_only(Size((2, 2)), group)
-    if reason is not None:
-        raise ValueError(reason.replace("projection=", f"{spec.label('projection')}=", 1))
 
 
 def inherited_default(config: type, name: str) -> Any:
@@ -406,29 +362,6 @@ def inherited_default(config: type, name: str) -> Any:
     return next(
         (c.__dataclass_fields__[name].default for c in above if name in getattr(c, "__dataclass_fields__", {})), None
     )
-
-
-def parse_options(optim_args: str | None, name: str) -> dict[str, Any]:
-    """HuggingFace's `optim_args`, "key=value,key=value", as the options that a method alone understands.
-
-    Raises:
-        ValueError: for a pair without "=", or for what has a field of its own.
-    """
-    options: dict[str, Any] = {}
-    for pair in filter(None, (optim_args or "").replace(" ", "").split(",")):
-        key, equals, text = pair.partition("=")
-        if not equals or not key or not text:
-            raise ValueError(f"optim_args={optim_args!r}: {pair!r} is not of the form key=value.")
-        if key in {f.name for f in fields(OptimSpec)}:
-            raise ValueError(
-                f"optim_args={optim_args!r}: with optim={name!r} this is a field of its own. Set "
-                f"{LABELS.get(key, 'adam_beta1 and adam_beta2' if key == 'betas' else key)} instead."
-            )
-        try:
-            options[key] = ast.literal_eval(text.title() if text.lower() in ("true", "false") else text)
-        except (ValueError, SyntaxError):
-            options[key] = text
-    return options
 
 
 @dataclass

@@ -40,6 +40,15 @@ _LOADED = (".pt", ".pth", ".bin", ".safetensors", ".distcp")
 # torch.distributed.checkpoint unpickles this one without a list of what is allowed. What it writes there is of these.
 _SHARDS_METADATA = ".metadata"
 _NEVER_LOADED = ("training_args.bin",)
+# DeepSpeed unpickles its own files without a list of what is allowed. In those it wrote in ZeRO-1 and ZeRO-2 are these,
+# which hold numbers and do nothing when they are made.
+_DEEPSPEED_FILE = re.compile(r"global_step\d+/[^/]*_(optim|model)_states\.pt")
+_DEEPSPEED_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 STATE = "trainer_state.json"
 _CHUNK = 1 << 22
 
@@ -254,6 +263,8 @@ def _check_pickles(root: Path) -> None:
             raise BadCheckpoint(f"{path} is not in torch's zip format, so it cannot be checked before it is loaded.")
         try:
             unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known
+            if _DEEPSPEED_FILE.fullmatch(path.relative_to(root).as_posix()):
+                unsafe -= _DEEPSPEED_CLASSES
         except Exception as error:
             raise BadCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if unsafe:

@@ -1,4 +1,4 @@
-"""The command line: ``hf-lowmem demo``, ``hf-lowmem plan``, ``hf-lowmem launch``.
+"""The command line: ``hf-lowmem demo``, ``plan``, ``launch``, ``card`` and ``compare``.
 
 A subcommand imports what it needs only when it runs, so that ``hf-lowmem --help`` answers at once.
 """
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments[:1] if arguments[:1] in (["launch"], ["plan"]) else arguments)
     try:
-        return options.run(options, arguments)
+        return options.run_command(options, arguments)
     except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
         print(f"hf-lowmem {options.command}: {error}", file=sys.stderr)
         return 1
@@ -43,15 +43,41 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a few steps only: a minute and a half, and losses of no meaning"
     )
     demo.add_argument("--seed", type=int, default=42, help="of the data, their order and the projections")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run_command=_demo)
     # Its own parser, accelerate's, takes what follows; see hf_lowmem/launch.py.
     launch = commands.add_parser(
         "launch", add_help=False, help="accelerate launch, with a section hf_lowmem_config in the --config_file"
     )
-    launch.set_defaults(run=_launch)
+    launch.set_defaults(run_command=_launch)
     # Its own parser again, that of the trainers' configs; see hf_lowmem/planner/command.py.
     plan = commands.add_parser("plan", add_help=False, help="foretell what a training step takes, without a GPU")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run_command=_plan)
+    card = commands.add_parser(
+        "card",
+        help="write a run's model card again",
+        description="Write README.md of a run from its lowmem_report.json, or where there is none from a "
+        "trainer_state.json: settings, versions, foretold and measured memory, loss, speed.",
+    )
+    card.add_argument("run", metavar="RUN", type=Path, help="the run's folder, the output_dir of a training")
+    card.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="add what memory was foretold: from a file of `hf-lowmem plan ... --json`; without FILE, plan the run's "
+        "own settings now",
+    )
+    card.add_argument("--output", type=Path, metavar="FILE", help="write the card there, and leave the run as it is")
+    card.set_defaults(run_command=_card)
+    compare = commands.add_parser(
+        "compare",
+        help="show several runs beside each other",
+        description="Print a table of runs: the settings in which they differ, memory, loss, speed.",
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    compare.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and loss into this file, a PNG")
+    compare.set_defaults(run_command=_compare)
     return parser
 
 
@@ -59,6 +85,18 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from hf_lowmem.planner.command import run
 
     return run(arguments[1:])
+
+
+def _card(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.card_commands import card
+
+    return card(options)
+
+
+def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.card_commands import compare_runs
+
+    return compare_runs(options)
 
 
 def _launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -91,6 +91,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             self.reference_kind = None
             super().__init__(model, ref_model, args, **kwargs)
             return
+        (model, ref_model, args), kwargs = self._within_budget((model, ref_model, args), kwargs)
         self.lowmem_losses = args.lowmem_loss_specs()
         evals = kwargs.get("eval_dataset")
         datasets = {"train_dataset": kwargs.get("train_dataset")}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowmem import section
+from hf_lowmem import section, zero
 from hf_lowmem.plugin import LowMemPlugin
 
 
@@ -35,12 +35,8 @@ def check_engine(label: str, plugin: LowMemPlugin, rest: dict[str, Any]) -> None
 
     engine = str(rest.get("distributed_type") or "NO").upper()
     ours = plugin.optim in OPTIMIZERS
-    if ours and engine == "DEEPSPEED":
-        raise ValueError(
-            f"{label}: optim={plugin.optim!r} with distributed_type: DEEPSPEED is not supported: ZeRO flattens "
-            "parameters and keeps the optimizer's state itself. Use distributed_type: FSDP with fsdp_version: 2, or "
-            "MULTI_GPU."
-        )
+    if engine == "DEEPSPEED":
+        plugin.check_zero(f"{label}: distributed_type: DEEPSPEED", zero.from_yaml(label, rest))
     fsdp = rest.get("fsdp_config") or {}
     if not isinstance(fsdp, dict):
         raise TypeError(f"{label}: fsdp_config={fsdp!r}: expected keys with values.")
@@ -58,10 +54,11 @@ def check_engine(label: str, plugin: LowMemPlugin, rest: dict[str, Any]) -> None
     processes = rest.get("num_processes", 1)
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
         raise ValueError(f"{label}: num_processes={processes!r}: expected a number of at least 1.")
-    if plugin.lowmem_step_in_backward and processes > 1:
+    if plugin.lowmem_step_in_backward and processes > 1 and engine != "FSDP":
         raise ValueError(
             f"{label}: num_processes={processes} cannot be combined with lowmem_step_in_backward=True: gradients are "
-            "averaged after each one's update. Train in one process, or leave it unset."
+            "averaged after each one's update. Set distributed_type: FSDP with fsdp_version: 2, train in one process, "
+            "or leave it unset."
         )
     if plugin.lowmem_step_in_backward and rest.get("mixed_precision") == "fp16":
         raise ValueError(

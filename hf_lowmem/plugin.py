@@ -10,7 +10,7 @@ one section of an accelerate YAML serves both.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_lowmem import section
+from hf_lowmem import section, zero
 from hf_lowmem.activations import Report, convert
-from hf_lowmem.arguments import LowMemArguments, check_fsdp_spec, section_fields
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
+from hf_lowmem.arguments import LowMemArguments, section_fields
+from hf_lowmem.compatibility import check_fsdp_spec
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec
 from hf_lowmem.optim.release import accumulation_refused
 from hf_lowmem.specs import check_choice
 
@@ -87,8 +88,11 @@ class LowMemPlugin(LowMemArguments):
     def _check_step_in_backward(self) -> None:
         """Of what a Trainer checks here, a plugin knows nothing before it sees the Accelerator: see `prepare`."""
 
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
+    def make_optimizer(self, model: nn.Module, *, flat: bool = False) -> Optimizer:
         """Ours on a model's trainable parameters; see `make_optimizer` for which of them decay.
+
+        Args:
+            flat: for DeepSpeed, which makes one vector of each parameter group; `prepare` sets it.
 
         Raises:
             ValueError: where `optim` is not one of ours.
@@ -98,7 +102,7 @@ class LowMemPlugin(LowMemArguments):
                 f"optim={self.optim!r} is not one of hf_lowmem's ({', '.join(OPTIMIZERS)}). Build it yourself and pass "
                 "it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
-        return from_spec(self.lowmem_optim_spec(), model)
+        return from_spec(self.lowmem_optim_spec(), model, flat=flat)
 
     def prepare(
         self,
@@ -134,7 +138,8 @@ class LowMemPlugin(LowMemArguments):
         spec = self.lowmem_activation_spec()
         if spec is not None:
             self.activations = convert(model, spec)
-        used = self.make_optimizer(model) if optimizer is None else optimizer
+        flat = accelerator.distributed_type is DistributedType.DEEPSPEED
+        used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
         prepared = accelerator.prepare(model, used, *others, *schedule)
         if self.lowmem_step_in_backward:
@@ -142,17 +147,23 @@ class LowMemPlugin(LowMemArguments):
             self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
         return prepared
 
+    def check_zero(self, label: str, config: Mapping[str, Any]) -> None:
+        """Raise where the fields do not go with DeepSpeed, whose settings `config` are in the form of its JSON."""
+        if self.optim in OPTIMIZERS:
+            backward, asked = self.lowmem_step_in_backward, f"optim={self.optim!r}"
+            zero.check_method(label, self.optim, elementwise(), weights=self.lowmem_weights, step_in_backward=backward)
+            zero.check_config(label, config, asked, optimizer=True)
+        if self.lowmem_activations is not None:
+            zero.check_config(label, config, f"lowmem_activations={self.lowmem_activations!r}", optimizer=False)
+
     def check(self, accelerator: Accelerator) -> None:
         """Raise where the Accelerator's engine or settings do not go with the fields."""
         engine, fsdp2 = accelerator.distributed_type, bool(getattr(accelerator, "is_fsdp2", False))
         ours = self.optim in OPTIMIZERS
         if ours:
             check_fsdp_spec(self.lowmem_optim_spec(), fsdp2)
-        if ours and engine is DistributedType.DEEPSPEED:
-            raise ValueError(
-                f"optim={self.optim!r} under DeepSpeed is not supported: ZeRO flattens parameters and keeps the state "
-                "of its own. Use FSDP2 or DDP."
-            )
+        if engine is DistributedType.DEEPSPEED:
+            self.check_zero("DeepSpeed", getattr(accelerator.state.deepspeed_plugin, "deepspeed_config", {}))
         if engine is DistributedType.FSDP and not fsdp2 and ours:
             raise ValueError(
                 f"optim={self.optim!r} under FSDP1 is not supported: it flattens parameters, so that low-rank and "

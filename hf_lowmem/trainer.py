@@ -1,6 +1,8 @@
 """One short mixin puts the fields to work in any Trainer."""
 
+import inspect
 import logging
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_lowmem import checkpoints
+from hf_lowmem import checkpoints, zero
 from hf_lowmem.activations import Report, convert
-from hf_lowmem.arguments import DEEPSPEED_REFUSED, FSDP1_REFUSED, LowMemArguments, check_fsdp_spec
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
+from hf_lowmem.arguments import LowMemArguments
+from hf_lowmem.compatibility import FSDP1_REFUSED, check_fsdp_spec
+from hf_lowmem.model_card import reporter_of, write_card, write_last_card
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 
 logger = logging.getLogger(__name__)
@@ -25,7 +29,8 @@ class LowMemTrainerMixin:
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
 
     Raises:
-        ValueError: where an optimizer is passed beside an `optim` of ours, or the model is under FSDP1 or DeepSpeed.
+        ValueError: where an optimizer is passed beside an `optim` of ours, the model is under FSDP1, or under DeepSpeed
+            with what its ZeRO-1 and ZeRO-2 cannot do (see hf_lowmem/zero.py).
     """
 
     args: Any
@@ -35,8 +40,11 @@ class LowMemTrainerMixin:
     accelerator: Any
     stepping: StepInBackward | None = None
     activations: Report | None = None  # what `lowmem_activations` did to the model
+    reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
+    foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = self._within_budget(args, kwargs)
         super().__init__(*args, **kwargs)
         passed = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if self._ours and passed:
@@ -45,6 +53,19 @@ class LowMemTrainerMixin:
                 "other: drop `optimizers=`/`optimizer_cls_and_kwargs=`, or leave `optim` and the lowmem fields unset."
             )
         self._convert_activations()
+
+    def _within_budget(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The constructor's arguments with what `lowmem_budget` asks for: in a copy of the TrainingArguments, the
+        settings that were left open are the fastest that fit."""
+        asked = next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None)
+        if asked is None or asked.lowmem_budget is None or self.foretold is not None:
+            return args, kwargs
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        # The planner runs this very trainer, and so stands above it.
+        within = import_module("hf_lowmem.planner.within")
+        chosen, self.foretold = within.within_budget(self, asked, {**given, **given.get("kwargs", {})})
+        swap = lambda value: chosen if value is asked else value  # noqa: E731
+        return tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
 
     @property
     def _ours(self) -> bool:
@@ -59,10 +80,20 @@ class LowMemTrainerMixin:
                 logger.info("lowmem_activations=%r:\n%s", spec.tiers, report)
             self.activations = report
 
-    def _check_engine(self, setting: str) -> None:
+    def _check_engine(self, setting: str, *, optimizer: bool = False) -> None:
         """What accelerate's launcher has set up shows here first."""
         if getattr(self, "is_deepspeed_enabled", False):
-            raise ValueError(f"{setting} under DeepSpeed: {DEEPSPEED_REFUSED} Use FSDP2 (fsdp_version: 2) or DDP.")
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            if optimizer:
+                args = self.args
+                zero.check_method(
+                    "DeepSpeed",
+                    args.optim,
+                    elementwise(),
+                    weights=args.lowmem_weights,
+                    step_in_backward=args.lowmem_step_in_backward,
+                )
+            zero.check_config("DeepSpeed", config, setting, optimizer=optimizer)
         if getattr(self, "is_fsdp_enabled", False) and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError(f"{setting} under FSDP1: {FSDP1_REFUSED}")
 
@@ -77,11 +108,12 @@ class LowMemTrainerMixin:
         self._convert_activations()  # again: `model_init` makes a new model for each training
         if self.optimizer is not None or not self._ours:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
-        self._check_engine(f"optim={self.args.optim!r}")
+        self._check_engine(f"optim={self.args.optim!r}", optimizer=True)
         check_fsdp_spec(self.args.lowmem_optim_spec(), getattr(self, "is_fsdp_enabled", False))
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
-        optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay))
+        flat = getattr(self, "is_deepspeed_enabled", False)
+        optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay), flat=flat)
         log_groups(optimizer)
         if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced
             self.stepping.remove()
@@ -102,7 +134,11 @@ class LowMemTrainerMixin:
             BadCheckpoint: (a ValueError) where the folder named is incomplete, damaged, or holds what only code could
                 rebuild; it names the file, and the last complete checkpoint.
         """
-        return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
+        resume = self._checked(resume_from_checkpoint)
+        reporter_of(self)
+        result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
+        write_last_card(self, super().create_model_card)  # type: ignore[misc]
+        return result
 
     def _checked(self, resume: str | bool | None) -> str | bool | None:
         if not resume:
@@ -165,6 +201,10 @@ class LowMemTrainerMixin:
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent, with what the training takes; a README.md that no trainer has made stays as it is."""
+        write_card(self, super().create_model_card, *args, **kwargs)  # type: ignore[misc]
 
     def _window_ends(self) -> bool:
         """Whether the backward pass now running is the last of its gradient accumulation."""

@@ -16,8 +16,9 @@ from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_lowmem import cli
+from hf_lowmem.cards.card import template_path
 from hf_lowmem.demo import report
-from hf_lowmem.demo.card import template_path, write_card
+from hf_lowmem.demo.card import TEMPLATE, write_card
 from hf_lowmem.demo.model import load, prepare_model
 from hf_lowmem.demo.plot import draw
 from hf_lowmem.demo.run import QUICK, gather, public_name
@@ -178,8 +179,10 @@ def test_card(tmp_path: Path) -> None:
     assert len(tables) == (2 + 2) + (2 + 4) + (2 + 4)
 
 
-def test_the_template_is_the_repositorys() -> None:
-    assert template_path() == Path(cli.__file__).parent.parent / "model_cards" / "template.md"
+def test_the_templates_are_the_repositorys() -> None:
+    folder = Path(cli.__file__).parent.parent / "model_cards"
+    assert template_path(TEMPLATE) == folder / "demo_template.md"
+    assert template_path() == folder / "template.md", "every run's"
 
 
 def test_models_are_named_without_paths(tmp_path: Path) -> None:

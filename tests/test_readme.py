@@ -114,6 +114,23 @@ def test_the_table_of_step_times_is_the_record(made: Any) -> None:
     assert refresh["galore svd"]["refresh_seconds"] >= 10 * refresh["galore subspace"]["refresh_seconds"]
 
 
+@pytest.mark.parametrize(
+    ("script", "record", "function"),
+    [("plan_table", "plan_table", "markdown"), ("budget", "budget", "table"), ("wire", "wire", "table")],
+)
+def test_the_tables_of_plans_and_bytes_sent_are_the_records(made: Any, script: str, record: str, function: str) -> None:
+    rows = records(f"{record}.jsonl")
+    arguments = ("layers",) if script == "wire" else ()
+    for line in getattr(importlib.import_module(script), function)(rows, *arguments):
+        assert line in README
+
+
+def test_every_budget_s_answer_fits_when_planned_again() -> None:
+    rows = records("budget.jsonl")
+    assert {row["budget"] for row in rows} == {"16GiB", "24GiB", "48GiB", "80GiB"}
+    assert all(row["fits"] for row in rows if row["chosen"] is not None)
+
+
 def test_what_the_records_promise(made: Any) -> None:
     """Codecs within 0.5 % of fp32 state, `subspace` within 0.3 % of `svd`, bf16 stores within 0.3 % of fp32 masters."""
     for comparison in made._report.comparisons():

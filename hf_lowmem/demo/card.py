@@ -1,26 +1,14 @@
-"""The model card: model_cards/template.md, filled with what was measured."""
+"""The model card: model_cards/demo_template.md, filled with what was measured."""
 
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-import hf_lowmem
+from hf_lowmem.cards.card import GENERATED, template_path
 from hf_lowmem.memory import human_bytes
 
-
-def template_path() -> Path:
-    """The template, in a clone at its own place and in a wheel inside the package.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    package = Path(hf_lowmem.__file__).parent
-    places = (package.parent / "model_cards" / "template.md", package / "model_cards" / "template.md")
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(f"no model card template at {' or '.join(map(str, places))}: reinstall hf-lowmem")
+TEMPLATE = "demo_template.md"
 
 
 def write_card(folder: Path, *, name: str, base_model: str, license: str | None, values: dict[str, Any]) -> Path:
@@ -32,9 +20,9 @@ def write_card(folder: Path, *, name: str, base_model: str, license: str | None,
         license=license,
         model_name=name,
         pipeline_tag="text-generation",
-        tags=["hf-lowmem", "trl", "sft", "asft"],
+        tags=[GENERATED, "hf-lowmem", "trl", "sft", "asft"],
     )
-    card = ModelCard.from_template(data, template_path=str(template_path()), **_readable(values))
+    card = ModelCard.from_template(data, template_path=str(template_path(TEMPLATE)), **_readable(values))
     card.save(folder / "README.md")
     return folder / "README.md"
 

@@ -8,17 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hf_lowmem.cards.plot import MIB, PARTS, draw_memory
 from hf_lowmem.demo.runs import Result
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too.
-PARTS = {
-    "weights": ("weights", "#999999"),
-    "gradients": ("gradients", "#56B4E9"),
-    "optimizer": ("optimizer state", "#D55E00"),
-    "saved": ("saved activations", "#009E73"),
-}
 RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00")
-MIB = 2**20
 
 
 def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
@@ -37,17 +30,8 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
 
 
 def _draw_memory(axes: Axes, results: Sequence[Result]) -> None:
+    draw_memory(axes, [(result.name, result.memory) for result in results])
     for place, result in enumerate(results):
-        bottom = 0.0
-        for part, (_, colour) in PARTS.items():
-            size = result.memory[part] / MIB
-            axes.bar(place, size, bottom=bottom, color=colour, width=0.62)
-            if size > 100:
-                axes.text(place, bottom + size / 2, f"{size:,.0f}", ha="center", va="center", fontsize=8)
-            bottom += size
-        peak = result.memory["peak"] / MIB
-        axes.hlines(peak, place - 0.38, place + 0.38, colors="black", linewidth=1.6)
-        axes.text(place, peak, f"peak {peak:,.0f}", ha="center", va="bottom", fontsize=8)
         state = result.memory["optimizer"] / MIB
         axes.text(
             place,
@@ -58,14 +42,6 @@ def _draw_memory(axes: Axes, results: Sequence[Result]) -> None:
             color=PARTS["optimizer"][1],
             transform=axes.get_xaxis_transform(),
         )
-    for label, colour in PARTS.values():
-        axes.bar(0, 0, color=colour, label=label)
-    axes.plot([], [], color="black", linewidth=1.6, label=f"peak ({results[0].memory['peak_source']})")
-    axes.set_xticks(range(len(results)), [result.name.replace(", ", ",\n") for result in results], fontsize=8)
-    axes.set_ylabel("MiB")
-    axes.set_ylim(0, 1.32 * max(result.memory["peak"] for result in results) / MIB)
-    axes.legend(fontsize=8, ncols=2, loc="upper right")
-    axes.set_title("Kept in memory by a training step", fontsize=10)
 
 
 def _draw_loss(axes: Axes, results: Sequence[Result]) -> None:

@@ -10,13 +10,11 @@ Expect little from (b) in a few minutes: thirty pairs are not a preference data 
 """
 
 import json
-import platform
 import shlex
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from rich.console import Console
 
 import hf_lowmem
+from hf_lowmem.cards import facts
 from hf_lowmem.demo import data, report
 from hf_lowmem.demo.card import write_card
 from hf_lowmem.demo.plot import draw
@@ -45,7 +44,7 @@ RATES = {"adamw_torch": 2e-4, "apollo_mini": 3e-4, "second stage": 3e-5}
 ASFT = {"loss_type": "asft", "beta": 0.2, "asft_lambda": 10.0}
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the packaged model comes from
 HELD_OUT_PLAYS = 4
-PACKAGES = ("hf-lowmem", "torch", "transformers", "trl", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 PROMPT = "HAMLET\nTo be, or not to be"
 
 
@@ -240,7 +239,7 @@ def public_name(model: str | None) -> str:
     path."""
     if model is None:
         return DEMO_MODEL
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return facts.public_name(model)
 
 
 def saved_bytes(results: Sequence[Result]) -> str:
@@ -249,19 +248,11 @@ def saved_bytes(results: Sequence[Result]) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a clone on the path, not installed
-            found[package] = hf_lowmem.__version__ if package == "hf-lowmem" else "unknown"
-    return found
+    return facts.versions_of(PACKAGES)
 
 
 def device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return facts.device_name()
 
 
 def commit() -> str | None:

@@ -61,11 +61,16 @@ class PeakMemory:
 
     On CUDA, entering resets the allocator's peak statistics; contexts may nest, other code that resets them
     meanwhile hides what was before. Devices without a CUDA (or ROCm) allocator are watched by RSS.
+
+    trim:   first collect garbage and give freed memory back, a few tenths of a second. Without it, what is reused of
+            that is missing in `added`
     """
 
     _open: "weakref.WeakSet[PeakMemory]" = weakref.WeakSet()
 
-    def __init__(self, device: torch.device | str | int | None = None, *, interval: float = 0.01) -> None:
+    def __init__(
+        self, device: torch.device | str | int | None = None, *, interval: float = 0.01, trim: bool = True
+    ) -> None:
         if interval <= 0:
             raise ValueError(f"interval={interval} must be above 0: the seconds between two samples")
         if device is None:
@@ -75,6 +80,7 @@ class PeakMemory:
         self.start = 0
         self._seen = 0
         self._interval = interval
+        self._trim = trim
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stop.set()
@@ -96,7 +102,8 @@ class PeakMemory:
             self._seen = max(self._seen, now)
 
     def __enter__(self) -> "PeakMemory":
-        _trim()
+        if self._trim:
+            _trim()
         self._stop = threading.Event()
         if self.device.type == "cuda":
             for other in list(PeakMemory._open):

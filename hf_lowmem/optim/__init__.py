@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_lowmem.optim.adamw import AdamW
-from hf_lowmem.optim.base import LowMemOptimizer, check_store
+from hf_lowmem.optim.base import SMALLEST_COMPRESSED, LowMemOptimizer, check_store
+from hf_lowmem.optim.flat import small_apart
 from hf_lowmem.optim.groups import parameter_groups
 from hf_lowmem.optim.lamb import Lamb
 from hf_lowmem.optim.lion import Lion
@@ -32,12 +33,25 @@ def methods_with(option: str) -> list[str]:
     return [name for name, cls in OPTIMIZERS.items() if option in cls.DEFAULTS]
 
 
-def from_spec(spec: OptimSpec, model: nn.Module, *, decay: Collection[str] | None = None) -> LowMemOptimizer:
-    """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`."""
+def elementwise() -> list[str]:
+    """Names of the methods that work on weights an engine has flattened and cut."""
+    return [name for name, cls in OPTIMIZERS.items() if cls.ELEMENTWISE]
+
+
+def from_spec(
+    spec: OptimSpec, model: nn.Module, *, decay: Collection[str] | None = None, flat: bool = False
+) -> LowMemOptimizer:
+    """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`.
+
+    Args:
+        flat: for an engine that makes one vector of each group (DeepSpeed's ZeRO); see `small_apart`.
+    """
     cls = check_spec(spec)
     options = cls.resolve(spec)
     check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
     groups = parameter_groups(model, spec, rank=options.get("rank"), decay=decay)
+    if flat and options["state"] != "fp32":
+        groups = small_apart(groups, SMALLEST_COMPRESSED)
     return cls(groups, **{k: v for k, v in options.items() if k != "method"})
 
 

@@ -32,6 +32,7 @@ class AdamW(LowMemOptimizer):
     name = "adamw"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    ELEMENTWISE = True
     FUSED = ADAMW_STEP
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:

@@ -8,8 +8,11 @@ Why not torchao's tensor subclasses, where `exp_avg` is an 8-bit tensor that dec
 taught to DTensor, to `torch.load(weights_only=True)` and to `Optimizer.load_state_dict`. Here the state of a parameter
 is a flat dict of plain tensors and numbers: `{"step": 7, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
 
-torch's `load_state_dict` casts every floating state to the parameter's dtype, so that with bf16 weights fp32 scales and
-moments would come back as bf16; accelerate calls it once at `prepare`. Therefore the load is our own.
+    options    what a parameter group holds, from a spec and a method's defaults
+    load       checkpoints, without torch's casts
+    fused      kernels that do a whole step
+    sharded    states of weights that FSDP2 has cut
+    flat       groups that DeepSpeed makes one vector of
 """
 
 import dataclasses
@@ -24,10 +27,13 @@ from hf_lowmem.codecs import StateCodec, codec_pair
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import Kernel
 from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
+from hf_lowmem.optim.flat import check_flattened
 from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
-from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes, fit
+from hf_lowmem.optim.load import load
+from hf_lowmem.optim.options import resolve
+from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
 from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
-from hf_lowmem.specs import OptimSpec, check_choice
+from hf_lowmem.specs import OptimSpec
 
 # Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
 SMALLEST_COMPRESSED = 4096
@@ -65,10 +71,15 @@ class LowMemOptimizer(Optimizer):
     PROJECTIONS: ClassVar[tuple[str, ...]] = ()
     # Whether gradients can be added up without keeping them; see `fold`.
     ACCUMULATES: ClassVar[bool] = False
+    # Whether the update of each value needs that value alone, so that weights may be flattened and cut (see zero.py).
+    ELEMENTWISE: ClassVar[bool] = False
     # The kernel that makes a whole step of a parameter, for those that `fuses` names; see optim/fused.py.
     FUSED: ClassVar[Kernel | None] = None
     # Options that decide what the state looks like: a checkpoint made with others cannot be continued.
     STRUCTURAL: ClassVar[tuple[str, ...]] = ("method", "state", "weights", "rank", "projection", "seed")
+
+    # Of the parameters that it was made for; a copy or an unpickled one does not know them.
+    _shapes: set[torch.Size] | None = None
 
     def __init__(
         self,
@@ -115,41 +126,7 @@ class LowMemOptimizer(Optimizer):
         Raises:
             ValueError: for an unknown codec or option, or an option that would do nothing for this method.
         """
-        from hf_lowmem.optim import methods_with  # the table is built from these classes
-
-        codecs = codec_pair(spec.state, label=spec.label("state"))
-        names = [c.name for c in codecs]
-        group: dict[str, Any] = {"method": cls.name, "lr": spec.lr}
-        for option in ("betas", "eps", "rank", "update_gap", "scale", "projection", "rotate"):
-            value = getattr(spec, option)
-            if option in cls.DEFAULTS:
-                group[option] = cls.DEFAULTS[option] if value is None else value
-            elif value is not None:
-                raise ValueError(
-                    f"{spec.label(option)}={value!r} has no effect with {spec.label('name')}={cls.name!r}. "
-                    f"Leave it unset, or choose a method that uses it: {', '.join(methods_with(option))}."
-                )
-        group["betas"] = (group["betas"][0], group["betas"][1])
-        if "projection" in group:
-            check_choice(
-                f"{spec.label('name')}={cls.name!r} with {spec.label('projection')}",
-                group["projection"],
-                cls.PROJECTIONS,
-            )
-        for option, value in spec.options.items():
-            if option not in cls.CHECKS:
-                others = methods_with(option)
-                remedy = (
-                    f"It belongs to: {', '.join(others)}" if others else f"It has: {', '.join(cls.CHECKS) or 'none'}"
-                )
-                raise ValueError(
-                    f"{spec.label('options')}: {option}={value!r} is not an option of "
-                    f"{spec.label('name')}={cls.name!r} alone. {remedy}."
-                )
-            cls.CHECKS[option](spec.label(option), value)
-        group |= {option: spec.options.get(option, cls.DEFAULTS[option]) for option in cls.CHECKS}
-        state = names[0] if names[0] == names[1] else ",".join(names)
-        return group | {"state": state} | {k: getattr(spec, k) for k in ("weight_decay", "weights", "seed")}
+        return resolve(cls, spec)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's own options are checked like the constructor's."""
@@ -166,6 +143,7 @@ class LowMemOptimizer(Optimizer):
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
         super().add_param_group(param_group | own)
         group = self.param_groups[-1]
+        self._shapes = {p.shape for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
             self.check_placement(p, group)
             if p.is_complex():
@@ -186,6 +164,7 @@ class LowMemOptimizer(Optimizer):
                 loss = closure()
         sound = agreed(self)
         for group in self.param_groups:
+            check_flattened(self, self._shapes, group)
             together = []
             for p in group["params"]:
                 if p.grad is not None:
@@ -389,63 +368,7 @@ class LowMemOptimizer(Optimizer):
             ValueError: where the checkpoint was made by another method, codec, rank, projection or seed, or with the
                 parameters in another order; and where a state does not fit its parameter.
         """
-        taken: dict[str, Any] = {}
-
-        def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:  # after every hook that a user registered
-            taken.update(final)
-            saved = final["param_groups"]
-            self._check_groups(saved)
-            # An option that is younger than the checkpoint keeps this optimizer's value.
-            ours = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-            ours += [{}] * (len(saved) - len(ours))  # torch complains about their number
-            groups = [own | theirs for own, theirs in zip(ours, saved, strict=False)]
-            return {**final, "param_groups": groups, "state": {}}
-
-        def fill(_: Optimizer) -> None:
-            self._fill_state(taken)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(fill, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
-        for ours, theirs in zip(self.param_groups, saved, strict=False):  # torch checks the lengths
-            for option in self.STRUCTURAL:
-                if option in ours and theirs.get(option) != ours[option]:
-                    raise ValueError(
-                        f"the checkpoint was made with {option}={theirs.get(option)!r}, this optimizer has "
-                        f"{option}={ours[option]!r}: its state cannot be continued. Use the checkpoint's setting, or "
-                        "start with a fresh optimizer."
-                    )
-            names, loaded = ours.get("param_names"), theirs.get("param_names")
-            if names and loaded and names != loaded:
-                pairs = zip(names, loaded, strict=False)
-                first = next(((a, b) for a, b in pairs if a != b), (f"{len(names)} names", f"{len(loaded)} names"))
-                raise ValueError(
-                    f"the checkpoint holds the state of {first[1]!r} where this optimizer has {first[0]!r}. "
-                    "Build the model and the parameter groups as they were when it was saved."
-                )
-
-    @torch.no_grad()
-    def _fill_state(self, state_dict: dict[str, Any]) -> None:
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        for i, (p, group) in zip(ids, params, strict=True):
-            if i not in state_dict["state"]:
-                continue
-            raw = state_dict["state"][i]
-            if not isinstance(raw.get("step"), int):
-                raise ValueError(
-                    f"the checkpoint's state of parameter {i} has step={raw.get('step')!r}, expected an integer: it "
-                    f"was not saved by hf_lowmem's {group['method']}. Start with a fresh optimizer."
-                )
-            self.state[p] = fit(self, p, group, raw)
+        load(self, state_dict, super().load_state_dict)
 
 
 def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:

@@ -44,6 +44,7 @@ class Lion(LowMemOptimizer):
     name = "lion"
     STATES = {"exp_avg": StateDecl(signed=True)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
+    ELEMENTWISE = True
     FUSED = LION_STEP
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:

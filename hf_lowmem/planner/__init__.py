@@ -1,11 +1,21 @@
 """The weight of a training step before it runs.
 
 ```python
-from hf_lowmem.planner import plan
+from hf_lowmem.planner import plan, search
 
 args = LowMemSFTConfig("out", max_length=2048, per_device_train_batch_size=1, optim="apollo_mini")
 print(plan("path/to/config.json", args, dtype="bfloat16"))
+print(search("path/to/config.json", LowMemSFTConfig("out"), budget="24GiB", dtype="bfloat16").why)
 ```
+
+    search      search(), longest(): the fastest settings that fit in a budget, and the longest sequence
+    seek        candidates in their order of preference, planned until one fits
+    choices     what may be chosen: the settings that the user left open
+    compose     an estimate for each of thousands of combinations, from a few simulations
+    updates     an optimizer's update apart from the rest of the step
+    cost        how long a combination takes on a nominal device
+    explain     the answer in sentences
+    within      `lowmem_budget` in a trainer
 
     simulate    plan(): the question, and the answer as a Plan
     step        the real trainer, taking two steps on fake tensors
@@ -18,7 +28,10 @@ print(plan("path/to/config.json", args, dtype="bfloat16"))
     models      configs, and models without weights
 """
 
+from hf_lowmem.planner.explain import NothingFits
 from hf_lowmem.planner.live import CannotSimulate
+from hf_lowmem.planner.search import longest, search
+from hf_lowmem.planner.seek import Found
 from hf_lowmem.planner.simulate import Plan, Point, plan
 
-__all__ = ["CannotSimulate", "Plan", "Point", "plan"]
+__all__ = ["CannotSimulate", "Found", "NothingFits", "Plan", "Point", "longest", "plan", "search"]

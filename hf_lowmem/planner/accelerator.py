@@ -10,8 +10,9 @@ whole list:
     hf_lowmem's references           spans of an accelerator's size
     hf_lowmem.optim                  no waiting: update, then select old or new
 
-What stays the CPU's: autocast's lists of operators, which are shorter, and scaled_dot_product_attention, which keeps
-the same as the flash kernel does (query, key, value, output, log-sum-exp).
+What stays the CPU's: autocast's lists of operators, which are shorter; scaled_dot_product_attention, which keeps the
+same as the flash kernel does (query, key, value, output, log-sum-exp); and models that have kernels in packages of
+their own, as Mamba's: their plain torch is planned, which takes more.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from bitsandbytes import functional
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers.integrations import moe
 from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
@@ -80,5 +82,7 @@ def with_real_constants() -> Iterator[None]:
         mock.patch.object(functional, "create_dynamic_map", _really(functional.create_dynamic_map)),
         # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.
         mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
+        # torch's grouped product has a shape rule for bf16 alone; transformers' operator keeps and makes the same.
+        mock.patch.object(moe, "_can_use_grouped_mm", lambda x, weight, offsets: weight.dtype is torch.bfloat16),
     ):
         yield

@@ -1,6 +1,8 @@
 """`hf-lowmem plan`: every flag of the trainer's config, of TRL's ModelConfig and ScriptArguments, and a few of its own.
 
 A YAML file that trains with scripts/train_sft.py plans with `--config` as it is, so what is planned is what will run.
+With `--budget 24GiB`, or `lowmem_budget` in the file, the settings that were left open are searched for the fastest
+that fits, as the trainer would; `--max_length auto` then asks for the longest sequence.
 """
 
 import argparse
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hf_lowmem.planner.live import CannotSimulate
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.parallel import PARALLEL
+from hf_lowmem.planner.search import longest, search
+from hf_lowmem.planner.seek import Found
 from hf_lowmem.planner.simulate import Plan, plan
 from hf_lowmem.planner.step import IMPLEMENTATIONS
 
@@ -33,6 +37,13 @@ class PlanArguments:
         metadata={
             "help": "A model's folder, its config.json, or its id on the hub if the config is in the local cache. "
             "Default: model_name_or_path."
+        },
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory of one device, such as 24GiB: search the settings that were left open for the fastest that "
+            "fits, as lowmem_budget does in a run. With --max_length auto, for the longest sequence."
         },
     )
     method: str = field(default="sft", metadata={"help": f"The trainer: {', '.join(METHODS)}."})
@@ -58,12 +69,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         # The trainer's code may print; what is asked for is the one thing on stdout.
         with contextlib.redirect_stdout(sys.stderr):
+            arguments, auto = _without_auto(arguments)
             asked, args, model_args = _parse(arguments)
-            made = _plan(asked, args, model_args)
+            made = _plan(asked, args, model_args, auto)
             if asked.plot is not None:
                 from hf_lowmem.planner.plot import draw
 
-                draw(made, Path(asked.plot))
+                draw(made.plan if isinstance(made, Found) else made, Path(asked.plot))
     except (CannotSimulate, TypeError, ValueError) as error:
         print(f"hf-lowmem plan: {error}", file=sys.stderr)
         return 1
@@ -84,24 +96,51 @@ def _parse(arguments: Sequence[str]) -> tuple[PlanArguments, Any, ModelConfig]:
     return asked, args, model_args
 
 
-def _plan(asked: PlanArguments, args: Any, model_args: ModelConfig) -> Plan:
+def _without_auto(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without `--max_length auto`, whose field is an integer, and whether it was among them."""
+    kept, auto = list(arguments), False
+    for flag in ("--max_length", "--max-length"):
+        if f"{flag}=auto" in kept:
+            kept.remove(f"{flag}=auto")
+            auto = True
+        for at in [i for i, word in enumerate(kept) if word == flag and kept[i + 1 : i + 2] == ["auto"]]:
+            del kept[at : at + 2]
+            auto = True
+    return kept, auto
+
+
+def _budget(asked: PlanArguments, args: Any, auto: bool) -> str | None:
+    if asked.budget is not None and args.lowmem_budget not in (None, asked.budget):
+        raise ValueError(f"--budget {asked.budget} and lowmem_budget={args.lowmem_budget!r} differ: give one of them.")
+    budget = asked.budget or args.lowmem_budget
+    if budget is None and auto:
+        raise ValueError("--max_length auto: the longest sequence that fits in what? Give --budget, such as 24GiB.")
+    if budget is not None and asked.implementation is not None:
+        raise ValueError(
+            f"--implementation {asked.implementation} with --budget: optimizers of hf_lowmem have one implementation "
+            "only. Leave it unset."
+        )
+    return budget
+
+
+def _plan(asked: PlanArguments, args: Any, model_args: ModelConfig, auto: bool) -> Plan | Found:
     model = asked.model or model_args.model_name_or_path
     if model is None:
         raise ValueError("--model is not set: give a model's folder, its config.json, or its id on the hub.")
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(model_args, name):
-            raise ValueError(f"--{name}: quantised base weights cannot be planned. Leave it unset.")
     if model_args.attn_implementation is not None:
         init = {"attn_implementation": model_args.attn_implementation}
         args.model_init_kwargs = init | (args.model_init_kwargs or {})
-    return plan(
-        model,
-        args,
-        dtype=model_args.dtype,
-        peft_config=get_peft_config(model_args),
-        world_size=asked.world_size,
-        parallel=asked.parallel,
-        implementation=asked.implementation,
-        device=asked.device,
-        progress=lambda message: print(message, file=sys.stderr),
-    )
+    settings: dict[str, Any] = {
+        "dtype": model_args.dtype,
+        "peft_config": get_peft_config(model_args),
+        "quantization_config": get_quantization_config(model_args),
+        "world_size": asked.world_size,
+        "parallel": asked.parallel,
+        "device": asked.device,
+        "progress": lambda message: print(message, file=sys.stderr),
+    }
+    budget = _budget(asked, args, auto)
+    if budget is None:
+        return plan(model, args, implementation=asked.implementation, **settings)
+    find = longest if auto else search
+    return find(model, args, budget=budget, label="--budget" if asked.budget else "lowmem_budget", **settings)

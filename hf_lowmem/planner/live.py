@@ -11,7 +11,7 @@ it, and whatever a forward pass makes is an activation), counts by snapshots of 
 another moment afterwards.
 
 It works on fake tensors, which have storages of the real size and no memory, and on real ones. What an operator
-allocates and frees inside itself does not pass a dispatcher and is not seen.
+allocates and frees inside itself does not pass a dispatcher and is not seen, but for those in `SEEN_THROUGH`.
 """
 
 import sys
@@ -31,6 +31,8 @@ from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from hf_lowmem.planner.four_bit import SEEN_THROUGH
 
 __all__ = ["CannotSimulate", "Live"]
 
@@ -91,6 +93,12 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if self.invent_numbers and func is READ_A_NUMBER:
             return self._invent(args[0])
+        if func in SEEN_THROUGH:
+            super().__enter__()  # again, since a mode is off while it handles an operator
+            try:
+                return SEEN_THROUGH[func](*args, **(kwargs or {}))
+            finally:
+                super().__exit__(None, None, None)
         try:
             out = self._select(*args) if self.invent_numbers and func is INDEX else None
             if out is None:
@@ -100,6 +108,10 @@ class Live(TorchDispatchMode):
                 f"{func} {self._here()}: its result has a shape or a value that only a real run has "
                 f"({type(error).__name__}). {INSTEAD}"
             ) from error
+        except RuntimeError as error:
+            if not self.invent_numbers or isinstance(error, CannotSimulate):
+                raise
+            raise CannotSimulate(f"{func} {self._here()}: {error} {INSTEAD}") from error
         if isinstance(out, Tensor):
             self._see(out)
         elif out is not None:

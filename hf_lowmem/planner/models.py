@@ -1,8 +1,10 @@
 """A model without weights: its config from wherever the user has it, its modules inside a fake mode."""
 
+import contextlib
 import copy
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hf_lowmem.planner.four_bit import quantize, state_of
 
 __all__ = [
     "DTYPES",
@@ -29,12 +33,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Shape:
-    """One parameter: the number of its decoder layer or None, its shape, bytes a value, trained or not."""
+    """One parameter: the number of its decoder layer or None, its shape, bytes a value, trained or not; and the bytes
+    that are kept beside it: the scales of a 4-bit weight, which has half a byte a value."""
 
     layer: int | None
     shape: tuple[int, ...]
-    itemsize: int
+    itemsize: float
     trained: bool
+    beside: int = 0
 
     @property
     def numel(self) -> int:
@@ -42,7 +48,7 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.itemsize
+        return round(self.numel * self.itemsize) + self.beside
 
     def shard(self, world: int) -> int:
         """Values of the largest shard."""
@@ -56,20 +62,37 @@ def shapes_of(model: Any, stack: str) -> list[Shape]:
     for name, p in model.named_parameters():
         number = name.removeprefix(f"{stack}.").partition(".")[0]
         layer = int(number) if name.startswith(f"{stack}.") and number.isdigit() else None
-        made.append(Shape(layer, tuple(p.shape), p.element_size(), p.requires_grad))
+        kept = state_of(p)
+        beside = sum(t.untyped_storage().nbytes() for t in kept)
+        shape = p.quant_state.shape if kept else p.shape
+        itemsize = p.numel() * p.element_size() / math.prod(shape) if kept else p.element_size()
+        made.append(Shape(layer, tuple(shape), itemsize, p.requires_grad, beside))
     return made
 
 
-def find_config(model: str | Path | PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model folder, of a config.json, or of a hub id in the local cache; a config is itself.
+def find_config(
+    model: str | Path | PreTrainedConfig, init: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a model folder, of a config.json, or of a hub id in the local cache; of a config, a copy.
 
-    Nothing is downloaded.
+    Nothing is downloaded. `init`: what `model_init_kwargs` changes of it, as in `from_pretrained`. The names of the
+    model's own code are left out unless that is trusted.
 
     Raises:
         ValueError: where there is none, or of a kind that transformers does not know.
     """
-    if isinstance(model, PreTrainedConfig):
-        return model
+    made = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else _read_config(model, trust_remote_code)
+    if not trust_remote_code:
+        vars(made).pop("auto_map", None)
+    for name, value in (init or {}).items():
+        if name == "experts_implementation":
+            made._experts_implementation = value
+        elif name not in ("dtype", "attn_implementation", "quantization_config") and hasattr(made, name):
+            setattr(made, name, value)
+    return made
+
+
+def _read_config(model: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
     path = Path(model)
     if path.is_file():
         values = json.loads(path.read_text())
@@ -89,40 +112,66 @@ def find_config(model: str | Path | PreTrainedConfig, *, trust_remote_code: bool
         ) from error
 
 
-def make_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> Any:
-    """The causal language model of `config`, in train mode, its weights of `dtype`. Call it inside a fake mode.
+def make_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, quantization: Any = None) -> Any:
+    """The causal language model of `config`, in train mode, its weights of `dtype`, or of 4 bits where `quantization`
+    says so. Call it inside a fake mode.
 
     The flash kernels need a GPU and their packages; sdpa keeps the same for backward and stands for them.
+
+    Raises:
+        ValueError: for a model that is no causal language model, or that sdpa cannot stand in for.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if cls is None and not hasattr(config, "auto_map"):
         raise ValueError(
             f"model_type {config.model_type!r} has no causal language model in transformers, which is what is planned."
         )
-    before = torch.get_default_dtype()
-    # Cast afterwards, a fake parameter would have to be swapped for another, which fake parameters cannot be.
-    torch.set_default_dtype(dtype)
-    try:
+    if attention not in (None, "eager"):
+        if not getattr(cls, "_supports_sdpa", True):
+            raise ValueError(
+                f"attn_implementation={attention!r} cannot be planned for model_type {config.model_type!r}, which has "
+                "no sdpa that could stand for it. Leave it unset, or plan with 'eager'."
+            )
+        attention = "sdpa"
+    with _default(dtype):
+        # A copy: a trainer writes its tokenizer's ids into its model's config.
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="eager" if attention == "eager" else "sdpa"
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=hasattr(config, "auto_map"),
         )
-    finally:
-        torch.set_default_dtype(before)
-    return model.train()
+    return (model if quantization is None else quantize(model, quantization)).train()
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype, peft_config: Any) -> Any:
-    """The whole model without even fake weights: its parameters' names, shapes and dtypes."""
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Make modules of `dtype`. Cast afterwards, a fake parameter would have to be swapped for another, which fake
+    parameters cannot be."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            if peft_config is not None:
-                from peft import get_peft_model
-
-                model = get_peft_model(model, copy.deepcopy(peft_config))
+        yield
     finally:
         torch.set_default_dtype(before)
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype, peft_config: Any, quantization: Any = None) -> Any:
+    """The whole model without even fake weights: its parameters' names, shapes and dtypes."""
+    with torch.device("meta"), _default(dtype):
+        model: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=hasattr(config, "auto_map")
+        )
+    if quantization is not None:
+        model = quantize(model, quantization)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"), _default(dtype):
+            model = get_peft_model(model, copy.deepcopy(peft_config))
+    if quantization is not None:
+        for p in model.parameters():
+            p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data  # as TRL casts adapters of 4-bit weights
     return model
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import Method, method_of
 from hf_lowmem.planner.models import (
     DTYPES,
@@ -29,7 +30,7 @@ from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.step import IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
 from hf_lowmem.specs import check_choice, check_integer
 
-__all__ = ["CUDA_CONTEXT", "Plan", "Point", "plan"]
+__all__ = ["CUDA_CONTEXT", "Plan", "Point", "config_and_dtype", "plan"]
 
 # What a process takes of a GPU before its first tensor: driver, kernels, cuBLAS's workspaces. Not measured: a round
 # number for today's cards. It lies outside of the allocator, and so of `peak_bytes`.
@@ -105,6 +106,7 @@ class _Job:
     implementation: str | None
     peft_config: Any
     progress: Callable[[str], None]
+    quantization: Any = None
     notes: list[str] = field(default_factory=list)
 
     def moments(self, config: PreTrainedConfig) -> tuple[list[Moment], str]:
@@ -117,6 +119,7 @@ class _Job:
             accelerator=self.accelerator,
             implementation=self.implementation,
             peft_config=copy.deepcopy(self.peft_config),
+            quantization=self.quantization,
         )
         made = outline(curve_of(measured), measured.live, measured.start, measured.stack)
         self.shapes = measured.shapes
@@ -154,7 +157,7 @@ class _Job:
 
     def whole_shapes(self, stack: str) -> list[Shape]:
         """The parameters of the whole model, which a model on the meta device has without weighing anything."""
-        model = meta_model(self.config, self.dtype, self.peft_config)
+        model = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
         return shapes_of(model, stack)
 
 
@@ -164,6 +167,7 @@ def plan(
     *,
     dtype: torch.dtype | str | None = None,
     peft_config: Any = None,
+    quantization_config: Any = None,
     world_size: int = 1,
     parallel: str | None = None,
     implementation: str | None = None,
@@ -184,6 +188,8 @@ def plan(
             `max_length`, or pairs of such rows) and all settings.
         dtype: of the weights; None for `model_init_kwargs["dtype"]`, else fp32, as TRL loads them.
         peft_config: as for the trainer.
+        quantization_config: as for the trainer: a BitsAndBytesConfig with load_in_4bit, for the base weights under
+            `peft_config`; None for `model_init_kwargs["quantization_config"]`, else what the model's config says.
         world_size, parallel: number of processes and how they share the work: "ddp" or "fsdp2". See `parallel`.
         implementation: of torch's AdamW: "for-loop", "foreach" or "fused"; None for the one that `optim` takes.
         device: "cuda", or "cpu" to foretell a run on a CPU, where other implementations run.
@@ -203,22 +209,24 @@ def plan(
     if (world_size > 1) != (parallel is not None):
         raise ValueError(f"world_size={world_size!r} with parallel={parallel!r}: set both, or neither for one process.")
     init = args.model_init_kwargs or {}
-    wanted = dtype if dtype is not None else init.get("dtype", "float32")
-    config = find_config(model, trust_remote_code=getattr(args, "trust_remote_code", False))
-    if wanted == "auto":
-        wanted = config.dtype or "float32"
-    if isinstance(wanted, str):
-        check_choice("dtype", wanted, DTYPES)
+    config, weights = config_and_dtype(model, args, dtype)
+    quantization = quantization_of(config, quantization_config or init.get("quantization_config"))
+    if quantization is not None and (peft_config is None or parallel == "fsdp2"):
+        raise ValueError(
+            "quantization_config: 4-bit weights are not trained, and their scales are not sharded. Set peft_config, "
+            "and leave parallel='fsdp2' unset."
+        )
     job = _Job(
         config=config,
         args=args,
         method=method,
-        dtype=DTYPES[wanted] if isinstance(wanted, str) else wanted,
+        dtype=weights,
         attention=init.get("attn_implementation"),
         accelerator=device == "cuda",
         implementation=implementation,
         peft_config=peft_config,
         progress=progress,
+        quantization=quantization,
     )
     try:
         if not extrapolate_depth:
@@ -252,6 +260,20 @@ def plan(
         notes=job.notes,
         seconds=time.perf_counter() - began,
     )
+
+
+def config_and_dtype(
+    model: str | Path | PreTrainedConfig, args: Any, dtype: torch.dtype | str | None
+) -> tuple[PreTrainedConfig, torch.dtype]:
+    """What `plan` plans: the config, and the weights' dtype. See there for the arguments."""
+    wanted = dtype if dtype is not None else (args.model_init_kwargs or {}).get("dtype", "float32")
+    config = find_config(model, args.model_init_kwargs, trust_remote_code=getattr(args, "trust_remote_code", False))
+    if wanted == "auto":
+        wanted = config.dtype or "float32"
+    if isinstance(wanted, str):
+        check_choice("dtype", wanted, DTYPES)
+        wanted = DTYPES[wanted]
+    return config, wanted
 
 
 def _with_prefetched(moment: Moment, shape: tuple[int, int], accumulation: int) -> Moment:

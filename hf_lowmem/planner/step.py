@@ -12,6 +12,8 @@ would repeat the last.
 
 import contextlib
 import copy
+import logging
+import os
 import random
 import tempfile
 import warnings
@@ -36,6 +38,7 @@ from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
+from hf_lowmem.planner.four_bit import parameter_like, state_of
 from hf_lowmem.planner.live import Live
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 
@@ -115,6 +118,8 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
     live = measured.live
 
     class Weighed(method.trainer()):
+        reports = False  # fake tensors have nothing to measure
+
         def get_train_dataloader(self) -> Any:
             return Batches(measured, method, self)
 
@@ -131,6 +136,7 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             model: Any = self.model
             live.watch(model)
             measured.weights |= live.rows_of([*model.parameters(), *model.buffers()])
+            measured.weights |= live.rows_of(t for p in model.parameters() for t in state_of(p))
             reference = getattr(self, "ref_model", None)
             if isinstance(reference, nn.Module):
                 live.watch(reference, "reference: ")
@@ -187,8 +193,9 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
             raise ValueError(f"{setting}={getattr(args, setting)!r} cannot be planned: {reason}. Leave it unset.")
     if getattr(args, "lowmem_reference", None) == "quantized":
         raise ValueError(
-            "lowmem_reference='quantized' cannot be planned: bitsandbytes' 4-bit weights cannot be made of fake "
-            "tensors. Plan with lowmem_reference='precomputed', and add 4.13 bits a linear weight and the embeddings."
+            "lowmem_reference='quantized' cannot be planned: the reference is quantised while it is loaded, from "
+            "weights that fake tensors do not have. Plan with lowmem_reference='precomputed', and add 4.13 bits a "
+            "linear weight and the embeddings."
         )
     args = copy.copy(args)
     changes: dict[str, Any] = {
@@ -217,6 +224,7 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "chat_template_path": None,
         "eos_token": None,
+        "lowmem_budget": None,  # this is what a search runs
         # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
         "lowmem_update_gap": 1 if "update_gap" in getattr(OPTIMIZERS.get(args.optim), "DEFAULTS", {}) else None,
     }
@@ -229,14 +237,33 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
     return args
 
 
+# By what accelerate and torch know that there are other processes, or an engine.
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No trace of a simulated run: random streams, accelerate's singletons, warnings and log levels as before."""
+    """No trace of a simulated run: random streams, accelerate's singletons, warnings and log levels as before. Inside,
+    this is one process, whatever launched it."""
     states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
     before = [dict(state) for state in states]
     randoms = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     verbosity = transformers_logging.get_verbosity()
+    ours = logging.getLogger("hf_lowmem")
+    level = ours.level
+    launched = {name: value for name in LAUNCHED if (value := os.environ.pop(name, None)) is not None}
     try:
+        ours.setLevel(logging.ERROR)
         for state in states:
             state.clear()
         PartialState(cpu=True)
@@ -245,6 +272,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        os.environ.update(launched)
+        ours.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         for state, values in zip(states, before, strict=True):
             state.clear()
@@ -263,7 +292,7 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
                 with torch.no_grad():
                     value = fn(p)
                 if value is not p:
-                    module._parameters[name] = made.setdefault(id(p), nn.Parameter(value, p.requires_grad))
+                    module._parameters[name] = made.setdefault(id(p), parameter_like(p, value))
         module._buffers |= {name: fn(b) for name, b in module._buffers.items() if b is not None}
     return self
 
@@ -278,6 +307,7 @@ def simulate_step(
     accelerator: bool = True,
     implementation: str | None = None,
     peft_config: Any = None,
+    quantization: Any = None,
 ) -> Measured:
     """Run the trainer's steps on fake tensors; see the module. `method`: one of `hf_lowmem.planner.methods.METHODS`.
 
@@ -300,7 +330,7 @@ def simulate_step(
         stack.enter_context(mock.patch.object(dpo_trainer, "hash_module", return_value="unknown"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, live:
-            model = make_model(config, dtype, attention)
+            model = make_model(config, dtype, attention, quantization)
             cls = weighed(method, measured, implementation)
             trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.columns), token_maker())
             trainer.remove_callback(PrinterCallback)

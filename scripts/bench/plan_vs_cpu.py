@@ -1,18 +1,16 @@
 """Does a plan foretell a real step? Ten settings of a real model of 30 million parameters, on the CPU.
 
     python scripts/bench/plan_vs_cpu.py            # about five minutes on one core; writes records/plan_vs_cpu.jsonl
-    python scripts/bench/plan_vs_cpu.py --smoke    # one setting of a tiny model, printed
+    python scripts/bench/plan_vs_cpu.py --smoke    # two settings of a tiny model, printed
 
 Weights, gradients and states are what model and optimizer hold; what is saved for backward is counted by autograd's
 hooks around the loss, in the first step; the peak is the CPU allocator's own trace of two whole steps, temporaries
-inside operators included. Rows have the foretold and the measured bytes and their ratio. bitsandbytes is an eleventh
-row: on a CPU its update is emulated with large temporaries inside of one operator, which a plan does not see and a GPU
-does not have.
+inside operators included. Rows have the foretold and the measured bytes and their ratio. Two more rows are QLoRA, and
+bitsandbytes' optimizer: on a CPU its update is emulated with large temporaries inside of one operator, which a plan
+does not see and a GPU does not have.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from _record import RECORDS, commit, device_name, versions_of, write_rows
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/planner has the way of weighing a real step
 
@@ -29,7 +29,8 @@ from hf_lowmem.planner import plan
 from hf_lowmem.sft import LowMemSFTConfig
 from tests.planner.real import measure
 
-RECORD = Path(__file__).parent / "records" / "plan_vs_cpu.jsonl"
+RECORD = RECORDS / "plan_vs_cpu.jsonl"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
 MODEL: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1376,
@@ -40,6 +41,7 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 TINY = MODEL | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 256}
+QLORA = "QLoRA: nf4 base weights in blocks of blocks, checkpointing"
 SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("AdamW, fp32", "float32", {"optim": "adamw_torch"}),
     ("AdamW, fp32 weights, bf16 autocast", "float32", {"optim": "adamw_torch", "bf16": True}),
@@ -73,6 +75,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
         "bfloat16",
         {"optim": "galore", "lowmem_rank": 32, "lowmem_weights": "bf16_ecc"},
     ),
+    (QLORA, "bfloat16", {"optim": "adamw_torch_fused", "gradient_checkpointing": True}),
     ("bitsandbytes adamw_8bit, pure bf16", "bfloat16", {"optim": "adamw_8bit"}),
 ]
 
@@ -97,9 +100,22 @@ def arguments(settings: dict[str, Any], tokens: int) -> Any:
 
 def row(name: str, dtype: str, settings: dict[str, Any], model: dict[str, Any], tokens: int) -> dict[str, Any]:
     args = arguments(settings, tokens)
-    made = plan(LlamaConfig(**model), args, dtype=dtype, device="cpu")
-    real = measure(LlamaConfig(**model), args, getattr(torch, dtype), reference="loss_type" in settings)
-    held = [point for point in made.timeline if point.phase == "optimizer"][-1].parts
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if name == QLORA else None
+    base = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+        if name == QLORA
+        else None
+    )
+    made = plan(LlamaConfig(**model), args, dtype=dtype, device="cpu", peft_config=lora, quantization_config=base)
+    options: dict[str, Any] = {"peft_config": lora, "quantization": base, "reference": "loss_type" in settings}
+    real = measure(LlamaConfig(**model), args, getattr(torch, dtype), **options)
+    # After an update that makes nothing new there is no moment of the optimizer's own, but its end.
+    held = [point for point in made.timeline if point.phase in ("optimizer", "end")][-1].parts
     foretold = {
         "weights": held["weights"],
         "gradients": held.get("gradients", 0),
@@ -111,6 +127,7 @@ def row(name: str, dtype: str, settings: dict[str, Any], model: dict[str, Any], 
     ratios = {k: foretold[k] / measured[k] if measured[k] else float(foretold[k] == 0) for k in foretold}
     return {
         "setting": name,
+        "model": model,
         "dtype": dtype,
         "tokens": tokens,
         "parameters": made.settings["parameters"],
@@ -124,20 +141,23 @@ def row(name: str, dtype: str, settings: dict[str, Any], model: dict[str, Any], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one setting of a tiny model; nothing is written")
+    parser.add_argument("--smoke", action="store_true", help="two settings of a tiny model; nothing is written")
     smoke = parser.parse_args().smoke
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RECORD.parent
-    ).stdout.strip()
+    common = {
+        "command": "python scripts/bench/plan_vs_cpu.py",
+        "device": device_name(),
+        "versions": versions_of(PACKAGES),
+        "commit": commit(),
+    }
     rows = []
-    for name, dtype, settings in SETTINGS[:1] if smoke else SETTINGS:
-        rows.append(row(name, dtype, settings, TINY if smoke else MODEL, tokens=48 if smoke else 128))
-        print(f"{name:<58}", *(f"{k} {v:.4f}" for k, v in rows[-1]["ratio"].items()), rows[-1]["peak_in"], flush=True)
+    for name, dtype, settings in SETTINGS[:: len(SETTINGS) - 2] if smoke else SETTINGS:
+        made = row(name, dtype, settings, TINY if smoke else MODEL, tokens=48 if smoke else 128)
+        rows.append(made | common)
+        print(f"{name:<58}", *(f"{k} {v:.4f}" for k, v in made["ratio"].items()), made["peak_in"], flush=True)
     if not smoke:
-        head = {"torch": torch.__version__, "commit": commit, "device": "cpu", "model": MODEL}
-        RECORD.write_text("".join(json.dumps(line) + "\n" for line in [head, *rows]))
+        write_rows(RECORD, rows)
 
 
 if __name__ == "__main__":

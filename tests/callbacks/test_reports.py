@@ -131,7 +131,7 @@ def test_the_table(tmp_path, capsys, caplog):
     for words in ("weights", "gradients", "optimizer state", "saved for backward", "process RSS, sampled"):
         assert words in out
     trainer.state.is_world_process_zero = False
-    with caplog.at_level(logging.INFO, logger="hf_lowmem.callbacks"):
+    with caplog.at_level(logging.INFO, logger="hf_lowmem.report"):
         callback.on_train_end(trainer.args, trainer.state, trainer.control)
     assert "optimizer state" in caplog.text
     assert capsys.readouterr().out == ""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from datasets import Dataset
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedConfig, TrainerCallback
 
-from hf_lowmem.memory import gradient_bytes, measure_saved, optimizer_bytes, parameter_bytes
-from hf_lowmem.memory.count import total_bytes
+from hf_lowmem.memory import gradient_bytes, measure_saved, optimizer_bytes
+from hf_lowmem.memory.count import tensors_in, total_bytes
 from hf_lowmem.planner.methods import method_of
 from hf_lowmem.planner.models import token_maker
 from hf_lowmem.sft import LowMemSFTConfig
@@ -68,22 +70,85 @@ class Watch(TrainerCallback):
         self.truth.states = optimizer_bytes(kwargs["optimizer"])
 
 
-def _model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+class ResetPeak(TrainerCallback):
+    """What was taken before the first step does not count."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _model(
+    config: PreTrainedConfig, dtype: torch.dtype, quantization: BitsAndBytesConfig | None, device: torch.device
+) -> Any:
     torch.set_default_dtype(dtype)
     try:
-        return LlamaForCausalLM(config)
+        with device:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         torch.set_default_dtype(torch.float32)
+    return (model if quantization is None else _quantized(model, quantization)).train()
 
 
-def measure(
-    config: LlamaConfig, args: Any, dtype: torch.dtype, *, peft_config: Any = None, reference: bool = False
-) -> Truth:
-    """Two steps of full batches, as the planner takes."""
-    truth = Truth()
+def _quantized(model: Any, settings: BitsAndBytesConfig) -> Any:
+    """The model with 4-bit linear layers, made by bitsandbytes itself. transformers' loader is passed by: on a CPU it
+    holds on to the weights that it read."""
+    options: dict[str, Any] = {
+        "compress_statistics": settings.bnb_4bit_use_double_quant,
+        "quant_type": settings.bnb_4bit_quant_type,
+    }
+    make: Any = Params4bit
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and linear is not model.lm_head:
+            sizes = linear.in_features, linear.out_features, False
+            small: Any = Linear4bit(*sizes, settings.bnb_4bit_compute_dtype, device="meta", **options)
+            small.weight = make(linear.weight.detach(), False, module=small, **options).to(linear.weight.device)
+            model.set_submodule(name, small)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def _scales(model: Any) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside its 4-bit weights."""
+    return [t for p in model.parameters() for t in tensors_in(getattr(p, "quant_state", None))]
+
+
+CPU = torch.device("cpu")
+
+
+def trainer_of(
+    config: PreTrainedConfig,
+    args: Any,
+    dtype: torch.dtype,
+    *,
+    callbacks: list[TrainerCallback],
+    cls: Any = None,
+    peft_config: Any = None,
+    reference: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
+    device: torch.device = CPU,
+) -> Any:
+    """The trainer of a real model with random weights, and full batches for two steps. `cls`: None for the method's."""
     method = method_of(args)
+    names = ("model", "ref_model")[: 1 + reference]
+    rows = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    trainer: Any = (cls or method.trainer())(
+        **{name: _model(config, dtype, quantization, device) for name in names},
+        args=args,
+        train_dataset=Dataset.from_dict({name: values * rows for name, values in method.columns.items()}),
+        data_collator=lambda examples: method.make_batch(trainer),
+        processing_class=token_maker(),
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+    return trainer
 
-    class Counting(method.trainer()):
+
+def measure(config: PreTrainedConfig, args: Any, dtype: torch.dtype, **options: Any) -> Truth:
+    """Two steps of full batches, as the planner takes; `options`: peft_config, reference, quantization."""
+    truth = Truth()
+
+    class Counting(method_of(args).trainer()):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 0:  # hooks keep Python objects alive a little longer; the peak is step 2's
                 with measure_saved(self.model) as saved:
@@ -92,26 +157,17 @@ def measure(
                 return loss
             return super().compute_loss(*args, **kwargs)
 
-    rows = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps
     # From before the first weight, so that every allocation is in the trace.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        models = {"model": _model(config, dtype)} | ({"ref_model": _model(config, dtype)} if reference else {})
-        trainer: Any = Counting(
-            **models,
-            args=args,
-            train_dataset=Dataset.from_dict({name: values * rows for name, values in method.columns.items()}),
-            data_collator=lambda examples: method.make_batch(trainer),
-            processing_class=token_maker(),
-            peft_config=peft_config,
-            callbacks=[Watch(truth)],
-        )
+        trainer = trainer_of(config, args, dtype, cls=Counting, callbacks=[Watch(truth)], **options)
         begin = torch.zeros(7, dtype=torch.int16)  # 14 bytes: where training begins in the trace
         trainer.train()
         del begin
-    truth.weights = parameter_bytes(trainer.model) + total_bytes(trainer.model.buffers())
+    truth.weights = total_bytes([*trainer.model.parameters(), *trainer.model.buffers(), *_scales(trainer.model)])
     if args.gradient_checkpointing or "checkpoint" in (getattr(args, "lowmem_activations", None) or ""):
         # Rotary sines and cosines are arguments of every layer: the closures that run it again hold them, unhooked.
-        heads = config.hidden_size // config.num_attention_heads
+        text: Any = config.get_text_config()
+        heads = text.hidden_size // text.num_attention_heads
         truth.saved += 2 * args.max_length * heads * dtype.itemsize
     truth.peak = _peak(trace)
     return truth

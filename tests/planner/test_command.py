@@ -66,7 +66,7 @@ def test_a_training_run_s_yaml_is_planned_as_it_is(
     ("more", "message"),
     [
         (["--max_length", "None"], "max_length=None"),
-        (["--load_in_4bit"], "--load_in_4bit: quantised base weights"),
+        (["--load_in_4bit"], "4-bit weights are not trained"),
         (["--implementation", "magic"], "implementation='magic' is not available"),
         (["--implementation", "foreach", "--optim", "lion"], "has no effect with optim='lion'"),
         (["--world_size", "2"], "world_size=2 with parallel=None"),

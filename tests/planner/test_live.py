@@ -69,8 +69,19 @@ def has_a_shape_of_its_values(self: Any, x: torch.Tensor) -> torch.Tensor:
     return x + torch.nonzero(x).shape[0]
 
 
+def has_an_operator_without_a_rule(self: Any, x: torch.Tensor) -> torch.Tensor:
+    weights = x.new_zeros(1, x.shape[-1], x.shape[-1])  # grouped products have a rule for bf16, not for fp32
+    ends = torch.full((1,), x.shape[1], dtype=torch.int32)
+    return nn.functional.grouped_mm(x[0], weights, offs=ends)[None]
+
+
 @pytest.mark.parametrize(
-    ("forward", "operation"), [(reads_a_number, "_local_scalar_dense"), (has_a_shape_of_its_values, "aten.nonzero")]
+    ("forward", "operation"),
+    [
+        (reads_a_number, "_local_scalar_dense"),
+        (has_a_shape_of_its_values, "aten.nonzero"),
+        (has_an_operator_without_a_rule, "aten._grouped_mm"),
+    ],
 )
 def test_a_model_that_depends_on_values_is_refused_by_operation_and_module(
     monkeypatch: pytest.MonkeyPatch, forward: Any, operation: str

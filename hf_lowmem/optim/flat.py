@@ -1,0 +1,55 @@
+"""Parameter groups that an engine turns into one vector each: DeepSpeed's ZeRO-1 and ZeRO-2 (see hf_lowmem/zero.py).
+
+The engine does so after the optimizer was made, in place and without a word to it. So what has to be known of single
+weights is decided before (`small_apart`), and what cannot work is found at the first vector (`check_flattened`).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from hf_lowmem.optim.base import LowMemOptimizer
+
+
+def small_apart(groups: list[dict[str, Any]], below: int) -> list[dict[str, Any]]:
+    """The same groups of (name, parameter), with parameters of fewer than `below` values in groups with fp32 states.
+
+    Inside the vector nobody can tell a norm's few weights, whose states are not compressed, from a matrix's.
+    """
+    apart = []
+    for group in groups:
+        small = [(name, p) for name, p in group["params"] if p.numel() < below]
+        large = [(name, p) for name, p in group["params"] if p.numel() >= below]
+        apart += [group | {"params": large}] if large else []
+        apart += [group | {"params": small, "state": "fp32"}] if small else []
+    return apart
+
+
+def check_flattened(optimizer: "LowMemOptimizer", shapes: set[torch.Size] | None, group: dict[str, Any]) -> None:
+    """Raise where a vector stands in the place of weights, and the method or the store cannot work on it.
+
+    Args:
+        shapes: of all parameters that the optimizer was made for; without them nothing can be told.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    store = group["weights"] != "keep" and all(p.dtype != torch.bfloat16 for p in group["params"])
+    if shapes is None or (optimizer.ELEMENTWISE and not store):
+        return
+    p = next((p for p in group["params"] if p.ndim == 1 and p.shape not in shapes), None)
+    if p is None:
+        return
+    from hf_lowmem.optim import elementwise  # the table is built from classes that need this file
+
+    got = f"a vector of {p.numel():,} values in the place of its weights (DeepSpeed's ZeRO has flattened them)"
+    if not optimizer.ELEMENTWISE:
+        raise ValueError(
+            f"{optimizer.name} got {got}, and it needs whole matrices. Use FSDP2 (fully_shard, fsdp_version 2) or DDP; "
+            f"under ZeRO-1 and ZeRO-2 these work: {', '.join(elementwise())}."
+        )
+    raise ValueError(
+        f"weights={group['weights']!r} has no effect: {optimizer.name} got {got} into fp32 copies. Leave it unset, or "
+        "use FSDP2 (fully_shard, fsdp_version 2) or DDP."
+    )

@@ -1,0 +1,198 @@
+"""What a search may choose: every valid combination of the settings that the user left open.
+
+A field is open where it had its class's default when the arguments were made (`LowMemArguments.lowmem_open`); any
+other is the user's, and is never changed. Open are, each if its fields are:
+
+    micro-batches       per_device_train_batch_size × gradient_accumulation_steps at their product, if both are open
+    activations         as HuggingFace keeps them, gradient_checkpointing, the tiers, and mixtures of two by layer
+    optim               the default first, then adamw, apollo, apollo_mini
+    lowmem_state        fp32, bf16, 8bit, int4, with an optim of ours
+    lowmem_weights      of bf16 weights, bf16_sr and bf16_ecc: rounding to nearest (keep) loses small updates
+    step in backward    where max_grad_norm is 0; or open, and the rule limits growth itself (apollo, apollo_mini, fira)
+
+Which of them go together, LowMemArguments' own checks decide: a combination that they refuse is no candidate.
+
+Not searched: TRL's activation_offloading, because a plan cannot weigh it without a CUDA device's streams; the rank of
+a low-rank optim; the dtype; the number of processes.
+
+A mixture gives its first layers the smaller tier. Backward begins at the last layer, so by the time that the smaller
+tier computes its layers again, what the others kept is freed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, product
+from typing import Any
+
+from hf_lowmem.optim import OPTIMIZERS
+
+__all__ = ["AS_IS", "CHECKPOINTING", "Choice", "candidates", "layers_by_tier", "policy_fields"]
+
+# Activation policies that are no tier of ours.
+AS_IS = "as is"
+CHECKPOINTING = "gradient_checkpointing"
+# From the largest to the smallest; hooks_fp8, for layers that are not recognised, saves too little to be searched.
+TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8")
+SHARES = 8  # a mixture changes its tier after so many eighths of the layers
+
+RULES = ("adamw", "apollo", "apollo_mini")
+STATES = ("fp32", "bf16", "8bit", "int4")
+# A 4-bit state errs by 15 to 30 % of an update, an 8-bit one by 1 to 2 % (records/codecs.jsonl).
+COARSE = ("int4",)
+STORES = ("bf16_sr", "bf16_ecc")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One combination. departure: how far it is from what the user asked for, 0 first: by another rule, for each rule
+    by dropping max_grad_norm, then by coarse states.
+
+    activations: AS_IS, CHECKPOINTING, a tier, or a mixture as `lowmem_activations` writes it.
+    """
+
+    departure: int
+    batch: int
+    accumulation: int
+    activations: str
+    optim: str
+    state: str | None = None
+    weights: str | None = None
+    step_in_backward: bool = False
+    max_grad_norm: float = 1.0
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """As values of the arguments' fields."""
+        return {
+            "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+            **policy_fields(self.activations),
+            "optim": self.optim,
+            "lowmem_state": self.state,
+            "lowmem_weights": self.weights,
+            "lowmem_step_in_backward": self.step_in_backward,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def changes(self, args: Any) -> dict[str, Any]:
+        """The fields that this choice sets otherwise than `args` have them."""
+        found = {name: value for name, value in self.values.items() if getattr(args, name) != value}
+        if "gradient_checkpointing" in found:  # None: a tier turns it off by itself
+            found["gradient_checkpointing"] = bool(found["gradient_checkpointing"])
+        return {name: value for name, value in found.items() if getattr(args, name) != value}
+
+
+def policy_fields(activations: str) -> dict[str, Any]:
+    """An activation policy as values of fields."""
+    if activations in (AS_IS, CHECKPOINTING):
+        return {"gradient_checkpointing": activations == CHECKPOINTING, "lowmem_activations": None}
+    return {"gradient_checkpointing": None, "lowmem_activations": activations}
+
+
+def split_policy(activations: str) -> list[tuple[str, int, int | None]]:
+    """(tier, first layer, last layer or None) of a mixture, or the one policy for all layers."""
+    if ":" not in activations:
+        return [(activations, 0, None)]
+    parts = []
+    for part in activations.split(","):
+        tier, _, layers = part.strip().partition(":")
+        first, dash, last = layers.partition("-")
+        parts.append((tier, int(first), (int(last) if last else None) if dash else int(first)))
+    return parts
+
+
+def layers_by_tier(activations: str, depth: int) -> list[str]:
+    """The policy of each of `depth` layers; a layer that no range names is as HuggingFace made it."""
+    made = [AS_IS] * depth
+    for tier, first, last in split_policy(activations):
+        for layer in range(first, depth if last is None else last + 1):
+            made[layer] = tier
+    return made
+
+
+def candidates(args: Any, *, depth: int, bf16_weights: bool) -> list[Choice]:
+    """All valid combinations. `depth`: decoder layers; `bf16_weights`: whether trained weights are bfloat16."""
+    policies = list(_policies(args))
+    found = []
+    for batch, accumulation in _micro_batches(args):
+        for rule in _rules(args, bf16_weights):
+            for policy in policies:
+                choice = Choice(batch=batch, accumulation=accumulation, activations=policy, **rule)
+                with contextlib.suppress(TypeError, ValueError):
+                    args.lowmem_replace(**choice.values)
+                    found.append(choice)
+    return found + list(_mixtures(found, args, depth))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def _micro_batches(args: Any) -> list[tuple[int, int]]:
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} <= args.lowmem_open:
+        rows = batch * accumulation
+        return [(d, rows // d) for d in _divisors(rows)]
+    return [(batch, accumulation)]
+
+
+def _policies(args: Any) -> Iterator[str]:
+    """Of all layers alike."""
+    free = {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)) <= args.lowmem_open
+    if "lowmem_activations" not in args.lowmem_open:
+        yield args.lowmem_activations
+        return
+    if free:
+        yield from (AS_IS, CHECKPOINTING)
+    else:
+        yield CHECKPOINTING if args.gradient_checkpointing else AS_IS
+    if free or not args.gradient_checkpointing:
+        yield from TIERS
+
+
+def _mixtures(found: list[Choice], args: Any, depth: int) -> Iterator[Choice]:
+    """Of two of the policies that are valid for a combination, at eighths of the layers."""
+    if "lowmem_activations" not in args.lowmem_open:
+        return
+    order = (AS_IS, *TIERS)
+    by_rest: dict[Choice, dict[str, Choice]] = {}
+    for choice in found:
+        by_rest.setdefault(replace(choice, activations=""), {})[choice.activations] = choice
+    cuts = sorted({round(depth * share / SHARES) for share in range(1, SHARES)} - {0, depth})
+    for valid in by_rest.values():
+        for larger, smaller in combinations([p for p in order if p in valid], 2):
+            for cut in cuts:
+                parts = [f"{smaller}:0-{cut - 1}" if cut > 1 else f"{smaller}:0"]
+                parts += [] if larger == AS_IS else [f"{larger}:{cut}-"]
+                yield replace(valid[smaller], activations=",".join(parts))
+
+
+def _rules(args: Any, bf16_weights: bool) -> Iterator[dict[str, Any]]:
+    """Optimizers with their stores and the way of stepping, in the order of departure."""
+    free = args.lowmem_open
+    own = str(getattr(args.optim, "value", args.optim))
+    if own not in OPTIMIZERS:
+        yield {"departure": 0, "optim": own, "max_grad_norm": args.max_grad_norm}
+        if "optim" not in free:
+            return
+    names = (own,) if own in OPTIMIZERS else RULES
+    states = STATES if "lowmem_state" in free else (args.lowmem_state,)
+    stores = (args.lowmem_weights,)
+    if "lowmem_weights" in free:
+        stores = STORES if bf16_weights else (None,)
+    stepping = (True, False) if "lowmem_step_in_backward" in free else (args.lowmem_step_in_backward,)
+    for i, name in enumerate(names):
+        for state, store, steps in product(states, stores, stepping):
+            norm = args.max_grad_norm
+            if steps and "max_grad_norm" in free and getattr(OPTIMIZERS[name], "LIMITS", False):
+                norm = 0.0
+            yield {
+                "departure": 1 + 4 * i + (norm != args.max_grad_norm) + 2 * (state in COARSE),
+                "optim": name,
+                "state": state,
+                "weights": store,
+                "step_in_backward": steps,
+                "max_grad_norm": norm,
+            }
