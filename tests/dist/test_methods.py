@@ -34,9 +34,12 @@ def test_every_method_under_ddp_is_one_process(codec: str) -> None:
     check("ddp", list(OPTIMIZERS), (codec,))
 
 
-def test_replicas_stay_equal_and_shards_round_each_for_itself() -> None:
+def test_replicas_stay_equal() -> None:
     launch(2, "replicas", "ddp,fsdp2", "adamw,galore", "bf16_sr", "50")
-    launch(2, "shards")
+
+
+def test_shards_round_each_for_itself_and_are_compressed_as_the_whole_would_be() -> None:
+    assert launch(2, "shards") == ["independent", "thresholds", "all"]
 
 
 @pytest.mark.slow

@@ -1,32 +1,17 @@
 """LowMemTrainer under FSDP2 on gloo: `torchrun ... -m tests.dist.trainer_worker FOLDER`."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["ACCELERATE_USE_CPU"] = "true"
-
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 
 from hf_lowmem.arguments import LowMemTrainingArguments
 from hf_lowmem.distributed import is_sharded
 from hf_lowmem.trainer import LowMemTrainer
 from tests.conftest import tiny_llama
-
-plain_init = AcceleratorState.__init__
-
-
-def init_with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
-    """accelerate makes DDP of FSDP on a CPU without a word; for this test it is FSDP2 over gloo."""
-    plain_init(self, *args, **kwargs)
-    plugin = kwargs.get("fsdp_plugin")
-    if plugin is not None:
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+from tests.dist import fsdp_on_cpu
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -77,7 +62,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    AcceleratorState.__init__ = init_with_fsdp  # type: ignore[method-assign]
+    fsdp_on_cpu.allow()
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
     dist.barrier()

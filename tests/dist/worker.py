@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from hf_lowmem.distributed import local
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import StepInBackward
+from hf_lowmem.optim.base import SMALLEST_COMPRESSED
 from tests.dist.net import (
     Net,
     apart,
@@ -118,6 +119,33 @@ def check_independent_shards() -> None:
     assert len(first.unique()) == 2, "every weight moved by a quarter of bf16's step"
     share = (first == second).float().mean().item()
     assert share < 0.9, share
+
+
+def check_thresholds() -> None:
+    """Whether a state is compressed depends on the whole parameter, not on the rows that are here.
+
+    The 67 x 70 values of `odd` are above the threshold, those of a half of it would not be; of `one` a process has all
+    5000 or none. A vector's shards keep fp32 at any length, by a rule of their own (hf_lowmem/codecs/rows.py).
+    """
+    alone = Net()
+    single = make("adamw", "int8", alone)
+    train_alone(alone, single, range(1))
+    model, optimizer = make_wrapped("fsdp2", "adamw", "int8")
+    train(model, optimizer, range(1))
+
+    def layouts(net: nn.Module, states: Any) -> dict[str, dict[str, torch.dtype]]:
+        return {
+            name: {k: v.dtype for k, v in states[p].items() if isinstance(v, Tensor)}
+            for name, p in net.named_parameters()
+            if p.ndim > 1
+        }
+
+    cut = layouts(model, optimizer.state)
+    assert cut == layouts(alone, single.state)
+    assert cut["odd.weight"]["exp_avg.codes"] == cut["one.weight"]["exp_avg.codes"] == torch.uint8
+    here = {name: local(p).numel() for name, p in model.named_parameters()}
+    assert 0 < here["odd.weight"] < SMALLEST_COMPRESSED < alone.odd.weight.numel()
+    assert here["one.weight"] == (0 if dist.get_rank() else 5000)
 
 
 def check_bad_gradient(name: str) -> None:
@@ -323,7 +351,10 @@ def main(task: str, *words: str) -> None:
             report(f"{kind} {name} {store}", check_replicas(kind, name, store, int(words[3])))
             for kind in lists[0] for name in lists[1] for store in lists[2]
         ],
-        "shards": lambda: report("independent", check_independent_shards()),
+        "shards": lambda: [
+            report("independent", check_independent_shards()),
+            report("thresholds", check_thresholds()),
+        ],
         "bad": lambda: [report(f"bad {name}", check_bad_gradient(name)) for name in lists[0]],
         "backward": lambda: [report(f"backward {name}", check_step_in_backward(name)) for name in lists[0]],
         "refused": lambda: [

@@ -63,8 +63,18 @@ FIELDS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 # (section, accelerate's part, type, message)
 ENGINES: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    ({"optim": "apollo"}, {"distributed_type": "DEEPSPEED"}, ValueError, r"'apollo'.*DEEPSPEED.*fsdp_version: 2"),
-    ({"optim": "adamw"}, {"distributed_type": "DEEPSPEED"}, ValueError, r"'adamw'.*DEEPSPEED.*fsdp_version: 2"),
+    (
+        {"optim": "apollo"},
+        {"distributed_type": "DEEPSPEED"},
+        ValueError,
+        r"DEEPSPEED with optim='apollo'.*fsdp_version: 2",
+    ),
+    (
+        {"optim": "adamw"},
+        {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
+        ValueError,
+        r"DEEPSPEED: zero_optimization.stage=3 with optim='adamw'.*fsdp_version: 2",
+    ),
     ({"optim": "adamw"}, {"distributed_type": "FSDP"}, ValueError, r"fsdp_version: 1 is not.*Set fsdp_version: 2"),
     (
         {"optim": "galore"},
@@ -116,6 +126,12 @@ def test_a_section_that_the_engine_does_not_go_with_is_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         prepare(written(tmp_path, rest | {section.KEY: values}))
+
+
+def test_step_in_backward_goes_with_fsdp2(tmp_path: Path) -> None:
+    rest = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "num_processes": 2}
+    values = {"optim": "adamw", "lowmem_step_in_backward": True}
+    assert prepare(written(tmp_path, rest | {section.KEY: values})) == (values, rest)
 
 
 @pytest.mark.parametrize(
