@@ -60,9 +60,6 @@ def clip(x, top):
     return tl.where(x > top, top, tl.where(x < -top, -top, x))
 
 
-# -- bf16 ------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def round_bf16(x):
     """fp32 -> the nearest bf16, ties to even, as fp32; overflows to inf, a nan stays one."""
@@ -113,9 +110,6 @@ def store_rounded(ptr, x, mask):
         tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
 
 
-# -- E4M3 ------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def e4m3_nearest(y):
     """fp32, no nan -> E4M3 bits, uint8; to the nearest, ties to even, beyond 448 to 448. Reference: `e4m3_codes`.
@@ -164,9 +158,6 @@ def e4m3_decode(codes):
     return e4m3_halves(codes) * 256.0
 
 
-# -- int8 ------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def round_nearest(y):
     """fp32, |y| <= 2**22 -> the nearest integer, ties to even, int32."""
@@ -185,9 +176,6 @@ def int8_stochastic(y, word):
     return (((y * 16777216.0).to(tl.int32) + (word & 0xFFFFFF).to(tl.int32)) >> 24).to(tl.int8)
 
 
-# -- random bits -----------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def random_word(index, k0, k1):
     """32 random bits of each index (any integer, modulo 2**32), uint32. Reference: `random_bits(seed, ...)`.
@@ -199,9 +187,6 @@ def random_word(index, k0, k1):
     h = (h ^ (h >> 16)) * 0x7FEB352D + k1.to(tl.uint32)
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
-
-
-# -- groups with a scale ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -255,9 +240,6 @@ def quantize_groups(
     return codes, tl.where(finite, scale, float("nan"))
 
 
-# -- sums, exponential -----------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def sum_pairs(x, LOG2: tl.constexpr):
     """(2**LOG2,) fp32 -> its sum: neighbours first, then neighbouring sums. Reference: rmsnorm's `sum_pairs`.
@@ -294,9 +276,6 @@ def exp(x):
     return p * from_bits(((n + 127) << 23).to(tl.uint32, bitcast=True))
 
 
-# -- fused saves -----------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def round_as(ptr, x):
     """fp32 rounded to the pointer's float dtype, to the nearest, ties to even, still as fp32."""
@@ -312,9 +291,6 @@ def e4m3_groups(x, index, k0, k1, MOST: tl.constexpr, STOCHASTIC: tl.constexpr):
     """`quantize_groups` of e4m3: fp32 (groups, 128); MOST: `GROUPS["e4m3"].most(dtype)`."""
     codes, scale = quantize_groups(x, index, k0, k1, True, 448.0, 6.018531076210112e-36, MOST, STOCHASTIC)  # 2**-117
     return codes, scale
-
-
-# -- fused products --------------------------------------------------------------------------------------------------
 
 
 def _interpreter_rounds_twice() -> bool:

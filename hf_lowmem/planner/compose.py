@@ -108,8 +108,6 @@ class Estimator:
         """The parameters of the whole model."""
         return shapes_of(self.meta, find_stack(self.meta)[0])
 
-    # -- the passes ------------------------------------------------------------------------------------------------
-
     def ends(self, policy: str, point: int, depth: int) -> Values:
         """The moments of ENDS in a simulated step without states, of all layers under one policy."""
         key = policy, point, depth
@@ -163,8 +161,6 @@ class Estimator:
         low, high = (self._deep(policy, point)[at, ACTIVATIONS] for point in (0, 1))
         return max(0.0, (high - low) / (n[1] - n[0]))
 
-    # -- the update ------------------------------------------------------------------------------------------------
-
     def update(self, choice: Choice) -> Update | None:
         """None: the rule would be plain Adam's on this model."""
         key = choice.optim, choice.state, choice.weights
@@ -213,8 +209,6 @@ class Estimator:
         if len(self.depths) > 1:
             values = values + (found[-1] - found[0]) * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
         return Update(round(values[0]), round(values[1]))
-
-    # -- together --------------------------------------------------------------------------------------------------
 
     def need(self, choice: Choice, tokens: int) -> int | None:
         """Bytes of one device that a combination takes, as `Plan.reserved_bytes`. None: not a choice on this model."""

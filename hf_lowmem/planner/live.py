@@ -88,8 +88,6 @@ class Live(TorchDispatchMode):
         self._rows: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._hooks: list[Any] = []
 
-    # -- what is alive ---------------------------------------------------------------------------------------------
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if self.invent_numbers and func is READ_A_NUMBER:
             return self._invent(args[0])
@@ -152,8 +150,6 @@ class Live(TorchDispatchMode):
     def rows_of(self, tensors: Iterable[Tensor]) -> set[int]:
         return {row for t in tensors if (row := self.row_of(t)) is not None}
 
-    # -- where ----------------------------------------------------------------------------------------------------
-
     def phase(self, name: str) -> None:
         """A new part of the step begins."""
         self.marks.append((self.clock, name))
@@ -207,8 +203,6 @@ class Live(TorchDispatchMode):
             hook.remove()
         self._hooks = []
         super().__exit__(*exc)
-
-    # -- numbers ---------------------------------------------------------------------------------------------------
 
     def _invent(self, tensor: Tensor) -> bool | int | float:
         """A number for code that only reports it. True is also what makes the trainer's tests pass: the loss is

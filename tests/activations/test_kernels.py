@@ -57,9 +57,6 @@ def by_kernels(model: nn.Module, inputs: dict[str, Any], seed: int = 3) -> tuple
         return loss_and_gradients(model, inputs, seed)
 
 
-# -- the same result -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("family", "tier"), [("llama", "fp8"), ("qwen3", "fp8_recompute"), ("gemma3", "fp8")])
 def test_triton_trains_a_layer_bit_for_bit_as_the_references(family: str, tier: str, fused: dict[str, int]) -> None:
     """Losses and gradients of two steps. The bound between the two implementations is zero; eager attention, because
@@ -240,9 +237,6 @@ def test_a_copy_goes_by_the_kernels_too(how: Any, fused: dict[str, int]) -> None
     _, ours = by_kernels(how(model), batch())
     assert fused == {"norm": 8, "glu": 4}
     assert all(torch.equal(g, ours[name]) for name, g in gradients.items())
-
-
-# -- left alone ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -88,9 +88,6 @@ def test_the_operators_in_one_compiled_graph(name: str, signed: bool) -> None:
     assert torch.equal(got, CODECS[name].decode(want_enc, x.shape) + 1)
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
-
-
 def test_expanding_finds_the_code_at_every_threshold_of_every_power() -> None:
     """And one unit in the last place below and above, and at both ends of what is clamped."""
     thresholds = tables.expanding_thresholds()  # (256, 126)
@@ -145,9 +142,6 @@ def test_packed_tables_have_room_for_one_threshold_an_interval() -> None:
     assert (tables.expanding_thresholds().diff(dim=1) >= 1 << rows[:, :1]).all()
     middles = (torch.arange(1, 256, dtype=torch.float64) - 0.5) / 255
     assert (tables.bits_of(tables.softsign_inverse(middles).square()).diff() >= 1 << 16).all()
-
-
-# -- weights ---------------------------------------------------------------------------------------------------------
 
 
 def test_random_rounding_is_a_function_of_seed_and_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread).to(dtype)
 
 
-# -- mathematics, in float64 and with nothing compressed -------------------------------------------------------------
-
-
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, plus_one: bool) -> Tensor:
@@ -84,9 +81,6 @@ def test_formulas_are_torchs_in_float64() -> None:
     for act, torchs in (("silu", F.silu(x)), ("gelu_tanh", F.gelu(x, approximate="tanh"))):
         ours = glu_reference.product(x, up, act, x.dtype)
         torch.testing.assert_close(ours, torchs * up, rtol=1e-12, atol=1e-13)
-
-
-# -- rounding --------------------------------------------------------------------------------------------------------
 
 
 def test_the_exponential_is_as_good_as_it_says() -> None:
@@ -166,9 +160,6 @@ def test_products_round_where_torch_does() -> None:
         ours, theirs = glu(gate, up, act), torchs * up
         middle = gate > -4  # in gelu's tail torch's own 1 + tanh cancels
         assert (ours != theirs)[middle].float().mean() < 0.001
-
-
-# -- what is saved, and gradients from it ----------------------------------------------------------------------------
 
 
 def test_saved_codes_are_those_of_the_formats() -> None:

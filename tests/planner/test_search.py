@@ -41,9 +41,6 @@ def open_arguments(**settings: Any) -> Any:
     return arguments(**OPEN | settings)
 
 
-# -- the field ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("value", "size"),
     [("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("20000MiB", 20000 * 2**20), (" 1.5 TiB ", 3 * 2**39)],
@@ -92,9 +89,6 @@ def test_where_no_step_can_be_planned_the_budget_is_refused_with_the_remedy(tmp_
         LowMemSFTTrainer(model, args, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="a Linear has no config of transformers"):
         LowMemSFTTrainer(torch.nn.Linear(2, 2), args)
-
-
-# -- candidates --------------------------------------------------------------------------------------------------------
 
 
 def test_open_is_what_has_its_default_and_the_rest_is_never_changed() -> None:
@@ -152,9 +146,6 @@ def test_the_cost_model_has_the_order_that_it_states() -> None:
     assert cost(batch=4) < cost(batch=2) < cost(batch=1)
     assert cost(states=100) < cost(states=1000)
     assert cost(norm=0.0) < cost(norm=1.0)
-
-
-# -- the search --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +227,6 @@ def test_a_mixture_is_chosen_between_two_tiers() -> None:
     assert found.next["reserved_bytes"] > found.budget
 
 
-# -- in a trainer ------------------------------------------------------------------------------------------------------
-
 GIVEN: dict[str, Any] = {
     "lowmem_activations": "fp8",
     "optim": "lion",
@@ -290,9 +279,6 @@ def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tmp_path: Path
     assert all(map(torch.equal, bits(resumed), bits(whole)))
 
 
-# -- on the command line -----------------------------------------------------------------------------------------------
-
-
 def test_the_command_line_searches_for_the_longest_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     CONFIG.save_pretrained(tmp_path)
     given = ["--optim", "lion", "--lowmem_state", "8bit", "--lowmem_weights", "bf16_sr", "--device", "cpu"]
@@ -329,9 +315,6 @@ def test_bad_questions_are_one_line(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert message in shown.err.splitlines()[-1]
-
-
-# -- at its true size --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

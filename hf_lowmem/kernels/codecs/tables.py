@@ -77,9 +77,6 @@ def bits_of(x: Tensor) -> Tensor:
     return x.float().view(torch.int32).long()
 
 
-# -- int8: the dynamic map -------------------------------------------------------------------------------------------
-
-
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values of the dynamic map, ascending, fp32 (256,).
 
@@ -123,9 +120,6 @@ MAPS = {signed: DeviceTable(functools.partial(dynamic_map, signed)) for signed i
 NEAREST = {signed: DeviceTable(functools.partial(nearest_table, signed)) for signed in (True, False)}
 
 
-# -- int8_softsign ---------------------------------------------------------------------------------------------------
-
-
 def softsign_inverse(y: Tensor) -> Tensor:
     """The inverse of the companding, for |y| <= 1."""
     return SOFTNESS * y / (1 + SOFTNESS - y.abs())
@@ -150,9 +144,6 @@ def softsign_table() -> Tensor:
 
 SOFTSIGN_VALUES = {signed: DeviceTable(functools.partial(softsign_values, signed)) for signed in (True, False)}
 SOFTSIGN_CODES = DeviceTable(softsign_table)
-
-
-# -- fp8_expand ------------------------------------------------------------------------------------------------------
 
 
 def e4m3_values() -> Tensor:

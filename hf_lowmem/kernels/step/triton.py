@@ -84,9 +84,6 @@ MOST_NUMBERS = 8
 COLUMNS: tl.constexpr = tl.constexpr(COUNT + MOST_NUMBERS)
 
 
-# -- weights ---------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def load_weight(ptr, correction_ptr, mask, STORE: tl.constexpr):
     """A weight in fp32, from the pointers to a tile's values. Reference: `load_weight` and `join_24`."""
@@ -111,9 +108,6 @@ def save_weight(ptr, correction_ptr, w, index, mask, k0, k1, STORE: tl.constexpr
         tl.store(ptr, as_bf16((coarse * 65536).to(tl.float32, bitcast=True)), mask=mask)
     else:
         store_rounded(ptr, w, mask)
-
-
-# -- formulas --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -256,9 +250,6 @@ def check_kernel(table, sound_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr
         worst = tl.maximum(worst, magnitude(load_fp32(grad + whole + lane, lane < (n - whole).to(tl.int32))))
     if tl.max(worst, axis=0) >= LIMIT:
         tl.store(sound_ptr + i, 0)
-
-
-# -- launches --------------------------------------------------------------------------------------------------------
 
 
 def warps(*codecs: str) -> int:
