@@ -118,6 +118,32 @@ def test_shards_that_carry_code_are_refused(run: Path) -> None:
         verify(folder)
 
 
+class ByGetattr:
+    """Pickled as some versions of Python pickle the members of enums."""
+
+    def __init__(self, *asked: Any) -> None:
+        self.asked = asked
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+def test_members_of_enums_may_be_asked_for_by_getattr_and_nothing_else(run: Path) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageMeta
+
+    folder = run / "checkpoint-6"
+    (folder / "shards").mkdir()
+    metadata = folder / "shards" / ".metadata"
+    metadata.write_bytes(pickle.dumps(ByGetattr(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")))
+    write_manifest(folder)
+    verify(folder)
+    for asked in ((StorageMeta, "__init__"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__class__")):
+        metadata.write_bytes(pickle.dumps(ByGetattr(*asked)))
+        write_manifest(folder)
+        with pytest.raises(BadCheckpoint, match=rf"\.metadata is not the description of shards.*{asked[1]}"):
+            verify(folder)
+
+
 def test_a_save_that_was_not_finished_is_skipped_and_named(run: Path) -> None:
     remove_manifest(run / "checkpoint-6" / "x")
     found, passed = last_complete(run)
