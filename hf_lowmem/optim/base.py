@@ -13,6 +13,7 @@ is a flat dict of plain tensors and numbers: `{"step": 7, "exp_avg.codes": uint8
     fused      kernels that do a whole step
     sharded    states of weights that FSDP2 has cut
     flat       groups that DeepSpeed makes one vector of
+    parts      long parameters, a part at a time
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from hf_lowmem.optim.flat import check_flattened
 from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
 from hf_lowmem.optim.load import load
 from hf_lowmem.optim.options import resolve
+from hf_lowmem.optim.parts import can_part, step_parts
 from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
 from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
 from hf_lowmem.specs import OptimSpec
@@ -211,6 +213,9 @@ class LowMemOptimizer(Optimizer):
             group = group | {"lr": plain(group["lr"])}
         raw = self.state[p]
         raw["step"] = raw.get("step", 0) + 1
+        if not is_sharded(p) and self.elementwise(p, group) and can_part(p, self.codecs(p, group)):
+            step_parts(self, p, group)
+            return
         grad = local(p.grad).to(torch.float32)
         if sound is None and is_sharded(p):
             sound = agreed_for(p, raw)
@@ -220,11 +225,15 @@ class LowMemOptimizer(Optimizer):
                 sound &= is_sound(raw[WINDOW])
         if self._waits_for_the_device(p):
             if sound:
-                self._apply(p, grad, sound, group)
+                self._apply(p, grad, sound, self._state_of(p, group), group)
             else:
                 raw.pop(WINDOW, None)
         else:
-            self._apply_where(sound, p, grad, raw, group)
+            self._apply_where(sound, p, grad, self._state_of(p, group), group)
+
+    def elementwise(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the update of each of this parameter's values needs that value alone."""
+        return self.ELEMENTWISE
 
     def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether `FUSED` makes this parameter's step."""
@@ -262,10 +271,9 @@ class LowMemOptimizer(Optimizer):
         """Why a parameter of this shape cannot be cut by rows (FSDP2), with the remedy. `None`: it can."""
         return None
 
-    def _apply(self, p: Tensor, grad: Tensor, sound: Tensor, group: dict[str, Any]) -> None:
+    def _apply(self, p: Tensor, grad: Tensor, sound: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         """Update `p` from a gradient that is sound, or will be undone. The one place where weights are read and written
         but for the kernels."""
-        state = self._state_of(p, group)
         store = self.store_of(p, group)
         correction = seed = None
         if store == "bf16_ecc":
@@ -280,13 +288,14 @@ class LowMemOptimizer(Optimizer):
         self.update(weights, grad, state, group)
         save_weight(p, weights, correction, seed)
 
-    def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, raw: dict[str, Any], group: dict[str, Any]) -> None:
+    def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
+        raw = state.raw
         guarded = self.writes_weights(p, group)  # by a kernel that reads `sound` itself
         kept = {k: local(v) for k, v in raw.items() if isinstance(v, Tensor)}
         before = {k: v.clone() for k, v in kept.items() if not (guarded and k == CORRECTION)}
         weights = None if guarded else local(p).clone()
-        self._apply(p, grad, sound, group)
+        self._apply(p, grad, sound, state, group)
         if weights is not None:
             local(p).copy_(torch.where(sound, local(p), weights))
         for k, v in raw.items():

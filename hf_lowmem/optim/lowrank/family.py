@@ -127,6 +127,9 @@ class LowRankOptimizer(LowMemOptimizer):
     def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
         return not is_low_rank(p.shape, group["rank"]) and super().fuses(p, group)
 
+    def elementwise(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return not is_low_rank(p.shape, group["rank"])
+
     def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
         return steps, "family", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
 
