@@ -121,7 +121,10 @@ def test_parts_round_at_random_each_for_itself_and_resume_to_the_same_bits(
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int4"])
-def test_temporaries_are_those_of_a_part_however_long_the_parameter(codec: str) -> None:
+def test_temporaries_are_those_of_a_part_however_long_the_parameter(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART", 1 << 20)
     taken = []
     for length in (4, 8):
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
