@@ -1,16 +1,14 @@
 """What every row of a record carries, and how records are read and written. Needs torch alone, no trl, no rich."""
 
 import json
-import platform
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from hf_lowmem.cards.facts import device_name, versions_of
 
-import hf_lowmem
+__all__ = ["HERE", "RECORDS", "commit", "device_name", "read_rows", "versions_of", "write_rows"]
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
@@ -28,25 +26,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + (" with changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The installed ones of `packages`, and Python. A clone on the path that is not installed counts."""
-    found = {"python": platform.python_version(), "hf-lowmem": hf_lowmem.__version__}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
