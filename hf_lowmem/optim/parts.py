@@ -1,6 +1,6 @@
 """Long parameters in parts, where every value of an update needs that value alone.
 
-Decoding, updating and encoding whole tensors makes temporaries of the size of the parameter in fp32, about eight of
+Decoding, updating and encoding whole tensors makes temporaries of the size of the parameter in fp32, up to seven of
 them: for an embedding of half a billion values that is more than its 4-bit states save. In parts of `PART` values they
 are small. Blocks of codes lie whole in one part, so a part's result is the same bits as the whole's (random rounding
 apart, which draws from a stream for each part).

@@ -26,6 +26,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from hf_lowmem.codecs import codec_pair
+from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.choices import AS_IS, CHECKPOINTING, Choice, layers_by_tier
 from hf_lowmem.planner.models import Shape, layer_count
 from hf_lowmem.planner.updates import Update
@@ -37,10 +39,9 @@ VECTOR = 16
 MICRO_BATCH = 256
 CODEC_BYTES = 6  # a value: 2 read and 1 written to encode, 1 read and 2 written to decode
 # Operations to decode and encode a value of a state, counted roughly from hf_lowmem.kernels.codecs.
-CODEC_WORK = {None: 0, "fp32": 0, "bf16": 4}
+CODEC_WORK = {"fp32": 0, "bf16": 4}
 CODEC_WORK_OTHERS = 30
-STATE_BYTES = {"bf16": 2.0, "8bit": 1.03, "int4": 0.53}  # a value
-LOW_RANK = 256  # apollo's default rank: its projection is 2 FLOPs a weight and row
+MANY = 1 << 16  # values, so that a codec's scales count as they do in a large tensor
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def _update(choice: Choice, work: Work, update: Update) -> float:
     moved = 2 * weights + gradients + 2 * update.states + 2 * update.temporaries
     moved += 2 * gradients if choice.max_grad_norm else 0
     moved += 2 * gradients * (choice.accumulation - 1)
-    coded = update.states / STATE_BYTES.get(choice.state or "fp32", 4.0)
-    arithmetic = VECTOR * CODEC_WORK.get(choice.state, CODEC_WORK_OTHERS) * coded
-    projected = 2 * LOW_RANK * work.trained_values if choice.optim == "apollo" else 0
-    return RATIO * moved + arithmetic + projected
+    codecs = codec_pair(choice.state or "fp32")
+    values = update.states * 2 * MANY / sum(codec.nbytes(MANY) for codec in codecs)
+    coding = sum(CODEC_WORK.get(codec.name, CODEC_WORK_OTHERS) for codec in codecs) / 2
+    rule = OPTIMIZERS.get(choice.optim)
+    rank = rule.DEFAULTS.get("rank", 0) if rule is not None else 0  # a projection is 2 FLOPs a weight and row
+    return RATIO * moved + VECTOR * coding * values + 2 * rank * work.trained_values

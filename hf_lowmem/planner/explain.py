@@ -40,6 +40,7 @@ def explain(
     least: Mapping[str, int],
     count: int,
     args: Any,
+    refused: Mapping[str, Exception],
 ) -> str:
     """Sentences, one a line.
 
@@ -47,6 +48,7 @@ def explain(
         following: the nearest of what was preferred; see `Found.next`.
         least: the least that each optimizer needs which was preferred and does not fit.
         count: of combinations.
+        refused: activation policies that are no choice on this model, and why.
     """
     lines = [
         f"Chosen: {describe(chosen)}.",
@@ -71,4 +73,5 @@ def explain(
             f"Next to be preferred, at {following['time']:.3f} of its time: {describe(following['chosen'])}; it {how} "
             f"{human_bytes(following['reserved_bytes'])}."
         )
+    lines += [f"Left out: activations {policy}. {reason}" for policy, reason in refused.items()]
     return "\n".join(lines)

@@ -74,23 +74,12 @@ def search(
 
 
 def longest(
-    model: str | Path | PreTrainedConfig,
-    args: Any,
-    *,
-    budget: int | str,
-    dtype: torch.dtype | str | None = None,
-    peft_config: Any = None,
-    world_size: int = 1,
-    parallel: str | None = None,
-    device: str = "cuda",
-    label: str = "budget",
-    progress: Callable[[str], None] = lambda message: None,
-    **more: Any,
+    model: str | Path | PreTrainedConfig, args: Any, *, budget: int | str, label: str = "budget", **asked: Any
 ) -> Found:
     """The longest `max_length`, a multiple of 64 up to the model's positions, for which something fits in `budget`, and
     the fastest settings that fit with it. Arguments and errors: see `search`; `args.max_length` is not looked at."""
     size = parse_bytes(label, budget) if isinstance(budget, str) else budget
-    config, _ = config_and_dtype(model, args, dtype)
+    config, _ = config_and_dtype(model, args, None)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 2 * STEP:
         raise ValueError(
@@ -99,12 +88,9 @@ def longest(
         )
     far = min(limit, PROBE) // STEP * STEP
     args = args.lowmem_replace(max_length=far)
-    asked = prepare(
-        model, args, dtype=dtype, peft_config=peft_config, world_size=world_size, parallel=parallel, device=device,
-        progress=progress, points=((1, max(STEP, far // 2 // STEP * STEP)), (1, far)), **more,
-    )  # fmt: skip
-    asked.within(f"{label}={budget!r}", size)
-    return asked.answer(asked.longest(limit))
+    found = prepare(model, args, points=((1, max(STEP, far // 2 // STEP * STEP)), (1, far)), **asked)
+    found.within(f"{label}={budget!r}", size)
+    return found.answer(found.longest(limit))
 
 
 def prepare(

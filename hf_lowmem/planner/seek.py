@@ -65,6 +65,7 @@ class Search:
     label: str = ""
     plans: dict[tuple[Choice, int], Plan] = field(default_factory=dict)
     errors: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    refused: dict[str, Exception] = field(default_factory=dict)  # activation policies, and why
     _estimates: dict[tuple[Choice, int], int | None] = field(default_factory=dict)
 
     @property
@@ -105,11 +106,11 @@ class Search:
 
     def weigh(self, tokens: int) -> None:
         """Drop what is no choice on this model: a policy that its layers refuse, a rule that would be another's."""
-        refused: dict[str, Exception] = {}
+        refused = self.refused
         for policy in dict.fromkeys(t for c in self.found for t in layers_by_tier(c.activations, self.estimator.depth)):
             try:
                 self.estimator.at(policy, 1, tokens)
-            except (CannotSimulate, NotImplementedError, TypeError, ValueError) as error:
+            except (CannotSimulate, ValueError) as error:  # what `plan` would say of it; the answer says it, too
                 refused[policy] = error
         self.found = [
             c for c in self.found if not refused.keys() & set(layers_by_tier(c.activations, self.estimator.depth))
@@ -187,7 +188,7 @@ class Search:
             args=self.args.lowmem_settle(**choice.values, max_length=tokens),
             chosen=chosen,
             plan=made,
-            why=explain(self.budget, choice, chosen, made, following, least, len(self.found), self.args),
+            why=explain(self.budget, choice, chosen, made, following, least, len(self.found), self.args, self.refused),
             next=following,
             candidates=len(self.found),
             simulated=self.estimator.simulated,

@@ -1,7 +1,7 @@
 """Every kernel compiled for every GPU it supports, without one: registers, shared memory, spills.
 
     python scripts/bench/kernel_targets.py                       # all; writes records/kernels_targets.{jsonl,txt}
-    python scripts/bench/kernel_targets.py --only quantize --targets cuda:80 hip:gfx942 --out /tmp/targets
+    python scripts/bench/kernel_targets.py --only quantize --targets cuda:80 hip:gfx942 --out targets
 
 A quarter of an hour on one core; what Triton's cache has is not compiled again. Ends with an error if a kernel spills
 registers on any target. What is compiled: `compile_cases()` in each hf_lowmem/kernels/*/triton.py, at the shapes of an

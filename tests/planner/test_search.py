@@ -14,7 +14,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 from trl import GRPOConfig
 
 from hf_lowmem import LowMemDPOConfig, LowMemPlugin, LowMemTrainer, LowMemTrainingArguments, with_lowmem
@@ -197,6 +197,16 @@ def test_between_two_needs_the_faster_that_fits_is_chosen_and_fits(asked: Search
         assert found.args.lowmem_open == frozenset()
         assert asked.args.lowmem_state is None
     assert plan(CONFIG, found.args, dtype="bfloat16", device="cpu").reserved_bytes <= found.budget
+
+
+def test_what_a_model_refuses_is_left_out_and_said() -> None:
+    """The tiers know decoder layers of attention; a state-space model has none."""
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
+    args = open_arguments(optim="lion", lowmem_state="fp32", lowmem_step_in_backward=False, max_length=16)
+    found = search(config, args, budget="1GiB", dtype="float32", device="cpu")
+    assert found.chosen.get("lowmem_activations") is None
+    for tier in ("exact", "fp8", "fp8_recompute", "checkpoint_fp8"):
+        assert f"Left out: activations {tier}. lowmem_activations={tier!r}: no stack of decoder layers" in found.why
 
 
 def test_a_no_says_what_would_fit(asked: Search) -> None:
