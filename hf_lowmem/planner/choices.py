@@ -22,11 +22,12 @@ tier computes its layers again, what the others kept is freed.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations, product
 from typing import Any
 
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.specs import ActivationSpec
 
 __all__ = ["AS_IS", "CHECKPOINTING", "Choice", "candidates", "layers_by_tier", "policy_fields"]
 
@@ -91,25 +92,17 @@ def policy_fields(activations: str) -> dict[str, Any]:
     return {"gradient_checkpointing": None, "lowmem_activations": activations}
 
 
-def split_policy(activations: str) -> list[tuple[str, int, int | None]]:
-    """(tier, first layer, last layer or None) of a mixture, or the one policy for all layers."""
-    if ":" not in activations:
-        return [(activations, 0, None)]
-    parts = []
-    for part in activations.split(","):
-        tier, _, layers = part.strip().partition(":")
-        first, dash, last = layers.partition("-")
-        parts.append((tier, int(first), (int(last) if last else None) if dash else int(first)))
-    return parts
+@cache
+def layers_by_tier(activations: str, depth: int) -> tuple[str, ...]:
+    """The policy of each of `depth` layers; a layer that no range names is as HuggingFace made it.
 
-
-def layers_by_tier(activations: str, depth: int) -> list[str]:
-    """The policy of each of `depth` layers; a layer that no range names is as HuggingFace made it."""
-    made = [AS_IS] * depth
-    for tier, first, last in split_policy(activations):
-        for layer in range(first, depth if last is None else last + 1):
-            made[layer] = tier
-    return made
+    Raises:
+        ValueError: where a range names a layer that there is not.
+    """
+    if activations in (AS_IS, CHECKPOINTING):
+        return (activations,) * depth
+    spec = ActivationSpec(tiers=activations, labels={"tiers": "lowmem_activations"})
+    return tuple(tier or AS_IS for tier in spec.of_layers(depth))
 
 
 def candidates(args: Any, *, depth: int, bf16_weights: bool) -> list[Choice]:

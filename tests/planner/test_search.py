@@ -199,6 +199,11 @@ def test_between_two_needs_the_faster_that_fits_is_chosen_and_fits(asked: Search
     assert plan(CONFIG, found.args, dtype="bfloat16", device="cpu").reserved_bytes <= found.budget
 
 
+def test_a_layer_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"lowmem_activations='fp8:0-9': the model has layers 0 to 1"):
+        search(CONFIG, open_arguments(lowmem_activations="fp8:0-9"), budget="1GiB", dtype="float32", device="cpu")
+
+
 def test_what_a_model_refuses_is_left_out_and_said() -> None:
     """The tiers know decoder layers of attention; a state-space model has none."""
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
