@@ -9,31 +9,29 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib import import_module
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_lowmem import section
+from hf_lowmem import rules, section
 from hf_lowmem.codecs import CODECS
-from hf_lowmem.compatibility import (
-    LABELS,
-    OPTIMIZER_FIELDS,
-    check_fsdp_spec,
-    check_fsdp_version,
-    check_optimizer_fields,
-    check_step_in_backward,
-    check_tiers,
-    check_zero_config,
-    fsdp_asked,
-    parse_options,
-)
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
-from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag
+from hf_lowmem.specs import (
+    LABELS,
+    OPTIMIZER_FIELDS,
+    PROJECTIONS,
+    ActivationSpec,
+    OptimSpec,
+    check_choice,
+    check_flag,
+    parse_options,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +72,8 @@ class LowMemArguments:
     Raises:
         TypeError, ValueError: naming the field, its value, the reason and the remedy.
     """
+
+    READER: ClassVar[str | None] = None  # the trainer that alone reads what a config adds to these fields
 
     optim: str = field(
         default=DEFAULT_OPTIM,
@@ -187,38 +187,36 @@ class LowMemArguments:
     def __post_init__(self) -> None:
         self._take_section()
         self._lowmem_open = open_fields(self)
-        self._check_budget()
+        self._settled(getattr(super(), "__post_init__", lambda: None))
+
+    def _settled(self, parents: Callable[[], None] = lambda: None) -> None:
+        """Settle what is open and check all fields, each for itself and together.
+
+        Args:
+            parents: HuggingFace's own checks, where they have not run yet. They cannot start DeepSpeed, or read its
+                file, everywhere; so what fields say by themselves is checked before.
+        """
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
-        check_optimizer_fields(self, ours, name)
+        check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
+        self.lowmem_activation_spec()
+        if self.lowmem_budget is not None:
+            parse_bytes("lowmem_budget", self.lowmem_budget)
+        rules.check(self._facts(rules.Run.from_fields(self)))
         self._settle_checkpointing()
         self._settle_adam(ours, name)
-        self.optim = "adamw_torch" if ours else name  # a name that the parents accept while they check
-        getattr(super(), "__post_init__", lambda: None)()
-        check_fsdp_version(self, ours, name)
-        check_zero_config(self, ours, name)
+        if ours:
+            self.optim = "adamw_torch"  # a name that the parents accept while they check
+        parents()
         if ours:
             self.optim = name
             check_spec(self.lowmem_optim_spec())
-            check_fsdp_spec(self.lowmem_optim_spec(), bool(getattr(self, "fsdp", None)))
-            self._check_step_in_backward()
-        if self.lowmem_activations is not None and getattr(self, "n_gpu", 1) > 1:
-            raise ValueError(
-                f"lowmem_activations={self.lowmem_activations!r} with {self.n_gpu} visible GPUs in one process: "  # type: ignore[attr-defined]
-                "DataParallel's replicas would share the first one's layers. Make one GPU visible, or start a process "
-                "a GPU with `accelerate launch` or `torchrun`."
-            )
+        rules.check(self._facts(rules.Run.from_arguments(self)))
 
-    def _check_budget(self) -> None:
-        if self.lowmem_budget is None:
-            return
-        parse_bytes("lowmem_budget", self.lowmem_budget)
-        if not isinstance(self, TrainingArguments):
-            raise ValueError(
-                f"lowmem_budget={self.lowmem_budget!r} has no effect in {type(self).__name__}: a loop of your own "
-                "cannot be planned. Leave it unset, and choose the settings with `hf-lowmem plan --budget`."
-            )
+    def _facts(self, run: rules.Run) -> rules.Run:
+        """What the class of these arguments adds to what their fields say."""
+        return run
 
     def _settle_adam(self, ours: bool, name: str) -> None:
         own = OPTIMIZERS[name].DEFAULTS if ours else {}
@@ -248,18 +246,9 @@ class LowMemArguments:
             values["activation_checkpointing"] = values["gradient_checkpointing"]
         for name, value in values.items():
             setattr(made, name, value)
-        ours = made.optim in OPTIMIZERS
-        check_optimizer_fields(made, ours, made.optim)
-        made._settle_checkpointing()
+        made._settled()
         if mirrored:
             vars(made)["activation_checkpointing"] = made.gradient_checkpointing
-        made._settle_adam(ours, made.optim)
-        check_fsdp_version(made, ours, made.optim)
-        check_zero_config(made, ours, made.optim)
-        if ours:
-            check_spec(made.lowmem_optim_spec())
-            check_fsdp_spec(made.lowmem_optim_spec(), fsdp_asked(made))
-            made._check_step_in_backward()
         return made
 
     def lowmem_settle(self, **values: Any) -> Self:
@@ -271,31 +260,31 @@ class LowMemArguments:
     def _take_section(self) -> None:
         """Fields that have their default value take what HF_LOWMEM_CONFIG says of them."""
         label, known = f"{section.VARIABLE} ({section.KEY})", section_fields()
+        if getattr(self, "_lowmem_lent", False):
+            # A script that knows nothing of us may say its class's defaults: what ours leave open is open here, too.
+            for name in (*ADAM_DEFAULTS, "gradient_checkpointing"):
+                if getattr(self, name) == inherited_default(type(self), name):
+                    setattr(self, name, None)
         for name, value in section.from_env().items():
             check_choice(f"{label}: field", name, known)
             own = type(self).__dataclass_fields__.get(name)
             if own is None or getattr(self, name) == value:
                 continue
             if getattr(self, name) != own.default:
-                logger.info("%s: %s=%r gives way to %r, which was set here", label, name, value, getattr(self, name))
+                mine = getattr(self, name)
+                if getattr(self, "_lowmem_lent", False):
+                    raise ValueError(
+                        f"{label}: {name}={value!r}, and the script sets {name}={mine!r}. Take one of the two out."
+                    )
+                logger.warning("%s: %s=%r gives way to %r, which was set here", label, name, value, mine)
                 continue
             setattr(self, name, value)
 
     def _settle_checkpointing(self) -> None:
-        """Checkpointing or our tiers: inside a checkpoint nothing is left to compress."""
-        spec = self.lowmem_activation_spec()
-        checkpointing = self.gradient_checkpointing or getattr(self, "activation_checkpointing", None)
-        if spec is None:
-            if self.lowmem_activations_stochastic:
-                raise ValueError(
-                    "lowmem_activations_stochastic=True has no effect without lowmem_activations. Leave it unset, or "
-                    "set lowmem_activations='fp8'."
-                )
-            if self.gradient_checkpointing is None:
-                self.gradient_checkpointing = inherited_default(type(self), "gradient_checkpointing")
-            return
-        self.gradient_checkpointing = self.gradient_checkpointing or False
-        check_tiers(self, checkpointing)
+        """Checkpointing that was left open: off with our tiers, else the class's own."""
+        if self.gradient_checkpointing is None:
+            default = inherited_default(type(self), "gradient_checkpointing")
+            self.gradient_checkpointing = default if self.lowmem_activations is None else False
 
     def lowmem_activation_spec(self) -> ActivationSpec | None:
         """What these arguments ask of the model's layers."""
@@ -306,11 +295,6 @@ class LowMemArguments:
         return ActivationSpec(
             tiers=self.lowmem_activations, stochastic=self.lowmem_activations_stochastic, labels=labels
         )
-
-    def _check_step_in_backward(self) -> None:
-        """What needs all gradients at once is refused."""
-        if self.lowmem_step_in_backward:
-            check_step_in_backward(self)
 
     def lowmem_optim_spec(self) -> OptimSpec:
         """What these arguments ask of our optimizer; checked again, since fields may have been assigned."""
@@ -411,6 +395,17 @@ def _restore(base: type, values: dict[str, Any]) -> Any:
     made = object.__new__(with_lowmem(base))
     made.__dict__.update(values)
     return made
+
+
+def _make_trainer(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`Trainer.__new__`: a trainer that is handed our config is ours of its class, or nobody would read the fields."""
+    handed = any(isinstance(value, LowMemArguments) for value in (*args, *kwargs.values()))
+    if handed or section.state.launched:
+        cls = import_module("hf_lowmem.adopt").trainer_with_lowmem(cls)  # which stands above our trainers
+    return object.__new__(cls)
+
+
+Trainer.__new__ = _make_trainer  # type: ignore[method-assign]
 
 
 def __getattr__(name: str) -> Any:

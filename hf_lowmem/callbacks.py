@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowmem import rules
 from hf_lowmem.activations import Report, convert
 from hf_lowmem.report import MemoryReportCallback
 from hf_lowmem.specs import ActivationSpec
@@ -55,16 +56,9 @@ class LowMemCallback(MemoryReportCallback):
     def _convert(self, args: TrainingArguments, model: nn.Module | None) -> None:
         if self.spec is None or model is None:
             return
-        for setting in (
-            "gradient_checkpointing",
-            "activation_checkpointing",
-            "activation_offloading",
-            "use_liger_kernel",
-        ):
-            if getattr(args, setting, None):
-                raise ValueError(
-                    f"{setting}=True cannot be combined with LowMemCallback(activations={self.spec.tiers!r}): nothing "
-                    f"would be left to compress. Set {setting}=False (TRL turns gradient_checkpointing on "
-                    "by default); 'checkpoint_fp8' is a tier."
-                )
+        tiers = self.spec.tiers
+        run = rules.Run.from_arguments(args).knowing(
+            {"tiers": f"LowMemCallback(activations={tiers!r})"}, tiers=tiers, stochastic=self.spec.stochastic
+        )
+        rules.check(run)
         self.activations = convert(model, self.spec)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from hf_lowmem.dpo_config import TRL_LOSSES, LowMemDPOConfig
 from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
@@ -79,6 +79,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         ValueError: where a `ref_model` would be ignored; images meet what was made for text; a column is missing.
     """
 
+    CONFIG = DPOConfig
     ref_model: Any
     train_dataset: Any
     _metrics: dict[str, Any]

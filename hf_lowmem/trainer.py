@@ -12,12 +12,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_lowmem import checkpoints, zero
+from hf_lowmem import checkpoints, rules, section
 from hf_lowmem.activations import Report, convert
 from hf_lowmem.arguments import LowMemArguments
-from hf_lowmem.compatibility import FSDP1_REFUSED, check_fsdp_spec
 from hf_lowmem.model_card import reporter_of, write_card, write_last_card
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec, group_table
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ class LowMemTrainerMixin:
 
     Raises:
         ValueError: where an optimizer is passed beside an `optim` of ours, the model is under FSDP1, or under DeepSpeed
-            with what its ZeRO-1 and ZeRO-2 cannot do (see hf_lowmem/zero.py).
+            with what its ZeRO-1 and ZeRO-2 cannot do (see hf_lowmem/rules/deepspeed.py).
     """
 
     args: Any
@@ -41,18 +40,42 @@ class LowMemTrainerMixin:
     stepping: StepInBackward | None = None
     activations: Report | None = None  # what `lowmem_activations` did to the model
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
+    CONFIG: type = LowMemArguments  # the config that the parent needs
     foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._check_config(next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None))
         args, kwargs = self._within_budget(args, kwargs)
         super().__init__(*args, **kwargs)
-        passed = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        if self._ours and passed:
-            raise ValueError(
-                f"optim={self.args.optim!r} would have no effect: an optimizer was passed as well. Pass one or the "
-                "other: drop `optimizers=`/`optimizer_cls_and_kwargs=`, or leave `optim` and the lowmem fields unset."
-            )
+        passed = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
+        self._check_rules(next((f"{name}=" for name, value in passed.items() if value is not None), None))
         self._convert_activations()
+        self._check_budget()
+        section.state.taken |= isinstance(self.args, LowMemArguments)
+
+    def _check_budget(self) -> None:
+        asked = getattr(self.args, "lowmem_budget", None)
+        if asked is not None and self.foretold is None:
+            raise ValueError(
+                f"lowmem_budget={asked!r} has no effect: {type(self).__name__} has made its arguments itself, after the "
+                "search would have run. Pass args=, or leave lowmem_budget unset."
+            )
+
+    def _check_config(self, args: LowMemArguments | None) -> None:
+        """Raise for a config of which this trainer would leave fields unread."""
+        if args is None:
+            return
+        reader = args.READER
+        if reader is not None and reader not in [c.__name__ for c in type(self).__mro__]:
+            raise TypeError(
+                f"{type(self).__name__} was handed a {type(args).__name__}, whose losses and reference fields only "
+                f"{reader} reads. Use {reader}, or the config of this trainer: with_lowmem(...)."
+            )
+        if not isinstance(args, self.CONFIG) and not section.state.launched:  # TRL makes its own, and that has them
+            raise TypeError(
+                f"{type(self).__name__} was handed a {type(args).__name__}, and needs a {self.CONFIG.__name__} with "
+                f"our fields. Make the arguments with LowMem{self.CONFIG.__name__}."
+            )
 
     def _within_budget(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The constructor's arguments with what `lowmem_budget` asks for: in a copy of the TrainingArguments, the
@@ -74,28 +97,17 @@ class LowMemTrainerMixin:
     def _convert_activations(self) -> None:
         spec = self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
         if spec is not None and self.model is not None:
-            self._check_engine(f"lowmem_activations={spec.tiers!r}")
+            self._check_rules()
             report = convert(self.model, spec)
             if self.activations is None:
                 logger.info("lowmem_activations=%r:\n%s", spec.tiers, report)
             self.activations = report
 
-    def _check_engine(self, setting: str, *, optimizer: bool = False) -> None:
-        """What accelerate's launcher has set up shows here first."""
-        if getattr(self, "is_deepspeed_enabled", False):
-            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            if optimizer:
-                args = self.args
-                zero.check_method(
-                    "DeepSpeed",
-                    args.optim,
-                    elementwise(),
-                    weights=args.lowmem_weights,
-                    step_in_backward=args.lowmem_step_in_backward,
-                )
-            zero.check_config("DeepSpeed", config, setting, optimizer=optimizer)
-        if getattr(self, "is_fsdp_enabled", False) and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError(f"{setting} under FSDP1: {FSDP1_REFUSED}")
+    def _check_rules(self, passed: str | None = None) -> None:
+        """What accelerate's launcher has set up shows here first, and fields may have been assigned since."""
+        if isinstance(self.args, LowMemArguments):
+            run = rules.Run.from_arguments(self.args).with_accelerator(self.accelerator)
+            rules.check(run.knowing(passed=passed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
@@ -108,8 +120,7 @@ class LowMemTrainerMixin:
         self._convert_activations()  # again: `model_init` makes a new model for each training
         if self.optimizer is not None or not self._ours:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
-        self._check_engine(f"optim={self.args.optim!r}", optimizer=True)
-        check_fsdp_spec(self.args.lowmem_optim_spec(), getattr(self, "is_fsdp_enabled", False))
+        self._check_rules()
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)

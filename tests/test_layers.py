@@ -18,14 +18,14 @@ LEVEL = {
     "memory": 1,
     "checkpoints": 1,
     "section": 1,
-    "zero": 1,
+    "reasons": 0,
     "cards": 2,
     "codecs": 2,
     "optim": 3,
     "activations": 3,
     "losses": 3,
     "report": 3,
-    "compatibility": 4,
+    "rules": 4,
     "arguments": 5,
     "model_card": 4,
     "trainer": 6,
@@ -38,6 +38,8 @@ LEVEL = {
     "launch": 7,
     "sft": 7,
     "dpo": 7,
+    "adopt": 8,
+    "worker": 8,
     "card_commands": 8,
     "demo": 8,
     "cli": 9,
@@ -46,7 +48,7 @@ LEVEL = {
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 MAY_SEE_HOSTS = {
     "arguments", "trainer", "callbacks", "report", "model_card", "plugin", "launch", "planner", "pairs", "reference",
-    "dpo_config", "sft", "dpo", "demo", "cli", "card_commands",
+    "dpo_config", "rules", "adopt", "sft", "dpo", "demo", "cli", "card_commands",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

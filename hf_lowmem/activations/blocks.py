@@ -27,6 +27,7 @@ from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, wanted
 from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, active, unpack
 from hf_lowmem.kernels.glu import FLOATS, GLU
 from hf_lowmem.kernels.rmsnorm import RMSNORM
+from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 
 __all__ = [
     "Block",
@@ -120,9 +121,7 @@ class Layer(Patch):
         if getattr(self.module, "gradient_checkpointing", False):
             raise RuntimeError(
                 f"lowmem_activations={self.tier!r} on {self.name}: activation checkpointing was turned on after the "
-                "model was converted, and inside a checkpoint the tier has no effect. Turn it off "
-                "(model.gradient_checkpointing_disable(), activation_checkpointing=False), or use the tier "
-                "'checkpoint_fp8', which checkpoints and compresses."
+                f"model was converted, and {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
         seed = draw_seed() if self.stochastic else None
         tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape

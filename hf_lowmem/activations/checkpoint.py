@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem.activations.formats import check_format, compress, decompress
+from hf_lowmem.reasons import NO_CHECKPOINT
 
 __all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
 
@@ -73,8 +74,7 @@ class WrappedForward(ABC):
         if getattr(self.module, "gradient_checkpointing", False):
             raise ValueError(
                 f"{type(self.module).__name__} is wrapped as {self.tier} and has HuggingFace's activation "
-                "checkpointing on as well, which would run it once more and save nothing. Turn that off: "
-                "gradient_checkpointing=False in the training arguments or model.gradient_checkpointing_disable()."
+                f"checkpointing on as well, which would run it once more and save nothing. {NO_CHECKPOINT}."
             )
         return True
 

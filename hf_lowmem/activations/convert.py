@@ -27,6 +27,7 @@ from hf_lowmem.activations.fusable import gated_of, rmsnorm_of
 from hf_lowmem.activations.hooks import wrap_module
 from hf_lowmem.activations.report import LayerReport, Report
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
+from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 from hf_lowmem.specs import ActivationSpec
 
 __all__ = ["convert", "undo"]
@@ -78,9 +79,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     for index, layer in enumerate(stack):
         if tiers[index] and getattr(layer, "gradient_checkpointing", False):
             raise ValueError(
-                f"{label}={spec.tiers!r}: activation checkpointing is on, and inside a checkpoint nothing is left to "
-                "compress. Turn it off (activation_checkpointing=False, model.gradient_checkpointing_disable(); TRL "
-                "turns it on by default), and use 'checkpoint_fp8' for the layers that should be checkpointed."
+                f"{label}={spec.tiers!r}: activation checkpointing is on: {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
     before = take_out(model)
     try:

@@ -35,6 +35,7 @@ from hf_lowmem.optim.options import resolve
 from hf_lowmem.optim.parts import can_part, step_parts
 from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
 from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
+from hf_lowmem.reasons import flattened
 from hf_lowmem.specs import OptimSpec
 
 # Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
@@ -258,10 +259,7 @@ class LowMemOptimizer(Optimizer):
         """Raise for a parameter of FSDP1 or DeepSpeed, and for a sharded one that the method cannot treat."""
         if getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
             engine = "DeepSpeed ZeRO" if hasattr(p, "ds_id") else "FSDP1"
-            raise ValueError(
-                f"{self.name} got a parameter that {engine} has flattened: its rows, and with them the states' layout, "
-                "are lost. Use FSDP2 (fully_shard, fsdp_version 2) or DDP."
-            )
+            raise ValueError(f"{self.name} got a flattened parameter: {flattened(engine)}.")
         reason = self.unsharded_only(p.shape, group) if is_sharded(p) else None
         if reason is not None:
             raise ValueError(reason)

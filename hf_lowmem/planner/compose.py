@@ -31,7 +31,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
-from hf_lowmem.compatibility import OPTIMIZER_FIELDS
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
 from hf_lowmem.planner.choices import AS_IS, Choice, layers_by_tier, policy_fields
@@ -43,6 +42,7 @@ from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
 from hf_lowmem.planner.step import _apply, quiet, simulate_step
 from hf_lowmem.planner.updates import Update, count_states, own_temporaries
+from hf_lowmem.specs import OPTIMIZER_FIELDS
 
 __all__ = ["Estimator"]
 

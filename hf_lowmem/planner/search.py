@@ -136,7 +136,8 @@ def prepare(
 
     # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.
     stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
-    found = candidates(args, depth=layer_count(config), bf16_weights=stores)
+    parted = {"world_size": world_size, "parallel": parallel}
+    found = candidates(args, depth=layer_count(config), bf16_weights=stores, **parted)
     made = Search(estimator, make_plan, found, began)
     made.weigh(points[1][1])
     return made

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from hf_lowmem import rules
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import Method, method_of
@@ -208,6 +209,7 @@ def plan(
         check_choice("implementation", implementation, IMPLEMENTATIONS)
     if (world_size > 1) != (parallel is not None):
         raise ValueError(f"world_size={world_size!r} with parallel={parallel!r}: set both, or neither for one process.")
+    rules.check(rules.Run.from_arguments(args).with_plan(world_size, parallel))
     init = args.model_init_kwargs or {}
     config, weights = config_and_dtype(model, args, dtype)
     quantization = quantization_of(config, quantization_config or init.get("quantization_config"))
