@@ -8,12 +8,12 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 """
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -54,9 +54,13 @@ def own_defaults(option: str) -> str:
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
 
 
-# Ready-made classes, with more than the mixin, for configs that have one. By name, found when asked for: those of TRL
-# stand above this module, and TrainingArguments alone must not need trl.
-READY = {"SFTConfig": "hf_lowmem.sft", "DPOConfig": "hf_lowmem.dpo", "TrainingArguments": "hf_lowmem.arguments"}
+# What stands above this module and is found here as well: by the name that files written by an older version say.
+ABOVE = {
+    "LowMemSFTConfig": "hf_lowmem.sft",
+    "LowMemDPOConfig": "hf_lowmem.dpo",
+    "with_lowmem": "hf_lowmem.wrap",
+    "_restore": "hf_lowmem.wrap",
+}
 
 
 @dataclass
@@ -353,64 +357,19 @@ class LowMemTrainingArguments(LowMemArguments, TrainingArguments):
     """`transformers.TrainingArguments` with the fields of `LowMemArguments`."""
 
 
-Config = TypeVar("Config", bound=TrainingArguments)
-
-
-@cache
-def with_lowmem(config_class: type[Config]) -> type[Config]:
-    """`config_class` with the fields of `LowMemArguments`, as a new dataclass named "LowMem…".
-
-    ```python
-    LowMemGRPOConfig = with_lowmem(trl.GRPOConfig)
-    class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...
-    ```
-
-    For TrainingArguments, SFTConfig and DPOConfig this is the ready class. Instances can be pickled, as
-    `training_args.bin` needs.
-
-    Raises:
-        TypeError: where it is not a class derived from TrainingArguments.
-    """
-    if not (isinstance(config_class, type) and issubclass(config_class, TrainingArguments)):
-        raise TypeError(
-            f"with_lowmem({config_class!r}): expected a class derived from transformers.TrainingArguments, such as "
-            "trl.GRPOConfig."
-        )
-    if issubclass(config_class, LowMemArguments):
-        return config_class
-    name = f"LowMem{config_class.__name__}"
-    if config_class.__name__ in READY and config_class.__module__.split(".")[0] in ("transformers", "trl"):
-        return getattr(import_module(READY[config_class.__name__]), name)
-    namespace = {"__module__": __name__, "__doc__": config_class.__doc__, "__reduce__": _reduce}
-    made = dataclass(type(name, (LowMemArguments, config_class), namespace))
-    made._lowmem_base = config_class  # type: ignore[attr-defined]
-    return made  # type: ignore[return-value]
-
-
-def _reduce(self: Any) -> tuple[Any, ...]:
-    return _restore, (self._lowmem_base, self.__dict__)
-
-
-def _restore(base: type, values: dict[str, Any]) -> Any:
-    made = object.__new__(with_lowmem(base))
-    made.__dict__.update(values)
-    return made
-
-
 def _make_trainer(cls: type, *args: Any, **kwargs: Any) -> Any:
     """`Trainer.__new__`: a trainer that is handed our config is ours of its class, or nobody would read the fields."""
     handed = any(isinstance(value, LowMemArguments) for value in (*args, *kwargs.values()))
     if handed or section.state.launched:
-        cls = import_module("hf_lowmem.adopt").trainer_with_lowmem(cls)  # which stands above our trainers
+        cls = import_module("hf_lowmem.wrap").trainer_with_lowmem(cls)  # which stands above our trainers
     return object.__new__(cls)
 
 
+_make_trainer.__signature__ = inspect.signature(Trainer.__init__)  # type: ignore[attr-defined]
 Trainer.__new__ = _make_trainer  # type: ignore[method-assign]
 
 
 def __getattr__(name: str) -> Any:
-    """The configs that need trl live beside their trainers, and are found here as well."""
-    home = READY.get(name.removeprefix("LowMem"))
-    if name.startswith("LowMem") and home not in (None, __name__):
-        return getattr(import_module(home), name)
+    if name in ABOVE:
+        return getattr(import_module(ABOVE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

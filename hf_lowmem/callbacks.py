@@ -57,8 +57,6 @@ class LowMemCallback(MemoryReportCallback):
         if self.spec is None or model is None:
             return
         tiers = self.spec.tiers
-        run = rules.Run.from_arguments(args).knowing(
-            {"tiers": f"LowMemCallback(activations={tiers!r})"}, tiers=tiers, stochastic=self.spec.stochastic
-        )
-        rules.check(run)
+        run = rules.Run.from_arguments(args)
+        rules.check(run.knowing({"tiers": f"LowMemCallback(activations={tiers!r})"}, tiers=tiers))
         self.activations = convert(model, self.spec)

@@ -25,9 +25,8 @@ from hf_lowmem import rules, section
 from hf_lowmem.activations import Report, convert
 from hf_lowmem.arguments import LowMemArguments, section_fields
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
-from hf_lowmem.reasons import CLIPPING
+from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
 from hf_lowmem.specs import check_choice
-
 
 # Plugins that ask for something and were not prepared. They are watched, not kept.
 _waiting: "WeakValueDictionary[int, LowMemPlugin]" = WeakValueDictionary()
@@ -49,8 +48,8 @@ Accelerator.backward = _backward  # type: ignore[method-assign]
 
 def _no_clipping(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        f"clipping gradients cannot be combined with lowmem_step_in_backward=True: {CLIPPING}, and none is left. Do not "
-        "clip; apollo, apollo_mini and fira limit the growth of each update by themselves."
+        f"clipping gradients cannot be combined with lowmem_step_in_backward=True: {CLIPPING}, and none is left. Do "
+        f"not clip; {NO_CLIPPING}."
     )
 
 

@@ -20,6 +20,7 @@ NO_CHECKPOINT = (
 
 # Of step in backward.
 CLIPPING = "the global norm needs every gradient before the first update"
+NO_CLIPPING = "apollo, apollo_mini and fira limit the growth of each update by themselves"
 
 
 def flattened(engine: str) -> str:

@@ -57,8 +57,8 @@ class LowMemTrainerMixin:
         asked = getattr(self.args, "lowmem_budget", None)
         if asked is not None and self.foretold is None:
             raise ValueError(
-                f"lowmem_budget={asked!r} has no effect: {type(self).__name__} has made its arguments itself, after the "
-                "search would have run. Pass args=, or leave lowmem_budget unset."
+                f"lowmem_budget={asked!r} has no effect: {type(self).__name__} has made its arguments itself, after "
+                "the search would have run. Pass args=, or leave lowmem_budget unset."
             )
 
     def _check_config(self, args: LowMemArguments | None) -> None:
@@ -97,7 +97,6 @@ class LowMemTrainerMixin:
     def _convert_activations(self) -> None:
         spec = self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
         if spec is not None and self.model is not None:
-            self._check_rules()
             report = convert(self.model, spec)
             if self.activations is None:
                 logger.info("lowmem_activations=%r:\n%s", spec.tiers, report)
@@ -117,10 +116,10 @@ class LowMemTrainerMixin:
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Ours, where `optim` names it: with the decay split of the parent and the user's lr, betas, eps and decay."""
+        self._check_rules()
         self._convert_activations()  # again: `model_init` makes a new model for each training
         if self.optimizer is not None or not self._ours:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
-        self._check_rules()
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)

@@ -1,12 +1,13 @@
 """`python -m hf_lowmem.worker [-m] SCRIPT ...`: what `hf-lowmem launch` starts: a script that need not know of us.
 
 Every config that the script makes is one with our fields, which take the section; every Trainer is ours of its class
-(see hf_lowmem/adopt.py). Nothing is imported before the script imports it, since a script may set environment variables
+(see hf_lowmem/wrap.py). Nothing is imported before the script imports it, since a script may set environment variables
 that libraries read when they are imported. A script that computes a gradient while neither a trainer nor a LowMemPlugin
 has taken the section is stopped there: nothing of what was asked for would be applied.
 """
 
 import importlib.util
+import inspect
 import os
 import runpy
 import sys
@@ -44,12 +45,14 @@ def lend_fields(module: ModuleType) -> None:
     """Every TrainingArguments that is made, of whatever class, has our fields."""
 
     def make(cls: type, *args: Any, **kwargs: Any) -> Any:
-        from hf_lowmem.arguments import LowMemArguments, with_lowmem
+        from hf_lowmem.arguments import LowMemArguments
+        from hf_lowmem.wrap import with_lowmem
 
-        made = object.__new__(with_lowmem(cls))
+        made: Any = object.__new__(with_lowmem(cls))
         made._lowmem_lent = not issubclass(cls, LowMemArguments)
         return made
 
+    make.__signature__ = inspect.signature(module.TrainingArguments.__init__)  # type: ignore[attr-defined]
     module.TrainingArguments.__new__ = make
 
 
@@ -84,8 +87,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     if not section.from_env():
         sys.exit(
-            f"{section.VARIABLE} did not reach this process, so nothing of the section can be applied. Let the launcher "
-            "of your cluster pass that variable on to every machine."
+            f"{section.VARIABLE} did not reach this process, so nothing of the section can be applied. Let the "
+            "launcher of your cluster pass that variable on to every machine."
         )
     section.state.launched = True
     actions = {"transformers.training_args": lend_fields, "transformers.trainer": adopt_trainers, "torch": stop_untaken}

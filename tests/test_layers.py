@@ -38,17 +38,17 @@ LEVEL = {
     "launch": 7,
     "sft": 7,
     "dpo": 7,
-    "adopt": 8,
-    "worker": 8,
+    "wrap": 8,
+    "worker": 9,
     "card_commands": 8,
     "demo": 8,
-    "cli": 9,
-    "__init__": 10,
+    "cli": 10,
+    "__init__": 11,
 }
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 MAY_SEE_HOSTS = {
     "arguments", "trainer", "callbacks", "report", "model_card", "plugin", "launch", "planner", "pairs", "reference",
-    "dpo_config", "rules", "adopt", "sft", "dpo", "demo", "cli", "card_commands",
+    "dpo_config", "rules", "wrap", "sft", "dpo", "demo", "cli", "card_commands",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

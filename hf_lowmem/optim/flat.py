@@ -1,7 +1,8 @@
-"""Parameter groups that an engine turns into one vector each: DeepSpeed's ZeRO-1 and ZeRO-2 (see hf_lowmem/rules/deepspeed.py).
+"""Parameter groups that an engine turns into one vector each: DeepSpeed's ZeRO-1 and ZeRO-2.
 
 The engine does so after the optimizer was made, in place and without a word to it. So what has to be known of single
-weights is decided before (`small_apart`), and what cannot work is found at the first vector (`check_flattened`).
+weights is decided before (`small_apart`), and what cannot work is found at the first vector (`check_flattened`). What
+is refused before that: hf_lowmem/rules/deepspeed.py.
 """
 
 from typing import TYPE_CHECKING, Any

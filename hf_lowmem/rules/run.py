@@ -99,6 +99,12 @@ class Run:
         known = {name: value for name, value in facts.items() if value is not None}
         return replace(self, said={**self.said, **(said or {})}, **known)
 
+    def asking(self, other: "Run") -> Self:
+        """This run with what another one asks of us, and no more of it."""
+        asks = ("optim", "fields", "spec", "tiers", "stochastic", "in_backward", "budget")
+        said = {name: words for name, words in other.said.items() if name in asks}
+        return self.knowing(said, **{name: getattr(other, name) for name in asks})
+
     @classmethod
     def from_fields(cls, args: Any) -> Self:
         """What fields say by themselves, before HuggingFace's own checks have run. Of any config, or a LowMemPlugin."""
@@ -108,9 +114,9 @@ class Run:
         checkpointing = next(
             (n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None
         )
-        asked = deepspeed_asked(args)
+        asked, optim = deepspeed_asked(args), getattr(args, "optim", None)
         return cls(
-            optim=str(getattr(args.optim, "value", args.optim)),
+            optim=None if optim is None else str(getattr(optim, "value", optim)),
             fields={name: value for name, value in named.items() if value is not None},
             tiers=getattr(args, "lowmem_activations", None),
             stochastic=getattr(args, "lowmem_activations_stochastic", None),
@@ -261,7 +267,7 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     config = args.fsdp_config or {}
     if config.get("xla"):
         return "XLA", "fsdp_config['xla']=True"
-    version = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") or config.get("version")
+    version = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") or config.get("version", 2)
     return version, f"fsdp_config['version']={version!r}"
 
 

@@ -4,7 +4,7 @@ from torch import Size
 
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.release import accumulation_refused
-from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, flattened
+from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, flattened
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
@@ -111,7 +111,7 @@ IN_BACKWARD = (
         "max_grad_norm",
         "in_backward",
         CLIPPING,
-        "Set max_grad_norm=0; apollo, apollo_mini and fira limit the growth of each update by themselves",
+        f"Set max_grad_norm=0; {NO_CLIPPING}",
     ),
     apart(
         "precision",
@@ -136,8 +136,8 @@ IN_BACKWARD = (
         "processes",
         "in_backward",
         "DDP averages gradients after each one's update",
-        "Use FSDP2 (fsdp=True; accelerate: distributed_type: FSDP with fsdp_version: 2), train in one process, or leave "
-        "lowmem_step_in_backward unset",
+        "Use FSDP2 (fsdp=True; accelerate: distributed_type: FSDP with fsdp_version: 2), train in one process, or "
+        "leave lowmem_step_in_backward unset",
         when=_averaged_late,
     ),
     apart(

@@ -197,7 +197,7 @@ def accelerator() -> Any:
 def test_prepare_wants_exactly_one_optimizer(accelerator: Any) -> None:
     model = tiny_llama()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="optimizer=SGD cannot be combined with optim='adamw'.*Pass one or the other"):
+    with pytest.raises(ValueError, match=r"optimizer=SGD cannot be combined with optim='adamw'.*Pass one or the other"):
         LowMemPlugin(optim="adamw").prepare(accelerator, model, optimizer=other)
     with pytest.raises(ValueError, match=r"is not one of hf_lowmem's.*optimizer=yours"):
         LowMemPlugin(lowmem_activations="exact").prepare(accelerator, model)
