@@ -22,6 +22,7 @@ from hf_lowmem import rules, section
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
+from hf_lowmem.own_defaults import ADAM_DEFAULTS, assigned, settle
 from hf_lowmem.specs import (
     LABELS,
     OPTIMIZER_FIELDS,
@@ -39,11 +40,6 @@ DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim
 
 # What a section of an accelerate YAML (see hf_lowmem/section.py) may hold beside the fields of LowMemArguments.
 SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
-
-# Fields of HuggingFace whose default is the method's own with an optim of ours, and HuggingFace's with any other.
-ADAM_DEFAULTS = {
-    f: TrainingArguments.__dataclass_fields__[f].default for f in ("adam_beta1", "adam_beta2", "adam_epsilon")
-}
 
 
 def own_defaults(option: str) -> str:
@@ -209,7 +205,7 @@ class LowMemArguments:
             parse_bytes("lowmem_budget", self.lowmem_budget)
         rules.check(self._facts(rules.Run.from_fields(self)))
         self._settle_checkpointing()
-        self._settle_adam(ours, name)
+        settle(self)
         if ours:
             self.optim = "adamw_torch"  # a name that the parents accept while they check
         parents()
@@ -222,13 +218,13 @@ class LowMemArguments:
         """What the class of these arguments adds to what their fields say."""
         return run
 
-    def _settle_adam(self, ours: bool, name: str) -> None:
-        own = OPTIMIZERS[name].DEFAULTS if ours else {}
-        betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
-        defaults = {"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": own.get("eps")}
-        for f, default in defaults.items():
-            if getattr(self, f) is None:
-                setattr(self, f, ADAM_DEFAULTS[f] if default is None else default)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        assigned(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        settle(self)
 
     @property
     def lowmem_open(self) -> frozenset[str]:
@@ -243,8 +239,6 @@ class LowMemArguments:
             TypeError, ValueError: where the values do not go together.
         """
         made = copy.copy(self)
-        if "optim" in values:  # betas and eps that were not given are the new method's own
-            values = {f: None for f in ADAM_DEFAULTS if f in self.lowmem_open} | values
         mirrored = "gradient_checkpointing" in values and hasattr(made, "activation_checkpointing")  # the newer name
         if mirrored:
             values["activation_checkpointing"] = values["gradient_checkpointing"]
@@ -306,12 +300,11 @@ class LowMemArguments:
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
         if hasattr(self, "learning_rate"):
             own = OPTIMIZERS[self.optim].DEFAULTS
+            unused = "eps" not in own and args.adam_epsilon == ADAM_DEFAULTS["adam_epsilon"]
             asked |= {
                 "lr": args.learning_rate,
                 "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon
-                if "eps" in own or args.adam_epsilon != ADAM_DEFAULTS["adam_epsilon"]
-                else None,
+                "eps": None if unused else args.adam_epsilon,
                 "weight_decay": args.weight_decay,
                 "target_modules": args.optim_target_modules,
                 "seed": args.seed,
@@ -322,11 +315,15 @@ class LowMemArguments:
 
     def set_optimizer(self, name: str | OptimizerNames = "adamw_torch", *args: Any, **kwargs: Any) -> "LowMemArguments":
         """As TrainingArguments.set_optimizer, for our names too."""
-        if name not in OPTIMIZERS:
-            return super().set_optimizer(name, *args, **kwargs)  # type: ignore[misc]
-        super().set_optimizer("adamw_torch", *args, **kwargs)  # type: ignore[misc]
-        self.optim = str(name)
-        check_spec(self.lowmem_optim_spec())
+        keywords = list(inspect.signature(TrainingArguments.set_optimizer).parameters)[2:]
+        given = dict(zip(keywords, args, strict=False)) | kwargs
+        ours = name in OPTIMIZERS
+        super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)  # type: ignore[misc]
+        for f, keyword in zip(ADAM_DEFAULTS, ("beta1", "beta2", "epsilon"), strict=True):
+            setattr(self, f, given.get(keyword))  # the parent's defaults are AdamW's, and nobody's choice
+        if ours:
+            self.optim = str(name)
+            check_spec(self.lowmem_optim_spec())
         return self
 
 

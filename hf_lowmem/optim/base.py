@@ -6,7 +6,7 @@ name a kernel that does the whole step, see optim/fused.py.
 
 Why not torchao's tensor subclasses, where `exp_avg` is an 8-bit tensor that decodes itself: every subclass has to be
 taught to DTensor, to `torch.load(weights_only=True)` and to `Optimizer.load_state_dict`. Here the state of a parameter
-is a flat dict of plain tensors and numbers: `{"step": 7, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
+is a flat dict of plain tensors: `{"step": int64, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
 
     options    what a parameter group holds, from a spec and a method's defaults
     load       checkpoints, without torch's casts
@@ -31,10 +31,20 @@ from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
 from hf_lowmem.optim.flat import check_flattened
 from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
 from hf_lowmem.optim.load import load
+from hf_lowmem.optim.names import stream_name, without_wrappers
 from hf_lowmem.optim.options import resolve
 from hf_lowmem.optim.parts import can_part, step_parts
 from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
-from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
+from hf_lowmem.optim.state import (
+    CORRECTION,
+    COUNT_BYTES,
+    WINDOW,
+    ParamState,
+    StateDecl,
+    count_step,
+    stream_key,
+    values_of,
+)
 from hf_lowmem.reasons import flattened
 from hf_lowmem.specs import OptimSpec
 
@@ -146,6 +156,8 @@ class LowMemOptimizer(Optimizer):
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
         super().add_param_group(param_group | own)
         group = self.param_groups[-1]
+        if "param_names" in group:
+            group["param_names"] = without_wrappers(group["param_names"])
         self._shapes = {p.shape for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
             self.check_placement(p, group)
@@ -213,7 +225,7 @@ class LowMemOptimizer(Optimizer):
         if isinstance(group["lr"], Tensor):
             group = group | {"lr": plain(group["lr"])}
         raw = self.state[p]
-        raw["step"] = raw.get("step", 0) + 1
+        count_step(raw)
         if not is_sharded(p) and self.elementwise(p, group) and can_part(p, self.codecs(p, group)):
             step_parts(self, p, group)
             return
@@ -252,7 +264,8 @@ class LowMemOptimizer(Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> ParamState:
         make_key, waits = (lambda: self._stream_key(p, group)), self._waits_for_the_device(p)
         if is_sharded(p):
-            return ShardedState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits, p)
+            batch = p.ndim == 3 and bool(group.get("experts") or group.get("rank"))
+            return ShardedState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits, p, batch)
         return ParamState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits)
 
     def check_placement(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -290,14 +303,14 @@ class LowMemOptimizer(Optimizer):
         """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
         raw = state.raw
         guarded = self.writes_weights(p, group)  # by a kernel that reads `sound` itself
-        kept = {k: local(v) for k, v in raw.items() if isinstance(v, Tensor)}
+        kept = {k: local(v) for k, v in values_of(raw).items()}
         before = {k: v.clone() for k, v in kept.items() if not (guarded and k == CORRECTION)}
         weights = None if guarded else local(p).clone()
         self._apply(p, grad, sound, state, group)
         if weights is not None:
             local(p).copy_(torch.where(sound, local(p), weights))
-        for k, v in raw.items():
-            if isinstance(v, Tensor) and not (guarded and k == CORRECTION):
+        for k, v in values_of(raw).items():
+            if not (guarded and k == CORRECTION):
                 new = local(v)
                 # A state that this very step allocated was zero before it.
                 new.copy_(torch.where(sound, new, before[k] if k in before else torch.zeros_like(new)))
@@ -342,6 +355,14 @@ class LowMemOptimizer(Optimizer):
         """Shapes of the coded states of a parameter of `shape`."""
         return dict.fromkeys(self.STATES, shape)
 
+    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        """Shapes of the states of a parameter of `shape` that no codec stores: fp32, from its first update on."""
+        return {}
+
+    def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether this parameter's updates draw random numbers, so that its state has a `key`."""
+        return self.store_of(p, group) == "bf16_sr"
+
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         """Bytes of the tensors that the state of `p` takes here (foretold: nothing is allocated)."""
         if is_sharded(p):
@@ -349,8 +370,9 @@ class LowMemOptimizer(Optimizer):
         else:
             codecs, shapes = self.codecs(p, group), self.state_shapes(p.shape, group)
             moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
-        corrected = group["weights"] == "bf16_ecc" and p.dtype == torch.bfloat16
-        return moments + (local(p).numel() if corrected else 0)
+        corrected = self.store_of(p, group) == "bf16_ecc"
+        counts = 1 + self.draws(p, group) + is_sharded(p)
+        return moments + (local(p).numel() if corrected else 0) + COUNT_BYTES * counts
 
     def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
         """A whole state of a parameter of `shape` with what is cut in front, as shards keep it."""
@@ -360,13 +382,14 @@ class LowMemOptimizer(Optimizer):
         """The inverse of `to_rows`."""
         return value
 
-    @staticmethod
-    def _stream_key(p: Tensor, group: dict[str, Any]) -> int:
+    def _stream_key(self, p: Tensor, group: dict[str, Any]) -> int:
         """Start of a parameter's random stream, 63 bits: a hash of the seed and its name (without names: its place)."""
         place = next(i for i, q in enumerate(group["params"]) if q is p)
         names = group.get("param_names")
-        name = names[place] if names else f"{tuple(p.shape)}#{place}"
-        return stream_key(group["seed"], name)
+        if not names:
+            return stream_key(group["seed"], f"{tuple(p.shape)}#{place}")
+        every = [name for g in self.param_groups for name in g["param_names"]]  # all groups have names, or none
+        return stream_key(group["seed"], stream_name(names[place], every))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, except that each state keeps its own dtype.

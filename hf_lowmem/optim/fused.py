@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_lowmem.codecs import StateCodec
 from hf_lowmem.kernels import Kernel, current_impl
 from hf_lowmem.kernels.codecs.reference import CODECS
-from hf_lowmem.optim.state import CORRECTION
+from hf_lowmem.optim.state import CORRECTION, count_step
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
@@ -72,10 +72,8 @@ def _step_alike(
     seeds: list[int] = []
     steps: list[int] = []
     for p in params:
-        raw = optimizer.state[p]
-        raw["step"] = raw.get("step", 0) + 1
+        steps.append(count_step(optimizer.state[p]))
         state = optimizer._state_of(p, group)
-        steps.append(state.step)
         for name in optimizer.state_shapes(p.shape, group):
             moments.setdefault(name, []).extend(state.parts(name, p))
         if store == "bf16_ecc":

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.kernels.codecs.blocks import code_bytes
 from hf_lowmem.kernels.step.reference import is_sound
-from hf_lowmem.optim.state import CORRECTION, ParamState
+from hf_lowmem.optim.state import CORRECTION, COUNTS, ParamState
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
@@ -45,7 +45,7 @@ def step_parts(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) -
     if store == "bf16_ecc":
         state.tensor(CORRECTION, lambda: torch.zeros_like(p, dtype=torch.int8))
     elif store == "bf16_sr":
-        state.raw["key"] = state.key  # parts have copies of the state's numbers, which are not kept
+        _ = state.key  # parts have the state's numbers, but none that is made for a part is kept
     parts = list(_parts_of(p, state, optimizer.state_shapes(p.shape, group)))
     sound = torch.stack([is_sound(grad.to(torch.float32)) for _, grad, _ in parts]).all()
     waits = optimizer._waits_for_the_device(p)
@@ -69,7 +69,7 @@ def _parts_of(p: Tensor, state: ParamState, names: Iterable[str]) -> Iterator[tu
     flat, grad = p.view(-1), p.grad.view(-1)
     for start in range(0, p.numel(), PART):
         stop = min(start + PART, p.numel())
-        raw = {k: _cut(k, v, state, start, stop) if isinstance(v, Tensor) else v for k, v in state.raw.items()}
+        raw = {k: v if k in COUNTS else _cut(k, v, state, start, stop) for k, v in state.raw.items()}
         part = ParamState(raw, state.codecs, state.decls, state.make_key, state.waits)
         part.place = (*state.place, start) if start else state.place
         yield flat[start:stop], grad[start:stop], part

@@ -24,7 +24,7 @@ from hf_lowmem.distributed import local
 from hf_lowmem.kernels.adamw.reference import adam_direction, corrected_lr
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.state import ParamState, StateDecl
-from hf_lowmem.specs import check_number
+from hf_lowmem.specs import check_flag, check_number
 
 LARGEST_SIDE = 10_000  # a dimension above it is not preconditioned (the authors' max_precond_dim)
 NAMES = {-2: "left", -1: "right"}
@@ -144,11 +144,12 @@ class Soap(LowMemOptimizer):
     step on the two are the same, and t counts from there. Should the first gradient be bad (NaN, Inf), the basis is the
     identity until the first refresh.
 
-    Applies to matrices and to batches of matrices (three dimensions: fused experts), each with its own basis. A
-    dimension above 10 000 (a vocabulary) is not preconditioned. Vectors, numbers, convolutions with four or more
-    dimensions, and matrices with both sides above 10 000 take Adam in the same order of eps and decay.
+    Applies to matrices and to fused experts, each with its own basis. A dimension above 10 000 (a vocabulary) is not
+    preconditioned. Vectors, numbers, convolutions of any kind, and matrices with both sides above 10 000 take Adam in
+    the same order of eps and decay: a convolution's (out, in, k) as a batch would have `out` pairs of bases.
 
-    Defaults: betas (0.95, 0.95), eps 1e-8, update_gap 10, `shampoo_beta=None`: beta2.
+    Defaults: betas (0.95, 0.95), eps 1e-8, update_gap 10, `shampoo_beta=None`: beta2, `experts=False`. `experts=True`
+    says of a group that its parameters of three dimensions are batches of matrices; `make_optimizer` finds them.
 
     State: 2s * mn + 8 * (m**2 + n**2) bytes a matrix, with s the codec's bytes a value. A square one thus takes 24
     bytes a parameter with fp32 moments and 18.03 with `state="int8"`; an embedding of 32000 x 4096 9.02 and 3.06.
@@ -166,12 +167,18 @@ class Soap(LowMemOptimizer):
 
     name = "soap"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.95, 0.95), "eps": 1e-8, "update_gap": 10, "shampoo_beta": None}
-    CHECKS = {"shampoo_beta": check_shampoo_beta}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "betas": (0.95, 0.95),
+        "eps": 1e-8,
+        "update_gap": 10,
+        "shampoo_beta": None,
+        "experts": False,
+    }
+    CHECKS = {"shampoo_beta": check_shampoo_beta, "experts": check_flag}
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
-        sides = [self.side(dim, grad, state) for dim in preconditioned(grad.shape)]
+        sides = [self.side(dim, grad, state) for dim in preconditioned(grad.shape, group)]
         step = state.step - bool(sides)
         soap_(
             p,
@@ -208,7 +215,7 @@ class Soap(LowMemOptimizer):
 
     @classmethod
     def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
-        if len(shape) == 2 and preconditioned(shape):
+        if len(shape) == 2 and preconditioned(shape, group):
             return (
                 f"{cls.name!r} under FSDP2: the factor of a weight's rows needs the whole gradient, which no process "
                 "has, and keeping both factors on each would cost more than sharding saves. Use DDP, or choose "
@@ -216,12 +223,20 @@ class Soap(LowMemOptimizer):
             )
         return None
 
+    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        return {
+            f"{name}_{NAMES[dim]}": torch.Size([*shape[:-2], shape[dim], shape[dim]])
+            for dim in preconditioned(shape, group)
+            for name in ("factor", "basis")
+        }
+
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         batch = local(p).shape[:-2].numel() if p.numel() else 0
-        sides = sum(8 * batch * p.shape[dim] ** 2 for dim in preconditioned(p.shape))
+        sides = sum(8 * batch * p.shape[dim] ** 2 for dim in preconditioned(p.shape, group))
         return super().state_bytes(p, group) + sides
 
 
-def preconditioned(shape: torch.Size) -> list[int]:
-    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or a batch."""
-    return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if len(shape) in (2, 3) else []
+def preconditioned(shape: torch.Size, group: dict[str, Any]) -> list[int]:
+    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or of experts."""
+    matrices = len(shape) == 2 or (len(shape) == 3 and group["experts"])
+    return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if matrices else []

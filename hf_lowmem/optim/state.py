@@ -1,4 +1,9 @@
-"""One parameter's state as a method and as a fused kernel see it, and where random streams start."""
+"""One parameter's state as a method and as a fused kernel see it, and where random streams start.
+
+The whole numbers of a state, `step` and `key`, are tensors without a dimension on the CPU, as torch's `step` is: a
+distributed checkpoint is loaded into a state's tensors in place, and a Python number has no place. Reading one asks no
+accelerator. They are real tensors also in a step on fake ones, which are planned with: a method branches on them.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -6,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.distributed import WHOLE, Whole
@@ -18,6 +24,42 @@ CORRECTION = "correction"
 
 # In the state of a sharded parameter: its tensors are laid out by rows; see hf_lowmem/optim/sharded.py.
 BY_ROWS = "by_rows"
+
+# The whole numbers of a state.
+COUNTS = ("step", "key", BY_ROWS)
+COUNT_BYTES = 8
+
+
+def count(value: int) -> Tensor:
+    """A whole number of a state."""
+    return _really(torch.tensor, value, dtype=torch.int64, device="cpu")
+
+
+def number(value: Tensor | int) -> int:
+    """What `count` made. Version 0.1.0 had plain numbers, and whoever moves a state moves these along."""
+    return int(_really(value.item)) if isinstance(value, Tensor) else value
+
+
+def count_step(raw: dict[str, Any]) -> int:
+    """Count one update more, in place; how many there have been."""
+    step = raw.get("step")
+    if not isinstance(step, Tensor) or step.device.type != "cpu":
+        raw["step"] = step = count(0 if step is None else number(step))
+    _really(step.add_, 1)
+    return number(step)
+
+
+def _really(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` does outside of every dispatch mode; asking whether there is one takes no time."""
+    if not _get_current_dispatch_mode_stack():
+        return function(*args, **kwargs)
+    with _disable_current_modes():
+        return function(*args, **kwargs)
+
+
+def values_of(raw: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state that an update changes: all but its whole numbers."""
+    return {k: v for k, v in raw.items() if isinstance(v, Tensor) and k not in COUNTS}
 
 
 class StateDecl(NamedTuple):
@@ -59,14 +101,14 @@ class ParamState:
     @property
     def step(self) -> int:
         """How many updates this parameter has had, this one included."""
-        return self.raw["step"]
+        return number(self.raw["step"])
 
     @property
     def key(self) -> int:
         """Start of this parameter's random streams; kept in the state, so that a resumed run draws the same numbers."""
         if "key" not in self.raw:
-            self.raw["key"] = self.make_key()
-        return self.raw["key"]
+            self.raw["key"] = count(self.make_key())
+        return number(self.raw["key"])
 
     def _codec(self, name: str) -> StateCodec:
         return self.codecs[0 if self.decls[name].signed else 1]

@@ -15,7 +15,7 @@ from hf_lowmem.kernels.adamw.reference import adam_direction, descend_
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, low_shape
-from hf_lowmem.optim.state import WINDOW, ParamState, StateDecl
+from hf_lowmem.optim.state import WINDOW, ParamState, StateDecl, number
 from hf_lowmem.specs import OptimSpec
 
 
@@ -110,7 +110,7 @@ class LowRankOptimizer(LowMemOptimizer):
         if not (self.ACCUMULATES and is_low_rank(state.shards.shape(grad), group["rank"])):
             return False
         window = state.raw.get(WINDOW)
-        _, low = self._project(grad, state, group, state.raw.get("step", 0), refresh=window is None)
+        _, low = self._project(grad, state, group, number(state.raw.get("step", 0)), refresh=window is None)
         state.tensor(WINDOW, lambda: torch.zeros_like(low)).add_(low)
         return True
 
@@ -141,6 +141,13 @@ class LowRankOptimizer(LowMemOptimizer):
         if group["projection"] != "random":
             shapes["basis"] = basis_shape(shape, group["rank"])
         return shapes
+
+    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        return {"prev_norm": shape[:-2]} if self.LIMITS and is_low_rank(shape, group["rank"]) else {}
+
+    def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
+        projects = is_low_rank(p.shape, group["rank"]) and group["projection"] != "svd"
+        return projects or super().draws(p, group)
 
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         limited = self.LIMITS and is_low_rank(p.shape, group["rank"])
