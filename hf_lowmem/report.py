@@ -3,7 +3,8 @@
 **How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and
 W&B and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those
 of `callbacks=` last, and an event hands over no trainer, so that a callback cannot move itself: `add_to(trainer)` does
-it, and the trainers of hf_lowmem do it for every MemoryReportCallback. Why not log a row of our own: `Trainer.log`
+it, and the trainers of hf_lowmem do it for every MemoryReportCallback that they are given. The one that they add of
+themselves writes the report alone: logs, and so a resumed run's history, are what the plain Trainer's would be. Why not log a row of our own: `Trainer.log`
 would take the averages away that TRL collects for the next row, and `on_log` would cancel the row that is due.
 
 **What is measured.** In a measured step the model has a pair of forward hooks (`hf_lowmem.memory.forward`), and one
@@ -79,6 +80,8 @@ class MemoryReportCallback(TrainerCallback):
     Raises TypeError or ValueError for an `every` that is not a positive integer.
     """
 
+    tells = True  # whether numbers go into logs and history, too, and not into the report alone
+
     def __init__(self, *, every: int | None = None, verbose: bool = True, trim: bool = True) -> None:
         if every is not None and (not isinstance(every, int) or isinstance(every, bool)):
             raise TypeError(f"every={every!r} must be an int, in steps, or None for the first step only")
@@ -151,7 +154,7 @@ class MemoryReportCallback(TrainerCallback):
         if state.global_step:
             self._note_optimizer(kw)
         # What `evaluate()` logs is also what it returns.
-        if logs is None or not self.report or any(name.startswith(("eval_", "test_")) for name in logs):
+        if not self.tells or logs is None or not self.report or any(name.startswith(("eval_", "test_")) for name in logs):
             return
         last = "train_runtime" in logs
         self._note_peak()
@@ -169,7 +172,7 @@ class MemoryReportCallback(TrainerCallback):
         if not self.report:  # a second end, or one without a beginning: a pruned hyperparameter trial
             return
         self._note_optimizer(kw)
-        if self._due:  # nothing was logged
+        if self._due and self.tells:  # nothing was logged
             self._due = False
             self._to_history(state, self._parts() | self._peaks())
         self.write_report(args, state, finished=True)

@@ -42,6 +42,8 @@ class LowMemTrainerMixin:
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
     CONFIG: type = LowMemArguments  # the config that the parent needs
     foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
+    _run: dict[str, Any] | None = None  # who writes the checkpoints, for their manifests; rank 0 alone knows
+    _was_finished = False  # the training went on from the end of a run, and there was nothing to do
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._check_config(next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None))
@@ -138,17 +140,40 @@ class LowMemTrainerMixin:
 
         Args:
             resume_from_checkpoint: a folder; True for the newest complete checkpoint of `output_dir`; "auto" for that
-                one, or a fresh start where there is none. Incomplete and damaged ones are passed over, and named.
+                one, or a fresh start where there is none. Incomplete and damaged ones, those without an optimizer's
+                state and those of an older run are passed over, and named. From the last checkpoint of a finished run
+                nothing is trained: it ends as that run did.
 
         Raises:
-            BadCheckpoint: (a ValueError) where the folder named is incomplete, damaged, or holds what only code could
-                rebuild; it names the file, and the last complete checkpoint.
+            BadCheckpoint: (a ValueError) where the folder named is incomplete, damaged, a model alone, or holds what
+                only code could rebuild; it names the file, and the last complete checkpoint.
         """
         resume = self._checked(resume_from_checkpoint)
+        if self.accelerator.is_main_process:
+            self._run = checkpoints.begin_run(self.args.output_dir, resume or None)
+        self._was_finished = False
         reporter_of(self)
         result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
+        if self._was_finished:
+            result = result._replace(training_loss=result.metrics["train_loss"])
         write_last_card(self, super().create_model_card)  # type: ignore[misc]
         return result
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *args: Any, **kwargs: Any) -> Any:
+        """As the parent; from a checkpoint at or after the last step no epoch is left, where the parent takes a step."""
+        begin = super()._init_training_state(max_steps, per_epoch, epochs, *args, **kwargs)  # type: ignore[misc]
+        step = self.state.global_step  # type: ignore[attr-defined]
+        if step == 0 or step < max_steps:
+            return begin
+        self._was_finished = True
+        logger.warning(
+            "the run was finished: its checkpoint is at step %d of %d, so nothing is trained. To train on, raise "
+            "max_steps or num_train_epochs; to begin a new run, leave resume_from_checkpoint unset and choose another "
+            "output_dir.",
+            step,
+            max_steps,
+        )
+        return epochs, 0
 
     def _checked(self, resume: str | bool | None) -> str | bool | None:
         if not resume:
@@ -169,6 +194,7 @@ class LowMemTrainerMixin:
         if resume is not True and resume != "auto":
             try:
                 checkpoints.verify(str(resume))
+                checkpoints.check_resumable(str(resume))
             except checkpoints.BadCheckpoint as error:
                 last, _ = checkpoints.last_complete(Path(str(resume)).resolve().parent)
                 offer = f"The last complete checkpoint is {last}." if last else "The run has no complete checkpoint."
@@ -180,6 +206,8 @@ class LowMemTrainerMixin:
         if last is None and resume is True:
             reasons = "".join(f"\n- {reason}" for reason in passed)
             raise ValueError(f"resume_from_checkpoint=True: there is no complete checkpoint in {run}.{reasons}")
+        if last is None and passed:
+            logger.warning('resume_from_checkpoint="auto": nothing in %s can be resumed from; the run begins anew', run)
         if last is not None:
             logger.info("resuming from %s", last)
         return None if last is None else str(last)
@@ -202,7 +230,10 @@ class LowMemTrainerMixin:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.write_manifest(folder, step=step, processes=self.args.world_size, versions=library_versions())
+            facts = {"step": step, "processes": self.args.world_size, "versions": library_versions()}
+            if self._run is not None:
+                facts["run"] = self._run
+            checkpoints.write_manifest(folder, **facts)
             checkpoints.drop_aside(folder)
             rotate_checkpoints(
                 output_dir=str(run),
@@ -225,7 +256,18 @@ class LowMemTrainerMixin:
         if self.stepping is not None and "grad_norm" in logs:
             norm = self.stepping.grad_norm()
             logs["grad_norm"] = float("nan") if norm is None else norm
+        if self._was_finished and "train_loss" in logs:  # of no step at all
+            logs["train_loss"] = mean_loss(self.state.log_history)  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def mean_loss(rows: list[dict[str, Any]]) -> float:
+    """The mean over the steps of a run, from the means that it logged; NaN where it logged none."""
+    total, last = 0.0, 0
+    for row in rows:
+        if "loss" in row:
+            total, last = total + row["loss"] * (row["step"] - last), row["step"]
+    return total / last if last else float("nan")
 
 
 def library_versions() -> dict[str, str]:
