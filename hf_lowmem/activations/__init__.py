@@ -9,11 +9,12 @@ fusable      which of them a kernel can stand in for
 convert      from a tier to forwards, and back
 checkpoint   tier `checkpoint_fp8`
 hooks        tier `hooks_fp8`
+seeds        of stochastic rounding, which leave torch's generator alone
 report       what was handled, and bytes per token, counted
 """
 
-from hf_lowmem.activations.convert import convert, undo
+from hf_lowmem.activations.convert import at_step, convert, undo
 from hf_lowmem.activations.formats import compress, decompress
 from hf_lowmem.activations.report import LayerReport, Measured, Report, measure
 
-__all__ = ["LayerReport", "Measured", "Report", "compress", "convert", "decompress", "measure", "undo"]
+__all__ = ["LayerReport", "Measured", "Report", "at_step", "compress", "convert", "decompress", "measure", "undo"]
