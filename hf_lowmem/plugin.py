@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_lowmem import section, zero
-from hf_lowmem.activations import Report, convert
+from hf_lowmem.activations import OwnedTiers, Report
 from hf_lowmem.arguments import LowMemArguments, section_fields
 from hf_lowmem.compatibility import check_fsdp_spec
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec
@@ -41,6 +41,7 @@ class LowMemPlugin(LowMemArguments):
         with accelerator.accumulate(model):
             accelerator.backward(model(**batch).loss)
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
+    plugin.remove()
     ```
 
     Args:
@@ -66,6 +67,7 @@ class LowMemPlugin(LowMemArguments):
         super().__post_init__()
         self.activations: Report | None = None
         self.stepping: StepInBackward | None = None
+        self._put_on: list[OwnedTiers | StepInBackward] = []
 
     @classmethod
     def from_section(cls, label: str, values: dict[str, Any]) -> "LowMemPlugin":
@@ -115,7 +117,8 @@ class LowMemPlugin(LowMemArguments):
         """(model, optimizer, *others, scheduler), prepared by the Accelerator; the scheduler only where one is given.
 
         Args:
-            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so.
+            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so, until
+                `remove()`.
             others: what `accelerator.prepare` takes beside them, such as data loaders.
             scheduler: a function from the optimizer, which does not exist before, to its scheduler.
             optimizer: where `optim` is none of ours.
@@ -137,7 +140,9 @@ class LowMemPlugin(LowMemArguments):
         self.check(accelerator)
         spec = self.lowmem_activation_spec()
         if spec is not None:
-            self.activations = convert(model, spec)
+            tiers = OwnedTiers(model, spec, f"lowmem_activations={spec.tiers!r} of LowMemPlugin")
+            self._put_on.append(tiers)
+            self.activations = tiers.report
         flat = accelerator.distributed_type is DistributedType.DEEPSPEED
         used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
@@ -145,7 +150,17 @@ class LowMemPlugin(LowMemArguments):
         if self.lowmem_step_in_backward:
             ready = (lambda: accelerator.sync_gradients) if OPTIMIZERS[self.optim].ACCUMULATES else None
             self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
+            self._put_on.append(self.stepping)
         return prepared
+
+    def remove(self) -> None:
+        """Take off the models what `prepare` has put on them: tiers, and the hooks of step in backward.
+
+        To be called when the training is over, before another one uses the model or its memory.
+        """
+        for part in self._put_on:
+            part.remove() if isinstance(part, StepInBackward) else part.take_off()
+        self._put_on.clear()
 
     def check_zero(self, label: str, config: Mapping[str, Any]) -> None:
         """Raise where the fields do not go with DeepSpeed, whose settings `config` are in the form of its JSON."""

@@ -73,8 +73,8 @@ class MemoryReportCallback(TrainerCallback):
     speed, for `hf-lowmem card` and `hf-lowmem compare`.
 
     A measured step gives bit-equal results and takes a little longer; the others cost nothing. On a CPU a daemon thread
-    reads the process's size 20 times a second. After an exception, the thread and, in a measured step, the model's two
-    hooks stay until the next training begins; so does the counting if a KeyboardInterrupt ended the forward pass.
+    reads the process's size 20 times a second. What an exception leaves, that thread and in a measured step two hooks
+    on the model, the next training takes away, or `close()`, which hf_lowmem's trainers call.
 
     Raises TypeError or ValueError for an `every` that is not a positive integer.
     """
@@ -115,6 +115,10 @@ class MemoryReportCallback(TrainerCallback):
         else:
             self.record = None
         self._start_peak(args)
+
+    def close(self) -> None:
+        """Take away what a training that ended in an exception has left."""
+        self._stop()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         step, model = state.global_step, kw.get("model")

@@ -129,9 +129,9 @@ def _layers_for(
     tiers = {tier for tier, _, _ in spec.ranges}
     if not tiers & {"checkpoint_fp8", "hooks_fp8"}:
         raise ValueError(
-            f"{label}={spec.tiers!r}: no stack of decoder layers with attention or MLPs was found in "
-            f"{type(model).__name__}. Set {label}='checkpoint_fp8' or 'hooks_fp8', which need no structure, or leave "
-            "it unset."
+            f"{label}={spec.tiers!r}: no stack of decoder layers was found in {type(model).__name__}: none with "
+            f"attention that is recognised. Set {label}='checkpoint_fp8' or 'hooks_fp8', which need no structure, or "
+            "leave it unset."
         )
     name, layers, others = find_repeated(model)
     if not layers or (not name and tiers != {"hooks_fp8"}):
