@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from hf_lowmem.dpo_config import TRL_LOSSES, LowMemDPOConfig
 from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
 from hf_lowmem.losses.collate import KEYS, MARGINS, PairCollator, has_images
-from hf_lowmem.pairs import share_batches
+from hf_lowmem.pairs import share_batches, sharing
 from hf_lowmem.reference import check_none_loaded, free_reference, resolve_reference, without_reference
 from hf_lowmem.reference.precomputed import ReferenceLogps, read_stream
 from hf_lowmem.reference.quantized import quantized_reference
@@ -132,6 +132,21 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             keyed=self.reference_logps is not None,
         )
         share_batches(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent; shared batches are for the models while this runs."""
+        with sharing(self):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, with shared batches if training has them."""
+        with sharing(self):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, with shared batches if training has them."""
+        with sharing(self):
+            return super().predict(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, which adds columns, where it can; else our table, from the very batches of training.

@@ -22,7 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from hf_lowmem import rules, section
-from hf_lowmem.activations import Report, convert
+from hf_lowmem.activations import OwnedTiers, Report
 from hf_lowmem.arguments import LowMemArguments, section_fields
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
@@ -66,6 +66,7 @@ class LowMemPlugin(LowMemArguments):
         with accelerator.accumulate(model):
             accelerator.backward(model(**batch).loss)
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
+    plugin.remove()
     ```
 
     Args:
@@ -91,6 +92,8 @@ class LowMemPlugin(LowMemArguments):
         super().__post_init__()
         self.activations: Report | None = None
         self.stepping: StepInBackward | None = None
+        self._put_on: list[OwnedTiers | StepInBackward] = []
+        self._undo_clipping: Callable[[], Any] = lambda: None
         if rules.Run.from_fields(self).asked is not None:
             _waiting[id(self)] = self
 
@@ -145,7 +148,8 @@ class LowMemPlugin(LowMemArguments):
         """(model, optimizer, *others, scheduler), prepared by the Accelerator; the scheduler only where one is given.
 
         Args:
-            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so.
+            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so, until
+                `remove()`.
             others: what `accelerator.prepare` takes beside them, such as data loaders.
             scheduler: a function from the optimizer, which does not exist before, to its scheduler.
             optimizer: where `optim` is none of ours.
@@ -162,7 +166,9 @@ class LowMemPlugin(LowMemArguments):
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
         spec = self.lowmem_activation_spec()
         if spec is not None:
-            self.activations = convert(model, spec)
+            tiers = OwnedTiers(model, spec, f"lowmem_activations={spec.tiers!r} of LowMemPlugin")
+            self._put_on.append(tiers)
+            self.activations = tiers.report
         flat = accelerator.distributed_type is DistributedType.DEEPSPEED
         used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
@@ -170,9 +176,21 @@ class LowMemPlugin(LowMemArguments):
         if self.lowmem_step_in_backward:
             ready = (lambda: accelerator.sync_gradients) if OPTIMIZERS[self.optim].ACCUMULATES else None
             self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
+            self._put_on.append(self.stepping)
             accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _no_clipping  # type: ignore[method-assign]
+            self._undo_clipping = lambda: [vars(accelerator).pop(f"clip_grad_{n}_", None) for n in ("norm", "value")]
         self._taken()
         return prepared
+
+    def remove(self) -> None:
+        """Take off what `prepare` has put on models and Accelerator: tiers, hooks of step in backward, no clipping.
+
+        To be called when the training is over, before another one uses the model or its memory.
+        """
+        for part in self._put_on:
+            part.remove() if isinstance(part, StepInBackward) else part.take_off()
+        self._put_on.clear()
+        self._undo_clipping()
 
     def check(self, accelerator: Accelerator, model: nn.Module | None = None, *, passed: str | None = None) -> None:
         """Raise where the Accelerator's engine or settings do not go with the fields.

@@ -74,8 +74,8 @@ class MemoryReportCallback(TrainerCallback):
     speed, for `hf-lowmem card` and `hf-lowmem compare`.
 
     A measured step gives bit-equal results and takes a little longer; the others cost nothing. On a CPU a daemon thread
-    reads the process's size 20 times a second. After an exception, the thread and, in a measured step, the model's two
-    hooks stay until the next training begins; so does the counting if a KeyboardInterrupt ended the forward pass.
+    reads the process's size 20 times a second. What an exception leaves, that thread and in a measured step two hooks
+    on the model, the next training takes away, or `close()`, which hf_lowmem's trainers call.
 
     Raises TypeError or ValueError for an `every` that is not a positive integer.
     """
@@ -119,6 +119,10 @@ class MemoryReportCallback(TrainerCallback):
             self.record = None
         self._start_peak(args)
 
+    def close(self) -> None:
+        """Take away what a training that ended in an exception has left."""
+        self._stop()
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         step, model = state.global_step, kw.get("model")
         due = self._last is None or (self.every is not None and step - self._last >= self.every)
@@ -154,7 +158,12 @@ class MemoryReportCallback(TrainerCallback):
         if state.global_step:
             self._note_optimizer(kw)
         # What `evaluate()` logs is also what it returns.
-        if not self.tells or logs is None or not self.report or any(name.startswith(("eval_", "test_")) for name in logs):
+        if (
+            not self.tells
+            or logs is None
+            or not self.report
+            or any(name.startswith(("eval_", "test_")) for name in logs)
+        ):
             return
         last = "train_runtime" in logs
         self._note_peak()

@@ -13,11 +13,13 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_lowmem import checkpoints, rules, section
-from hf_lowmem.activations import Report, convert
+from hf_lowmem.activations import OwnedTiers, Report, owners_of, rehearse
 from hf_lowmem.arguments import LowMemArguments
 from hf_lowmem.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.report import MemoryReportCallback
+from hf_lowmem.specs import ActivationSpec
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class LowMemTrainerMixin:
     optimizer_cls_and_kwargs: Any
     accelerator: Any
     stepping: StepInBackward | None = None
-    activations: Report | None = None  # what `lowmem_activations` did to the model
+    activations: Report | None = None  # what `lowmem_activations` does to the model while it is trained
+    _tiers: OwnedTiers | None = None
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
     CONFIG: type = LowMemArguments  # the config that the parent needs
     foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
@@ -51,7 +54,7 @@ class LowMemTrainerMixin:
         super().__init__(*args, **kwargs)
         passed = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
         self._check_rules(next((f"{name}=" for name, value in passed.items() if value is not None), None))
-        self._convert_activations()
+        self._rehearse_tiers()
         self._check_budget()
         section.state.taken |= isinstance(self.args, LowMemArguments)
 
@@ -96,13 +99,34 @@ class LowMemTrainerMixin:
     def _ours(self) -> bool:
         return isinstance(self.args, LowMemArguments) and self.args.optim in OPTIMIZERS
 
-    def _convert_activations(self) -> None:
-        spec = self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
+    def _tier_spec(self) -> ActivationSpec | None:
+        return self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
+
+    def _rehearse_tiers(self) -> None:
+        """Say now what training will do to the model, or why it cannot. The model stays as it is."""
+        spec = self._tier_spec()
         if spec is not None and self.model is not None:
-            report = convert(self.model, spec)
-            if self.activations is None:
-                logger.info("lowmem_activations=%r:\n%s", spec.tiers, report)
-            self.activations = report
+            self.activations = rehearse(self.model, spec)
+            logger.info("lowmem_activations=%r:\n%s", spec.tiers, self.activations)
+
+    def _put_on(self) -> None:
+        """Put on the model what stays there for this training. Again is nothing, on the same model."""
+        spec = self._tier_spec()
+        if spec is None:
+            for owner in owners_of(self.model):
+                logger.warning("this training keeps the tiers that the model has from %s", owner)
+        elif self._tiers is None or self._tiers.model is not self.model:
+            self._take_off()  # of a model that a search has replaced
+            self._tiers = OwnedTiers(self.model, spec, f"lowmem_activations={spec.tiers!r} of {type(self).__name__}")
+            self.activations = self._tiers.report
+
+    def _take_off(self) -> None:
+        """Leave the model as it was before this training, whatever has ended it."""
+        if self.stepping is not None:
+            self.stepping.remove()
+        if self._tiers is not None:
+            self._tiers.take_off()
+            self._tiers = None
 
     def _check_rules(self, passed: str | None = None) -> None:
         """What accelerate's launcher has set up shows here first, and fields may have been assigned since."""
@@ -114,12 +138,14 @@ class LowMemTrainerMixin:
         """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
         if self.stepping is not None:
             self.stepping.follow()
+        if self._tiers is not None:
+            self._tiers.at_step(self.state.global_step)  # type: ignore[attr-defined]
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Ours, where `optim` names it: with the decay split of the parent and the user's lr, betas, eps and decay."""
         self._check_rules()
-        self._convert_activations()  # again: `model_init` makes a new model for each training
+        self._put_on()  # `model_init` has made a new model for this training
         if self.optimizer is not None or not self._ours:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()  # type: ignore[misc]
         opt_model = self.model if model is None else model
@@ -138,6 +164,9 @@ class LowMemTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the parent, from a checkpoint that is known to be whole.
 
+        What the fields put on the model (tiers, hooks of step in backward) is there while this runs, and gone when it
+        ends, also by an exception; `evaluate` and `predict` have no need of it.
+
         Args:
             resume_from_checkpoint: a folder; True for the newest complete checkpoint of `output_dir`; "auto" for that
                 one, or a fresh start where there is none. Incomplete and damaged ones, those without an optimizer's
@@ -153,7 +182,15 @@ class LowMemTrainerMixin:
             self._run = checkpoints.begin_run(self.args.output_dir, resume or None)
         self._was_finished = False
         reporter_of(self)
-        result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
+        try:
+            if getattr(self, "model_init", None) is None:
+                self._put_on()
+            result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._take_off()
+            for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MemoryReportCallback):
+                    callback.close()
         if self._was_finished:
             result = result._replace(training_loss=result.metrics["train_loss"])
         write_last_card(self, super().create_model_card)  # type: ignore[misc]

@@ -37,7 +37,6 @@ __all__ = [
     "Norm",
     "Patch",
     "Projection",
-    "draw_seed",
     "patches",
     "put",
     "put_back",
@@ -88,11 +87,6 @@ def put(patch: Patch | WrappedForward) -> None:
     vars(patch.module)["forward"] = patch
 
 
-def draw_seed() -> int:
-    """A seed from torch's generator, whose state a checkpoint holds: a resumed run rounds as an uninterrupted one."""
-    return int(torch.randint(2**62, ()))
-
-
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
 
@@ -109,9 +103,9 @@ class Layer(Patch):
     nothing is saved that could be compressed, so the tier would have no effect.
     """
 
-    def __init__(self, module: nn.Module, name: str, tier: str, stochastic: bool) -> None:
+    def __init__(self, module: nn.Module, name: str, tier: str, seeds: Callable[[], int] | None) -> None:
         super().__init__(module)
-        self.name, self.tier, self.stochastic = name, tier, stochastic
+        self.name, self.tier, self.seeds = name, tier, seeds
 
     @torch.compiler.disable(reason="hf_lowmem runs converted layers eagerly: a compiled graph decides what it saves")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +117,7 @@ class Layer(Patch):
                 f"lowmem_activations={self.tier!r} on {self.name}: activation checkpointing was turned on after the "
                 f"model was converted, and {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
-        seed = draw_seed() if self.stochastic else None
+        seed = None if self.seeds is None else self.seeds()
         tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape
         active.tape = tape
         try:

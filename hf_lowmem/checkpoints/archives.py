@@ -98,7 +98,14 @@ def _directory(window: Window) -> tuple[int, int, int]:
         _, disk, pointer, disks = _FAR_PLACE.unpack(window.at(far, _FAR_PLACE.size))
         mark, length, _, _, *rest = _FAR_END.unpack(window.at(ends, _FAR_END.size))
         wide = rest[3:]
-        if mark != b"PK\x06\x06" or length != _FAR_END.size - 12 or pointer != ends or disk or disks != 1 or any(rest[:2]):
+        if (
+            mark != b"PK\x06\x06"
+            or length != _FAR_END.size - 12
+            or pointer != ends
+            or disk
+            or disks != 1
+            or any(rest[:2])
+        ):
             raise Refused("its end is damaged")
         for short, long, most in zip((count, size, place), wide, (0xFFFF, _FULL, _FULL), strict=True):
             if short not in (long, most):
