@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from hf_lowmem.activations.aside import reason_to_step_aside, say_once
 from hf_lowmem.activations.formats import check_format, compress, decompress
+from hf_lowmem.activations.state import State
 
 __all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
 
@@ -76,6 +78,9 @@ class WrappedForward(ABC):
                 "checkpointing on as well, which would run it once more and save nothing. Turn that off: "
                 "gradient_checkpointing=False in the training arguments or model.gradient_checkpointing_disable()."
             )
+        if (why := reason_to_step_aside()) is not None:
+            say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
+            return False
         return True
 
     # The layer runs uncompiled inside a compiled model: checkpoint recomputes with the compiler off, and would meet
@@ -143,10 +148,17 @@ class _Checkpointed(WrappedForward):
         parts = compress(hidden, fmt, seed=self.seed())
         exact = [hidden]  # taken by the first pass, so that nothing keeps it
         del hidden
+        # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
+        state = State(self.module, copies=True)
 
         def run(*parts: Tensor) -> Any:
-            x = exact.pop() if exact else decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
-            return original(x, *args, **kwargs)
+            if exact:
+                output = original(exact.pop(), *args, **kwargs)
+                state.settle()
+                return output
+            x = decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
+            with state.again():
+                return original(x, *args, **kwargs)
 
         return checkpoint(run, *parts, use_reentrant=False)
 
