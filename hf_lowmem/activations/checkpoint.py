@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from hf_lowmem.activations.aside import reason_to_step_aside, say_once
 from hf_lowmem.activations.detect import routing_of
 from hf_lowmem.activations.formats import check_format, compress, decompress
+from hf_lowmem.activations.state import State
 from hf_lowmem.reasons import NO_CHECKPOINT
 
 __all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
@@ -80,6 +82,9 @@ class WrappedForward(ABC):
                 f"{type(self.module).__name__} is wrapped as {self.tier} and has HuggingFace's activation "
                 f"checkpointing on as well, which would run it once more and save nothing. {NO_CHECKPOINT}."
             )
+        if (why := reason_to_step_aside()) is not None:
+            say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
+            return False
         return True
 
     # The layer runs uncompiled inside a compiled model: checkpoint recomputes with the compiler off, and would meet
@@ -147,10 +152,17 @@ class _Checkpointed(WrappedForward):
         parts = compress(hidden, fmt, seed=self.seed())
         exact = [hidden]  # taken by the first pass, so that nothing keeps it
         del hidden
+        # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
+        state = State(self.module, copies=True)
 
         def run(*parts: Tensor) -> Any:
-            x = exact.pop() if exact else decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
-            return original(x, *args, **kwargs)
+            if exact:
+                output = original(exact.pop(), *args, **kwargs)
+                state.settle()
+                return output
+            x = decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
+            with state.again():
+                return original(x, *args, **kwargs)
 
         return checkpoint(run, *parts, use_reentrant=False)
 

@@ -4,9 +4,11 @@ The state of a conversion is the forwards themselves: instance attributes of mod
 There is no registry to go stale when a model is copied, wrapped by PEFT, DDP or FSDP2, or pickled.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from hf_lowmem.activations.blocks import (
     Block,
@@ -80,12 +82,16 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
             raise ValueError(
                 f"{label}={spec.tiers!r}: activation checkpointing is on: {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
+    _check_shared([layer for _, layer in layers], tiers, f"{label}={spec.tiers!r}")
     before = take_out(model)
     seeds = seeds_of_layers(range(len(layers)) if spec.stochastic else ())
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
+        done: dict[int, LayerReport] = {}
         for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
-            report.layers.append(_convert_layer(layer, name, layer_tier, seeds.get(index)))
+            if id(layer) not in done:
+                done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds.get(index))
+            report.layers.append(dataclasses.replace(done[id(layer)], name=name))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
                 f"{label}={spec.tiers!r}: nothing was recognised in the layers of {type(model).__name__} "
@@ -143,6 +149,23 @@ def _layers_for(
     return layers, others
 
 
+def _check_shared(stack: Sequence[nn.Module], tiers: Sequence[str | None], what: str) -> None:
+    """Raise ValueError where one module stands at two places that were given two tiers."""
+    first: dict[int, int] = {}
+    for index, layer in enumerate(stack):
+        other = first.setdefault(id(layer), index)
+        if tiers[other] != tiers[index]:
+            raise ValueError(
+                f"{what}: layers {other} and {index} are one and the same module, which cannot have two tiers "
+                f"({tiers[other]} and {tiers[index]}). Give both the same."
+            )
+
+
+def _uncompiled(layer: nn.Module) -> nn.Module:
+    """The layer inside `torch.compile(layer)`: the compiled wrapper then meets our forward, which is eager."""
+    return layer._orig_mod if isinstance(layer, OptimizedModule) else layer
+
+
 def _convert_layer(layer: nn.Module, name: str, tier: str | None, seeds: Seeds | None) -> LayerReport:
     if tier is None:
         return LayerReport(name, None, left={"": "no range names it"})
@@ -165,19 +188,25 @@ def _convert_layer(layer: nn.Module, name: str, tier: str | None, seeds: Seeds |
 
 
 def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, seeds: Seeds | None) -> Iterator[Patch]:
-    yield Layer(layer, name, tier, seeds)
-    for module in parts.attention.values():
-        yield Block(module, "attention")
+    """The layer's own comes last: where a layer is its own attention, it must be the outer one."""
     formats = FORMATS_OF_TIER[tier]
-    for module in parts.mlp.values():
+    for module in _unpatched(parts.attention):
+        yield Block(module, "attention")
+    for module in _unpatched(parts.mlp):
         gated = gated_of(module) if formats.mlp == "e4m3" else None
         yield Block(module, "mlp") if gated is None else GatedMLP(module, gated)
-    for module in parts.cheap.values():
+    for module in _unpatched(parts.cheap):
         norm = rmsnorm_of(module) if formats.residual == "e4m3" else None
         yield Cheap(module) if norm is None else Norm(module, norm)
     if formats.rerun:
-        for module in parts.projections.values():
+        for module in _unpatched(parts.projections):
             yield Projection(module)
+    yield Layer(layer, name, tier, seeds)
+
+
+def _unpatched(parts: dict[str, nn.Module]) -> list[nn.Module]:
+    """Those that have no forward of ours yet, as a part that two layers share has."""
+    return [module for module in parts.values() if not isinstance(vars(module).get("forward"), Patch)]
 
 
 def _notes(model: nn.Module) -> list[str]:

@@ -12,12 +12,15 @@ a norm feeds a projection, or an activation a product, is read from the autograd
     the rest    with weights of three dimensions outside of linears, or a list of MLPs: left alone
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_lowmem.activations.draws import undrawn
 
 __all__ = ["Structure", "find_repeated", "find_stack", "is_linear", "routing_of", "structure_of"]
 
@@ -249,7 +252,8 @@ def why_not_cheap(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def why_not_replayable(module: nn.Module) -> str | None:
-    """Try it on a small input, twice. Weights without values (meta, fake, sharded) are taken at their word."""
+    """Try it on a small input, twice, as it is in training. Weights without values (meta, fake, sharded) are taken at
+    their word: whether a run was repeatable is seen once more after each (hf_lowmem/activations/values.py)."""
     weight = next(module.parameters(recurse=False), None)
     if weight is not None and (type(weight) is not nn.Parameter or weight.is_meta):
         return None
@@ -259,16 +263,23 @@ def why_not_replayable(module: nn.Module) -> str | None:
     x = torch.linspace(-3.0, 3.0, 3 * width, **like).view(1, 3, width)
     if type(x) is not Tensor:
         return None
-    before, versions = x.clone(), [t._version for t in (*module.parameters(), *module.buffers())]
+    twin = copy.copy(module)  # a trial must leave no trace in the model's statistics
+    vars(twin)["training"] = True
+    vars(twin)["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    before, versions = x.clone(), [t._version for t in (*twin.parameters(), *twin.buffers())]
     forward = type(module).forward
     try:
-        first, second = forward(module, x), forward(module, x)
+        with undrawn(x.device) as draws:
+            first, second = forward(twin, x), forward(twin, x)
+            drawn = draws.settle()
     except Exception as error:
         return "" if weight is None else f"does not run on one tensor: {type(error).__name__}: {error}"
     if not isinstance(first, Tensor) or first.shape != x.shape:
         return "" if weight is None else "its output is not one tensor of its input's shape"
     if not torch.equal(x, before):
         return "works in place"
-    if not torch.equal(first, second) or versions != [t._version for t in (*module.parameters(), *module.buffers())]:
+    if drawn:
+        return "draws random numbers: its tensors stay as they are"
+    if not torch.equal(first, second) or versions != [t._version for t in (*twin.parameters(), *twin.buffers())]:
         return "gives another result, or has another state, when it runs again"
     return None
