@@ -204,9 +204,10 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent; an iterable dataset can be evaluated under every reference, and a dataset for which there is
         no reference any more is refused before it is read."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        given: Any = eval_dataset
+        if given is not None and not isinstance(given, str):
             self._check_reference()
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().evaluate(given, *args, **kwargs)
 
     def _check_reference(self) -> None:
         """Raise where reference log-probabilities of one more dataset cannot be computed."""
@@ -230,7 +231,8 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
 
     def _load_callback_state(self) -> None:
         """As the parent, once the reference is known to be that of the run which is resumed."""
-        saved = self.state.stateful_callbacks.get(ReferenceRecord.__name__)
+        records: Any = self.state.stateful_callbacks
+        saved = records.get(ReferenceRecord.__name__)
         if isinstance(saved, dict) and self.reference_kind == "precomputed":
             ReferenceRecord.check(saved, self._precompute_model_hash)
         super()._load_callback_state()
