@@ -39,6 +39,7 @@ LEVEL = {
     "sft": 7,
     "dpo": 7,
     "card_commands": 8,
+    "doctor": 8,
     "demo": 8,
     "cli": 9,
     "__init__": 10,
