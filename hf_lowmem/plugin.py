@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from hf_lowmem import rules, section
 from hf_lowmem.activations import OwnedTiers, Report
-from hf_lowmem.arguments import LowMemArguments, section_fields
+from hf_lowmem.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
+from hf_lowmem.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
 from hf_lowmem.specs import check_choice
 
@@ -208,4 +209,7 @@ class LowMemPlugin(LowMemArguments):
         rules.check(run)
 
     def _facts(self, run: rules.Run) -> rules.Run:
-        return run.knowing(loop=type(self).__name__)
+        # With an optimizer of somebody else's these are read by nobody.
+        given = [name for name in (*SECTION_FIELDS, *ADAM_DEFAULTS) if name not in self.lowmem_open]
+        unread = {} if run.ours else {name: getattr(self, name) for name in given}
+        return run.knowing(loop=type(self).__name__, fields={**(run.fields or {}), **unread})

@@ -40,6 +40,7 @@ class LowMemTrainerMixin:
     optimizer_cls_and_kwargs: Any
     accelerator: Any
     stepping: StepInBackward | None = None
+    _made: bool = False  # whether the optimizer is the one that the fields ask for
     activations: Report | None = None  # what `lowmem_activations` does to the model while it is trained
     _tiers: OwnedTiers | None = None
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
@@ -52,8 +53,7 @@ class LowMemTrainerMixin:
         self._check_config(next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None))
         args, kwargs = self._within_budget(args, kwargs)
         super().__init__(*args, **kwargs)
-        passed = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
-        self._check_rules(next((f"{name}=" for name, value in passed.items() if value is not None), None))
+        self._check_rules()
         self._rehearse_tiers()
         self._check_budget()
         section.state.taken |= isinstance(self.args, LowMemArguments)
@@ -128,11 +128,12 @@ class LowMemTrainerMixin:
             self._tiers.take_off()
             self._tiers = None
 
-    def _check_rules(self, passed: str | None = None) -> None:
+    def _check_rules(self) -> None:
         """What accelerate's launcher has set up shows here first, and fields may have been assigned since."""
         if isinstance(self.args, LowMemArguments):
-            run = rules.Run.from_arguments(self.args).with_accelerator(self.accelerator)
-            rules.check(run.knowing(passed=passed))
+            others = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
+            passed = None if self._made else next((f"{n}=" for n, value in others.items() if value is not None), None)
+            rules.check(rules.Run.from_arguments(self.args).with_accelerator(self.accelerator).knowing(passed=passed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
@@ -158,7 +159,7 @@ class LowMemTrainerMixin:
             self.stepping = None
         if self.args.lowmem_step_in_backward:
             self.stepping = StepInBackward(optimizer, ready=self._window_ends if optimizer.ACCUMULATES else None)
-        self.optimizer = optimizer
+        self.optimizer, self._made = optimizer, True
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -169,3 +169,20 @@ class TestPlugin:
         plugin = LowMemPlugin(optim="adamw", lowmem_step_in_backward=True)
         with pytest.raises(ValueError, match=r"torch\.compile\(LlamaForCausalLM\) cannot be combined"):
             plugin.prepare(accelerator, torch.compile(tiny_llama()))
+
+    @pytest.mark.parametrize(
+        "fields", [{"learning_rate": 0.5}, {"weight_decay": 0.1}, {"adam_beta2": 0.5}, {"optim_args": "a=1"}], ids=str
+    )
+    def test_settings_of_an_optimizer_that_is_passed_are_refused(self, fields: dict[str, Any]) -> None:
+        (name,) = fields
+        with pytest.raises(ValueError, match=rf"{name}=.* has no effect with optim='adamw_torch_fused'"):
+            LowMemPlugin(lowmem_activations="exact", **fields)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "optimizer_cls_and_kwargs"])
+def test_an_optimizer_that_is_assigned_to_a_trainer_is_refused(name: str, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_llama(), settings(LowMemTrainingArguments, tmp_path), train_dataset=token_data())
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
+    setattr(trainer, name, other if name == "optimizer" else (torch.optim.SGD, {"lr": 0.1}))
+    with pytest.raises(ValueError, match=rf"{name.removesuffix('r')}.*cannot be combined with optim='adamw'"):
+        trainer.train()

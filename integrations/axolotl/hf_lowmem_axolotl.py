@@ -108,9 +108,9 @@ class HfLowmemPlugin(BasePlugin):
             convert(model, spec)
 
     def create_optimizer(self, cfg: Any, trainer: Any) -> Any:
-        args = trainer.args
-        plugin = settings(cfg, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
-        if plugin is None or plugin.optim not in OPTIMIZERS:
+        asked, args = settings(cfg), trainer.args
+        if asked is None or asked.optim not in OPTIMIZERS:
             return None
+        plugin: Any = settings(cfg, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         plugin.seed = args.seed
         return plugin.make_optimizer(trainer.model)

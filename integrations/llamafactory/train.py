@@ -19,13 +19,13 @@ from hf_lowmem.plugin import LowMemPlugin
 
 def optimizer_for(model: Any, training_args: Any) -> Any:
     """Ours, by HF_LOWMEM_CONFIG; None where it names none."""
+    if LowMemPlugin.from_env().optim not in OPTIMIZERS:
+        return None
     values = section.from_env() | {
         "learning_rate": training_args.learning_rate,
         "weight_decay": training_args.weight_decay,
     }
     plugin = LowMemPlugin.from_section(section.VARIABLE, values)
-    if plugin.optim not in OPTIMIZERS:
-        return None
     run = rules.Run.from_arguments(training_args).asking(rules.Run.from_arguments(plugin))
     rules.check(run.knowing(clips="LLaMA-Factory"))
     plugin.seed = training_args.seed
