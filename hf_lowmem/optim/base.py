@@ -29,10 +29,11 @@ from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import Kernel
 from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
 from hf_lowmem.optim.flat import check_flattened
-from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
+from hf_lowmem.optim.fused import FLOATS, can_store, kernels_run_on, step_fused
+from hf_lowmem.optim.guard import SkipCount, Skipped, keep_or_take
 from hf_lowmem.optim.load import load
 from hf_lowmem.optim.names import stream_name, without_wrappers
-from hf_lowmem.optim.options import resolve
+from hf_lowmem.optim.options import plain, resolve, with_rate
 from hf_lowmem.optim.parts import can_part, step_parts
 from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
 from hf_lowmem.optim.state import (
@@ -67,8 +68,9 @@ class LowMemOptimizer(Optimizer):
             and may also be set per group. An option that means nothing to the method is refused.
         **options: what this method alone understands; see its docstring.
 
-    A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were; the
-    step still counts. Sparse and complex gradients are refused.
+    A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were, and
+    so does an update that is not finite; the step still counts. `skipped()` says how often. Sparse and complex
+    gradients are refused. Gradients and moments are fp32; a parameter in float64 keeps its precision.
 
     Raises:
         TypeError, ValueError: naming the option, its value, the reason and the remedy.
@@ -93,6 +95,7 @@ class LowMemOptimizer(Optimizer):
 
     # Of the parameters that it was made for; a copy or an unpickled one does not know them.
     _shapes: set[torch.Size] | None = None
+    _skip_count: SkipCount | None = None
 
     def __init__(
         self,
@@ -163,6 +166,11 @@ class LowMemOptimizer(Optimizer):
             self.check_placement(p, group)
             if p.is_complex():
                 raise TypeError(f"a parameter of dtype {p.dtype}: {self.name} needs real ones; use torch.view_as_real.")
+            if p.requires_grad and p.dtype not in (*FLOATS, torch.float64):
+                raise TypeError(
+                    f"a parameter of dtype {p.dtype}: {self.name} trains bfloat16, float16, float32 and float64. Load "
+                    "the model in one of them, or set requires_grad=False."
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -188,7 +196,28 @@ class LowMemOptimizer(Optimizer):
                     else:
                         self._step_loop(p, group, sound.get(p))
             step_fused(self, together, group)
+        self._skips.end_step()
         return loss
+
+    @property
+    def _skips(self) -> SkipCount:
+        if self._skip_count is None:  # of a copy or an unpickled one, too
+            self._skip_count = SkipCount(Skipped(*self.param_groups[0].get("skipped", (0, 0, 0))))
+        return self._skip_count
+
+    def skipped(self) -> Skipped:
+        """How many updates and steps were left out, because of a bad gradient or of an update that was not finite.
+
+        Asks the device. Under FSDP2 it is this process's number, which may differ by updates that were not finite.
+        """
+        return self._skips.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; updates that were left out are counted in the first group, as `skipped`."""
+        found = self.skipped()
+        if any(found):
+            self.param_groups[0]["skipped"] = list(found)
+        return super().state_dict()
 
     @torch.no_grad()
     def fold_param(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -222,9 +251,8 @@ class LowMemOptimizer(Optimizer):
         if p.numel() == 0:
             return
         self.check_placement(p, group)
-        if isinstance(group["lr"], Tensor):
-            group = group | {"lr": plain(group["lr"])}
-        raw = self.state[p]
+        group = with_rate(group)
+        raw, waits = self.state[p], self._waits_for_the_device(p)
         count_step(raw)
         if not is_sharded(p) and self.elementwise(p, group) and can_part(p, self.codecs(p, group)):
             step_parts(self, p, group)
@@ -236,13 +264,11 @@ class LowMemOptimizer(Optimizer):
             sound = is_sound(grad)
             if WINDOW in raw:
                 sound &= is_sound(raw[WINDOW])
-        if self._waits_for_the_device(p):
-            if sound:
-                self._apply(p, grad, sound, self._state_of(p, group), group)
-            else:
-                raw.pop(WINDOW, None)
+        if waits and not sound and values_of(raw).keys() - {WINDOW}:
+            raw.pop(WINDOW, None)  # and no update is made to be undone, but for the first, which allocates the states
         else:
-            self._apply_where(sound, p, grad, self._state_of(p, group), group)
+            sound = keep_or_take(self, sound, p, grad, self._state_of(p, group), group)
+        self._skips.add(sound, waits=waits)
 
     def elementwise(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the update of each of this parameter's values needs that value alone."""
@@ -295,25 +321,9 @@ class LowMemOptimizer(Optimizer):
             self.update_weights(p, correction, seed, grad, sound, state, group)
             return
         p = local(p)
-        weights = load_weight(p, correction)
+        weights = p if p.dtype == torch.float64 else load_weight(p, correction)
         self.update(weights, grad, state, group)
         save_weight(p, weights, correction, seed)
-
-    def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
-        raw = state.raw
-        guarded = self.writes_weights(p, group)  # by a kernel that reads `sound` itself
-        kept = {k: local(v) for k, v in values_of(raw).items()}
-        before = {k: v.clone() for k, v in kept.items() if not (guarded and k == CORRECTION)}
-        weights = None if guarded else local(p).clone()
-        self._apply(p, grad, sound, state, group)
-        if weights is not None:
-            local(p).copy_(torch.where(sound, local(p), weights))
-        for k, v in values_of(raw).items():
-            if not (guarded and k == CORRECTION):
-                new = local(v)
-                # A state that this very step allocated was zero before it.
-                new.copy_(torch.where(sound, new, before[k] if k in before else torch.zeros_like(new)))
 
     @staticmethod
     def store_of(p: Tensor, group: dict[str, Any]) -> str:
@@ -343,7 +353,7 @@ class LowMemOptimizer(Optimizer):
         raise NotImplementedError
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        """Update `p` in place. `p` and `grad` are fp32 and finite, of one shape."""
+        """Update `p` in place. `p` (fp32, or a parameter in fp64) and `grad` (fp32, finite) are of one shape."""
         raise NotImplementedError
 
     @staticmethod
@@ -410,12 +420,3 @@ def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
             f"{label}={store!r} has no effect: no parameter is bfloat16 (found: {found}). Load the model with "
             "dtype=torch.bfloat16, or leave it unset."
         )
-
-
-def plain(lr: Any) -> Any:
-    """A learning rate as a number. torch lets it be a tensor, which a schedule may change in place."""
-    if not isinstance(lr, Tensor):
-        return lr
-    if lr.numel() != 1:
-        raise ValueError(f"lr={lr!r}: Tensor lr must be 1-element. Give one rate; other groups may have their own.")
-    return lr.item()

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_lowmem.codecs import StateCodec
 from hf_lowmem.kernels import Kernel, current_impl
 from hf_lowmem.kernels.codecs.reference import CODECS
+from hf_lowmem.optim.options import with_rate
 from hf_lowmem.optim.state import CORRECTION, count_step
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def step_fused(optimizer: "LowMemOptimizer", params: list[Tensor], group: dict[s
     """One step of parameters of one group, all of which the optimizer `fuses`: one call for all that are alike."""
     if not params:
         return
-    if isinstance(group["lr"], Tensor):
-        group = group | {"lr": group["lr"].item()}
+    group = with_rate(group)
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
         assert p.grad is not None

@@ -39,7 +39,8 @@ def load(
         saved = final["param_groups"]
         check_groups(optimizer, saved)
         # An option that is younger than the checkpoint keeps this optimizer's value.
-        ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        new = ("params", "skipped")
+        ours = [{k: v for k, v in group.items() if k not in new} for group in optimizer.param_groups]
         ours += [{}] * (len(saved) - len(ours))  # torch complains about their number
         kept = [{k: v for k, v in own.items() if k in OURS} for own in ours]
         groups = [own | theirs | ours for own, theirs, ours in zip(ours, saved, kept, strict=False)]
@@ -47,6 +48,7 @@ def load(
 
     def fill(_: Optimizer) -> None:
         fill_state(optimizer, taken)
+        optimizer._skip_count = None  # it begins anew with what the first group says
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(take),

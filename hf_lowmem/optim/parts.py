@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.kernels.codecs.blocks import code_bytes
 from hf_lowmem.kernels.step.reference import is_sound
+from hf_lowmem.optim.guard import keep_or_take
 from hf_lowmem.optim.state import CORRECTION, COUNTS, ParamState
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def can_part(p: Tensor, codecs: tuple[StateCodec, StateCodec]) -> bool:
 
 
 def step_parts(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) -> None:
-    """One step of a parameter that `can_part`; its step is counted already."""
+    """One step of a parameter that `can_part`; its step is counted already.
+
+    A bad gradient leaves out all parts, a result that is not finite its own.
+    """
     state, store = optimizer._state_of(p, group), optimizer.store_of(p, group)
     if store == "bf16_ecc":
         state.tensor(CORRECTION, lambda: torch.zeros_like(p, dtype=torch.int8))
@@ -48,14 +52,11 @@ def step_parts(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) -
         _ = state.key  # parts have the state's numbers, but none that is made for a part is kept
     parts = list(_parts_of(p, state, optimizer.state_shapes(p.shape, group)))
     sound = torch.stack([is_sound(grad.to(torch.float32)) for _, grad, _ in parts]).all()
-    waits = optimizer._waits_for_the_device(p)
-    if waits and not sound:
-        return
-    for weights, grad, part in parts:
-        if waits:
-            optimizer._apply(weights, grad.to(torch.float32), sound, part, group)
-        else:
-            optimizer._apply_where(sound, weights, grad.to(torch.float32), part, group)
+    taken = sound
+    if not (state.waits and not sound):
+        for weights, grad, part in parts:
+            taken = taken & keep_or_take(optimizer, sound, weights, grad.to(torch.float32), part, group)
+    optimizer._skips.add(taken, waits=state.waits)
 
 
 def _parts_of(p: Tensor, state: ParamState, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor, ParamState]]:

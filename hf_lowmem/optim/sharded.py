@@ -169,7 +169,7 @@ def coded_bytes(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) 
 def row_shapes(optimizer: "LowMemOptimizer", shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the coded states of a sharded parameter, over all processes."""
     shapes = optimizer.state_shapes(shape, group)
-    meta = {name: torch.empty(size, device="meta") for name, size in shapes.items()}
+    meta = {name: torch.empty(size, dtype=torch.float32, device="meta") for name, size in shapes.items()}
     return {name: optimizer.to_rows(name, value, shape, group).shape for name, value in meta.items()}
 
 
@@ -213,7 +213,7 @@ def check_state(
         codec = codecs[0 if signed else 1]
         if was_cut and not is_replicated(optimizer.STATES, name, p.shape):
             codec = by_rows(codec, shapes[name])
-        encoded = named(name, codec.init(torch.empty(shapes[name], device="meta"), signed=signed))
+        encoded = named(name, codec.init(torch.empty(shapes[name], dtype=torch.float32, device="meta"), signed=signed))
         expected = {k: v.shape for k, v in encoded.items()}
         moments[name] = codec, signed
         coded |= encoded

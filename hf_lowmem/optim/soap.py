@@ -46,17 +46,34 @@ def rotate(x: Tensor, sides: Sequence[Side], *, back: bool = False) -> Tensor:
     return x
 
 
-def eigenbasis(factor: Tensor) -> Tensor:
-    """Eigenvectors of (..., d, d), by falling eigenvalue. In fp64 where the solver does not converge in fp32.
+def eigenbasis(factor: Tensor, *, waits: bool = True) -> Tensor:
+    """Eigenvectors of (..., d, d), by falling eigenvalue; the identity for a matrix that no solver has solved.
 
-    Of a bad gradient's factor they do not matter, for its step is undone, but the solver must not raise.
+    A factor of low rank, which every first gradient of an embedding has, fails LAPACK's fp32 solver in two ways: it
+    raises, or it returns NaN without a word. Then fp64 is asked. A device that is not to be asked whether it returned
+    NaN (`waits` is False) selects the identity instead: SOAP is Adam until the first refresh, which is a QR and needs
+    no solver.
+
+    Of a bad gradient's factor the vectors do not matter, for its step is undone, but the solver must not raise.
     """
     factor = factor.nan_to_num(0.0, 0.0, 0.0)
-    try:
-        vectors = torch.linalg.eigh(factor).eigenvectors
-    except torch.linalg.LinAlgError:  # many eigenvalues of zero, as a first gradient of low rank has
-        vectors = torch.linalg.eigh(factor.double()).eigenvectors.to(factor.dtype)
-    return vectors.flip(-1)
+    factor = factor / factor.abs().amax((-2, -1), keepdim=True).clamp_(min=torch.finfo(factor.dtype).tiny)
+    vectors = solved(factor)
+    if waits and not bool(vectors.isfinite().all()):
+        vectors = solved(factor.double()).to(factor.dtype)
+    good = vectors.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.where(good, vectors.flip(-1), identity)
+
+
+def solved(factor: Tensor) -> Tensor:
+    """Eigenvectors by rising eigenvalue, in fp64 where the solver says that it has failed; NaN where that fails."""
+    for dtype in (factor.dtype, torch.float64):
+        try:
+            return torch.linalg.eigh(factor.to(dtype)).eigenvectors.to(factor.dtype)
+        except torch.linalg.LinAlgError:
+            continue
+    return torch.full_like(factor, torch.nan)
 
 
 def refresh_(sides: Sequence[Side], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -89,6 +106,7 @@ def soap_(
     weight_decay: float,
     step: int,
     refresh: bool,
+    waits: bool = True,
 ) -> None:
     """One SOAP step in place, all tensors fp32 (arXiv 2409.11321, algorithm 3).
 
@@ -99,6 +117,7 @@ def soap_(
         step: how many gradients the moments hold, this one included. 0: none; the weights take Adam's first step, which
             leaves no moments, and the basis comes from this gradient.
         refresh: whether the basis is refreshed after the weights were updated.
+        waits: whether the device may be asked for a number.
     """
     if step == 0:
         direction = adam_direction(grad, torch.zeros_like(grad), torch.zeros_like(grad), betas, eps)
@@ -110,7 +129,7 @@ def soap_(
         g = grad if side.dim == -2 else grad.mT
         side.factor.lerp_(g @ g.mT, 1 - shampoo_beta)
         if step == 0:
-            side.basis.copy_(eigenbasis(side.factor))
+            side.basis.copy_(eigenbasis(side.factor, waits=waits))
     if refresh and step > 0:
         refresh_(sides, exp_avg, exp_avg_sq)
 
@@ -193,6 +212,7 @@ class Soap(LowMemOptimizer):
             weight_decay=group["weight_decay"],
             step=step,
             refresh=step % group["update_gap"] == 0,
+            waits=state.waits,
         )
         state.store("exp_avg", exp_avg)
         state.store("exp_avg_sq", exp_avg_sq)
@@ -207,7 +227,7 @@ class Soap(LowMemOptimizer):
         shape = (*grad.shape[:-2], grad.shape[dim], grad.shape[dim])
 
         def zeros() -> Tensor:
-            return torch.zeros(shape, device=grad.device)
+            return torch.zeros(shape, dtype=torch.float32, device=grad.device)
 
         factor, basis = (state.tensor(f"{name}_{NAMES[dim]}", zeros) for name in ("factor", "basis"))
         basis.diagonal(dim1=-2, dim2=-1).add_((basis[..., 0, :] == 0).all(-1, keepdim=True))

@@ -97,6 +97,8 @@ class ParamState:
         self.make_key = make_key
         # Whether a method may ask for a number on the device: on a CPU the answer costs nothing.
         self.waits = waits
+        # Of what an update computes and stores, whether it is finite; None: nobody asks.
+        self.finite: list[Tensor] | None = None
 
     @property
     def step(self) -> int:
@@ -146,8 +148,14 @@ class ParamState:
         """Encode `value` over the state `name`."""
         encoded = self._encoded(name)
         assert encoded is not None, f"state {name!r} is stored before it was loaded"
+        self.judge(value)
         if encoded.get("data") is not value:
             self._codec(name).encode_(encoded, value)
+
+    def judge(self, value: Tensor) -> None:
+        """Note whether a result is finite: an update with one that is not is taken back."""
+        if self.finite is not None:
+            self.finite.append(is_finite(value))
 
     def parts(self, name: str, like: Tensor) -> list[Tensor]:
         """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""
@@ -172,3 +180,11 @@ def stream_key(*parts: object) -> int:
     """63 bits that depend on every part, the same on every machine and in every process."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """Whether every value is finite: a bool on its device. One pass, and no temporary."""
+    if not x.numel():
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    low, high = torch.aminmax(x.detach())
+    return (low > -torch.inf) & (high < torch.inf)  # False for NaN too

@@ -177,4 +177,4 @@ def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
 
 def previous_norm(grad: Tensor, state: ParamState) -> Tensor:
     """The limiter's memory, one fp32 a matrix: (...) for a gradient (..., m, n)."""
-    return state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], device=grad.device))
+    return state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], dtype=torch.float32, device=grad.device))
