@@ -1,8 +1,9 @@
 """The zip archives of torch.save, read as strictly as torch writes them.
 
-Two readers of zip files may find different members in the same bytes: the format has two directories, comments, prefixes
-and names that occur twice. What is checked must be what torch's reader then loads. So an archive is taken only if it has
-one directory, at its end, that agrees with the members; no compression; and no member that torch.save does not write.
+Two readers of zip files may find different members in the same bytes: the format has two directories, comments,
+prefixes and names that occur twice. What is checked must be what torch's reader then loads. So an archive is taken only
+if it has one directory, at its end, that agrees with the members; no compression; and no member that torch.save does
+not write.
 """
 
 import re
@@ -98,7 +99,14 @@ def _directory(window: Window) -> tuple[int, int, int]:
         _, disk, pointer, disks = _FAR_PLACE.unpack(window.at(far, _FAR_PLACE.size))
         mark, length, _, _, *rest = _FAR_END.unpack(window.at(ends, _FAR_END.size))
         wide = rest[3:]
-        if mark != b"PK\x06\x06" or length != _FAR_END.size - 12 or pointer != ends or disk or disks != 1 or any(rest[:2]):
+        if (
+            mark != b"PK\x06\x06"
+            or length != _FAR_END.size - 12
+            or pointer != ends
+            or disk
+            or disks != 1
+            or any(rest[:2])
+        ):
             raise Refused("its end is damaged")
         for short, long, most in zip((count, size, place), wide, (0xFFFF, _FULL, _FULL), strict=True):
             if short not in (long, most):

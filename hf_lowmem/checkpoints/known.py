@@ -141,7 +141,9 @@ def guarded() -> Known:
     free = _MORE_OF_TORCH | registered
     calls = {**dict.fromkeys(free, _anything), **TENSORS.calls}
     states = {**dict.fromkeys(registered, _anything), **TENSORS.states}
-    return replace(TENSORS, values=TENSORS.values | set(calls), calls=calls, new=dict.fromkeys(free, _anything), states=states)
+    return replace(
+        TENSORS, values=TENSORS.values | set(calls), calls=calls, new=dict.fromkeys(free, _anything), states=states
+    )
 
 
 _ARRAY, _DTYPE = Name("numpy", "ndarray"), Name("numpy", "dtype")
