@@ -1,11 +1,12 @@
 """What a run of transformers' Trainer keeps in memory, counted while it trains, and handed to the Trainer's loggers.
 
-**How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and
-W&B and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those
-of `callbacks=` last, and an event hands over no trainer, so that a callback cannot move itself: `add_to(trainer)` does
-it, and the trainers of hf_lowmem do it for every MemoryReportCallback that they are given. The one that they add of
-themselves writes the report alone: logs, and so a resumed run's history, are what the plain Trainer's would be. Why not log a row of our own: `Trainer.log`
-would take the averages away that TRL collects for the next row, and `on_log` would cancel the row that is due.
+**How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and W&B
+and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those of
+`callbacks=` last, and an event hands over no trainer, so that a callback cannot move itself: `add_to(trainer)` does it,
+and the trainers of hf_lowmem do it for every MemoryReportCallback that they are given. The one that they add of
+themselves writes the report alone: logs, and so a resumed run's history, are what the plain Trainer's would be. Why not
+log a row of our own: `Trainer.log` would take the averages away that TRL collects for the next row, and `on_log` would
+cancel the row that is due.
 
 **What is measured.** In a measured step the model has a pair of forward hooks (`hf_lowmem.memory.forward`), and one
 forward pass is what they measure. Measuring around the whole `training_step` would count what the loss saves outside of

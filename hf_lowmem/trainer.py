@@ -198,7 +198,7 @@ class LowMemTrainerMixin:
         return result
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *args: Any, **kwargs: Any) -> Any:
-        """As the parent; from a checkpoint at or after the last step no epoch is left, where the parent takes a step."""
+        """As the parent; from a checkpoint at the last step no epoch is left, where the parent trains on."""
         begin = super()._init_training_state(max_steps, per_epoch, epochs, *args, **kwargs)  # type: ignore[misc]
         step = self.state.global_step  # type: ignore[attr-defined]
         if step == 0 or step < max_steps:

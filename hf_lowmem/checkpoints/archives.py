@@ -1,8 +1,9 @@
 """The zip archives of torch.save, read as strictly as torch writes them.
 
-Two readers of zip files may find different members in the same bytes: the format has two directories, comments, prefixes
-and names that occur twice. What is checked must be what torch's reader then loads. So an archive is taken only if it has
-one directory, at its end, that agrees with the members; no compression; and no member that torch.save does not write.
+Two readers of zip files may find different members in the same bytes: the format has two directories, comments,
+prefixes and names that occur twice. What is checked must be what torch's reader then loads. So an archive is taken only
+if it has one directory, at its end, that agrees with the members; no compression; and no member that torch.save does
+not write.
 """
 
 import re

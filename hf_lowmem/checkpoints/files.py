@@ -135,7 +135,8 @@ def _check_shards(path: Path) -> None:
         shard = path.parent / name
         if "/" in name or "\\" in name or name.startswith(".") or not shard.is_file():
             raise BadCheckpoint(
-                f"{path} says that shards are in {name!r}, and there is no such file beside it. Take another checkpoint."
+                f"{path} says that shards are in {name!r}, and there is no such file beside it. Take another "
+                "checkpoint."
             )
         size = shard.stat().st_size
         with shard.open("rb") as file:

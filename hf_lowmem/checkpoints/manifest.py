@@ -53,7 +53,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest, or None where there is none. Raises BadCheckpoint where it cannot be read or is not one."""
     path = Path(folder) / MANIFEST
     try:
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         manifest = json.loads(path.read_text(encoding="utf-8"))
         named = all(isinstance(n, str) and _is_inside(n) for n in manifest["files"])
@@ -165,8 +165,8 @@ def _is_inside(name: str) -> bool:
 
 def _unreadable(error: OSError, where: Path) -> BadCheckpoint:
     return BadCheckpoint(
-        f"{error.filename or where} cannot be read ({error.strerror or error}), so the checkpoint is not complete. Make "
-        "it readable for this user, or take another checkpoint."
+        f"{error.filename or where} cannot be read ({error.strerror or error}), so the checkpoint is not complete. "
+        "Make it readable for this user, or take another checkpoint."
     )
 
 

@@ -1,17 +1,17 @@
 """A reading of pickles that executes nothing.
 
-`read(data, known)` goes through a pickle opcode by opcode, as an unpickler does, with a stack and a memo of its own. But
-where an unpickler imports a name, calls a function or sets a state, this one looks the name up in `known`, an exact list
-for the kind of file, and puts a description there instead of an object. So what comes out describes what unpickling would
-make, and nothing of the file has run:
+`read(data, known)` goes through a pickle opcode by opcode, as an unpickler does, with a stack and a memo of its own.
+But where an unpickler imports a name, calls a function or sets a state, this one looks the name up in `known`, an exact
+list for the kind of file, and puts a description there instead of an object. So what comes out describes what
+unpickling would make, and nothing of the file has run:
 
     None, bool, int, float, str, bytes    as themselves
     Name                                  a global that the file names
     Made                                  a container, a tensor's storage, or an object with arguments and state
 
-Whatever no pickler of torch or Python writes is refused as well, although it could be harmless: names that are computed,
-extension codes, INST and OBJ, a memo that is filled out of order, a state that is set twice, containers that change after
-they were handed to a function. Two readers of a file must not be able to disagree about what it says.
+Whatever no pickler of torch or Python writes is refused as well, although it could be harmless: names that are
+computed, extension codes, INST and OBJ, a memo that is filled out of order, a state that is set twice, containers that
+change after they were handed to a function. Two readers of a file must not be able to disagree about what it says.
 """
 
 import io

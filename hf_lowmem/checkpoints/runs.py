@@ -1,19 +1,20 @@
 """The checkpoints of an output_dir: whose they are, which one a run goes on from, and how a save replaces one.
 
-An output_dir may hold more than one run's: a second training was started there. The manifest says whose a checkpoint is:
+An output_dir may hold more than one run's: a second training was started there. The manifest says whose a checkpoint
+is:
 
     run = {"id": a random name, "order": 2, "began": "2026-03-01T12:00:00+00:00", "after": 0}
 
 `order` counts the runs of the folder, so neither clocks nor the times of files, which a copy loses, decide which is the
-newest. A run that is resumed keeps its id; if another one was started meanwhile, it becomes the newest again. `after` is
-the step from which it went on where that checkpoint had no id: older releases wrote none.
+newest. A run that is resumed keeps its id; if another one was started meanwhile, it becomes the newest again. `after`
+is the step from which it went on where that checkpoint had no id: older releases wrote none.
 """
 
 import os
 import re
 import shutil
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,15 +53,15 @@ def begin_run(run: str | os.PathLike[str], resume: str | os.PathLike[str] | None
     highest = max((other["order"] for other in others if own is None or other["id"] != own["id"]), default=0)
     if own is not None:
         return {**own, "order": max(own["order"], highest + 1)}
-    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     return {"id": uuid.uuid4().hex, "order": highest + 1, "began": began, "after": after}
 
 
 def last_complete(run: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint that training can go on from or None, why the newer ones and other runs' are passed over).
 
-    Of several runs in the folder it is one of the run that was begun or resumed last. Where no checkpoint has a manifest
-    (they were made by plain transformers), the newest whose files are whole.
+    Of several runs in the folder it is one of the run that was begun or resumed last. Where no checkpoint has a
+    manifest (they were made by plain transformers), the newest whose files are whole.
     """
     root = Path(run)
     restore_aside(root)
@@ -137,7 +138,7 @@ def _run_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _belongs(entry: _Found, run: dict[str, Any]) -> bool:
-    """Whether a checkpoint is of a run, or could be: it does not say, and is not complete or what the run began from."""
+    """Whether a checkpoint is of a run, or could be: it does not say, and is incomplete or what the run began from."""
     if entry.run is not None:
         return entry.id == run["id"]
     return not _is_older_releases(entry) or entry.step <= run["after"]
@@ -159,8 +160,8 @@ def _others(found: list[_Found], newest: dict[str, Any] | None) -> list[str]:
         more = f" and {len(theirs) - _NAMED} more" if len(theirs) > _NAMED else ""
         began = theirs[0].run["began"] if theirs[0].run else "by an older release"
         said.append(
-            f"{theirs[0].path.parent} holds two runs' checkpoints: {names}{more} of the run begun {began}, and those of "
-            f"the run begun {newest['began'] if newest else ''}, which is the newer one and goes on. To go on with the "
-            f"other, pass resume_from_checkpoint={str(theirs[0].path)!r}."
+            f"{theirs[0].path.parent} holds two runs' checkpoints: {names}{more} of the run begun {began}, and those "
+            f"of the run begun {newest['began'] if newest else ''}, which is the newer one and goes on. To go on with "
+            f"the other, pass resume_from_checkpoint={str(theirs[0].path)!r}."
         )
     return said
