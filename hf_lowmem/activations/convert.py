@@ -6,6 +6,7 @@ There is no registry to go stale when a model is copied, wrapped by PEFT, DDP or
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from hf_lowmem.activations.blocks import (
@@ -82,11 +83,14 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
                 "turns it on by default), and use 'checkpoint_fp8' for the layers that should be checkpointed."
             )
     before = take_out(model)
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     seeds = seeds_of_layers(range(len(layers)) if spec.stochastic else ())
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
-        for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
-            report.layers.append(_convert_layer(layer, name, layer_tier, seeds.get(index)))
+        # Modules are tried, and may draw random numbers then: the first forward pass draws what it would have drawn.
+        with torch.random.fork_rng(devices):
+            for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
+                report.layers.append(_convert_layer(layer, name, layer_tier, seeds.get(index)))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
                 f"{label}={spec.tiers!r}: nothing was recognised in the layers of {type(model).__name__} "
