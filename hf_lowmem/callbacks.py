@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowmem import rules
-from hf_lowmem.activations import OwnedTiers, Report, rehearse
+from hf_lowmem.activations import OwnedTiers, Report, rehearsal
 from hf_lowmem.report import MemoryReportCallback
 from hf_lowmem.specs import ActivationSpec
 
@@ -64,7 +64,8 @@ class LowMemCallback(MemoryReportCallback):
         if self.spec is None or model is None:
             return
         self._check(args)
-        self.activations = rehearse(model, self.spec)
+        with rehearsal(model, self.spec) as self.activations:
+            pass
         trainer = _trainer_of(self)
         if trainer is not None:
             self._close_after_training(trainer)

@@ -13,8 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_lowmem import checkpoints, rules, section
-from hf_lowmem.activations import OwnedTiers, Report, owners_of, rehearse
-from hf_lowmem.arguments import LowMemArguments
+from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners_of, rehearsal
+from hf_lowmem.arguments import LowMemArguments, inherited_default
 from hf_lowmem.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
@@ -106,8 +106,31 @@ class LowMemTrainerMixin:
         """Say now what training will do to the model, or why it cannot. The model stays as it is."""
         spec = self._tier_spec()
         if spec is not None and self.model is not None:
-            self.activations = rehearse(self.model, spec)
+            with rehearsal(self.model, spec) as self.activations:
+                self._compare_with_checkpointing(self.activations)
             logger.info("lowmem_activations=%r:\n%s", spec.tiers, self.activations)
+
+    def _compare_with_checkpointing(self, report: Report) -> None:
+        """Warn where tiers keep more than the checkpointing that they switch off and nobody else has."""
+        inherited = inherited_default(type(self.args), "gradient_checkpointing")
+        if not inherited or "gradient_checkpointing" not in self.args.lowmem_open:
+            return
+        if all(layer.tier == "checkpoint_fp8" for layer in report.layers) or not logger.isEnabledFor(logging.WARNING):
+            return
+        try:
+            kept, inputs = kept_beside_inputs(self.model, report, self.accelerator.autocast)
+            numbers = f"{kept:,.0f} bytes a token in all layers, where checkpointing keeps {inputs:,.0f}"
+        except Exception as error:  # a model that does not run on token ids alone
+            kept, inputs, numbers = 1.0, 0.0, f"more than each layer's input (not counted: {type(error).__name__})"
+        if kept > inputs:
+            logger.warning(
+                "lowmem_activations=%r takes the place of the activation checkpointing that %s has by default. It is "
+                "faster and keeps more: %s. To keep less than checkpointing, set lowmem_activations='checkpoint_fp8'. "
+                "gradient_checkpointing=False says that it was off anyway.",
+                report.tiers,
+                type(self.args).__name__,
+                numbers,
+            )
 
     def _put_on(self) -> None:
         """Put on the model what stays there for this training. Again is nothing, on the same model."""

@@ -7,6 +7,7 @@ There is no registry to go stale when a model is copied, wrapped by PEFT, DDP or
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -84,14 +85,17 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
             )
     _check_shared([layer for _, layer in layers], tiers, f"{label}={spec.tiers!r}")
     before = take_out(model)
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     seeds = seeds_of_layers(range(len(layers)) if spec.stochastic else ())
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
         done: dict[int, LayerReport] = {}
-        for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
-            if id(layer) not in done:
-                done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds.get(index))
-            report.layers.append(dataclasses.replace(done[id(layer)], name=name))
+        # Modules are tried, and may draw random numbers then: the first forward pass draws what it would have drawn.
+        with torch.random.fork_rng(devices):
+            for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
+                if id(layer) not in done:
+                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds.get(index))
+                report.layers.append(dataclasses.replace(done[id(layer)], name=name))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
                 f"{label}={spec.tiers!r}: nothing was recognised in the layers of {type(model).__name__} "

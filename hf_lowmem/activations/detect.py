@@ -67,17 +67,18 @@ def routing_of(layer: nn.Module) -> str | None:
     A choice by rank (experts of which each token takes a few, keys of which each query takes a few) has no structure
     of its own. But whoever writes one gives the module its number: num_experts, top_k, index_topk.
     """
+    found = []
     for name, module in layer.named_modules():
         if isinstance(module, nn.ModuleList) and any(len(linears_of(item)) > 1 for item in module):
-            return (
-                f"experts ({name})" if "expert" in name else f"a list of MLPs ({name}), of which tokens may take some"
-            )
+            found.append((name, "a list of MLPs"))
         for attribute, value in (*vars(module).items(), *module._modules.items()):
             counts = isinstance(value, nn.Module) or (type(value) is int and value > 1)
             if counts and any(sign in attribute.lower() for sign in CHOICES):
-                where = f"{name}.{attribute}" if name else attribute
-                return f"experts ({where})" if "expert" in where.lower() else f"a choice by rank ({where})"
-    return None
+                found.append((f"{name}.{attribute}" if name else attribute, "a choice by rank"))
+    experts = next((where for where, _ in found if "expert" in where.lower()), None)
+    if experts is not None:
+        return f"experts ({experts})"
+    return f"{found[0][1]} ({found[0][0]})" if found else None
 
 
 def what_is_irregular(module: nn.Module) -> str:

@@ -3,8 +3,10 @@
 What a user converts by hand is his: a training that has tiers of its own puts it aside in words, and back at its end.
 """
 
+import contextlib
 import logging
 import weakref
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -15,7 +17,7 @@ from hf_lowmem.activations.report import Report
 from hf_lowmem.activations.seeds import Seeds
 from hf_lowmem.specs import ActivationSpec
 
-__all__ = ["OwnedTiers", "owners_of", "rehearse"]
+__all__ = ["OwnedTiers", "owners_of", "rehearsal"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +101,12 @@ def owners_of(model: nn.Module) -> dict[str, OwnedTiers | None]:
     return {name: owner() for name, owner in filter(None, found)}
 
 
-def rehearse(model: nn.Module, spec: ActivationSpec) -> Report:
-    """Convert, and leave the model as it was found: what a conversion would do, or the error that it would raise."""
+@contextlib.contextmanager
+def rehearsal(model: nn.Module, spec: ActivationSpec) -> Iterator[Report]:
+    """A conversion for as long as the block runs: to see what it would do, or the error that it would raise."""
     before = take_out(model)
     try:
-        return convert(model, spec)
+        yield convert(model, spec)
     finally:
         take_out(model)
         put_back(before)

@@ -6,7 +6,7 @@ hf_lowmem:
   optim: adamw
   lowmem_state: 8bit
   lowmem_weights: bf16_sr
-  lowmem_activations: fp8
+  lowmem_activations: checkpoint_fp8
 ```
 
 Put this folder on PYTHONPATH. The section holds the fields of `hf_lowmem.plugin.LowMemPlugin`; learning rate, weight

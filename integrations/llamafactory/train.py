@@ -1,6 +1,6 @@
 """LLaMA-Factory with hf_lowmem's optimizers and saved activations.
 
-    HF_LOWMEM_CONFIG='{"optim": "adamw", "lowmem_state": "8bit", "lowmem_activations": "fp8"}' \\
+    HF_LOWMEM_CONFIG='{"optim": "adamw", "lowmem_state": "8bit", "lowmem_activations": "checkpoint_fp8"}' \\
         python integrations/llamafactory/train.py examples/train_full/llama3_full_sft.yaml
 
 LLaMA-Factory has no door for an optimizer from outside. It builds its own in one function, which every stage imports by

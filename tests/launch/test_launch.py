@@ -86,7 +86,7 @@ def test_one_gpu_starts_one_process(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     done = run("--config_file", "integrations/accelerate/one_gpu.yaml", str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "0.json").read_text()) == [1, "adamw", "8bit", "fp8", []]
+    assert json.loads((tmp_path / "0.json").read_text()) == [1, "adamw", "8bit", "checkpoint_fp8", []]
 
 
 @pytest.mark.dist
