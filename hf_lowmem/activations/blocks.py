@@ -132,7 +132,7 @@ class Layer(Patch):
                 "'checkpoint_fp8', which checkpoints and compresses."
             )
         if (why := reason_to_step_aside()) is not None:
-            say_once(f"lowmem_activations={self.tier!r} has no effect on {self.name}: {why}.")
+            say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
             return self.aside(*args, **kwargs)
         seed = draw_seed() if self.stochastic else None
         tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape
