@@ -125,7 +125,7 @@ class Layer(Patch):
                 f"model was converted, and {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
         if (why := reason_to_step_aside()) is not None:
-            say_once(f"lowmem_activations={self.tier!r} has no effect on {self.name}: {why}.")
+            say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
             return self.aside(*args, **kwargs)
         seed = None if self.seeds is None else self.seeds()
         tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape

@@ -17,6 +17,7 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ _VALUES = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dt
 _MAPPINGS = (dict, OrderedDict)
 _MUTABLE = frozenset((*_MAPPINGS, list, set))
 _CONTAINERS = _MUTABLE | {tuple}
+_MERGED = "merged_adapters"
+_KEPT = (Tensor, torch.Generator)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -50,19 +53,23 @@ class _Held:
 
     def __init__(self, tensor: Tensor) -> None:
         self.wants = tensor.requires_grad
-        self.of = weakref.ref(tensor)
-        self.tensor = tensor if tensor.is_leaf else tensor.detach().requires_grad_()
         self.version = version_of(tensor)
         self.copy: Tensor | None = None
+        self.of: weakref.ref[Tensor] | None = None
+        self.tensor = tensor
+        if not tensor.is_leaf:
+            self.of, self.tensor = weakref.ref(tensor), tensor.detach().requires_grad_()
 
     def is_still(self, value: Any) -> bool:
-        return self.of() is value and self.copy is None and value.requires_grad == self.wants
+        tensor = self.tensor if self.of is None else self.of()
+        return tensor is value and value.requires_grad == self.wants and self.copy is None
 
     def thawed(self) -> Tensor:
         if self.copy is not None:
             return self.copy.clone()  # what runs again may write to it
-        same = self.tensor.requires_grad == self.wants
-        return self.tensor if same else self.tensor.detach().requires_grad_(self.wants)
+        of = None if self.of is None else self.of()
+        tensor = self.tensor if of is None else of
+        return tensor if tensor.requires_grad == self.wants else tensor.detach().requires_grad_(self.wants)
 
 
 def _frozen(value: Any, held: list[_Held]) -> Any:
@@ -70,18 +77,16 @@ def _frozen(value: Any, held: list[_Held]) -> Any:
     kind = type(value)
     if kind in _VALUES:
         return value
-    if kind in _CONTAINERS:
-        if not value or kind is set:
-            return kind(value)
-        if kind in _MAPPINGS:
-            return kind((key, _frozen(item, held)) for key, item in value.items())
+    if kind in _MAPPINGS:
+        return kind((key, _frozen(item, held)) for key, item in value.items())
+    if kind is list or kind is tuple:
         return kind(_frozen(item, held) for item in value)
     if isinstance(value, Tensor):
         held.append(_Held(value))
         return held[-1]
-    if kind is torch.Generator:
-        return value.clone_state()
-    return value
+    if kind is set:
+        return set(value)
+    return value.clone_state() if kind is torch.Generator else value
 
 
 def _thawed(frozen: Any) -> Any:
@@ -90,60 +95,112 @@ def _thawed(frozen: Any) -> Any:
         return frozen.thawed()
     if kind in _MAPPINGS:
         return kind((key, _thawed(item)) for key, item in frozen.items())
-    if kind is torch.Generator:
-        return frozen.clone_state()
-    return kind(map(_thawed, frozen)) if kind in (list, tuple) else set(frozen) if kind is set else frozen
+    if kind is list or kind is tuple:
+        return kind(map(_thawed, frozen))
+    if kind is set:
+        return set(frozen)
+    return frozen.clone_state() if kind is torch.Generator else frozen
 
 
 def _same(frozen: Any, now: Any) -> bool:
-    if frozen is now:
-        return True
     kind = type(frozen)
     if kind is _Held:
         return frozen.is_still(now)
+    if frozen is now:
+        return True
     if kind is not type(now):
         return False
     if kind in _MAPPINGS:
-        return frozen.keys() == now.keys() and all(_same(item, now[key]) for key, item in frozen.items())
-    if kind in (list, tuple):
+        return frozen.keys() == now.keys() and all(map(_same, frozen.values(), map(now.__getitem__, frozen)))
+    if kind is list or kind is tuple:
         return len(frozen) == len(now) and all(map(_same, frozen, now))
     return (kind is set or kind in _VALUES) and frozen == now
 
 
-def _lend(now: dict[str, Any], frozen: dict[str, Any]) -> None:
-    """Give a module the attributes that it had."""
-    for key, item in frozen.items():
-        if not _same(item, now.get(key, _ABSENT)):
-            now[key] = _thawed(item)
-    if len(now) != len(frozen):
-        for key in now.keys() - frozen.keys():
+class _Part:
+    """One module's attributes.
+
+    plain: all of them, name → object; empty: containers with nothing in them; full: name → what its container, tensor
+    or generator was like. Most modules have the same attributes when they run again, so that is found out first.
+    owner: holds tensors with a graph as they are, for the time of a run.
+    """
+
+    __slots__ = ("empty", "full", "now", "plain")
+
+    def __init__(self, now: dict[str, Any], held: list[_Held], owner: bool = False) -> None:
+        self.now = now
+        self.plain = self.now.copy()
+        self.empty: list[Any] = []
+        self.full: dict[str, Any] = {}
+        for key, item in now.items():
+            kind = type(item)
+            if kind in _CONTAINERS:
+                if item:
+                    self.full[key] = _frozen(item, held)
+                else:
+                    self.empty.append(item)
+            elif kind not in _VALUES and isinstance(item, _KEPT):
+                self.full[key] = _frozen(item, held)
+                if not owner and isinstance(item, Tensor) and not item.is_leaf:
+                    self.plain[key] = _ABSENT
+
+    def unchanged(self) -> bool:
+        same = len(self.now) == len(self.plain) and all(map(is_, self.plain.values(), self.now.values()))
+        if not same or any(self.empty):
+            return False
+        return all(_same(frozen, self.now[key]) for key, frozen in self.full.items())
+
+    def lend(self) -> None:
+        """Give the module the attributes that it had, in containers of their own.
+
+        Raises RuntimeError where PEFT has merged adapters or unmerged them: it writes weights by way of `.data`, which
+        no version counter sees.
+        """
+        now, emptied = self.now, {id(item): type(item) for item in self.empty}
+        if _MERGED in self.plain and list(self.full.get(_MERGED, ())) != now.get(_MERGED):
+            raise RuntimeError(
+                f"adapters were merged or unmerged ({self.full.get(_MERGED, [])} before, {now.get(_MERGED)} now) between "
+                "the forward pass and the backward pass, which needs the weights as they were. Merge after backward."
+            )
+        for key, item in self.plain.items():
+            if key in self.full:
+                if not _same(self.full[key], now.get(key, _ABSENT)):
+                    now[key] = _thawed(self.full[key])
+            elif id(item) in emptied:
+                now[key] = emptied[id(item)]()
+            elif now.get(key, _ABSENT) is not item:
+                now[key] = item
+        for key in now.keys() - self.plain.keys():
+            del now[key]
+
+    def give_back(self) -> None:
+        """Undo what a second run has done to the module: it may count its calls, or set a flag once more."""
+        now = self.now
+        for key, item in self.plain.items():
+            if item is not _ABSENT and now.get(key, _ABSENT) is not item:
+                now[key] = item
+            if key in self.full and type(item) in _MUTABLE and not _same(self.full[key], item):
+                _refill(item, _thawed(self.full[key]))
+        for container in filter(len, self.empty):
+            container.clear()
+        for key in now.keys() - self.plain.keys():
             del now[key]
 
 
-class _Present:
-    """A module's attributes before a second run, which may count its calls or change an adapter's flags once more."""
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.extend if type(container) is list else container.update)(items)
 
-    def __init__(self, now: dict[str, Any]) -> None:
-        self.now, self.before = now, dict(now)
-        self.contents = {key: item.copy() for key, item in now.items() if type(item) in _MUTABLE and item}
 
-    def give_back(self) -> None:
-        if len(self.now) != len(self.before):
-            for key in self.now.keys() - self.before.keys():
-                del self.now[key]
-        for key, item in self.before.items():
-            if self.now.get(key, _ABSENT) is not item:
-                self.now[key] = item
-            if type(item) in _MUTABLE and not self.untouched(key, item):
-                item.clear()
-                (item.extend if type(item) is list else item.update)(self.contents.get(key, ()))
-
-    def untouched(self, key: str, item: Any) -> bool:
-        was = self.contents.get(key)
-        if not was or len(was) != len(item):
-            return not was and not item
-        pairs = zip(was.values(), item.values(), strict=True) if type(was) in _MAPPINGS else zip(was, item, strict=True)
-        return all(a is b for a, b in pairs)
+def _tree(module: nn.Module) -> list[nn.Module]:
+    """`module` and all below it, as `modules()` has them, at a third of the cost."""
+    found, seen = [module], {module}
+    for parent in found:
+        for child in parent._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 class State:
@@ -156,14 +213,11 @@ class State:
     def __init__(self, module: nn.Module, copies: bool = False) -> None:
         self.name = type(module).__name__
         self.held: list[_Held] = []
-        self.parts: list[tuple[nn.Module, dict[str, Any]]] = []
-        for part in module.modules() if module._modules else (module,):
-            self.parts.append((part, {key: _frozen(item, self.held) for key, item in vars(part).items()}))
+        self.parts = [_Part(vars(part), self.held) for part in _tree(module)]
         if copies:
-            for _, frozen in self.parts:
-                for buffer in frozen["_buffers"].values():
-                    if buffer is not None:
-                        buffer.copy = buffer.tensor.detach().clone()
+            for part in self.parts:
+                for buffer in filter(None, part.full.get("_buffers", {}).values()):
+                    buffer.copy = buffer.tensor.detach().clone()
 
     def written(self) -> bool:
         """Whether a tensor was written to."""
@@ -185,13 +239,18 @@ class State:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """The modules as they were. Raises RuntimeError where they cannot be."""
+        """The modules as they were, and afterwards as they are. Raises RuntimeError where they cannot be."""
         self.check()
-        present = [_Present(vars(part)) for part, _ in self.parts]
+        present: list[_Part] = []
         try:
-            for part, frozen in self.parts:
-                _lend(vars(part), frozen)
+            for part in self.parts:
+                if part.unchanged():
+                    present.append(part)
+                else:
+                    present.append(_Part(part.now, [], owner=True))
+                    part.lend()
             yield
         finally:
             for part in present:
-                part.give_back()
+                if not part.unchanged():
+                    part.give_back()
