@@ -14,6 +14,7 @@ the model as well, but no event hands over the trainer.
 """
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ class MemoryReportCallback(TrainerCallback):
         self._last: int | None = None
         self._peak: PeakMemory | None = None
         self._forward = ForwardSaved()
+        weakref.finalize(self, self._forward.detach).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy reports what was measured, but does not measure on: threads cannot be pickled.

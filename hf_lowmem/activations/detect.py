@@ -136,7 +136,9 @@ def find_repeated(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]], d
             not isinstance(layer, containers) and any(True for _ in layer.parameters()) for layer in module
         )
 
-    name, stack, others = _choose(model, _lists(model, holds_layers))
+    losses = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LOSSES))
+    lists = {n: m for n, m in _lists(model, holds_layers).items() if not f"{n}.".startswith(losses)}
+    name, stack, others = _choose(model, lists)
     if stack is not None:
         return name, [(f"{name}.{n}" if name else n, layer) for n, layer in stack.named_children()], others
     parts, prefix = dict(model.named_children()), ""
