@@ -203,7 +203,7 @@ class LowMemTrainerMixin:
         """
         resume = self._checked(resume_from_checkpoint)
         if self.accelerator.is_main_process:
-            self._run = checkpoints.begin_run(self.args.output_dir, resume or None)
+            self._run = checkpoints.begin_run(self.args.output_dir, str(resume) if resume else None)
         self._was_finished = False
         reporter_of(self)
         try:

@@ -125,7 +125,7 @@ class _Reader:
             for opcode, argument, position in pickletools.genops(file):
                 if opcode.name == "STOP":
                     break
-                if opcode.name == "PROTO" and (position or argument > pickle.HIGHEST_PROTOCOL):
+                if opcode.name == "PROTO" and (position or argument not in range(pickle.HIGHEST_PROTOCOL + 1)):
                     raise Refused(f"it goes over to protocol {argument} at byte {position:,}")
                 self.step(opcode.name, argument)
         except Refused:

@@ -31,7 +31,7 @@ def check(value: Any, kind: Known) -> None:
 def state_of(name: str, codec: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False), torch.nn.LayerNorm(96)).to(torch.bfloat16)
-    rank = {"rank": 8} if OPTIMIZERS[name].DEFAULTS.get("rank") else {}
+    rank: dict[str, Any] = {"rank": 8} if OPTIMIZERS[name].DEFAULTS.get("rank") else {}
     optimizer = make_optimizer(name, model, lr=1e-3, state=codec, **rank)
     model(torch.randn(2, 64, dtype=torch.bfloat16)).float().square().sum().backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Hostile descriptions of shards, and names in all files: each is refused by name, with what it holds and a remedy, and none of them runs."""
+"""Hostile descriptions of shards, and names in each file: refused by name, with a remedy, and none of them runs."""
 
 import pickle
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Hostile archives, shards, links and tags: each is refused by name, with what it holds and a remedy, and none of them runs."""
+"""Hostile archives, shards, links and tags: each is refused by name, with a remedy, and none of them runs."""
 
 import os
 import shutil

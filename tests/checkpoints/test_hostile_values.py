@@ -1,4 +1,4 @@
-"""Hostile listed names that are misused: each is refused by name, with what it holds and a remedy, and none of them runs."""
+"""Hostile values: listed names that are misused: each is refused by name, with a remedy, and none of them runs."""
 
 from collections.abc import Callable
 from pathlib import Path
