@@ -81,7 +81,6 @@ def _step_alike(
         elif store == "bf16_sr":
             seeds.append(optimizer.weight_seed(state))
     used = [codecs[0 if optimizer.STATES[name].signed else 1] for name in moments]
-    grads = [p.grad for p in params]
-    optimizer.FUSED(
-        params, grads, corrections, *moments.values(), *used, store, seeds, *optimizer.fused_settings(group, steps)
-    )
+    grads, skipped = [p.grad for p in params], optimizer._skips.on(params[0].device)
+    settings = optimizer.fused_settings(group, steps)
+    optimizer.FUSED(params, grads, skipped, corrections, *moments.values(), *used, store, seeds, *settings)

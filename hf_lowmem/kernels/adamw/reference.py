@@ -95,6 +95,7 @@ def descend_(p: Tensor, update: Tensor, lr: float, betas: tuple[float, float], w
 def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -123,6 +124,7 @@ def adamw_step(
     Args:
         params: contiguous, all of one dtype (bf16, fp16 or fp32).
         grads: of the same shapes, contiguous, all of one dtype (bf16, fp16 or fp32).
+        skipped: one int64, to which the number of bad gradients is added.
         corrections: int8 of the same shapes with store "bf16_ecc", else none.
         first, second: the tensors of each parameter's encoded moments, one parameter after another: its values with
             codec "fp32", else codes and scalars.
@@ -134,7 +136,7 @@ def adamw_step(
     """
     update = adamw_ if rule == "adamw" else adam_family_
     moments = States(first_codec, first, True), States(second_codec, second, False)
-    for i, weights, grad in each_sound(params, grads, corrections, store, seeds):
+    for i, weights, grad in each_sound(params, grads, skipped, corrections, store, seeds):
         m, v = (states.load(i) for states in moments)
         update(weights, grad, m, v, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=steps[i])
         for states, value in zip(moments, (m, v), strict=True):

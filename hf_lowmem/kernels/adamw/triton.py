@@ -23,6 +23,7 @@ def fp32(x: float) -> float:
 def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -50,7 +51,7 @@ def adamw_step(
             averages = weight, beta1, beta2, 1 - beta2
             pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0
         numbers.append((*averages, *pace))
-    run_steps(rule, params, grads, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
+    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:

@@ -49,6 +49,11 @@ def parameters(
     return params, grads, corrections if store == "bf16_ecc" else [], seeds
 
 
+def skips_of(device: torch.device) -> Tensor:
+    """Where bad gradients are counted, after some."""
+    return torch.full((), 5, dtype=torch.int64, device=device)
+
+
 def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:
     """(weights, gradients, store): every store of bf16, and the other dtypes."""
     for store in STORES:

@@ -70,15 +70,20 @@ class States:
 def each_sound(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     store: str,
     seeds: Sequence[int],
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(index, weight, gradient), both fp32, of each parameter whose gradient is sound; what is done to the weight
-    between two of them is written back."""
+    between two of them is written back. Bad gradients are counted in `skipped`."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         grad = g.to(torch.float32)
-        if p.numel() and is_sound(grad):
+        if not p.numel():
+            continue
+        if not is_sound(grad):
+            skipped.add_(1)
+        else:
             correction = corrections[i] if store == "bf16_ecc" else None
             weights = load_weight(p, correction)
             yield i, weights, grad
@@ -95,13 +100,12 @@ def on_the_cpu(step: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(step)
     def run(*args: Any) -> None:
         here = [
-            [t.cpu() if isinstance(t, Tensor) else t for t in a] if isinstance(a, list | tuple) else a for a in args
+            [t.cpu() if isinstance(t, Tensor) else t for t in (a if isinstance(a, list | tuple) else [a])] for a in args
         ]
-        step(*here)
+        step(*(new if isinstance(old, list | tuple) else new[0] for old, new in zip(args, here, strict=True)))
         for there, result in zip(args, here, strict=True):
-            if isinstance(there, list | tuple):
-                for old, new in zip(there, result, strict=True):
-                    if isinstance(old, Tensor) and old.device.type != "cpu":
-                        old.copy_(new)
+            for old, new in zip(there if isinstance(there, list | tuple) else [there], result, strict=True):
+                if isinstance(old, Tensor) and old.device.type != "cpu":
+                    old.copy_(new)
 
     return run

@@ -69,7 +69,9 @@ ADAMW: tl.constexpr = tl.constexpr(0)
 FAMILY: tl.constexpr = tl.constexpr(1)
 LION: tl.constexpr = tl.constexpr(2)
 
-LIMIT: tl.constexpr = tl.constexpr(torch.tensor(LARGEST_GRADIENT).view(torch.int32).item())
+LIMIT: tl.constexpr = tl.constexpr(
+    torch.tensor(LARGEST_GRADIENT, dtype=torch.float32, device="cpu").view(torch.int32).item()
+)
 CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
 CHECK_PROGRAMS = 1024  # at most, for one parameter
 
@@ -277,7 +279,7 @@ def _tables(codec: str, signed: bool, like: Tensor) -> tuple[Tensor, ...]:
 def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
     """The table on the device, and whether all its addresses are aligned. Copied from pinned memory: no wait."""
     aligned = all(address % 16 == 0 for row in rows for address in row[PARAM : SECOND + 3])
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True), aligned
 
 
@@ -285,6 +287,7 @@ def run_steps(
     rule: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     states: Sequence[States],
     store: str,
@@ -328,6 +331,7 @@ def run_steps(
     largest = max(p.numel() for p in params)
     programs = min(triton.cdiv(largest, CHECK_BLOCK.value), CHECK_PROGRAMS)
     check_kernel[(count, programs)](table, sound, **kinds, **options | {"num_warps": NUM_WARPS})
+    skipped.add_((sound == 0).sum())
     if small:
         sizes = [params[i].numel() for i in order[:small]]
         kinds |= {"WEIGHT": _triton_dtype(params[0].dtype), "WHOLE": all(size % 16 == 0 for size in sizes)}
