@@ -147,7 +147,7 @@ def test_the_operator_is_a_good_one(kernel: Kernel, case: Case) -> None:
     torch.library.opcheck(kernel.op, case.make(DEVICE))
 
 
-@pytest.mark.parametrize(("kernel", "case"), FEW)
+@pytest.mark.parametrize(("kernel", "case"), FEW[1::3])
 def test_compiles_in_one_graph(kernel: Kernel, case: Case) -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda *args: kernel(*args), fullgraph=True, backend="aot_eager")

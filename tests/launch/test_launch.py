@@ -33,7 +33,7 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 """
 
 
-def run(*arguments: str, seconds: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, seconds: int = 3600, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, "-m", "hf_lowmem.cli", "launch", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
