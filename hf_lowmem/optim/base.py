@@ -278,7 +278,7 @@ class LowMemOptimizer(Optimizer):
         correction = seed = None
         if store == "bf16_ecc":
             correction = state.tensor(CORRECTION, lambda: torch.zeros_like(local(p), dtype=torch.int8))
-        elif store == "bf16_sr":
+        if store != "keep":
             seed = self.weight_seed(state)
         if self.writes_weights(p, group):
             self.update_weights(p, correction, seed, grad, sound, state, group)
@@ -350,7 +350,8 @@ class LowMemOptimizer(Optimizer):
             moments = coded_bytes(self, p, group)
         else:
             codecs, shapes = self.codecs(p, group), self.state_shapes(p.shape, group)
-            moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
+            signed = {k: self.STATES[k].signed for k in shapes}
+            moments = sum(codecs[0 if signed[k] else 1].nbytes(s.numel(), signed=signed[k]) for k, s in shapes.items())
         corrected = group["weights"] == "bf16_ecc" and p.dtype == torch.bfloat16
         return moments + (local(p).numel() if corrected else 0)
 

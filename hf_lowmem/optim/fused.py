@@ -70,6 +70,7 @@ def _step_alike(
     moments: dict[str, list[Tensor]] = {}
     corrections: list[Tensor] = []
     seeds: list[int] = []
+    state_seeds: list[int] = []
     steps: list[int] = []
     for p in params:
         raw = optimizer.state[p]
@@ -80,10 +81,11 @@ def _step_alike(
             moments.setdefault(name, []).extend(state.parts(name, p))
         if store == "bf16_ecc":
             corrections.append(state.tensor(CORRECTION, lambda p=p: torch.zeros_like(p, dtype=torch.int8)))
-        elif store == "bf16_sr":
+        if store != "keep":
             seeds.append(optimizer.weight_seed(state))
+        if codecs != ("fp32", "fp32"):
+            state_seeds.append(state.state_seed)
     used = [codecs[0 if optimizer.STATES[name].signed else 1] for name in moments]
     grads = [p.grad for p in params]
-    optimizer.FUSED(
-        params, grads, corrections, *moments.values(), *used, store, seeds, *optimizer.fused_settings(group, steps)
-    )
+    settings = optimizer.fused_settings(group, steps)
+    optimizer.FUSED(params, grads, corrections, *moments.values(), *used, store, seeds, state_seeds, *settings)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs import BlockCodec, StateCodec
+from hf_lowmem.codecs import BlockCodec, Dither, StateCodec
 from hf_lowmem.distributed import WHOLE, Whole
 
 # The sum of projected gradients, between the backward passes of one window.
@@ -23,11 +23,13 @@ BY_ROWS = "by_rows"
 class StateDecl(NamedTuple):
     """One state of a method. `signed=False` promises values >= 0, such as a second moment.
 
-    `replicated`: each process keeps the whole of it where a matrix is cut by rows.
+    `replicated`: each process keeps the whole of it where a matrix is cut by rows. `average`: it moves a little in each
+    step, so its codes are rounded at random; else it is written once, or carried along, and to the nearest.
     """
 
     signed: bool
     replicated: bool = False
+    average: bool = True
 
 
 class ParamState:
@@ -39,7 +41,8 @@ class ParamState:
 
     shards: Whole = WHOLE
     rows: int | None = None
-    place: tuple[int, ...] = ()  # what tells this shard's random numbers from another's
+    place: tuple[int, ...] = ()  # what tells the random numbers of this shard's weights from another's
+    start = 0  # of a part of a parameter, its first value's place in the whole
 
     def __init__(
         self,
@@ -67,6 +70,15 @@ class ParamState:
         if "key" not in self.raw:
             self.raw["key"] = self.make_key()
         return self.raw["key"]
+
+    @property
+    def state_seed(self) -> int:
+        """Of this step's random rounding of the states."""
+        return stream_key(self.key, "states", self.raw.get("step", 0))
+
+    def _first(self, value: Tensor) -> int:
+        """Place of the first value of a state, of which this may be a part, in the whole."""
+        return self.start
 
     def _codec(self, name: str) -> StateCodec:
         return self.codecs[0 if self.decls[name].signed else 1]
@@ -104,8 +116,12 @@ class ParamState:
         """Encode `value` over the state `name`."""
         encoded = self._encoded(name)
         assert encoded is not None, f"state {name!r} is stored before it was loaded"
-        if encoded.get("data") is not value:
-            self._codec(name).encode_(encoded, value)
+        if encoded.get("data") is value:
+            return
+        codec, dither = self._codec(name), None
+        if self.decls[name].average and codec.name != "fp32":
+            dither = Dither(self.state_seed, self._first(value))
+        codec.encode_(encoded, value, dither)
 
     def parts(self, name: str, like: Tensor) -> list[Tensor]:
         """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""

@@ -39,11 +39,11 @@ def large(tokens: int, hidden: int, ffn: int) -> dict[tuple[str, str], Callable[
 
     def state(device: torch.device, codec: str, signed: bool) -> tuple[Any, ...]:
         x = draw(device, ffn, hidden, dtype=torch.float32)
-        return (x if signed else x.square(), *room(codec, x.shape, device), codec, signed)
+        return (x if signed else x.square(), *room(codec, x.shape, signed, device), codec, signed, 1, 0)
 
     def stored(device: torch.device, codec: str, signed: bool) -> tuple[Any, ...]:
         x, codes_, scalars, *_ = state(device, codec, signed)
-        encode_state(x, codes_, scalars, codec, signed)
+        encode_state(x, codes_, scalars, codec, signed, None, 0)
         return codes_, scalars, codec, signed
 
     def unit(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
