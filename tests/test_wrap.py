@@ -110,7 +110,9 @@ def test_it_trains_as_ours_to_the_bit(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_plain_arguments_leave_a_trainer_as_it_is(tmp_path: Path, tokenizer: Any) -> None:
     args = SFTConfig(str(tmp_path), **COMMON)
-    assert type(SFTTrainer(tiny_llama(), args=args, train_dataset=token_data(), processing_class=tokenizer)) is SFTTrainer
+    assert (
+        type(SFTTrainer(tiny_llama(), args=args, train_dataset=token_data(), processing_class=tokenizer)) is SFTTrainer
+    )
     assert list(inspect.signature(Trainer).parameters) == list(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
@@ -141,7 +143,9 @@ class TestPlugin:
     @pytest.mark.parametrize(
         "fields", [{"optim": "adamw"}, {"lowmem_activations": "fp8"}], ids=["optimizer", "activations"]
     )
-    def test_one_that_was_not_prepared_is_found_at_the_first_step(self, fields: dict[str, Any], accelerator: Any) -> None:
+    def test_one_that_was_not_prepared_is_found_at_the_first_step(
+        self, fields: dict[str, Any], accelerator: Any
+    ) -> None:
         model = accelerator.prepare(tiny_llama())
         plugin = LowMemPlugin(**fields)
         said = "optim='adamw'" if "optim" in fields else "lowmem_activations='fp8'"

@@ -315,7 +315,7 @@ class LowMemOptimizer(Optimizer):
         correction = seed = None
         if store == "bf16_ecc":
             correction = state.tensor(CORRECTION, lambda: torch.zeros_like(local(p), dtype=torch.int8))
-        elif store == "bf16_sr":
+        if store != "keep":
             seed = self.weight_seed(state)
         if self.writes_weights(p, group):
             self.update_weights(p, correction, seed, grad, sound, state, group)
@@ -371,7 +371,7 @@ class LowMemOptimizer(Optimizer):
 
     def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's updates draw random numbers, so that its state has a `key`."""
-        return self.store_of(p, group) == "bf16_sr"
+        return self.store_of(p, group) != "keep" or any(codec.name != "fp32" for codec in self.codecs(p, group))
 
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         """Bytes of the tensors that the state of `p` takes here (foretold: nothing is allocated)."""
@@ -379,7 +379,8 @@ class LowMemOptimizer(Optimizer):
             moments = coded_bytes(self, p, group)
         else:
             codecs, shapes = self.codecs(p, group), self.state_shapes(p.shape, group)
-            moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
+            signed = {k: self.STATES[k].signed for k in shapes}
+            moments = sum(codecs[0 if signed[k] else 1].nbytes(s.numel(), signed=signed[k]) for k, s in shapes.items())
         corrected = self.store_of(p, group) == "bf16_ecc"
         counts = 1 + self.draws(p, group) + is_sharded(p)
         return moments + (local(p).numel() if corrected else 0) + COUNT_BYTES * counts

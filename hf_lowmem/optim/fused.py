@@ -70,6 +70,7 @@ def _step_alike(
     moments: dict[str, list[Tensor]] = {}
     corrections: list[Tensor] = []
     seeds: list[int] = []
+    state_seeds: list[int] = []
     steps: list[int] = []
     for p in params:
         steps.append(count_step(optimizer.state[p]))
@@ -78,9 +79,12 @@ def _step_alike(
             moments.setdefault(name, []).extend(state.parts(name, p))
         if store == "bf16_ecc":
             corrections.append(state.tensor(CORRECTION, lambda p=p: torch.zeros_like(p, dtype=torch.int8)))
-        elif store == "bf16_sr":
+        if store != "keep":
             seeds.append(optimizer.weight_seed(state))
+        if codecs != ("fp32", "fp32"):
+            state_seeds.append(state.state_seed)
     used = [codecs[0 if optimizer.STATES[name].signed else 1] for name in moments]
     grads, skipped = [p.grad for p in params], optimizer._skips.on(params[0].device)
     settings = optimizer.fused_settings(group, steps)
-    optimizer.FUSED(params, grads, skipped, corrections, *moments.values(), *used, store, seeds, *settings)
+    seeds_of = seeds, state_seeds
+    optimizer.FUSED(params, grads, skipped, corrections, *moments.values(), *used, store, *seeds_of, *settings)

@@ -109,6 +109,10 @@ class ShardedState(ParamState):
     def _wrap(self, here: Tensor) -> Tensor:
         return self.home.wrap(here, self.size[0] if self.rows is None else self.rows)
 
+    def _first(self, value: Tensor) -> int:
+        first, _ = self.home.span(self.size[0] if self.rows is None else self.rows)
+        return first * value.shape[1:].numel()
+
     def load(self, name: str, like: Tensor) -> Tensor:
         self._shapes[name] = like.shape
         return super().load(name, like)
@@ -160,9 +164,10 @@ def coded_bytes(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) 
     for name, shape in row_shapes(optimizer, p.shape, group).items():
         codec = codecs[0 if optimizer.STATES[name].signed else 1]
         if is_replicated(optimizer.STATES, name, p.shape):
-            total += codec.nbytes(shape.numel())
+            total += codec.nbytes(shape.numel(), signed=optimizer.STATES[name].signed)
         else:
-            total += by_rows(codec, shape).nbytes(home.span(shape[0])[1] * shape[1:].numel())
+            values = home.span(shape[0])[1] * shape[1:].numel()
+            total += by_rows(codec, shape).nbytes(values, signed=optimizer.STATES[name].signed)
     return total
 
 

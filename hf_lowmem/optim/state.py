@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from hf_lowmem.codecs import BlockCodec, StateCodec
+from hf_lowmem.codecs import BlockCodec, Dither, StateCodec
 from hf_lowmem.distributed import WHOLE, Whole
 
 # The sum of projected gradients, between the backward passes of one window.
@@ -65,11 +65,13 @@ def values_of(raw: dict[str, Any]) -> dict[str, Tensor]:
 class StateDecl(NamedTuple):
     """One state of a method. `signed=False` promises values >= 0, such as a second moment.
 
-    `replicated`: each process keeps the whole of it where a matrix is cut by rows.
+    `replicated`: each process keeps the whole of it where a matrix is cut by rows. `average`: it moves a little in each
+    step, so its codes are rounded at random; else it is written once, or carried along, and to the nearest.
     """
 
     signed: bool
     replicated: bool = False
+    average: bool = True
 
 
 class ParamState:
@@ -81,7 +83,8 @@ class ParamState:
 
     shards: Whole = WHOLE
     rows: int | None = None
-    place: tuple[int, ...] = ()  # what tells this shard's random numbers from another's
+    place: tuple[int, ...] = ()  # what tells the random numbers of this shard's weights from another's
+    start = 0  # of a part of a parameter, its first value's place in the whole
 
     def __init__(
         self,
@@ -111,6 +114,15 @@ class ParamState:
         if "key" not in self.raw:
             self.raw["key"] = count(self.make_key())
         return number(self.raw["key"])
+
+    @property
+    def state_seed(self) -> int:
+        """Of this step's random rounding of the states."""
+        return stream_key(self.key, "states", self.step if "step" in self.raw else 0)
+
+    def _first(self, value: Tensor) -> int:
+        """Place of the first value of a state, of which this may be a part, in the whole."""
+        return self.start
 
     def _codec(self, name: str) -> StateCodec:
         return self.codecs[0 if self.decls[name].signed else 1]
@@ -149,8 +161,12 @@ class ParamState:
         encoded = self._encoded(name)
         assert encoded is not None, f"state {name!r} is stored before it was loaded"
         self.judge(value)
-        if encoded.get("data") is not value:
-            self._codec(name).encode_(encoded, value)
+        if encoded.get("data") is value:
+            return
+        codec, dither = self._codec(name), None
+        if self.decls[name].average and codec.name != "fp32":
+            dither = Dither(self.state_seed, self._first(value))
+        codec.encode_(encoded, value, dither)
 
     def judge(self, value: Tensor) -> None:
         """Note whether a result is finite: an update with one that is not is taken back."""

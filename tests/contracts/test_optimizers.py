@@ -150,7 +150,8 @@ def test_state_bytes_are_the_codec_s_promise(name: str, codec: str, mixed: Mixed
                 if isinstance(v, torch.Tensor) and k.split(".")[0] in shapes
             )
             expected = sum(
-                pair[0 if optimizer.STATES[k].signed else 1].nbytes(shape.numel()) for k, shape in shapes.items()
+                pair[0 if optimizer.STATES[k].signed else 1].nbytes(shape.numel(), signed=optimizer.STATES[k].signed)
+                for k, shape in shapes.items()
             )
             assert stored == expected * bool(p.numel())
 

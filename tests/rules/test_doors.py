@@ -99,6 +99,7 @@ BLIND = {
     ("in_backward_reentrant", "launch"): "accelerate has no such option",
 }  # fmt: skip
 
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_VERSION", "HF_LOWMEM_CONFIG"):
@@ -132,7 +133,11 @@ def test_a_rule_says_the_same_at_every_door(
 def sentence(rule: str) -> str:
     """What the table itself says, from where no door has words of its own."""
     row = ROWS[rule]
-    facts = row.run | {"loop": "LowMemPlugin", "clips": "axolotl"} | ({"passed": "optimizers="} if "passed" in row.run else {})
+    facts = (
+        row.run
+        | {"loop": "LowMemPlugin", "clips": "axolotl"}
+        | ({"passed": "optimizers="} if "passed" in row.run else {})
+    )
     if "optim" in facts and facts["optim"] in OPTIMIZERS:
         facts["spec"] = OptimSpec(name=facts["optim"])
     said = next(r for r in RULES if r.name == rule).refusal(Run(**facts))

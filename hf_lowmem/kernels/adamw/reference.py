@@ -103,6 +103,7 @@ def adamw_step(
     second_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     steps: Sequence[int],
     rule: str,
     lr: float,
@@ -130,12 +131,13 @@ def adamw_step(
             codec "fp32", else codes and scalars.
         first_codec, second_codec: "fp32" or a name of kernels/codecs.
         store: "keep", "bf16_sr" or "bf16_ecc".
-        seeds: of the random numbers of "bf16_sr", one a parameter, else none.
+        seeds: of the random numbers of "bf16_sr" and "bf16_ecc", one a parameter, else none.
+        state_seeds: of those that the states are rounded by, one a parameter; none where both codecs are "fp32".
         steps: of each parameter, this one included.
         rule: "adamw" or "family".
     """
     update = adamw_ if rule == "adamw" else adam_family_
-    moments = States(first_codec, first, True), States(second_codec, second, False)
+    moments = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     for i, weights, grad in each_sound(params, grads, skipped, corrections, store, seeds):
         m, v = (states.load(i) for states in moments)
         update(weights, grad, m, v, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=steps[i])

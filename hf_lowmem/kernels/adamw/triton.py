@@ -31,6 +31,7 @@ def adamw_step(
     second_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     steps: Sequence[int],
     rule: str,
     lr: float,
@@ -39,7 +40,7 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    states = States(first_codec, first, True), States(second_codec, second, False)
+    states = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     weight = fp32(1 - beta1)
     numbers = []
     for step in steps:

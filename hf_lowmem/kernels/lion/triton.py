@@ -20,13 +20,14 @@ def lion_step(
     first_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
 ) -> None:
     numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
-    states = [States(first_codec, first, True)]
+    states = [States(first_codec, first, True, state_seeds)]
     run_steps("lion", params, grads, skipped, corrections, states, store, seeds, [numbers] * len(params))
 
 

@@ -35,7 +35,7 @@ def load_weight(p: Tensor, correction: Tensor | None) -> Tensor:
 def save_weight(p: Tensor, weights: Tensor, correction: Tensor | None, seed: int | None) -> None:
     """Write what `load_weight` gave and a step has changed; with a seed, rounded at random."""
     if correction is not None:
-        coarse, fine = split_24(weights)
+        coarse, fine = split_24(weights, seed)
         p.copy_(coarse)
         correction.copy_(fine)
     elif seed is not None:
@@ -45,13 +45,17 @@ def save_weight(p: Tensor, weights: Tensor, correction: Tensor | None, seed: int
 
 
 class States:
-    """One state of several parameters, encoded: its tensors in one list, parameter after parameter."""
+    """One state of several parameters, encoded: its tensors in one list, parameter after parameter.
 
-    def __init__(self, codec: str, parts: Sequence[Tensor], signed: bool) -> None:
+    Encoded at random, by the seeds of the parameters.
+    """
+
+    def __init__(self, codec: str, parts: Sequence[Tensor], signed: bool, seeds: Sequence[int]) -> None:
         self.codec = codec
         self.parts = parts
         self.signed = signed
-        self.each = 1 if codec == "fp32" else 1 + len(CODECS[codec].scalars)
+        self.seeds = seeds
+        self.each = 1 if codec == "fp32" else 1 + len(CODECS[codec].scalars[signed])
 
     def of(self, i: int) -> Sequence[Tensor]:
         return self.parts[i * self.each : (i + 1) * self.each]
@@ -64,7 +68,7 @@ class States:
     def save(self, i: int, value: Tensor) -> None:
         codes, *scalars = self.of(i)
         if value is not codes:
-            encode_state(value, codes, scalars, self.codec, self.signed)
+            encode_state(value, codes, scalars, self.codec, self.signed, self.seeds[i], 0)
 
 
 def each_sound(
@@ -87,7 +91,7 @@ def each_sound(
             correction = corrections[i] if store == "bf16_ecc" else None
             weights = load_weight(p, correction)
             yield i, weights, grad
-            save_weight(p, weights, correction, seeds[i] if store == "bf16_sr" else None)
+            save_weight(p, weights, correction, seeds[i] if store != "keep" else None)
 
 
 def on_the_cpu(step: Callable[..., None]) -> Callable[..., None]:

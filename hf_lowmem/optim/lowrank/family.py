@@ -42,7 +42,7 @@ class LowRankOptimizer(LowMemOptimizer):
     STATES = {
         "exp_avg": StateDecl(signed=True),
         "exp_avg_sq": StateDecl(signed=False),
-        "basis": StateDecl(signed=True, replicated=True),
+        "basis": StateDecl(signed=True, replicated=True, average=False),
     }
     PROJECTIONS = tuple(PROJECTORS)
     # Whether `lift` goes back through the basis (else it only reads norms), and whether it limits the growth of norms.
