@@ -35,7 +35,7 @@ from hf_lowmem.compatibility import (
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.own_defaults import ADAM_DEFAULTS, assigned, settle
-from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag
+from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag, check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,14 @@ class LowMemArguments:
             "an optim of hf_lowmem."
         },
     )
+    lowmem_max_skipped_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the training after so many steps in a row that have left out updates, because a gradient or "
+            "an update was not finite. Default: never; `lowmem/skipped` in the log counts such steps. Only with an "
+            "optim of hf_lowmem."
+        },
+    )
     lowmem_activations: str | None = field(
         default=None,
         metadata={
@@ -189,6 +197,7 @@ class LowMemArguments:
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
         check_optimizer_fields(self, ours, name)
+        self._check_skips(name)
         self._settle_checkpointing()
         settle(self)
         self.optim = "adamw_torch" if ours else name  # a name that the parents accept while they check
@@ -215,6 +224,17 @@ class LowMemArguments:
             raise ValueError(
                 f"lowmem_budget={self.lowmem_budget!r} has no effect in {type(self).__name__}: a loop of your own "
                 "cannot be planned. Leave it unset, and choose the settings with `hf-lowmem plan --budget`."
+            )
+
+    def _check_skips(self, name: str) -> None:
+        limit = self.lowmem_max_skipped_steps
+        if limit is None:
+            return
+        check_integer("lowmem_max_skipped_steps", limit, low=1)
+        if name not in OPTIMIZERS:
+            raise ValueError(
+                f"lowmem_max_skipped_steps={limit!r} has no effect with optim={name!r}, which is not one of "
+                f"hf_lowmem's. Leave it unset, or set optim to one of: {', '.join(OPTIMIZERS)}."
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -245,6 +265,7 @@ class LowMemArguments:
             setattr(made, name, value)
         ours = made.optim in OPTIMIZERS
         check_optimizer_fields(made, ours, made.optim)
+        made._check_skips(made.optim)
         made._settle_checkpointing()
         if mirrored:
             vars(made)["activation_checkpointing"] = made.gradient_checkpointing

@@ -25,7 +25,10 @@ from hf_lowmem.arguments import LowMemArguments, section_fields
 from hf_lowmem.compatibility import check_fsdp_spec
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec
 from hf_lowmem.optim.release import accumulation_refused
+from hf_lowmem.skips import FIELD
 from hf_lowmem.specs import check_choice
+
+TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
 
 
 @dataclass(kw_only=True)
@@ -63,6 +66,11 @@ class LowMemPlugin(LowMemArguments):
                 f"gradient_checkpointing={self.gradient_checkpointing!r} has no effect in LowMemPlugin. Call "
                 "model.gradient_checkpointing_enable() in your loop."
             )
+        if self.lowmem_max_skipped_steps is not None:
+            raise ValueError(
+                f"{FIELD}={self.lowmem_max_skipped_steps!r} has no effect in LowMemPlugin, which does not run your "
+                "loop. Leave it unset, and ask optimizer.skipped().in_a_row where you log."
+            )
         super().__post_init__()
         self.activations: Report | None = None
         self.stepping: StepInBackward | None = None
@@ -71,7 +79,7 @@ class LowMemPlugin(LowMemArguments):
     def from_section(cls, label: str, values: dict[str, Any]) -> "LowMemPlugin":
         """A plugin from fields by name; an unknown one is a ValueError that names `label` and the nearest known."""
         for name in values:
-            check_choice(f"{label}: field", name, [f for f in section_fields() if f != "gradient_checkpointing"])
+            check_choice(f"{label}: field", name, [f for f in section_fields() if f not in TRAINER_FIELDS])
         return cls(**values)
 
     @classmethod

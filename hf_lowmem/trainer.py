@@ -19,6 +19,7 @@ from hf_lowmem.compatibility import FSDP1_REFUSED, check_fsdp_spec
 from hf_lowmem.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.skips import StopWhenSkipped, add_skipped
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class LowMemTrainerMixin:
     activations: Report | None = None  # what `lowmem_activations` did to the model
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
     foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
+    _told: int = 0  # the number of skipped steps that was warned of
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         args, kwargs = self._within_budget(args, kwargs)
@@ -52,6 +54,8 @@ class LowMemTrainerMixin:
                 f"optim={self.args.optim!r} would have no effect: an optimizer was passed as well. Pass one or the "
                 "other: drop `optimizers=`/`optimizer_cls_and_kwargs=`, or leave `optim` and the lowmem fields unset."
             )
+        if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
+            self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
         self._convert_activations()
 
     def _within_budget(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -211,7 +215,9 @@ class LowMemTrainerMixin:
         return self.accelerator.sync_gradients
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the parent, with the true `grad_norm` where gradients were freed before it could look."""
+        """As the parent, with the true `grad_norm` where gradients were freed before it could look, and with the number
+        of steps that have left out updates, if there are any."""
+        self._told = add_skipped(logs, self.optimizer, self._told)
         if self.stepping is not None and "grad_norm" in logs:
             norm = self.stepping.grad_norm()
             logs["grad_norm"] = float("nan") if norm is None else norm
