@@ -12,13 +12,13 @@ one section of an accelerate YAML serves both.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from hf_lowmem import rules, section
@@ -38,6 +38,7 @@ _prepared: "WeakSet[Accelerator]" = WeakSet()  # by a plugin
 _plain_backward = Accelerator.backward
 
 
+@wraps(_plain_backward)
 def _backward(self: Accelerator, loss: Any, **kwargs: Any) -> None:
     """`Accelerator.backward`, which no plugin may see unprepared: nothing of its fields would be applied.
 
@@ -217,9 +218,7 @@ class LowMemPlugin(LowMemArguments):
         run = self._facts(rules.Run.from_arguments(self)).with_accelerator(accelerator)
         steps = accelerator.gradient_accumulation_steps
         run = run.knowing({"accumulation": f"gradient_accumulation_steps={steps!r}"}, accumulation=steps, passed=passed)
-        if isinstance(model, OptimizedModule):
-            run = run.knowing({"compile": f"torch.compile({type(model._orig_mod).__name__})"}, compile=True)
-        rules.check(run)
+        rules.check(run.with_model(model))
 
     def _facts(self, run: rules.Run) -> rules.Run:
         # With an optimizer of somebody else's these are read by nobody.

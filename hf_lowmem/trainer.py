@@ -160,7 +160,8 @@ class LowMemTrainerMixin:
         if isinstance(self.args, LowMemArguments):
             others = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
             passed = None if self._made else next((f"{n}=" for n, value in others.items() if value is not None), None)
-            rules.check(rules.Run.from_arguments(self.args).with_accelerator(self.accelerator).knowing(passed=passed))
+            run = rules.Run.from_arguments(self.args).with_accelerator(self.accelerator).with_model(self.model)
+            rules.check(run.knowing(passed=passed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
