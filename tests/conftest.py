@@ -69,7 +69,7 @@ class Mixed(nn.Module):
         self.scalar = make()
         self.vector = make(7)
         self.long_vector = make(5000)
-        self.experts = make(3, 40, 48)
+        self.experts, self.num_experts = make(3, 40, 48), 3
         self.empty = nn.Parameter(torch.zeros(0, 8))
         self.frozen = nn.Parameter(torch.ones(8, 8), requires_grad=False)
         self.strided = nn.Parameter(torch.randn(72, 90, generator=generator).T)

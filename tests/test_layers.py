@@ -19,14 +19,14 @@ LEVEL = {
     "memory": 1,
     "checkpoints": 1,
     "section": 1,
-    "zero": 1,
+    "reasons": 0,
     "cards": 2,
     "codecs": 2,
     "optim": 3,
     "activations": 3,
     "losses": 3,
     "report": 3,
-    "compatibility": 4,
+    "rules": 4,
     "arguments": 5,
     "model_card": 4,
     "trainer": 6,
@@ -39,16 +39,18 @@ LEVEL = {
     "launch": 7,
     "sft": 7,
     "dpo": 7,
+    "wrap": 8,
+    "worker": 9,
     "card_commands": 8,
     "doctor": 8,
     "demo": 8,
-    "cli": 9,
-    "__init__": 10,
+    "cli": 10,
+    "__init__": 11,
 }
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 MAY_SEE_HOSTS = {
     "arguments", "trainer", "callbacks", "report", "model_card", "plugin", "launch", "planner", "pairs", "reference",
-    "dpo_config", "sft", "dpo", "demo", "cli", "card_commands",
+    "dpo_config", "rules", "wrap", "sft", "dpo", "demo", "cli", "card_commands",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,7 +11,9 @@ so a converted model can be copied and pickled.
     Norm        a Cheap in a tier that rounds: by one kernel with the codes of its input, where that runs
     GatedMLP    a Block in such a tier: act(gate) * up by one kernel with the codes of both, where that runs
 
-Without gradients, or in eval mode, the plain forward runs and nothing else.
+Without gradients, or in eval mode, the plain forward runs and nothing else. So it does inside a checkpoint or a
+transform of torch.func, which a warning says once, and in a part of the layer that has saved-tensor hooks of its own.
+Every forward of ours is eager code, whoever compiles the module, the layer or the model.
 """
 
 import inspect
@@ -22,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hf_lowmem.activations.aside import active, reason_to_step_aside, say_once
 from hf_lowmem.activations.checkpoint import WrappedForward
-from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, wanted
-from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, active, unpack
+from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, settings_of, wanted
+from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, is_plain, unpack
 from hf_lowmem.kernels.glu import FLOATS, GLU
 from hf_lowmem.kernels.rmsnorm import RMSNORM
+from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 
 __all__ = [
     "Block",
@@ -36,7 +40,6 @@ __all__ = [
     "Norm",
     "Patch",
     "Projection",
-    "draw_seed",
     "patches",
     "put",
     "put_back",
@@ -61,25 +64,27 @@ class Patch:
 
 
 def patches(model: nn.Module) -> Iterator[Patch | WrappedForward]:
-    """The forwards of ours in a model, outer modules first."""
+    """The forwards of ours in a model, outer modules first; of one module the outer forward first."""
     for module in model.modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, Patch | WrappedForward):
+        while isinstance(forward, Patch | WrappedForward):
             yield forward
+            forward = forward.inner
 
 
 def take_out(model: nn.Module) -> list[Patch | WrappedForward]:
     """Make a model plain again; what `put_back` needs to undo that."""
     found = list(patches(model))
     for patch in found:
-        del patch.module.forward
-        if patch.inner is not None:
+        if patch.inner is None:
+            del patch.module.forward
+        else:
             patch.module.forward = patch.inner
     return found
 
 
 def put_back(found: list[Patch | WrappedForward]) -> None:
-    for patch in found:
+    for patch in reversed(found):
         put(patch)
 
 
@@ -87,18 +92,15 @@ def put(patch: Patch | WrappedForward) -> None:
     vars(patch.module)["forward"] = patch
 
 
-def draw_seed() -> int:
-    """A seed from torch's generator, whose state a checkpoint holds: a resumed run rounds as an uninterrupted one."""
-    return int(torch.randint(2**62, ()))
+def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The activations among a module's arguments: the tensor of floats that comes first, unless one has the name."""
+    named = kwargs.get("hidden_states")
+    tensors = (named, *args) if isinstance(named, Tensor) else (*args, *kwargs.values())
+    floats = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1 and is_plain(t))
+    return next(floats, None)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-
-
-def has_dropout(module: nn.Module) -> bool:
-    """Whether running the module draws random numbers."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
+eager = torch.compiler.disable(reason="hf_lowmem runs converted layers eagerly: a compiled graph decides what it saves")
 
 
 class Layer(Patch):
@@ -108,23 +110,24 @@ class Layer(Patch):
     nothing is saved that could be compressed, so the tier would have no effect.
     """
 
-    def __init__(self, module: nn.Module, name: str, tier: str, stochastic: bool) -> None:
+    def __init__(self, module: nn.Module, name: str, tier: str, seeds: Callable[[], int] | None) -> None:
         super().__init__(module)
-        self.name, self.tier, self.stochastic = name, tier, stochastic
+        self.name, self.tier, self.seeds = name, tier, seeds
 
-    @torch.compiler.disable(reason="hf_lowmem runs converted layers eagerly: a compiled graph decides what it saves")
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = first_tensor(args, kwargs)
+        hidden = stream(args, kwargs)
         if hidden is None or not (self.module.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
         if getattr(self.module, "gradient_checkpointing", False):
             raise RuntimeError(
                 f"lowmem_activations={self.tier!r} on {self.name}: activation checkpointing was turned on after the "
-                "model was converted, and inside a checkpoint the tier has no effect. Turn it off "
-                "(model.gradient_checkpointing_disable(), activation_checkpointing=False), or use the tier "
-                "'checkpoint_fp8', which checkpoints and compresses."
+                f"model was converted, and {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
-        seed = draw_seed() if self.stochastic else None
+        if (why := reason_to_step_aside()) is not None:
+            say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
+            return self.aside(*args, **kwargs)
+        seed = None if self.seeds is None else self.seeds()
         tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape
         active.tape = tape
         try:
@@ -134,15 +137,38 @@ class Layer(Patch):
             active.tape = outer
             tape.close()
 
+    def aside(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer as it is, also where it stands inside of another converted one."""
+        outer, active.tape = active.tape, None
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            active.tape = outer
+
+
+# What these save for backward is a mask, which does not depend on their input.
+DROPOUTS = frozenset(
+    kind.forward
+    for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+)
+
+
+def listening() -> Tape | None:
+    """The tape of the layer that runs, if autograd asks it and nobody else."""
+    tape = active.tape
+    return tape if tape is not None and tape.listens else None
+
 
 class Cheap(Patch):
     """A module of one tensor that costs little beside a matrix product."""
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tape = active.tape
-        if tape is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        tape = listening()
+        if tape is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not is_plain(args[0]):
             return self.original(*args, **kwargs)
-        return tape.replay(self.module, self.original, args[0], has_dropout(self.module))
+        dropout = self.inner is None and type(self.module).forward in DROPOUTS
+        return tape.replay(self.module, self.original, args[0], dropout)
 
 
 class Block(Patch):
@@ -152,8 +178,9 @@ class Block(Patch):
         super().__init__(module)
         self.kind = kind
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tape, x = active.tape, first_tensor(args, kwargs)
+        tape, x = listening(), stream(args, kwargs)
         if tape is None or x is None:
             return self.original(*args, **kwargs)
         with tape.scope(self.kind, x):
@@ -165,10 +192,11 @@ class Norm(Cheap):
 
     def __init__(self, module: nn.Module, formula: RMSNorm) -> None:
         super().__init__(module)
-        self.formula = formula
+        self.formula, self.settings = formula, settings_of(module)
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tape, f, weight = active.tape, self.formula, getattr(self.module, self.formula.weight)
+        tape, f, weight = listening(), self.formula, getattr(self.module, self.formula.weight)
         alone = len(args) == 1 and not kwargs and self.inner is None and not has_hooks(self.module)
         if tape is not None and alone and plain(*args, weight) and self.fits(args[0], weight):
             y = tape.norm(args[0], weight, f.eps, f.plus_one, f.cast_first)
@@ -176,10 +204,11 @@ class Norm(Cheap):
                 return y
         return super().__call__(*args, **kwargs)
 
-    @staticmethod
-    def fits(x: Tensor, weight: Tensor) -> bool:
+    def fits(self, x: Tensor, weight: Tensor) -> bool:
         wide = x.dim() > 1 and x.shape[-1:] == weight.shape and x.numel() > 0
-        return wide and (x.requires_grad or weight.requires_grad) and wanted(RMSNORM, x, weight)
+        if not (wide and (x.requires_grad or weight.requires_grad) and wanted(RMSNORM, x, weight)):
+            return False
+        return self.settings == settings_of(self.module)
 
 
 class GatedMLP(Block):
@@ -187,14 +216,16 @@ class GatedMLP(Block):
 
     def __init__(self, module: nn.Module, formula: Gated) -> None:
         super().__init__(module, "mlp")
-        self.formula = formula
+        self.formula, self.act = formula, getattr(module, formula.act)
+        self.settings = settings_of(module), settings_of(self.act)
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tape, act = active.tape, getattr(self.module, self.formula.act)
+        tape, act = listening(), getattr(self.module, self.formula.act)
         if tape is None or kwargs or len(args) != 1 or self.inner is not None or has_hooks(act):
             return super().__call__(*args, **kwargs)
-        x = args[0]
-        if type(x) is not Tensor or not wanted(GLU, x):
+        x, as_found = args[0], act is self.act and self.settings == (settings_of(self.module), settings_of(act))
+        if type(x) is not Tensor or not wanted(GLU, x) or not as_found:
             return super().__call__(x)
         with tape.scope(self.kind, x):
             return self.fused(tape, x, act)
@@ -218,8 +249,9 @@ def plain(*tensors: Any) -> bool:
 class Projection(Patch):
     """A linear, plain or with adapters, of the MLP's input."""
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tape = active.tape
+        tape = listening()
         if tape is None or not tape.formats.rerun or kwargs or len(args) != 1 or args[0] is not tape.block_input:
             return self.original(*args, **kwargs)
-        return tape.rerun(self.module, self.original, args[0], has_dropout(self.module))
+        return tape.rerun(self.module, self.original, args[0])

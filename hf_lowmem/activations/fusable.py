@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from hf_lowmem.activations.detect import linears_of
+from hf_lowmem.activations.draws import undrawn
 from hf_lowmem.kernels.registry import Kernel, current_impl
 from hf_lowmem.kernels.rmsnorm.reference import normalise
 
-__all__ = ["Gated", "RMSNorm", "gated_of", "has_hooks", "rmsnorm_of", "wanted"]
+__all__ = ["Gated", "RMSNorm", "gated_of", "has_hooks", "rmsnorm_of", "settings_of", "wanted"]
 
 # Dtypes of a norm's input and weight: what models are trained in. The second tells where a family rounds.
 DTYPES = (
@@ -73,6 +74,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(own) or bool(hooks_of_all._global_backward_hooks) or bool(hooks_of_all._global_backward_pre_hooks)
 
 
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """A module's class and its numbers, flags and names: a formula was read off with these and no others."""
+    own = ((name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str))
+    return (type(module), *(pair for pair in own if pair[0] != "training"))
+
+
 def rmsnorm_of(module: nn.Module) -> RMSNorm | None:
     """What the module computes, if it is a plain RMSNorm in every combination of DTYPES.
 
@@ -100,9 +107,11 @@ def _computes(module: nn.Module, norm: RMSNorm, x: Tensor, weight: Tensor) -> bo
     """Equal but for the order of a sum: 1e-5 in fp32; in bf16 the same value but for one in a hundred at a tie."""
     twin = copy.copy(module)
     vars(twin)["_parameters"] = {norm.weight: nn.Parameter(weight, requires_grad=False)}
+    vars(twin)["training"] = True
     try:
         ours = normalise(x.float(), weight, norm.eps, norm.plus_one, norm.cast_first, x.dtype)
-        theirs = type(module).forward(twin, x.clone())
+        with undrawn(x.device):
+            theirs = type(module).forward(twin, x.clone())
     except Exception:
         return False
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
@@ -134,8 +143,11 @@ def activation_of(module: nn.Module) -> str:
     if any(True for _ in module.parameters()) or any(True for _ in module.children()) or _fake():
         return ""
     x = torch.linspace(-12, 12, 97, device="cpu", dtype=torch.float32)
+    twin = copy.copy(module)
+    vars(twin)["training"] = True
     try:
-        y = type(module).forward(module, x.clone())
+        with undrawn(x.device):
+            y = type(module).forward(twin, x.clone())
     except Exception:
         return ""
     known = {"silu": F.silu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
@@ -169,7 +181,8 @@ def _read_off(mlp: nn.Module, linears: list[str], acts: dict[str, str]) -> Gated
     vars(twin)["_modules"] = stubs
     vars(twin)["training"] = True
     x = torch.randn((1, 3, 8), generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
-    y = type(mlp).forward(twin, x)
+    with undrawn(x.device):
+        y = type(mlp).forward(twin, x)
     made = {name: (given, out) for name, given, out in calls}
     if len(made) != len(calls) or len(calls) != len(linears) + 1:
         return None

@@ -29,7 +29,6 @@ Not a rule by operator: a hook sees a tensor, never the operator that saves it. 
 log-softmax or a loss must not be wrapped: 6 % of a log-probability of -10 is a factor of two in the probability.
 """
 
-import inspect
 import math
 import weakref
 from collections.abc import Callable
@@ -185,12 +184,6 @@ class _Packer:
         self.table, self.as_is = {}, {}
 
 
-def _in_checkpoint() -> bool:
-    """Whether torch's non-reentrant checkpoint is what decides here about saved tensors."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    return top is not None and inspect.unwrap(top[0]).__module__ == "torch.utils.checkpoint"
-
-
 def _unpack(place: _Saved | _AsIs) -> Tensor:
     return place.unpack()
 
@@ -204,8 +197,6 @@ class _Hooked(WrappedForward):
         self.min_numel = min_numel
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if _in_checkpoint():
-            return self.original(*args, **kwargs)
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
         packer = _Packer(self.fmt, self.min_numel, max((t.numel() for t in inputs), default=None), self.seed())
         try:

@@ -13,10 +13,10 @@ once, and it does not keep what it can *prove* to be computable from what is kep
 
 The proof is the autograd graph itself, read in every forward pass. Nothing is concluded from a name or a class, so a
 model that computes something else than its relatives do merely keeps more. What the graph does not know the tape does
-not either: a result that is written to through `.data` before it is saved comes back as it was computed.
+not either: a result that is written to through `.data` before it is saved comes back as it was computed. And it is a
+proof for what was made in this very call: a cast or a clone from before may be older than the weight that it is of.
 """
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_lowmem.activations.values import Derived, Kept, Replay, Rerun, Slot, Value, View
+from hf_lowmem.activations.aside import active, innermost_pack
+from hf_lowmem.activations.origin import is_bias
+from hf_lowmem.activations.values import AsIs, Derived, Kept, Replay, Rerun, Slot, Value, View
 from hf_lowmem.kernels.glu import GLU, glu_rows
 from hf_lowmem.kernels.quantize import GROUPS
 from hf_lowmem.kernels.rmsnorm import RMSNORM_AGAIN, rmsnorm_rows
 
-__all__ = ["FORMATS_OF_TIER", "Formats", "Tape", "active", "unpack"]
+__all__ = ["FORMATS_OF_TIER", "Formats", "Tape", "is_plain", "unpack"]
 
 # Fewer values a token than this (a norm's 1/rms, a router's logits, a small adapter's inside) are not worth a scale.
 SMALL = 32
@@ -66,17 +69,7 @@ RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 Formula = tuple[Callable[..., Tensor], tuple[View, ...]]
 
 
-class _Active(threading.local):
-    """What runs in this thread: a layer's tape, a look into a node."""
-
-    tape: "Tape | None" = None
-    peeked: list[Any] | None = None
-
-
-active = _Active()
-
-
-def unpack(packed: View | Slot) -> Tensor:
+def unpack(packed: View | Slot | AsIs) -> Tensor:
     """The hook for autograd that turns what was packed into a tensor again."""
     if active.peeked is not None:
         active.peeked.append(packed)
@@ -106,13 +99,27 @@ class Tape:
         self.kind: str | None = None
         self.block_input: Tensor | None = None
         self.known: dict[int, list[tuple[weakref.ref, Value]]] = {}
-        self.by_node: dict[tuple[Any, int], Value] = {}
+        self.by_node: dict[tuple[Any, int], tuple[Value, weakref.ref[Tensor]]] = {}
+        # Nodes that made activations. Those below `first` are older than this call.
+        self.activations: set[Any] = set()
+        self.first = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self.depends = hidden.requires_grad
         self.offered: list[View] = []
         self.kept = 0
-        self.view(hidden, formats.residual)
+        self.enter(hidden)
 
-    def pack(self, tensor: Tensor) -> View:
-        return self.view(tensor).use()
+    def enter(self, x: Tensor) -> None:
+        """Take `x` for a block's input."""
+        self.view(x, self.formats.residual)
+        self.activations.add(x.grad_fn)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it is this tape that autograd would ask now: not a checkpoint inside the layer, nor other hooks."""
+        return getattr(innermost_pack(), "__self__", None) is self
+
+    def pack(self, tensor: Tensor) -> View | AsIs:
+        return self.view(tensor).use() if is_plain(tensor) else AsIs(tensor)
 
     def view(self, tensor: Tensor, fmt: str | None = None) -> View:
         """`tensor` as a window on a known value, or on a new one, kept as `fmt` or as the scope and its looks say."""
@@ -149,11 +156,19 @@ class Tape:
             and tensor.requires_grad
             and tensor.is_floating_point()
             and not tensor.is_leaf
+            and tensor.ndim > 0
             and tensor.shape[0] in (self.batch, self.tokens)
             and tensor.numel() % self.tokens == 0
             and tensor.numel() >= SMALL * self.tokens
+            and not self.is_bias(tensor)
         )
         return self.scope_format if ours else "none"
+
+    def is_bias(self, tensor: Tensor) -> bool:
+        """Whether this may be attention's scores or what was added to them. A linear's output is (B, T, H) or less."""
+        if self.kind != "attention" or tensor.ndim < 3 or tensor.grad_fn is None or self.scope_format == "none":
+            return False
+        return is_bias(tensor.grad_fn, self.activations, self.depends)
 
     @property
     def scope_format(self) -> str:
@@ -163,7 +178,9 @@ class Tape:
         storage = tensor.untyped_storage()
         for ref, value in self.known.get(storage._cdata, ()):
             # An address is given out again once its storage is gone, hence the weak reference.
-            if ref() is storage and value.version == tensor._version and self.covers(value, tensor):
+            if ref() is not storage or value.version != tensor._version or not self.covers(value, tensor):
+                continue
+            if value.available():
                 return value
         return None
 
@@ -181,12 +198,14 @@ class Tape:
         storage = tensor.untyped_storage()
         self.known.setdefault(storage._cdata, []).append((weakref.ref(storage), value))
         if tensor.grad_fn is not None:
-            self.by_node[tensor.grad_fn, tensor.output_nr] = value
+            self.by_node[tensor.grad_fn, tensor.output_nr] = value, weakref.ref(tensor)
 
     def explain(self, tensor: Tensor) -> Value | None:
         """`tensor` as a function of known values, if the graph says that it is one."""
         node = tensor.grad_fn
-        if node is None or tensor._version:  # changed in place, it is no longer what the node has made
+        # Changed in place, it is no longer what the node has made. What was made before this call may have been made of
+        # something that has changed since: of weights that were cloned, cast or updated.
+        if node is None or tensor._version or node._sequence_nr() < self.first:
             return None
         if node.name() == "UnsafeViewBackward0" and (repeated := self.explain_repeat(tensor, node)):
             return repeated
@@ -200,13 +219,17 @@ class Tape:
     def formula(self, edge: tuple[Any, int], size: Sequence[int]) -> Formula | None:
         """How to compute the tensor of this size that an edge of the graph stands for. Casts inside it end the search:
         a node does not tell the dtype of what it made, only a tensor does."""
-        node, value = edge[0], self.by_node.get(edge)
-        if value is not None:
-            return (_itself, (View(value),)) if value.size == size else None
+        node, (value, made) = edge[0], self.by_node.get(edge, (None, None))
+        if value is not None and made is not None:
+            output = made()
+            same = value.available() and (output is None or output._version == value.version)
+            return (_itself, (View(value),)) if same and value.size == size else None
         if node is None:
             return None
         if (leaf := getattr(node, "variable", None)) is not None:
-            return (_itself, (self.view(leaf),)) if leaf.size() == size else None
+            return (_itself, (self.view(leaf),)) if leaf.size() == size and is_plain(leaf) else None
+        if node._sequence_nr() < self.first:
+            return None
         name = node.name()
         if name == "MulBackward0":
             saved = factors(node)
@@ -242,16 +265,33 @@ class Tape:
         return Derived(tensor, lambda t: t.repeat_interleave(times, 1), View(kept))
 
     def replay(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dropout: bool) -> Tensor:
-        """Run a cheap module; of all that it saves and returns, only its input is kept, of a dropout not even that."""
-        value = Replay(module, run, x, self.offer(x), rng=dropout)
-        with saved_tensors_hooks(value.pack, unpack):
-            output = run(x)
-        return self.made(value, output, x)
+        """Run a cheap module; of all that it saves and returns, only its input is kept, of a dropout not even that.
 
-    def rerun(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, rng: bool) -> Tensor:
+        If running it again would not be the same, what it saves is kept as if nobody had looked.
+        """
+        value = Replay(module, run, x, self.offer(x), dropout=dropout)
+        places: list[tuple[Slot, Tensor]] = []
+
+        def pack(tensor: Tensor) -> Slot:
+            places.append((value.place(), tensor))
+            return places[-1][0]
+
+        try:
+            with saved_tensors_hooks(pack, unpack):
+                output = run(x)
+            if value.settle():
+                return self.made(value, output, x)
+            for slot, tensor in places:
+                slot.kept = self.pack(tensor)
+            return output
+        finally:
+            places.clear()
+
+    def rerun(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a module whose output need not be kept. What it saves inside is kept as ever."""
-        value = Rerun(module, run, x, self.offer(x), rng=rng)
-        return self.made(value, run(x), x)
+        value = Rerun(module, run, x, self.offer(x))
+        output = run(x)
+        return self.made(value, output, x) if value.settle() else output
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool, cast_first: bool) -> Tensor | None:
         """RMSNorm by a kernel that gives the codes of x as well; None where x is not to be kept as E4M3, or is by now.
@@ -301,19 +341,20 @@ class Tape:
 
     def offer(self, x: Tensor) -> View:
         """The input of a module, held here until the layer ends: by then it is known whether it will be needed."""
-        self.offered.append(self.view(x, self.scope_format))
+        self.offered.append(self.view(x, "none" if self.is_bias(x) else self.scope_format))
         return self.offered[-1]
 
     def made(self, value: Value, output: Tensor, x: Tensor) -> Tensor:
         if isinstance(output, Tensor) and output.untyped_storage() is not x.untyped_storage():
             value.locate(output)
             self.remember(output, value)
+            self.activations.add(output.grad_fn)
         return output
 
     @contextmanager
     def scope(self, kind: str, x: Tensor) -> Iterator[None]:
         """Inside a block with input `x`, an "attention" or an "mlp", whose format is for what is saved there."""
-        self.view(x, self.formats.residual)
+        self.enter(x)
         before = self.kind, self.block_input
         self.kind, self.block_input = kind, x
         try:
@@ -326,6 +367,13 @@ class Tape:
         self.known.clear()
         self.offered.clear()
         self.by_node.clear()
+        self.activations.clear()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a window on memory, and nothing else: not sparse, no wrapper around other tensors."""
+    usual = type(tensor) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(tensor)
+    return usual and tensor.layout is torch.strided
 
 
 def _itself(tensor: Tensor) -> Tensor:

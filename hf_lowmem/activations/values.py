@@ -27,9 +27,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem.activations.aside import active
+from hf_lowmem.activations.draws import Draws
 from hf_lowmem.activations.formats import FORMATS, Grouped, compress, decompress
+from hf_lowmem.activations.state import State, changed_in_place, version_of
 
-__all__ = ["Context", "Derived", "Kept", "Replay", "Rerun", "Slot", "Value", "View"]
+__all__ = ["AsIs", "Derived", "Kept", "Replay", "Rerun", "Slot", "Value", "View"]
 
 
 class Value:
@@ -53,7 +56,7 @@ class Value:
 
     def locate(self, like: Tensor) -> None:
         self.size, self.stride, self.offset = like.size(), like.stride(), int(like.storage_offset())
-        self.dtype, self.version = like.dtype, like._version
+        self.dtype, self.version = like.dtype, version_of(like)
         self.span = 1 + sum((n - 1) * s for n, s in zip(self.size, like.stride(), strict=True)) if like.numel() else 0
         self.dense = self.span == like.numel()
 
@@ -69,6 +72,10 @@ class Value:
         self.uses -= 1
         self.cache = out if self.uses > 0 else None
         return out
+
+    def available(self) -> bool:
+        """Whether it can still be had, where nobody has asked for it yet."""
+        return True
 
     def prepare(self) -> None:
         """Once, before the first reader."""
@@ -103,6 +110,19 @@ class View:
         return base if self.whole else base.as_strided(self.size, self.stride, base.storage_offset() + self.shift)
 
 
+class AsIs:
+    """A saved tensor that is no window on anything: sparse, or a subclass whose memory is its own affair."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = version_of(self.tensor)
+
+    def get(self) -> Tensor:
+        if version_of(self.tensor) != self.version:
+            raise changed_in_place(self.tensor, self.version)
+        return self.tensor
+
+
 class Kept(Value):
     """A tensor that is kept. `fmt`: as that name of FORMATS says; "none" keeps the tensor itself.
 
@@ -123,12 +143,17 @@ class Kept(Value):
         tensor = self.tensor
         if tensor is None:
             return
+        if version_of(tensor) != self.version:
+            raise changed_in_place(tensor, self.version)
         if self.fmt != "none":
             rows = tensor.detach().permute(self.order).reshape(self.rows)
             self.parts, self.tensor = compress(rows, self.fmt, seed=self.seed), None
         elif self.compact and tensor.untyped_storage().nbytes() > tensor.nbytes:
             self.tensor = tensor.detach().clone()
-            self.version = self.tensor._version
+            self.version = version_of(self.tensor)
+
+    def available(self) -> bool:
+        return self.tensor is None or version_of(self.tensor) == self.version
 
     @property
     def raw(self) -> bool:
@@ -146,12 +171,8 @@ class Kept(Value):
                 return flat.as_strided(self.size, self.stride)
             back = sorted(range(len(self.order)), key=self.order.__getitem__)
             return flat.view([self.size[d] for d in self.order]).permute(back)
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{self.tensor.type()} {list(self.size)}] is at version {self.tensor._version}; expected version "
-                f"{self.version} instead."
-            )
+        if version_of(self.tensor) != self.version:
+            raise changed_in_place(self.tensor, self.version)
         return self.laid_out(self.tensor)
 
     @property
@@ -177,6 +198,9 @@ class Derived(Value):
         super().__init__(like)
         self.fn, self.inputs = fn, inputs
 
+    def available(self) -> bool:
+        return self.uses > 0 or all(view.value.available() for view in self.inputs)
+
     def prepare(self) -> None:
         for view in self.inputs:
             view.use()
@@ -186,53 +210,31 @@ class Derived(Value):
             return self.laid_out(self.fn(*(view.get() for view in self.inputs)))
 
 
-class Context:
-    """Autocast, and with `rng` the random numbers, as they were when it was made; `with context():` has them back."""
-
-    def __init__(self, device: torch.device, rng: bool) -> None:
-        self.device = device
-        self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        self.rng = _get_rng(device) if rng else None
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        (enabled, dtype), kind = self.autocast, self.device.type
-        with contextlib.ExitStack() as stack:
-            if enabled or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            if self.rng is not None:
-                stack.callback(_set_rng, _get_rng(self.device), self.device)
-                _set_rng(self.rng, self.device)
-            yield
-
-
-def _get_rng(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def _set_rng(state: Tensor, device: torch.device) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
 class Rerun(Value):
-    """What `module` makes of `x`, by running it again with the same weights, autocast and, with `rng`, random numbers.
+    """What `module` makes of `x`, by running it again: with the weights, flags, adapters, hooks, autocast and random
+    numbers of the first run.
 
     To be made before the module runs. `run`: its forward as it was found; `source`: what `x` will be had from, for the
-    maker to hold until it is known whether anybody needs it. `locate` is to be called with the output.
+    maker to hold until it is known whether anybody needs it. After the run ask `settle`, then `locate` the output.
     """
 
-    def __init__(
-        self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, source: View, *, rng: bool
-    ) -> None:
+    def __init__(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, source: View) -> None:
         super().__init__(x)
-        self.module, self.run, self.context = module, run, Context(x.device, rng)
+        self.run, self.device = run, x.device
         self.offered = weakref.ref(source)
         self.source: View | None = None
         self.needs_grad = x.requires_grad
-        self.versions = self.weight_versions()
+        self.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        self.state, self.draws = State(module), Draws(x.device)
+
+    def settle(self) -> bool:
+        """Whether another run will be the same computation, now that the first one is over."""
+        self.draws.settle()
+        return self.draws.seen and not self.state.written() and self.available()
+
+    def available(self) -> bool:
+        source = self.source or self.offered()
+        return self.source is not None or (source is not None and source.value.available())
 
     def prepare(self) -> None:
         if self.source is None and (source := self.offered()):
@@ -240,29 +242,36 @@ class Rerun(Value):
 
     def compute(self) -> Tensor:
         assert self.source is not None
-        self.check_weights()
-        with torch.no_grad(), self.context():
-            return self.laid_out(self.run(self.source.get()))
+        x = self.source.get()
+        with torch.no_grad(), self.again():
+            return self.laid_out(self.run(x))
 
-    def weight_versions(self) -> list[int]:
-        return [p._version for p in self.module.parameters()]
-
-    def check_weights(self) -> None:
-        if self.weight_versions() != self.versions:
-            raise RuntimeError(
-                f"a weight of {type(self.module).__name__} was changed in place between the forward pass and the "
-                "backward pass, which needs it to compute the module's output again. Step the optimizer after backward."
-            )
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """All that the run depends on beside its input, as it was. No tape listens."""
+        (enabled, dtype), kind, tape = self.autocast, self.device.type, active.tape
+        with contextlib.ExitStack() as stack:
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            if self.draws.states:
+                stack.enter_context(self.draws.again())
+            stack.enter_context(self.state.again())
+            active.tape = None
+            try:
+                yield
+            finally:
+                active.tape = tape
 
 
 class Slot:
-    """The i-th tensor that autograd saved inside a replayed module."""
+    """The i-th tensor that autograd saved inside a module: of a replayed one it is computed, else it is `kept`."""
 
     def __init__(self, replay: "Replay", index: int) -> None:
         self.replay, self.index = replay, index
+        self.kept: View | AsIs | None = None
 
     def get(self) -> Tensor:
-        return self.replay.slot(self.index)
+        return self.replay.slot(self.index) if self.kept is None else self.kept.get()
 
 
 class Replay(Rerun):
@@ -271,25 +280,33 @@ class Replay(Rerun):
     The first reader, mostly a projection that needs the output for the gradient of its weight, runs the module; the
     module's own backward, which comes last, finds everything ready.
 
-    With `rng` the module is a dropout: its mask comes from the random numbers alone, so that its input is kept only if
-    somebody reads the output.
+    `dropout`: the module is one of torch's dropouts. Its mask comes from the random numbers alone, so that its input is
+    kept only if somebody reads the output. Of any other module that draws random numbers the tensors are kept, because
+    they are small beside its input (DropPath's mask is a number for each sample).
     """
 
     def __init__(
-        self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, source: View, *, rng: bool
+        self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, source: View, *, dropout: bool
     ) -> None:
-        super().__init__(module, run, x, source, rng=rng)
-        self.blind = rng
+        super().__init__(module, run, x, source)
+        self.dropout = dropout
         self.slots = self.unread = 0
         self.saved: dict[int, Tensor] = {}
 
-    def pack(self, tensor: Tensor) -> Slot:
-        """A hook for autograd while the module runs: nothing is kept but the place in the order of saving."""
-        if not self.blind:
+    def place(self) -> Slot:
+        """For one more tensor that autograd saves while the module runs."""
+        if not self.dropout:
             self.prepare()
         self.slots += 1
         self.unread += 1
         return Slot(self, self.slots - 1)
+
+    def settle(self) -> bool:
+        same = super().settle() and (self.dropout or not self.draws.states)
+        if not same and self.source is not None:
+            self.source.value.uses -= 1
+            self.source = None
+        return same
 
     def slot(self, index: int) -> Tensor:
         if index not in self.saved:
@@ -303,7 +320,7 @@ class Replay(Rerun):
 
     def replay(self) -> Tensor:
         """Run the module, catch what autograd saves; the output without its graph."""
-        self.check_weights()
+        self.state.check()
         saved: list[Tensor] = []
 
         def catch(tensor: Tensor) -> int:
@@ -313,14 +330,14 @@ class Replay(Rerun):
         if self.source is not None:
             x = self.source.get().detach()
         else:
-            x = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.context.device)
+            x = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
         hooks = torch.autograd.graph.saved_tensors_hooks(catch, saved.__getitem__)
-        with torch.enable_grad(), self.context(), hooks:
+        with torch.enable_grad(), self.again(), hooks:
             output = self.run(x.requires_grad_(self.needs_grad))
         if len(saved) != self.slots:
             raise RuntimeError(
-                f"{type(self.module).__name__} saved {self.slots} tensors for backward in the forward pass and "
-                f"{len(saved)} when it ran again: it, or which of its weights are trained, has changed in between."
+                f"{self.state.name} saved {self.slots} tensors for backward in the forward pass and {len(saved)} when "
+                "it ran again: it, or which of its weights are trained, has changed in between."
             )
         self.saved = dict(enumerate(saved))
         return self.laid_out(output.detach())

@@ -82,7 +82,8 @@ class RunRecord:
             "format": FORMAT,
             **self.facts,
             "foretold": self.foretold,
-            "trainings": plain(self.trainings),
+            # One that came after the end of the run, and trained nothing, tells nothing.
+            "trainings": plain([t for t in self.trainings if t["to_step"] > t["from_step"]] or self.trainings[-1:]),
             "results": self.results,
             "history": self.history,
             "card_frame": self.frame,

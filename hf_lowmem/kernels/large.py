@@ -71,12 +71,12 @@ def _of_activations(tokens: int, hidden: int, ffn: int) -> dict[tuple[str, str],
 def _state(device: torch.device, shape: tuple[int, ...], codec: str, signed: bool) -> tuple[Any, ...]:
     """A state's values, room for its codes and scalars, and what encodes the one into the other."""
     x = _draw(device, *shape, dtype=torch.float32)
-    return (x if signed else x.square(), *room(codec, x.shape, device), codec, signed)
+    return (x if signed else x.square(), *room(codec, x.shape, signed, device), codec, signed, 1, 0)
 
 
 def _encoded(device: torch.device, shape: tuple[int, ...], codec: str, signed: bool) -> tuple[Tensor, list[Tensor]]:
     x, codes, scalars, *_ = _state(device, shape, codec, signed)
-    encode_state(x, codes, scalars, codec, signed)
+    encode_state(x, codes, scalars, codec, signed, None, 0)
     return codes, scalars
 
 

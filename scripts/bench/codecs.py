@@ -179,7 +179,8 @@ def of_set(name: str, moments: Moments) -> Iterator[dict[str, Any]]:
     coded = {codec: (compressed(codec, 0, moments), compressed(codec, 1, moments)) for codec in CODECS}
     count = sum(m.numel() for m, _ in moments)
     for first, second in itertools.product(CODECS, CODECS):
-        size = sum(CODECS[first].nbytes(m.numel()) + CODECS[second].nbytes(v.numel()) for m, v in moments)
+        coded = [(CODECS[first], m, True) for m, _ in moments] + [(CODECS[second], v, False) for _, v in moments]
+        size = sum(codec.nbytes(x.numel(), signed=signed) for codec, x, signed in coded)
         yield {
             "kind": "pair",
             "moments": name,

@@ -78,7 +78,7 @@ class TestContract:
         codec = CODECS[name]
         like = torch.zeros(shape)
         enc = codec.init(like, signed=signed)
-        assert codec.nbytes(like.numel()) == bytes_of(enc)
+        assert codec.nbytes(like.numel(), signed=signed) == bytes_of(enc)
         assert codec.decode(enc, like.shape).dtype == torch.float32
         for state in (enc, encoded(codec, like, signed)):
             assert torch.equal(codec.decode(state, like.shape), like)
@@ -207,7 +207,7 @@ def test_one_graph_under_compile(name: str, signed: bool) -> None:
 def test_init_on_meta_needs_no_memory(name: str) -> None:
     enc = CODECS[name].init(torch.empty(3, 129, device="meta"), signed=True)
     assert all(tensor.device.type == "meta" for tensor in enc.values())
-    assert sum(tensor.nbytes for tensor in enc.values()) == CODECS[name].nbytes(3 * 129)
+    assert sum(tensor.nbytes for tensor in enc.values()) == CODECS[name].nbytes(3 * 129, signed=True)
 
 
 def test_names() -> None:

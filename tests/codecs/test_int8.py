@@ -99,4 +99,4 @@ def test_extreme_is_exact_whatever_its_sign() -> None:
 
 
 def test_bytes() -> None:
-    assert CODEC.nbytes(256 * 1000) == 256 * 1000 + 4 * 1000
+    assert CODEC.nbytes(256 * 1000, signed=True) == 256 * 1000 + 4 * 1000

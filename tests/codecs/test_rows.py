@@ -24,7 +24,7 @@ def test_a_part_of_the_rows_is_a_part_of_the_state(name: str, signed: bool, shap
     whole = codec.init(x, signed=signed)
     assert torch.equal(codec.decode(whole, x.shape), torch.zeros(shape))
     codec.encode_(whole, x)
-    assert sum(t.nbytes for t in whole.values()) == codec.nbytes(x.numel())
+    assert sum(t.nbytes for t in whole.values()) == codec.nbytes(x.numel(), signed=signed)
     decoded = codec.decode(whole, x.shape)
     for first, last in ((0, shape[0] // 2), (shape[0] // 2, shape[0])):
         part = codec.init(x[first:last], signed=signed)

@@ -195,12 +195,17 @@ def test_save_load_equality_with_weights_only(info: OptimizerInfo, case: Optimiz
 
 @every_class
 def test_load_nontensor_step(info: OptimizerInfo) -> None:
-    """Ours is a number always; torch's tensor marks the state of another optimizer."""
+    """Ours is a whole number in a tensor on the CPU, was a plain one once; torch's fp32 marks another optimizer."""
     problem, optimizer = trained(info)
     saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        assert (type(state["step"]), state["step"].dtype, state["step"].shape) == (Tensor, torch.int64, ())
+        state["step"] = int(state["step"])
     optimizer.load_state_dict(saved)
     train(optimizer, problem, 1)
-    assert [(type(s["step"]), s["step"]) for s in optimizer.state.values()] == [(int, 6)] * 2
+    assert [(type(s["step"]), s["step"].dtype, int(s["step"])) for s in optimizer.state.values()] == [
+        (Tensor, torch.int64, 6)
+    ] * 2
     saved["state"][0]["step"] = torch.tensor(5.0)
     with pytest.raises(ValueError, match="expected an integer"):
         optimizer.load_state_dict(saved)

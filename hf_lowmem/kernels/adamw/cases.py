@@ -6,7 +6,15 @@ from typing import Any
 import torch
 
 from hf_lowmem.kernels.registry import Case
-from hf_lowmem.kernels.step.cases import LARGE, PAIRS, dtypes_and_stores, parameters, state_of
+from hf_lowmem.kernels.step.cases import (
+    LARGE,
+    PAIRS,
+    dtypes_and_stores,
+    parameters,
+    skips_of,
+    state_of,
+    state_seeds,
+)
 
 
 def adamw_cases() -> Iterator[Case]:
@@ -21,7 +29,8 @@ def adamw_cases() -> Iterator[Case]:
         ]
         steps = [1, 2, 3, 16, 1000][: len(params)]
         return (
-            params, grads, corrections, *moments, *pair, store, seeds, steps, rule, 1e-2, 0.9, 0.999, 1e-8, 0.1
+            params, grads, skips_of(device), corrections, *moments, *pair, store, seeds, state_seeds(*pair), steps, rule,
+            1e-2, 0.9, 0.999, 1e-8, 0.1,
         )  # fmt: skip
 
     for pair in PAIRS:

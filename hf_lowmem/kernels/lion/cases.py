@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_lowmem.kernels.registry import Case
-from hf_lowmem.kernels.step.cases import LARGE, dtypes_and_stores, parameters, state_of
+from hf_lowmem.kernels.step.cases import LARGE, dtypes_and_stores, parameters, skips_of, state_of, state_seeds
 
 
 def lion_cases() -> Iterator[Case]:
@@ -14,7 +14,8 @@ def lion_cases() -> Iterator[Case]:
         dtype, grad_dtype, store = kinds
         params, grads, corrections, seeds = parameters(store, dtype, grad_dtype, device, **shapes)
         momenta = [part for p in params for part in state_of(p.shape, codec, True, device)]
-        return params, grads, corrections, momenta, codec, store, seeds, 1e-2, 0.9, 0.99, 0.1
+        seeds = seeds, state_seeds(codec)
+        return params, grads, skips_of(device), corrections, momenta, codec, store, *seeds, 1e-2, 0.9, 0.99, 0.1
 
     for codec in ("fp32", "int8", "int8_softsign", "fp8_expand"):
         for kinds in list(dtypes_and_stores())[: 6 if codec == "int8" else 3]:

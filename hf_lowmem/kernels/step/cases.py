@@ -24,8 +24,8 @@ def state_of(shape: Sequence[int], codec: str, signed: bool, device: torch.devic
     value = torch.where((value.abs() > 1e-15) & (value.abs() < 1e3), value, 0.0) * 1e-2
     if codec == "fp32":
         return [value]
-    codes, scalars = room(codec, size, device)
-    encode_state(value, codes, scalars, codec, signed)
+    codes, scalars = room(codec, size, signed, device)
+    encode_state(value, codes, scalars, codec, signed, None, 0)
     return [codes, *scalars]
 
 
@@ -45,8 +45,18 @@ def parameters(
         fine = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
         corrections.append(fine.to(device))
     grads[2].view(-1)[-1] = float("nan")
-    seeds = [5 + 2**40 * i for i in range(len(params))] if store == "bf16_sr" else []
+    seeds = [5 + 2**40 * i for i in range(len(params))] if store != "keep" else []
     return params, grads, corrections if store == "bf16_ecc" else [], seeds
+
+
+def skips_of(device: torch.device) -> Tensor:
+    """Where bad gradients are counted, after some."""
+    return torch.full((), 5, dtype=torch.int64, device=device)
+
+
+def state_seeds(*codecs: str) -> list[int]:
+    """Seeds of the parameters' encoded states; none where nothing is encoded."""
+    return [] if set(codecs) == {"fp32"} else [11 + 2**37 * i for i in range(len(SHAPES) + 1)]
 
 
 def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:
