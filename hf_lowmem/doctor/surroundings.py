@@ -112,8 +112,8 @@ def remembered_in() -> str:
     """The folder of what was proved, and whether it can be written: if not, each process compares anew."""
     try:
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:  # there is no home
         return f"nowhere ({error}): each process compares anew"
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
     return str(folder) if writable else f"{folder}, which cannot be written: each process compares anew"
