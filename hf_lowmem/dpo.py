@@ -38,6 +38,11 @@ from hf_lowmem.trainer import LowMemTrainerMixin
 __all__ = ["TRL_LOSSES", "Captured", "LowMemDPOConfig", "LowMemDPOTrainer"]
 
 
+TOO_LATE = (
+    "so the reference log-probabilities of another dataset cannot be computed. Pass it to the trainer as eval_dataset"
+)
+
+
 class Captured:
     """Stands in for a model while it is called once through its fused head, and keeps what came out.
 
@@ -228,8 +233,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             return
         if self._passed_reference_is_freed:
             raise ValueError(
-                "lowmem_reference='precomputed': the reference model was freed before training, so the reference "
-                "log-probabilities of another dataset cannot be computed. Pass it to the trainer as eval_dataset."
+                f"lowmem_reference='precomputed': the reference model was freed before training, {TOO_LATE}."
             )
         now = digest_of(self.model)
         if now is None:
@@ -237,8 +241,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         elif now != self._precompute_model_hash:
             raise ValueError(
                 "lowmem_reference='precomputed': the weights of the reference have been changed since the trainer was "
-                "constructed, so the reference log-probabilities of another dataset cannot be computed. Pass it to the "
-                "trainer as eval_dataset."
+                f"constructed, {TOO_LATE}."
             )
 
     def _load_callback_state(self) -> None:

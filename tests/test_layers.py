@@ -34,7 +34,7 @@ LEVEL = {
     "trainer": 6,
     "callbacks": 6,
     "plugin": 6,
-    "planner": 6,
+    "planner": 7,
     "pairs": 6,
     "reference": 4,
     "dpo_config": 6,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["check_counts", "check_keys", "check_values"]
 
 REMEDY = "Take a checkpoint that is whole, or start with a fresh optimizer."
+AS_SAVED = "as it was when it was saved, or start with a fresh optimizer"
 
 
 def check_counts(label: str, raw: dict[str, Any], method: str) -> None:
@@ -79,7 +80,7 @@ def check_keys(
         if dtype is None:
             raise ValueError(
                 f"the checkpoint's state of {label} has {key!r}, which {optimizer.name} with state={group['state']!r} "
-                f"does not keep. Build the optimizer as it was when it was saved, or start with a fresh one."
+                f"does not keep. Build the optimizer {AS_SAVED}."
             )
         if not isinstance(value, Tensor) or value.dtype != dtype:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -90,7 +91,7 @@ def check_keys(
         if key in extra and BY_ROWS not in raw and value.shape != extra[key]:
             raise ValueError(
                 f"the checkpoint's state of {label} has {key!r} of shape {tuple(value.shape)}, expected "
-                f"{tuple(extra[key])}. Build the model as it was when it was saved, or start with a fresh optimizer."
+                f"{tuple(extra[key])}. Build the model {AS_SAVED}."
             )
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WORDS = 10  # in a row: fewer are turns of phrase, such as "expected True or False"
+WORDS = 12  # in a row: fewer are turns of phrase, such as "expected True or False"
 SAY = {"Rule", "apart", "_setting"}
 # autograd's own sentence, said where a hook of ours has taken autograd's place.
 OF_TORCH = "one of the variables needed for gradient computation has been modified by an inplace operation: ["
@@ -39,6 +39,6 @@ def test_no_text_of_a_refusal_stands_twice() -> None:
 
 
 def test_the_walk_finds_a_second_copy() -> None:
-    words = "a reason that is long enough to be one, and its remedy"
+    words = "a reason that is long enough to be one, and with it its remedy"
     files = {"a.py": f"raise ValueError(f'{{x}}: {words}.')", "b.py": f"r = Rule('a', (), f, '{words}', '')"}
     assert set(map(tuple, copies(files).values())) == {("a.py", "b.py")}
