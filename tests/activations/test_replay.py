@@ -75,6 +75,8 @@ RANDOM = [
 class Counting(nn.Module):
     """Writes to its buffer and counts its calls."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.calls, self.seen = 0, []
@@ -88,10 +90,11 @@ class Counting(nn.Module):
 
 
 class Toy(nn.Module):
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b, self.part = nn.Linear(16, 16), nn.Linear(16, 16), part
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.part: Any = part
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.b(self.part(self.a(hidden_states)))
@@ -271,7 +274,7 @@ def test_what_cannot_be_had_back_is_an_error(tier: str, how: str) -> None:
 
 
 def test_a_module_is_left_as_it_was_found() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
     module.names = ["a"]
     state = State(module)
     module.eval()
