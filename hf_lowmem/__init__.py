@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_lowmem.arguments import LowMemArguments, LowMemTrainingArguments, with_lowmem
+    from hf_lowmem.arguments import LowMemArguments, LowMemTrainingArguments
     from hf_lowmem.callbacks import LowMemCallback, MemoryReportCallback
     from hf_lowmem.dpo import LowMemDPOConfig, LowMemDPOTrainer
     from hf_lowmem.optim import make_optimizer
     from hf_lowmem.plugin import LowMemPlugin
     from hf_lowmem.sft import LowMemSFTConfig, LowMemSFTTrainer
     from hf_lowmem.trainer import LowMemTrainer, LowMemTrainerMixin
+    from hf_lowmem.wrap import with_lowmem
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _HOME = {
     "LowMemTrainingArguments": "arguments",
     "MemoryReportCallback": "callbacks",
     "make_optimizer": "optim",
-    "with_lowmem": "arguments",
+    "with_lowmem": "wrap",
 }
 
 __all__ = [

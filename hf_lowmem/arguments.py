@@ -8,32 +8,32 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 """
 
 import copy
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from importlib import import_module
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_lowmem import section
+from hf_lowmem import rules, section
 from hf_lowmem.codecs import CODECS
-from hf_lowmem.compatibility import (
-    LABELS,
-    OPTIMIZER_FIELDS,
-    check_fsdp_spec,
-    check_fsdp_version,
-    check_optimizer_fields,
-    check_step_in_backward,
-    check_tiers,
-    check_zero_config,
-    fsdp_asked,
-    parse_options,
-)
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
-from hf_lowmem.specs import PROJECTIONS, ActivationSpec, OptimSpec, check_choice, check_flag
+from hf_lowmem.own_defaults import ADAM_DEFAULTS, assigned, settle
+from hf_lowmem.specs import (
+    LABELS,
+    OPTIMIZER_FIELDS,
+    PROJECTIONS,
+    ActivationSpec,
+    OptimSpec,
+    check_choice,
+    check_flag,
+    check_integer,
+    parse_options,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,6 @@ DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim
 
 # What a section of an accelerate YAML (see hf_lowmem/section.py) may hold beside the fields of LowMemArguments.
 SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
-
-# Fields of HuggingFace whose default is the method's own with an optim of ours, and HuggingFace's with any other.
-ADAM_DEFAULTS = {
-    f: TrainingArguments.__dataclass_fields__[f].default for f in ("adam_beta1", "adam_beta2", "adam_epsilon")
-}
 
 
 def own_defaults(option: str) -> str:
@@ -56,9 +51,13 @@ def own_defaults(option: str) -> str:
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
 
 
-# Ready-made classes, with more than the mixin, for configs that have one. By name, found when asked for: those of TRL
-# stand above this module, and TrainingArguments alone must not need trl.
-READY = {"SFTConfig": "hf_lowmem.sft", "DPOConfig": "hf_lowmem.dpo", "TrainingArguments": "hf_lowmem.arguments"}
+# What stands above this module and is found here as well: by the name that files written by an older version say.
+ABOVE = {
+    "LowMemSFTConfig": "hf_lowmem.sft",
+    "LowMemDPOConfig": "hf_lowmem.dpo",
+    "with_lowmem": "hf_lowmem.wrap",
+    "_restore": "hf_lowmem.wrap",
+}
 
 
 @dataclass
@@ -74,6 +73,8 @@ class LowMemArguments:
     Raises:
         TypeError, ValueError: naming the field, its value, the reason and the remedy.
     """
+
+    READER: ClassVar[str | None] = None  # the trainer that alone reads what a config adds to these fields
 
     optim: str = field(
         default=DEFAULT_OPTIM,
@@ -154,6 +155,14 @@ class LowMemArguments:
             "an optim of hf_lowmem."
         },
     )
+    lowmem_max_skipped_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the training after so many steps in a row that have left out updates, because a gradient or "
+            "an update was not finite. Default: never; `lowmem/skipped` in the log counts such steps. Only with an "
+            "optim of hf_lowmem."
+        },
+    )
     lowmem_activations: str | None = field(
         default=None,
         metadata={
@@ -187,46 +196,46 @@ class LowMemArguments:
     def __post_init__(self) -> None:
         self._take_section()
         self._lowmem_open = open_fields(self)
-        self._check_budget()
+        self._settled(getattr(super(), "__post_init__", lambda: None))
+
+    def _settled(self, parents: Callable[[], None] = lambda: None) -> None:
+        """Settle what is open and check all fields, each for itself and together.
+
+        Args:
+            parents: HuggingFace's own checks, where they have not run yet. They cannot start DeepSpeed, or read its
+                file, everywhere; so what fields say by themselves is checked before.
+        """
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
-        check_optimizer_fields(self, ours, name)
+        check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
+        self.lowmem_activation_spec()
+        if self.lowmem_budget is not None:
+            parse_bytes("lowmem_budget", self.lowmem_budget)
+        if self.lowmem_max_skipped_steps is not None:
+            check_integer("lowmem_max_skipped_steps", self.lowmem_max_skipped_steps, low=1)
+        rules.check(self._facts(rules.Run.from_fields(self)))
         self._settle_checkpointing()
-        self._settle_adam(ours, name)
-        self.optim = "adamw_torch" if ours else name  # a name that the parents accept while they check
-        getattr(super(), "__post_init__", lambda: None)()
-        check_fsdp_version(self, ours, name)
-        check_zero_config(self, ours, name)
+        settle(self)
+        if ours:
+            self.optim = "adamw_torch"  # a name that the parents accept while they check
+        parents()
         if ours:
             self.optim = name
             check_spec(self.lowmem_optim_spec())
-            check_fsdp_spec(self.lowmem_optim_spec(), bool(getattr(self, "fsdp", None)))
-            self._check_step_in_backward()
-        if self.lowmem_activations is not None and getattr(self, "n_gpu", 1) > 1:
-            raise ValueError(
-                f"lowmem_activations={self.lowmem_activations!r} with {self.n_gpu} visible GPUs in one process: "  # type: ignore[attr-defined]
-                "DataParallel's replicas would share the first one's layers. Make one GPU visible, or start a process "
-                "a GPU with `accelerate launch` or `torchrun`."
-            )
+        rules.check(self._facts(rules.Run.from_arguments(self)))
 
-    def _check_budget(self) -> None:
-        if self.lowmem_budget is None:
-            return
-        parse_bytes("lowmem_budget", self.lowmem_budget)
-        if not isinstance(self, TrainingArguments):
-            raise ValueError(
-                f"lowmem_budget={self.lowmem_budget!r} has no effect in {type(self).__name__}: a loop of your own "
-                "cannot be planned. Leave it unset, and choose the settings with `hf-lowmem plan --budget`."
-            )
+    def _facts(self, run: rules.Run) -> rules.Run:
+        """What the class of these arguments adds to what their fields say."""
+        return run
 
-    def _settle_adam(self, ours: bool, name: str) -> None:
-        own = OPTIMIZERS[name].DEFAULTS if ours else {}
-        betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
-        defaults = {"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": own.get("eps")}
-        for f, default in defaults.items():
-            if getattr(self, f) is None:
-                setattr(self, f, ADAM_DEFAULTS[f] if default is None else default)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        assigned(self, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        settle(self)
 
     @property
     def lowmem_open(self) -> frozenset[str]:
@@ -241,25 +250,14 @@ class LowMemArguments:
             TypeError, ValueError: where the values do not go together.
         """
         made = copy.copy(self)
-        if "optim" in values:  # betas and eps that were not given are the new method's own
-            values = {f: None for f in ADAM_DEFAULTS if f in self.lowmem_open} | values
         mirrored = "gradient_checkpointing" in values and hasattr(made, "activation_checkpointing")  # the newer name
         if mirrored:
             values["activation_checkpointing"] = values["gradient_checkpointing"]
         for name, value in values.items():
             setattr(made, name, value)
-        ours = made.optim in OPTIMIZERS
-        check_optimizer_fields(made, ours, made.optim)
-        made._settle_checkpointing()
+        made._settled()
         if mirrored:
             vars(made)["activation_checkpointing"] = made.gradient_checkpointing
-        made._settle_adam(ours, made.optim)
-        check_fsdp_version(made, ours, made.optim)
-        check_zero_config(made, ours, made.optim)
-        if ours:
-            check_spec(made.lowmem_optim_spec())
-            check_fsdp_spec(made.lowmem_optim_spec(), fsdp_asked(made))
-            made._check_step_in_backward()
         return made
 
     def lowmem_settle(self, **values: Any) -> Self:
@@ -271,31 +269,31 @@ class LowMemArguments:
     def _take_section(self) -> None:
         """Fields that have their default value take what HF_LOWMEM_CONFIG says of them."""
         label, known = f"{section.VARIABLE} ({section.KEY})", section_fields()
+        if getattr(self, "_lowmem_lent", False):
+            # A script that knows nothing of us may say its class's defaults: what ours leave open is open here, too.
+            for name in (*ADAM_DEFAULTS, "gradient_checkpointing"):
+                if getattr(self, name) == inherited_default(type(self), name):
+                    setattr(self, name, None)
         for name, value in section.from_env().items():
             check_choice(f"{label}: field", name, known)
             own = type(self).__dataclass_fields__.get(name)
             if own is None or getattr(self, name) == value:
                 continue
             if getattr(self, name) != own.default:
-                logger.info("%s: %s=%r gives way to %r, which was set here", label, name, value, getattr(self, name))
+                mine = getattr(self, name)
+                if getattr(self, "_lowmem_lent", False):
+                    raise ValueError(
+                        f"{label}: {name}={value!r}, and the script sets {name}={mine!r}. Take one of the two out."
+                    )
+                logger.warning("%s: %s=%r gives way to %r, which was set here", label, name, value, mine)
                 continue
             setattr(self, name, value)
 
     def _settle_checkpointing(self) -> None:
-        """Checkpointing or our tiers: inside a checkpoint nothing is left to compress."""
-        spec = self.lowmem_activation_spec()
-        checkpointing = self.gradient_checkpointing or getattr(self, "activation_checkpointing", None)
-        if spec is None:
-            if self.lowmem_activations_stochastic:
-                raise ValueError(
-                    "lowmem_activations_stochastic=True has no effect without lowmem_activations. Leave it unset, or "
-                    "set lowmem_activations='fp8'."
-                )
-            if self.gradient_checkpointing is None:
-                self.gradient_checkpointing = inherited_default(type(self), "gradient_checkpointing")
-            return
-        self.gradient_checkpointing = self.gradient_checkpointing or False
-        check_tiers(self, checkpointing)
+        """Checkpointing that was left open: off with our tiers, else the class's own."""
+        if self.gradient_checkpointing is None:
+            default = inherited_default(type(self), "gradient_checkpointing")
+            self.gradient_checkpointing = default if self.lowmem_activations is None else False
 
     def lowmem_activation_spec(self) -> ActivationSpec | None:
         """What these arguments ask of the model's layers."""
@@ -307,23 +305,17 @@ class LowMemArguments:
             tiers=self.lowmem_activations, stochastic=self.lowmem_activations_stochastic, labels=labels
         )
 
-    def _check_step_in_backward(self) -> None:
-        """What needs all gradients at once is refused."""
-        if self.lowmem_step_in_backward:
-            check_step_in_backward(self)
-
     def lowmem_optim_spec(self) -> OptimSpec:
         """What these arguments ask of our optimizer; checked again, since fields may have been assigned."""
         asked: dict[str, Any] = {f: getattr(self, f"lowmem_{f}") for f in OPTIMIZER_FIELDS}
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
         if hasattr(self, "learning_rate"):
             own = OPTIMIZERS[self.optim].DEFAULTS
+            unused = "eps" not in own and args.adam_epsilon == ADAM_DEFAULTS["adam_epsilon"]
             asked |= {
                 "lr": args.learning_rate,
                 "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon
-                if "eps" in own or args.adam_epsilon != ADAM_DEFAULTS["adam_epsilon"]
-                else None,
+                "eps": None if unused else args.adam_epsilon,
                 "weight_decay": args.weight_decay,
                 "target_modules": args.optim_target_modules,
                 "seed": args.seed,
@@ -334,11 +326,15 @@ class LowMemArguments:
 
     def set_optimizer(self, name: str | OptimizerNames = "adamw_torch", *args: Any, **kwargs: Any) -> "LowMemArguments":
         """As TrainingArguments.set_optimizer, for our names too."""
-        if name not in OPTIMIZERS:
-            return super().set_optimizer(name, *args, **kwargs)  # type: ignore[misc]
-        super().set_optimizer("adamw_torch", *args, **kwargs)  # type: ignore[misc]
-        self.optim = str(name)
-        check_spec(self.lowmem_optim_spec())
+        keywords = list(inspect.signature(TrainingArguments.set_optimizer).parameters)[2:]
+        given = dict(zip(keywords, args, strict=False)) | kwargs
+        ours = name in OPTIMIZERS
+        super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)  # type: ignore[misc]
+        for f, keyword in zip(ADAM_DEFAULTS, ("beta1", "beta2", "epsilon"), strict=True):
+            setattr(self, f, given.get(keyword))  # the parent's defaults are AdamW's, and nobody's choice
+        if ours:
+            self.optim = str(name)
+            check_spec(self.lowmem_optim_spec())
         return self
 
 
@@ -369,53 +365,19 @@ class LowMemTrainingArguments(LowMemArguments, TrainingArguments):
     """`transformers.TrainingArguments` with the fields of `LowMemArguments`."""
 
 
-Config = TypeVar("Config", bound=TrainingArguments)
+def _make_trainer(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`Trainer.__new__`: a trainer that is handed our config is ours of its class, or nobody would read the fields."""
+    handed = any(isinstance(value, LowMemArguments) for value in (*args, *kwargs.values()))
+    if handed or section.state.launched:
+        cls = import_module("hf_lowmem.wrap").trainer_with_lowmem(cls)  # which stands above our trainers
+    return object.__new__(cls)
 
 
-@cache
-def with_lowmem(config_class: type[Config]) -> type[Config]:
-    """`config_class` with the fields of `LowMemArguments`, as a new dataclass named "LowMem…".
-
-    ```python
-    LowMemGRPOConfig = with_lowmem(trl.GRPOConfig)
-    class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...
-    ```
-
-    For TrainingArguments, SFTConfig and DPOConfig this is the ready class. Instances can be pickled, as
-    `training_args.bin` needs.
-
-    Raises:
-        TypeError: where it is not a class derived from TrainingArguments.
-    """
-    if not (isinstance(config_class, type) and issubclass(config_class, TrainingArguments)):
-        raise TypeError(
-            f"with_lowmem({config_class!r}): expected a class derived from transformers.TrainingArguments, such as "
-            "trl.GRPOConfig."
-        )
-    if issubclass(config_class, LowMemArguments):
-        return config_class
-    name = f"LowMem{config_class.__name__}"
-    if config_class.__name__ in READY and config_class.__module__.split(".")[0] in ("transformers", "trl"):
-        return getattr(import_module(READY[config_class.__name__]), name)
-    namespace = {"__module__": __name__, "__doc__": config_class.__doc__, "__reduce__": _reduce}
-    made = dataclass(type(name, (LowMemArguments, config_class), namespace))
-    made._lowmem_base = config_class  # type: ignore[attr-defined]
-    return made  # type: ignore[return-value]
-
-
-def _reduce(self: Any) -> tuple[Any, ...]:
-    return _restore, (self._lowmem_base, self.__dict__)
-
-
-def _restore(base: type, values: dict[str, Any]) -> Any:
-    made = object.__new__(with_lowmem(base))
-    made.__dict__.update(values)
-    return made
+_make_trainer.__signature__ = inspect.signature(Trainer.__init__)  # type: ignore[attr-defined]
+Trainer.__new__ = _make_trainer  # type: ignore[method-assign]
 
 
 def __getattr__(name: str) -> Any:
-    """The configs that need trl live beside their trainers, and are found here as well."""
-    home = READY.get(name.removeprefix("LowMem"))
-    if name.startswith("LowMem") and home not in (None, __name__):
-        return getattr(import_module(home), name)
+    if name in ABOVE:
+        return getattr(import_module(ABOVE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

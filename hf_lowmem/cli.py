@@ -1,4 +1,4 @@
-"""The command line: ``hf-lowmem demo``, ``plan``, ``launch``, ``card`` and ``compare``.
+"""The command line: ``hf-lowmem demo``, ``plan``, ``launch``, ``doctor``, ``card`` and ``compare``.
 
 A subcommand imports what it needs only when it runs, so that ``hf-lowmem --help`` answers at once.
 """
@@ -52,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     # Its own parser again, that of the trainers' configs; see hf_lowmem/planner/command.py.
     plan = commands.add_parser("plan", add_help=False, help="foretell what a training step takes, without a GPU")
     plan.set_defaults(run_command=_plan)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has and lacks, and compare every kernel with its reference on it",
+        description="Print versions, devices, free memory, and packages with what each that is missing costs. Then run "
+        "every kernel's cases on the GPU against the reference; the exit status is 1 where one differs. On a CPU no "
+        "kernel runs: with TRITON_INTERPRET=1 they are compared in Triton's interpreter, which takes minutes.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    doctor.set_defaults(run_command=_doctor)
     card = commands.add_parser(
         "card",
         help="write a run's model card again",
@@ -85,6 +94,12 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from hf_lowmem.planner.command import run
 
     return run(arguments[1:])
+
+
+def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.doctor.command import run
+
+    return run(as_json=options.json)
 
 
 def _card(options: argparse.Namespace, arguments: Sequence[str]) -> int:

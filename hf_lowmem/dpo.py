@@ -11,20 +11,26 @@ less memory, is `hf_lowmem.reference`.
 """
 
 import contextlib
+import uuid
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from hf_lowmem.dpo_config import TRL_LOSSES, LowMemDPOConfig
 from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
 from hf_lowmem.losses.collate import KEYS, MARGINS, PairCollator, has_images
-from hf_lowmem.pairs import share_batches
+from hf_lowmem.pairs import SharedPairs, share_batches, sharing
 from hf_lowmem.reference import check_none_loaded, free_reference, resolve_reference, without_reference
-from hf_lowmem.reference.precomputed import ReferenceLogps, read_stream
+from hf_lowmem.reference.adapters import check_adapter
+from hf_lowmem.reference.identity import digest_of, identity_of
+from hf_lowmem.reference.passed import copied_reference, in_eval_mode, own_modules_only
+from hf_lowmem.reference.precomputed import ReferenceLogps, ReferenceRecord, read_stream
 from hf_lowmem.reference.quantized import quantized_reference
 from hf_lowmem.specs import LossSpec
 from hf_lowmem.trainer import LowMemTrainerMixin
@@ -63,6 +69,13 @@ def _replaced(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
+def _innermost(collator: Any) -> Any:
+    """The collator that makes the tokens, inside of ours."""
+    while isinstance(collator, PairCollator | SharedPairs):
+        collator = collator.collator
+    return collator
+
+
 class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     """`trl.DPOTrainer` for `LowMemDPOConfig`: same constructor, TRL's losses by TRL, ours without a reference model.
 
@@ -75,15 +88,27 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     taken. In a mixture, "rewards/*" are TRL's, if it has a loss that has them, else those of our first loss; those of
     the others are logged under their names ("asft/rewards/chosen").
 
+    Without a `ref_model` the reference is the model that is passed, as it is when the trainer is constructed, for every
+    `lowmem_reference`: so the first loss of DPO is log 2. A model in memory is copied for "full", where TRL loads
+    another from the name in its config, which is an older one if the model was trained since. The reference runs in
+    eval mode, whatever mode the policy is in. A run is resumed with the model that it was started from, whose weights
+    the checkpoint's then replace.
+
     Raises:
-        ValueError: where a `ref_model` would be ignored; images meet what was made for text; a column is missing.
+        ValueError: where a `ref_model` would be ignored; images meet what was made for text; a column is missing; an
+            adapter's base is not the model that was passed.
     """
 
+    CONFIG = DPOConfig
     ref_model: Any
     train_dataset: Any
     _metrics: dict[str, Any]
     reference_logps: ReferenceLogps | None = None
+    _precompute_model_hash: str | None  # TRL's name; of `digest_of`
+    _reference_identity: str | None = None
+    _identified = False
     _passed_reference_is_freed = False
+    _reference_is_an_untried_copy = False
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if not isinstance(args, LowMemDPOConfig):
@@ -104,6 +129,15 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             args, args.asking_losses, peft=peft, passed=ref_model is not None, images=images
         )
         had_adapters = set[str](getattr(model, "peft_config", ()))
+        if peft and ref_model is None and kind != "none":
+            check_adapter(kind, model, kwargs.get("peft_config"))
+        self._reference_is_an_untried_copy = ref_model is None and not isinstance(model, str)
+        loading = contextlib.ExitStack()
+        loading.enter_context(mock.patch.object(dpo_trainer, "hash_module", digest_of))
+        if kind == "none":
+            loading.enter_context(without_reference(not isinstance(model, str)))
+        elif self._reference_is_an_untried_copy:
+            loading.enter_context(copied_reference(model))
         if kind == "quantized":
             ref_model = quantized_reference(model, ref_model, args)
         seen = {
@@ -112,7 +146,6 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             "beta": args.trl_beta,
             "precompute_ref_log_probs": kind == "precomputed",
         }
-        loading = without_reference(not isinstance(model, str)) if kind == "none" else contextlib.nullcontext()
         with _replaced(args, **seen), loading:
             super().__init__(model, ref_model, args, **kwargs)
         if kind == "none":
@@ -120,6 +153,8 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         elif kind == "precomputed" and ref_model is not None:
             free_reference(self)
             self._passed_reference_is_freed = True
+        if kind == "precomputed" and self._precompute_model_hash is not None:
+            self.add_callback(ReferenceRecord(self._precompute_model_hash))
         self._prepare_pairs()
 
     def _prepare_pairs(self) -> None:
@@ -128,9 +163,19 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             self.data_collator,
             refuse_empty=bool(self.lowmem_losses),
             margin_column=self.args.lowmem_margin_column,
-            keyed=self.reference_logps is not None,
+            keyed=self.reference_kind == "precomputed",
         )
         share_batches(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent; shared batches are for the models while this runs."""
+        with sharing(self):
+            return super().train(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, with shared batches if training has them."""
+        with sharing(self):
+            return super().predict(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, which adds columns, where it can; else our table, from the very batches of training.
@@ -140,23 +185,69 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         """
         if not isinstance(self.args, LowMemDPOConfig):
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        share_batches(self)  # the constructor is not done yet
+        if not self._identified:
+            self._reference_identity = identity_of(self, self._precompute_model_hash, _innermost(self.data_collator))
+            self._identified = True
+        mapped = not isinstance(dataset, IterableDataset)
+        if mapped and (dataset.cache_files or self.accelerator.num_processes == 1):
+            identity = self._reference_identity or uuid.uuid4().hex  # without one, nothing that was computed before
+            with _replaced(self, _precompute_model_hash=identity):
+                return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.reference_logps is None:
+            self.reference_logps = ReferenceLogps.of_reference(self.args.output_dir, self._reference_identity)
+        read_stream(self, dataset, self.reference_logps)
+        return dataset
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """As the parent, in eval mode, for a batch that has what our collator adds."""
+        if not isinstance(self.args, LowMemDPOConfig):
+            return super().compute_ref_log_probs(model, inputs)
+        inputs = {k: v for k, v in inputs.items() if k not in (MARGINS, KEYS)}
+        trial = contextlib.nullcontext()
+        if self._reference_is_an_untried_copy and self.ref_model is not None:
+            trial = own_modules_only(self.accelerator.unwrap_model(self.model))
+        with in_eval_mode(model), trial:
+            computed = super().compute_ref_log_probs(model, inputs)
+        self._reference_is_an_untried_copy = False
+        return computed
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent; an iterable dataset can be evaluated under every reference, and a dataset for which there is
+        no reference any more is refused before it is read."""
+        given: Any = eval_dataset
+        if given is not None and not isinstance(given, str):
+            self._check_reference()
+        with sharing(self):
+            return super().evaluate(given, *args, **kwargs)
+
+    def _check_reference(self) -> None:
+        """Raise where reference log-probabilities of one more dataset cannot be computed."""
+        trained = self.state.global_step > 0 and not is_peft_model(self.model)
+        if self.reference_kind != "precomputed" or trained:  # of which TRL says what to do
+            return
         if self._passed_reference_is_freed:
             raise ValueError(
                 "lowmem_reference='precomputed': the reference model was freed before training, so the reference "
                 "log-probabilities of another dataset cannot be computed. Pass it to the trainer as eval_dataset."
             )
-        share_batches(self)  # the constructor is not done yet
-        mapped = not isinstance(dataset, IterableDataset)
-        if mapped and (dataset.cache_files or self.accelerator.num_processes == 1):
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        if self.reference_logps is None:
-            self.reference_logps = ReferenceLogps.of_model(self.args, str(self._precompute_model_hash))
-        read_stream(self, dataset, self.reference_logps)
-        return dataset
+        now = digest_of(self.model)
+        if now is None:
+            self._reference_identity = None
+        elif now != self._precompute_model_hash:
+            raise ValueError(
+                "lowmem_reference='precomputed': the weights of the reference have been changed since the trainer was "
+                "constructed, so the reference log-probabilities of another dataset cannot be computed. Pass it to the "
+                "trainer as eval_dataset."
+            )
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """As the parent, for a batch that has what our collator adds."""
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in (MARGINS, KEYS)})
+    def _load_callback_state(self) -> None:
+        """As the parent, once the reference is known to be that of the run which is resumed."""
+        records: Any = self.state.stateful_callbacks
+        saved = records.get(ReferenceRecord.__name__)
+        if isinstance(saved, dict) and self.reference_kind == "precomputed":
+            ReferenceRecord.check(saved, self._precompute_model_hash)
+        super()._load_callback_state()
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -174,8 +265,18 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             inputs |= {"ref_chosen_logps": zero, "ref_rejected_logps": zero}
             seen["precompute_ref_logps"] = True
         elif keys is not None:
-            assert self.reference_logps is not None
+            if self.reference_logps is None:
+                raise ValueError(
+                    "lowmem_reference='precomputed': this dataset has no reference log-probabilities. Pass it to the "
+                    "trainer as eval_dataset, or to evaluate(), which compute them."
+                )
             inputs |= self.reference_logps.of(keys, completion_mask.device)
+        elif self.reference_kind in ("full", "quantized", "adapter"):
+            # Before the policy's forward pass, so that it does not run on top of all that is kept for backward.
+            model_of_reference = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(model_of_reference, inputs)
+            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            seen["precompute_ref_logps"] = True
         if margins is not None:  # TRL multiplies the log-ratio's difference by it, pair by pair
             w, k = self.args.lowmem_margin_w, self.args.lowmem_margin_k
             seen["beta"] = self.beta * (1 + w * -torch.expm1(-k * margins))

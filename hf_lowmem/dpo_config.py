@@ -7,6 +7,7 @@ they may be is written once, in the loss: its keywords are read, and it is calle
 
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from trl import DPOConfig
@@ -49,6 +50,8 @@ class LowMemDPOConfig(LowMemArguments, DPOConfig):
     Raises:
         TypeError, ValueError: naming the field, its value, the reason and the remedy.
     """
+
+    READER: ClassVar[str | None] = "LowMemDPOTrainer"
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],

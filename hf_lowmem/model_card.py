@@ -47,7 +47,9 @@ def reporter_of(trainer: Any) -> MemoryReportCallback | None:
 
 
 class _Automatic(MemoryReportCallback):
-    """The one that nobody asked for: quiet, and it does not keep a training waiting."""
+    """The one that nobody asked for: it leaves logs as they are, and does not keep a training waiting."""
+
+    tells = False
 
     def __init__(self) -> None:
         super().__init__(verbose=False, trim=False)

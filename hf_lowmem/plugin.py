@@ -10,22 +10,56 @@ one section of an accelerate YAML serves both.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_lowmem import section, zero
-from hf_lowmem.activations import Report, convert
-from hf_lowmem.arguments import LowMemArguments, section_fields
-from hf_lowmem.compatibility import check_fsdp_spec
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward, elementwise, from_spec
-from hf_lowmem.optim.release import accumulation_refused
+from hf_lowmem import rules, section
+from hf_lowmem.activations import OwnedTiers, Report
+from hf_lowmem.arguments import SECTION_FIELDS, LowMemArguments, section_fields
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
+from hf_lowmem.own_defaults import ADAM_DEFAULTS
+from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
+from hf_lowmem.skips import FIELD
 from hf_lowmem.specs import check_choice
+
+TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
+
+# Plugins that ask for something and were not prepared. They are watched, not kept.
+_waiting: "WeakValueDictionary[int, LowMemPlugin]" = WeakValueDictionary()
+_prepared: "WeakSet[Accelerator]" = WeakSet()  # by a plugin
+_plain_backward = Accelerator.backward
+
+
+@wraps(_plain_backward)
+def _backward(self: Accelerator, loss: Any, **kwargs: Any) -> None:
+    """`Accelerator.backward`, which no plugin may see unprepared: nothing of its fields would be applied.
+
+    A plugin that waits for another Accelerator, for a later stage, is left alone.
+    """
+    for plugin in [] if self in _prepared else list(_waiting.values()):
+        raise ValueError(
+            f"LowMemPlugin with {rules.Run.from_fields(plugin).asked} was made and not prepared, so that none of its "
+            "fields is applied. Write plugin.prepare(accelerator, model, ...) for accelerator.prepare(model, ...)."
+        )
+    _plain_backward(self, loss, **kwargs)
+
+
+Accelerator.backward = _backward  # type: ignore[method-assign]
+
+
+def _no_clipping(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"clipping gradients cannot be combined with lowmem_step_in_backward=True: {CLIPPING}, and none is left. Do "
+        f"not clip; {NO_CLIPPING}."
+    )
 
 
 @dataclass(kw_only=True)
@@ -41,6 +75,7 @@ class LowMemPlugin(LowMemArguments):
         with accelerator.accumulate(model):
             accelerator.backward(model(**batch).loss)
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
+    plugin.remove()
     ```
 
     Args:
@@ -63,15 +98,24 @@ class LowMemPlugin(LowMemArguments):
                 f"gradient_checkpointing={self.gradient_checkpointing!r} has no effect in LowMemPlugin. Call "
                 "model.gradient_checkpointing_enable() in your loop."
             )
+        if self.lowmem_max_skipped_steps is not None:
+            raise ValueError(
+                f"{FIELD}={self.lowmem_max_skipped_steps!r} has no effect in LowMemPlugin, which does not run your "
+                "loop. Leave it unset, and ask optimizer.skipped().in_a_row where you log."
+            )
         super().__post_init__()
         self.activations: Report | None = None
         self.stepping: StepInBackward | None = None
+        self._put_on: list[OwnedTiers | StepInBackward] = []
+        self._undo_clipping: Callable[[], Any] = lambda: None
+        if rules.Run.from_fields(self).asked is not None:
+            _waiting[id(self)] = self
 
     @classmethod
     def from_section(cls, label: str, values: dict[str, Any]) -> "LowMemPlugin":
         """A plugin from fields by name; an unknown one is a ValueError that names `label` and the nearest known."""
         for name in values:
-            check_choice(f"{label}: field", name, [f for f in section_fields() if f != "gradient_checkpointing"])
+            check_choice(f"{label}: field", name, [f for f in section_fields() if f not in TRAINER_FIELDS])
         return cls(**values)
 
     @classmethod
@@ -84,9 +128,6 @@ class LowMemPlugin(LowMemArguments):
         """The section `hf_lowmem_config` of an accelerate YAML."""
         values, _ = section.from_yaml(path)
         return cls.from_section(f"{section.KEY} in {path}", values)
-
-    def _check_step_in_backward(self) -> None:
-        """Of what a Trainer checks here, a plugin knows nothing before it sees the Accelerator: see `prepare`."""
 
     def make_optimizer(self, model: nn.Module, *, flat: bool = False) -> Optimizer:
         """Ours on a model's trainable parameters; see `make_optimizer` for which of them decay.
@@ -102,7 +143,13 @@ class LowMemPlugin(LowMemArguments):
                 f"optim={self.optim!r} is not one of hf_lowmem's ({', '.join(OPTIMIZERS)}). Build it yourself and pass "
                 "it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
+        self._taken()
         return from_spec(self.lowmem_optim_spec(), model, flat=flat)
+
+    def _taken(self) -> None:
+        """From here on, somebody applies these fields."""
+        _waiting.pop(id(self), None)
+        section.state.taken = True
 
     def prepare(
         self,
@@ -115,7 +162,8 @@ class LowMemPlugin(LowMemArguments):
         """(model, optimizer, *others, scheduler), prepared by the Accelerator; the scheduler only where one is given.
 
         Args:
-            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so.
+            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so, until
+                `remove()`.
             others: what `accelerator.prepare` takes beside them, such as data loaders.
             scheduler: a function from the optimizer, which does not exist before, to its scheduler.
             optimizer: where `optim` is none of ours.
@@ -124,20 +172,17 @@ class LowMemPlugin(LowMemArguments):
             ValueError: where both or neither of `optim` and `optimizer` say what to use; where the Accelerator's
                 engine or settings do not go with the fields.
         """
-        ours = self.optim in OPTIMIZERS
-        if ours and optimizer is not None:
-            raise ValueError(
-                f"optim={self.optim!r} and optimizer={type(optimizer).__name__} were both given. Pass one of them."
-            )
         if scheduler is not None and not callable(scheduler):
             raise TypeError(
                 f"scheduler={scheduler!r}: expected a function from the optimizer to its scheduler, such as "
                 "lambda optimizer: get_cosine_schedule_with_warmup(optimizer, 10, 100)."
             )
-        self.check(accelerator)
+        self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
         spec = self.lowmem_activation_spec()
         if spec is not None:
-            self.activations = convert(model, spec)
+            tiers = OwnedTiers(model, spec, f"lowmem_activations={spec.tiers!r} of LowMemPlugin")
+            self._put_on.append(tiers)
+            self.activations = tiers.report
         flat = accelerator.distributed_type is DistributedType.DEEPSPEED
         used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
@@ -145,49 +190,38 @@ class LowMemPlugin(LowMemArguments):
         if self.lowmem_step_in_backward:
             ready = (lambda: accelerator.sync_gradients) if OPTIMIZERS[self.optim].ACCUMULATES else None
             self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
+            self._put_on.append(self.stepping)
+            accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _no_clipping  # type: ignore[method-assign]
+            self._undo_clipping = lambda: [vars(accelerator).pop(f"clip_grad_{n}_", None) for n in ("norm", "value")]
+        self._taken()
+        _prepared.add(accelerator)
         return prepared
 
-    def check_zero(self, label: str, config: Mapping[str, Any]) -> None:
-        """Raise where the fields do not go with DeepSpeed, whose settings `config` are in the form of its JSON."""
-        if self.optim in OPTIMIZERS:
-            backward, asked = self.lowmem_step_in_backward, f"optim={self.optim!r}"
-            zero.check_method(label, self.optim, elementwise(), weights=self.lowmem_weights, step_in_backward=backward)
-            zero.check_config(label, config, asked, optimizer=True)
-        if self.lowmem_activations is not None:
-            zero.check_config(label, config, f"lowmem_activations={self.lowmem_activations!r}", optimizer=False)
+    def remove(self) -> None:
+        """Take off what `prepare` has put on models and Accelerator: tiers, hooks of step in backward, no clipping.
 
-    def check(self, accelerator: Accelerator) -> None:
-        """Raise where the Accelerator's engine or settings do not go with the fields."""
-        engine, fsdp2 = accelerator.distributed_type, bool(getattr(accelerator, "is_fsdp2", False))
-        ours = self.optim in OPTIMIZERS
-        if ours:
-            check_fsdp_spec(self.lowmem_optim_spec(), fsdp2)
-        if engine is DistributedType.DEEPSPEED:
-            self.check_zero("DeepSpeed", getattr(accelerator.state.deepspeed_plugin, "deepspeed_config", {}))
-        if engine is DistributedType.FSDP and not fsdp2 and ours:
-            raise ValueError(
-                f"optim={self.optim!r} under FSDP1 is not supported: it flattens parameters, so that low-rank and "
-                "blockwise state would not survive a checkpoint. Set fsdp_version: 2."
-            )
-        if self.lowmem_activations is not None and engine is DistributedType.FSDP:
-            plugin: Any = accelerator.state.fsdp_plugin
-            if getattr(plugin, "activation_checkpointing", False):
-                raise ValueError(
-                    "fsdp_activation_checkpointing=True cannot be combined with lowmem_activations="
-                    f"{self.lowmem_activations!r}: inside it nothing is left for a tier to compress. Set one of them."
-                )
-        if not self.lowmem_step_in_backward:
-            return
+        To be called when the training is over, before another one uses the model or its memory.
+        """
+        for part in self._put_on:
+            part.remove() if isinstance(part, StepInBackward) else part.take_off()
+        self._put_on.clear()
+        self._undo_clipping()
+
+    def check(self, accelerator: Accelerator, model: nn.Module | None = None, *, passed: str | None = None) -> None:
+        """Raise where the Accelerator's engine or settings do not go with the fields.
+
+        Args:
+            accelerator: as it is before it prepares anything.
+            model: to be trained.
+            passed: an optimizer that was passed beside the fields, as it was written.
+        """
+        run = self._facts(rules.Run.from_arguments(self)).with_accelerator(accelerator)
         steps = accelerator.gradient_accumulation_steps
-        for setting, value, reason, remedy in (
-            ("num_processes", accelerator.num_processes if accelerator.num_processes > 1 and not fsdp2 else 0,
-             "gradients are averaged after each one's update", "Use FSDP2, or train in one process"),
-            ("mixed_precision", accelerator.mixed_precision if accelerator.mixed_precision == "fp16" else None,
-             "loss scaling checks every gradient before the first update", "Use bf16"),
-        ):  # fmt: skip
-            if value:
-                raise ValueError(
-                    f"{setting}={value!r} cannot be combined with lowmem_step_in_backward=True: {reason}. {remedy}."
-                )
-        if steps > 1 and not OPTIMIZERS[self.optim].ACCUMULATES:
-            raise ValueError(accumulation_refused(f"gradient_accumulation_steps={steps!r}", self.optim))
+        run = run.knowing({"accumulation": f"gradient_accumulation_steps={steps!r}"}, accumulation=steps, passed=passed)
+        rules.check(run.with_model(model))
+
+    def _facts(self, run: rules.Run) -> rules.Run:
+        # With an optimizer of somebody else's these are read by nobody.
+        given = [name for name in (*SECTION_FIELDS, *ADAM_DEFAULTS) if name not in self.lowmem_open]
+        unread = {} if run.ours else {name: getattr(self, name) for name in given}
+        return run.knowing(loop=type(self).__name__, fields={**(run.fields or {}), **unread})

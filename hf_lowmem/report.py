@@ -1,10 +1,12 @@
 """What a run of transformers' Trainer keeps in memory, counted while it trains, and handed to the Trainer's loggers.
 
-**How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and
-W&B and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those
-of `callbacks=` last, and an event hands over no trainer, so that a callback cannot move itself: `add_to(trainer)` does
-it, and the trainers of hf_lowmem do it for every MemoryReportCallback. Why not log a row of our own: `Trainer.log`
-would take the averages away that TRL collects for the next row, and `on_log` would cancel the row that is due.
+**How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and W&B
+and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those of
+`callbacks=` last, and an event hands over no trainer, so that a callback cannot move itself: `add_to(trainer)` does it,
+and the trainers of hf_lowmem do it for every MemoryReportCallback that they are given. The one that they add of
+themselves writes the report alone: logs, and so a resumed run's history, are what the plain Trainer's would be. Why not
+log a row of our own: `Trainer.log` would take the averages away that TRL collects for the next row, and `on_log` would
+cancel the row that is due.
 
 **What is measured.** In a measured step the model has a pair of forward hooks (`hf_lowmem.memory.forward`), and one
 forward pass is what they measure. Measuring around the whole `training_step` would count what the loss saves outside of
@@ -12,6 +14,7 @@ the model as well, but no event hands over the trainer.
 """
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from hf_lowmem.cards.report import foretold_of
 from hf_lowmem.memory import PeakMemory, gradient_bytes, human_bytes, optimizer_bytes, parameter_bytes
 from hf_lowmem.memory.forward import ForwardSaved
 from hf_lowmem.memory.peak import CUDA_SOURCE
+from hf_lowmem.skips import KEY, add_skipped
 
 __all__ = ["MemoryReportCallback"]
 
@@ -73,11 +77,13 @@ class MemoryReportCallback(TrainerCallback):
     speed, for `hf-lowmem card` and `hf-lowmem compare`.
 
     A measured step gives bit-equal results and takes a little longer; the others cost nothing. On a CPU a daemon thread
-    reads the process's size 20 times a second. After an exception, the thread and, in a measured step, the model's two
-    hooks stay until the next training begins; so does the counting if a KeyboardInterrupt ended the forward pass.
+    reads the process's size 20 times a second. What an exception leaves, that thread and in a measured step two hooks
+    on the model, the next training takes away, or `close()`, which hf_lowmem's trainers call.
 
     Raises TypeError or ValueError for an `every` that is not a positive integer.
     """
+
+    tells = True  # whether numbers go into logs and history, too, and not into the report alone
 
     def __init__(self, *, every: int | None = None, verbose: bool = True, trim: bool = True) -> None:
         if every is not None and (not isinstance(every, int) or isinstance(every, bool)):
@@ -92,9 +98,11 @@ class MemoryReportCallback(TrainerCallback):
         self.trainer_name: str | None = None
         self.foretold: dict[str, Any] | None = None  # a plan's `to_dict()`, for the report
         self._due = False  # measured, and not logged yet
+        self._told = 0  # the number of skipped steps that was warned of
         self._last: int | None = None
         self._peak: PeakMemory | None = None
         self._forward = ForwardSaved()
+        weakref.finalize(self, self._forward.detach).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy reports what was measured, but does not measure on: threads cannot be pickled.
@@ -115,6 +123,10 @@ class MemoryReportCallback(TrainerCallback):
         else:
             self.record = None
         self._start_peak(args)
+
+    def close(self) -> None:
+        """Take away what a training that ended in an exception has left."""
+        self._stop()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         step, model = state.global_step, kw.get("model")
@@ -150,8 +162,17 @@ class MemoryReportCallback(TrainerCallback):
     ) -> None:
         if state.global_step:
             self._note_optimizer(kw)
+        if logs is not None and KEY not in logs:  # of a Trainer that is not ours
+            self._told = add_skipped(logs, kw.get("optimizer"), self._told)
+            if KEY in logs and state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1][KEY] = logs[KEY]
         # What `evaluate()` logs is also what it returns.
-        if logs is None or not self.report or any(name.startswith(("eval_", "test_")) for name in logs):
+        if (
+            not self.tells
+            or logs is None
+            or not self.report
+            or any(name.startswith(("eval_", "test_")) for name in logs)
+        ):
             return
         last = "train_runtime" in logs
         self._note_peak()
@@ -169,7 +190,7 @@ class MemoryReportCallback(TrainerCallback):
         if not self.report:  # a second end, or one without a beginning: a pruned hyperparameter trial
             return
         self._note_optimizer(kw)
-        if self._due:  # nothing was logged
+        if self._due and self.tells:  # nothing was logged
             self._due = False
             self._to_history(state, self._parts() | self._peaks())
         self.write_report(args, state, finished=True)

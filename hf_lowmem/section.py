@@ -5,17 +5,32 @@ every worker in one environment variable, as JSON; `HF_LOWMEM_CONFIG='{"optim": 
 launcher, does the same. A section holds fields by name, as TrainingArguments would: `optim`, `lowmem_state`, …
 
 Who reads it: every LowMem*Config, for fields that were not set otherwise, and `LowMemPlugin.from_env` for loops of
-one's own. Which fields there are is known there; here is only how a section travels.
+one's own. Under `hf-lowmem launch` every config of transformers and TRL does, so that a script need not be changed (see
+hf_lowmem/worker.py); a script that is started by another launcher has to import ours. Which fields there are is known
+there; here is only how a section travels, and whether it has arrived.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KEY = "hf_lowmem_config"
 VARIABLE = "HF_LOWMEM_CONFIG"
+
+
+@dataclass
+class State:
+    """launched: whether this process was started by `hf-lowmem launch` with a section; taken: whether a trainer or a
+    plugin applies it."""
+
+    launched: bool = False
+    taken: bool = False
+
+
+state = State()
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -25,3 +25,5 @@ class LowMemSFTTrainer(LowMemTrainerMixin, SFTTrainer):
     LowMemSFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer).train()
     ```
     """
+
+    CONFIG = SFTConfig

@@ -8,17 +8,37 @@ The same value reaches us under two names: `rank=` in `make_optimizer`, `lowmem_
 error must name the one that the user typed, therefore a spec carries `labels`.
 """
 
+import ast
 import difflib
 import itertools
 import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 WEIGHT_STORES = ("keep", "bf16_sr", "bf16_ecc")
 PROJECTIONS = ("svd", "subspace", "random")
+
+# How OptimSpec's fields are called in training arguments.
+LABELS = {
+    "name": "optim",
+    "lr": "learning_rate",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "state": "lowmem_state",
+    "weights": "lowmem_weights",
+    "rank": "lowmem_rank",
+    "update_gap": "lowmem_update_gap",
+    "scale": "lowmem_scale",
+    "projection": "lowmem_projection",
+    "rotate": "lowmem_rotate",
+    "options": "optim_args",
+    "target_modules": "optim_target_modules",
+}
+OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection", "rotate")
 
 
 def check_number(label: str, value: Any, *, low: float, low_open: bool = False, high: float = math.inf) -> None:
@@ -139,6 +159,29 @@ class OptimSpec:
                     f"{self.label('target_modules')}={targets!r} names no module. Leave it unset for every linear one."
                 )
         check_integer(self.label("seed"), self.seed, low=0)
+
+
+def parse_options(optim_args: str | None, name: str) -> dict[str, Any]:
+    """HuggingFace's `optim_args`, "key=value,key=value", as the options that a method alone understands.
+
+    Raises:
+        ValueError: for a pair without "=", or for what has a field of its own.
+    """
+    options: dict[str, Any] = {}
+    for pair in filter(None, (optim_args or "").replace(" ", "").split(",")):
+        key, equals, text = pair.partition("=")
+        if not equals or not key or not text:
+            raise ValueError(f"optim_args={optim_args!r}: {pair!r} is not of the form key=value.")
+        if key in {f.name for f in fields(OptimSpec)}:
+            raise ValueError(
+                f"optim_args={optim_args!r}: with optim={name!r} this is a field of its own. Set "
+                f"{LABELS.get(key, 'adam_beta1 and adam_beta2' if key == 'betas' else key)} instead."
+            )
+        try:
+            options[key] = ast.literal_eval(text.title() if text.lower() in ("true", "false") else text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return options
 
 
 @dataclass(frozen=True, kw_only=True)

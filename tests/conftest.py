@@ -39,8 +39,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: A
     return model.to(dtype)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def word_tokenizer():
     """A word-level tokenizer of 128 entries."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -51,6 +50,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return word_tokenizer()
 
 
 class Mixed(nn.Module):
@@ -69,7 +73,7 @@ class Mixed(nn.Module):
         self.scalar = make()
         self.vector = make(7)
         self.long_vector = make(5000)
-        self.experts = make(3, 40, 48)
+        self.experts, self.num_experts = make(3, 40, 48), 3
         self.empty = nn.Parameter(torch.zeros(0, 8))
         self.frozen = nn.Parameter(torch.ones(8, 8), requires_grad=False)
         self.strided = nn.Parameter(torch.randn(72, 90, generator=generator).T)

@@ -1,5 +1,6 @@
 """The fields parse from code, command line and YAML, and survive everything that HuggingFace does with arguments."""
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -58,12 +59,14 @@ class TestEveryConfig:
             (args,) = parser(config).parse_yaml_file(str(path))
         assert {k: getattr(args, k) for k in SET} == SET
 
-    @pytest.mark.parametrize("optim", [*(n.value for n in OptimizerNames)])
-    def test_names_of_huggingface_keep_their_meaning(self, config: Any, optim: str, tmp_path: Path) -> None:
-        args = config(str(tmp_path), **COMMON, optim=optim)
-        plain = TrainingArguments(str(tmp_path), **COMMON, optim=optim)
-        assert args.optim == plain.optim
-        assert type(args.optim) is type(plain.optim)
+    def test_names_of_huggingface_keep_their_meaning(self, config: Any, tmp_path: Path) -> None:
+        """The mixin is one: its code sees all names in one config, and in the others one of each kind."""
+        names = [n.value for n in OptimizerNames]
+        for optim in names if config is CONFIGS[0] else (names[0], "sgd", "adafactor", "apollo_adamw"):
+            args = config(str(tmp_path), **COMMON, optim=optim)
+            plain = TrainingArguments(str(tmp_path), **COMMON, optim=optim)
+            assert args.optim == plain.optim, optim
+            assert type(args.optim) is type(plain.optim), optim
 
     def test_the_default_is_huggingface_s(self, config: Any, tmp_path: Path) -> None:
         assert config(str(tmp_path), **COMMON).optim == TrainingArguments(str(tmp_path), **COMMON).optim
@@ -157,3 +160,69 @@ def test_each_loss_has_its_own_default_beta(tmp_path: Path) -> None:
     assert (parsed.loss_type, parsed.asft_lambda, parsed.beta) == (["asft"], 0.5, 1.0)
     with_ipo = LowMemDPOConfig(str(tmp_path), **COMMON, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
     assert with_ipo.loss_type == ["sigmoid", "sft"]
+
+
+def settings(args: Any) -> tuple[Any, ...]:
+    spec = args.lowmem_optim_spec()
+    return spec.betas, spec.eps
+
+
+def arguments(**fields: Any) -> LowMemTrainingArguments:
+    return LowMemTrainingArguments("out", **COMMON, **fields)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestBetasAndEpsAreTheMethodsOwn:
+    """However `optim` was set: HuggingFace's 0.9, 0.999 and 1e-8 are AdamW's."""
+
+    def test_at_construction(self, name: str) -> None:
+        own = OPTIMIZERS[name].DEFAULTS
+        assert settings(arguments(optim=name)) == (own["betas"], own.get("eps"))
+
+    @pytest.mark.parametrize("before", ["adamw_torch", "adamw", "soap", "lion"])
+    def test_set_later(self, name: str, before: str) -> None:
+        own = settings(arguments(optim=name))
+        assert settings(arguments(optim=before).set_optimizer(name, learning_rate=1e-4)) == own
+        assigned = arguments(optim=before)
+        assigned.optim = name
+        assert settings(assigned) == own
+        assert settings(dataclasses.replace(arguments(optim=before), optim=name)) == own
+        assert settings(arguments(optim=before).lowmem_replace(optim=name)) == own
+        assert settings(LowMemTrainingArguments(**arguments(optim=before).to_dict() | {"optim": name})) == own
+
+    def test_after_a_round_trip(self, name: str, tmp_path: Path) -> None:
+        args = arguments(optim=name)
+        read = LowMemTrainingArguments(**json.loads(args.to_json_string()))
+        assert settings(read) == settings(args)
+        torch.save(args, tmp_path / "training_args.bin")
+        loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+        assert settings(loaded) == settings(args)
+        for later in (loaded, copy.deepcopy(args), copy.copy(args)):
+            assert settings(dataclasses.replace(later, optim="soap")) == ((0.95, 0.95), 1e-8)
+            later.optim = "lion"
+            assert later.lowmem_optim_spec().betas == (0.9, 0.99)
+
+    def test_what_was_chosen_stays(self, name: str) -> None:
+        beta1, beta2 = OPTIMIZERS[name].DEFAULTS["betas"]
+        for args in (
+            arguments(optim="adamw", adam_beta2=0.999).set_optimizer(name, beta2=0.999),
+            dataclasses.replace(arguments(optim="lamb", adam_beta2=0.999), optim=name),
+            dataclasses.replace(arguments(optim="soap"), optim=name, adam_beta2=0.999),
+            arguments(optim="adamw", adam_beta2=0.999).lowmem_replace(optim=name),
+        ):
+            assert settings(args)[0] == (beta1, 0.999)
+        args = arguments(optim="soap")
+        args.adam_beta1 = 0.9
+        args.optim = name
+        assert settings(args)[0] == (0.9, beta2)
+        args.adam_beta1 = None  # back to the method's own
+        assert settings(args)[0] == (beta1, beta2)
+
+
+def test_betas_of_huggingface_s_optimizers_are_huggingface_s() -> None:
+    args = arguments(optim="soap")
+    assert (args.adam_beta1, args.adam_beta2) == (0.95, 0.95)
+    args.optim = "adamw_torch"
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert all(type(value) is float for value in (args.adam_beta1, args.adam_beta2, args.adam_epsilon))
+    assert args.set_optimizer("adamw_torch", beta1=0.5).adam_beta1 == 0.5

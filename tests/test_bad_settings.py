@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_lowmem import (
     LowMemCallback,
     LowMemDPOConfig,
+    LowMemPlugin,
     LowMemSFTConfig,
     LowMemTrainer,
     LowMemTrainerMixin,
@@ -202,12 +203,11 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
         ValueError,
         ("optim='apollo'", "optimizers="),
     ),
-    (
-        "our arguments in a plain Trainer",
-        lambda: Trainer(tiny_llama(), args(**OURS)()).create_optimizer(),
-        ValueError,
-        ("apollo",),
-    ),
+    ("arguments of no trainer of TRL's", lambda: SFTTrainer(tiny_llama(), args=args(**OURS)()), TypeError, ("LowMemTrainingArguments", "Make the arguments with LowMemSFTConfig")),
+    ("SFT's arguments for DPO", lambda: DPOTrainer(tiny_llama(), args=args(LowMemSFTConfig, **OURS)()), TypeError, ("LowMemSFTConfig", "Make the arguments with LowMemDPOConfig")),
+    ("DPO's arguments for SFT", lambda: SFTTrainer(tiny_llama(), args=args(LowMemDPOConfig)()), TypeError, ("LowMemDPOConfig", "Use LowMemDPOTrainer")),
+    ("DPO's arguments for no trainer of TRL's", lambda: Trainer(tiny_llama(), args(LowMemDPOConfig, lowmem_reference="quantized")()), TypeError, ("LowMemDPOConfig", "Use LowMemDPOTrainer")),
+    ("a budget for a loop", lambda: LowMemPlugin(lowmem_budget="1GiB"), ValueError, ("lowmem_budget='1GiB' has no effect in LowMemPlugin", "hf-lowmem plan")),
 ]  # fmt: skip
 
 

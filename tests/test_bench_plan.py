@@ -23,7 +23,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Any:
 def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(BENCH / script), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=3600)
 
 
 def test_the_table_shows_what_it_records(table: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

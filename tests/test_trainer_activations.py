@@ -82,8 +82,8 @@ def test_checkpointing_is_off_unless_it_was_asked_for() -> None:
     assert again.gradient_checkpointing is False
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_stacks_with_every_optimizer_and_resumes_to_the_same_bits(name: str, tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("name", ["adamw", "soap", "apollo", "natural_galore"])  # one of each kind of state
+def test_it_stacks_with_optimizers_and_resumes_to_the_same_bits(name: str, tmp_path: Path, tokenizer: Any) -> None:
     settings: dict[str, Any] = {
         "optim": name,
         "lowmem_state": "8bit",

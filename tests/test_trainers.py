@@ -1,7 +1,9 @@
 """Three ways in: our trainers, an unmodified Trainer, a loop of one's own; and what reaches the optimizer by each."""
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +31,7 @@ from hf_lowmem import (
 from hf_lowmem.losses import PairLogps, asft
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim.base import SMALLEST_COMPRESSED
 from hf_lowmem.optim.lowrank.apollo import ApolloMini
 from tests.conftest import tiny_llama
 
@@ -152,37 +155,77 @@ def test_any_other_trl_trainer(tmp_path: Path, tokenizer: Any) -> None:
     assert any(not torch.equal(p, q) for p, q in zip(start, weights(model), strict=True))
 
 
-@pytest.mark.parametrize("optim", list(OPTIMIZERS))
-class TestReaches:
-    def run(self, optim: str, tmp_path: Path, **kwargs: Any) -> list[torch.Tensor]:
-        callbacks = kwargs.pop("callbacks", None)
-        extra = {"lowmem_rank": 4} if OPTIMIZERS[optim].DEFAULTS.get("rank", 0) > 4 else {}
-        args = settings(LowMemTrainingArguments, tmp_path, optim=optim, **(extra | kwargs))
-        trainer = LowMemTrainer(tiny_llama(), args, train_dataset=token_data(), callbacks=callbacks)
-        trainer.train()
-        return weights(trainer.model)
+# What a trainer makes of a setting ends at `param_groups`, which every method is asked for; from there to an effect on
+# weights is the methods' own affair (tests/contracts). One of each family is trained: torch's Adam, one without eps and
+# of steps of one length, one with a rank.
+FAMILIES = ("adamw", "lion", "apollo")
+CHANGES: list[dict[str, Any]] = [
+    {"weight_decay": 0.5},
+    {"adam_beta1": 0.2},
+    {"adam_beta2": 0.5},
+    {"adam_epsilon": 1e-1},
+    {"learning_rate": 5e-3},
+    {"lr_scheduler_type": "linear"},
+    {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"},
+    {"gradient_accumulation_steps": 2},
+    {"lowmem_state": "fp8"},
+]
 
-    @pytest.mark.parametrize(
-        "changed",
-        [
-            {"weight_decay": 0.5},
-            {"adam_beta1": 0.2},
-            {"adam_beta2": 0.5},
-            {"adam_epsilon": 1e-1},
-            {"learning_rate": 5e-3},
-            {"lr_scheduler_type": "linear"},
-            {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"},
-            {"gradient_accumulation_steps": 2},
-            {"lowmem_state": "fp8"},
-        ],
-        ids=lambda c: next(iter(c)),
-    )
-    def test_by_its_effect(self, optim: str, changed: dict[str, Any], tmp_path: Path) -> None:
-        if "adam_epsilon" in changed and "eps" not in OPTIMIZERS[optim].DEFAULTS:
-            with pytest.raises(ValueError, match=r"adam_epsilon=0\.1 has no effect"):
-                self.run(optim, tmp_path, **changed)
+
+def trainer_of(optim: str, tmp_path: Path, **kwargs: Any) -> LowMemTrainer:
+    callbacks = kwargs.pop("callbacks", None)
+    extra = {"lowmem_rank": 4} if OPTIMIZERS[optim].DEFAULTS.get("rank", 0) > 4 else {}
+    args = settings(LowMemTrainingArguments, tmp_path, optim=optim, **(extra | kwargs))
+    return LowMemTrainer(tiny_llama(), args, train_dataset=token_data(), callbacks=callbacks)
+
+
+def ended(optim: str, tmp_path: Path, **kwargs: Any) -> list[torch.Tensor]:
+    trainer = trainer_of(optim, tmp_path, **kwargs)
+    trainer.train()
+    return weights(trainer.model)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[torch.Tensor]]:
+    """The weights that a method ends at with the common settings, trained once."""
+    return functools.cache(lambda optim: ended(optim, tmp_path_factory.mktemp(optim)))
+
+
+@pytest.mark.parametrize("optim", list(OPTIMIZERS))
+class TestReachesTheGroupsOf:
+    def test_every_method(self, optim: str, tmp_path: Path) -> None:
+        eps = {"adam_epsilon": 0.125} if "eps" in OPTIMIZERS[optim].DEFAULTS else {}
+        given = {"learning_rate": 5e-3, "adam_beta1": 0.25, "adam_beta2": 0.75, "lowmem_state": "fp8", **eps}
+        trainer = trainer_of(optim, tmp_path, **given)
+        optimizer: Any = trainer.create_optimizer()
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["betas"], group.get("eps")) == (5e-3, (0.25, 0.75), eps.get("adam_epsilon"))
+            big = [p for p in group["params"] if p.numel() >= SMALLEST_COMPRESSED]
+            assert all({c.name for c in optimizer.codecs(p, group)} == {"fp8"} for p in big)
+        assert any(p.numel() >= SMALLEST_COMPRESSED for g in optimizer.param_groups for p in g["params"])
+
+    def test_an_eps_that_has_no_effect_is_refused(self, optim: str, tmp_path: Path) -> None:
+        if "eps" in OPTIMIZERS[optim].DEFAULTS:
+            assert trainer_of(optim, tmp_path, adam_epsilon=0.1).args.adam_epsilon == 0.1
             return
-        pairs = zip(self.run(optim, tmp_path), self.run(optim, tmp_path, **changed), strict=True)
+        with pytest.raises(ValueError, match=r"adam_epsilon=0\.1 has no effect"):
+            trainer_of(optim, tmp_path, adam_epsilon=0.1)
+
+    def test_weight_decay_spares_norms_as_huggingface_does(self, optim: str, tmp_path: Path) -> None:
+        trainer = trainer_of(optim, tmp_path, weight_decay=0.25)
+        optimizer = trainer.create_optimizer()
+        decayed = {n for g in optimizer.param_groups if g["weight_decay"] == 0.25 for n in g["param_names"]}
+        assert decayed == set(trainer.get_decay_parameter_names(trainer.model))
+        assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.25}
+
+
+@pytest.mark.parametrize("optim", FAMILIES)
+class TestReaches:
+    @pytest.mark.parametrize("changed", CHANGES, ids=lambda c: next(iter(c)))
+    def test_by_its_effect(self, optim: str, changed: dict[str, Any], tmp_path: Path, unchanged: Any) -> None:
+        if "adam_epsilon" in changed and "eps" not in OPTIMIZERS[optim].DEFAULTS:
+            return  # refused, above
+        pairs = zip(unchanged(optim), ended(optim, tmp_path, **changed), strict=True)
         assert any((p - q).abs().max() > 1e-6 for p, q in pairs)
 
     def test_max_grad_norm(self, optim: str, tmp_path: Path) -> None:
@@ -192,46 +235,33 @@ class TestReaches:
             def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
                 norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
 
-        self.run(optim, tmp_path, max_grad_norm=1e-3, callbacks=[Watch()])
+        ended(optim, tmp_path, max_grad_norm=1e-3, callbacks=[Watch()])
         assert len(norms) == 4
         assert norms == pytest.approx([1e-3] * 4, rel=1e-2)  # torch divides by the norm and 1e-6
 
-    def test_a_clipped_step_is_shorter(self, optim: str, tmp_path: Path) -> None:
-        """Adam undoes a clipping but for eps: with a large one, steps get shorter. Lion's and LAMB's never do."""
-        own_length = {"lion", "lamb"}
-        start = weights(tiny_llama())
-
-        def distance(**kwargs: Any) -> float:
-            eps = {} if optim in own_length else {"adam_epsilon": 1.0}
-            ended = self.run(optim, tmp_path, **eps, **kwargs)
-            return math.sqrt(sum((p - q).pow(2).sum().item() for p, q in zip(start, ended, strict=True)))
-
-        clipped, plain = distance(max_grad_norm=1e-3), distance(max_grad_norm=0.0)
-        assert (clipped > 0.9 * plain) if optim in own_length else (clipped < 0.5 * plain)
-
-    def test_weight_decay_spares_norms_as_huggingface_does(self, optim: str, tmp_path: Path) -> None:
-        args = settings(LowMemTrainingArguments, tmp_path, optim=optim, weight_decay=0.25)
-        trainer = LowMemTrainer(tiny_llama(), args, train_dataset=token_data())
-        optimizer = trainer.create_optimizer()
-        decayed = {n for g in optimizer.param_groups if g["weight_decay"] == 0.25 for n in g["param_names"]}
-        assert decayed == set(trainer.get_decay_parameter_names(trainer.model))
-        assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.25}
-
-    def test_a_schedule_reaches_every_group(self, optim: str, tmp_path: Path) -> None:
-        args = settings(LowMemTrainingArguments, tmp_path, optim=optim, lr_scheduler_type="linear", weight_decay=0.1)
-        trainer = LowMemTrainer(tiny_llama(), args, train_dataset=token_data())
+    def test_a_schedule_reaches_every_group_and_the_gradient_norm_is_logged(self, optim: str, tmp_path: Path) -> None:
+        trainer = trainer_of(optim, tmp_path, lr_scheduler_type="linear", weight_decay=0.1)
         trainer.train()
-        rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
-        assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+        rows = [row for row in trainer.state.log_history if "learning_rate" in row]
+        assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
         assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.0}  # type: ignore[union-attr]
+        assert len(rows) == 4
+        assert min(row["grad_norm"] for row in rows) > 0
 
-    def test_the_gradient_norm_is_logged(self, optim: str, tmp_path: Path) -> None:
-        args = settings(LowMemTrainingArguments, tmp_path, optim=optim)
-        trainer = LowMemTrainer(tiny_llama(), args, train_dataset=token_data())
-        trainer.train()
-        norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
-        assert len(norms) == 4
-        assert min(norms) > 0
+
+@pytest.mark.parametrize("optim", [*FAMILIES, "lamb"])
+def test_a_clipped_step_is_shorter(optim: str, tmp_path: Path) -> None:
+    """Adam undoes a clipping but for eps: with a large one, steps get shorter. Lion's and LAMB's never do."""
+    own_length = {"lion", "lamb"}
+    start = weights(tiny_llama())
+
+    def distance(**kwargs: Any) -> float:
+        eps = {} if optim in own_length else {"adam_epsilon": 1.0}
+        after = ended(optim, tmp_path, **eps, **kwargs)
+        return math.sqrt(sum((p - q).pow(2).sum().item() for p, q in zip(start, after, strict=True)))
+
+    clipped, plain = distance(max_grad_norm=1e-3), distance(max_grad_norm=0.0)
+    assert (clipped > 0.9 * plain) if optim in own_length else (clipped < 0.5 * plain)
 
 
 def test_the_group_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

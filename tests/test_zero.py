@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 
-from hf_lowmem import checkpoints, section, zero
+from hf_lowmem import checkpoints, rules, section
 from hf_lowmem.arguments import LowMemTrainingArguments
 from hf_lowmem.launch import prepare
 from hf_lowmem.optim import OPTIMIZERS, elementwise, from_spec, make_optimizer
+from hf_lowmem.rules import deepspeed
 from hf_lowmem.specs import OptimSpec
 from tests.conftest import tiny_llama
 
@@ -40,20 +41,26 @@ def test_what_needs_matrices_is_refused_by_name_with_fsdp2_as_the_remedy(
     config = {"zero_optimization": {"stage": stage}}
     with pytest.raises(ValueError, match=rf"deepspeed=.*optim='{name}'.*whole matrices.*FSDP2.*adamw, lion"):
         LowMemTrainingArguments(str(tmp_path), use_cpu=True, optim=name, deepspeed=config)
-    with pytest.raises(ValueError, match=rf"DEEPSPEED with optim='{name}'.*fsdp_version: 2.*adamw, lion"):
+    with pytest.raises(
+        ValueError, match=rf"DEEPSPEED cannot be combined with optim='{name}'.*fsdp_version: 2.*adamw, lion"
+    ):
         prepare(written(tmp_path, {"optim": name}, zero_stage=stage))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=rf"ACCELERATE_USE_DEEPSPEED=true with optim='{name}'.*FSDP2"):
+    with pytest.raises(ValueError, match=rf"ACCELERATE_USE_DEEPSPEED=true cannot be .* optim='{name}'.*FSDP2"):
         LowMemTrainingArguments(str(tmp_path), use_cpu=True, optim=name)
 
 
 @pytest.mark.parametrize(
     ("plugin", "deepspeed", "message"),
     [
-        ({"optim": "adamw"}, {"zero_stage": 3}, r"stage=3 with optim='adamw' is not supported: ZeRO-3 cuts.*FSDP2"),
-        ({"optim": "lion"}, {"zero_stage": 0}, r"stage=0 with optim='lion' is not supported: without ZeRO.*DDP"),
-        ({"optim": "adamw"}, {"zero_stage": "two"}, r"stage='two' with optim='adamw' is not supported"),
-        ({"lowmem_activations": "fp8"}, {"zero_stage": 3}, r"stage=3 with lowmem_activations='fp8' is not.*ZeRO-3"),
+        ({"optim": "adamw"}, {"zero_stage": 3}, r"stage=3 cannot be combined with optim='adamw': ZeRO-3 cuts.*FSDP2"),
+        ({"optim": "lion"}, {"zero_stage": 0}, r"stage=0 cannot be combined with optim='lion': without ZeRO.*DDP"),
+        ({"optim": "adamw"}, {"zero_stage": "two"}, r"stage='two' cannot be combined with optim='adamw'"),
+        (
+            {"lowmem_activations": "fp8"},
+            {"zero_stage": 3},
+            r"stage=3 cannot be combined with lowmem_activations='fp8'.*ZeRO-3",
+        ),
         (
             {"optim": "adamw"},
             {"zero_stage": 2, "offload_optimizer_device": "cpu"},
@@ -62,12 +69,12 @@ def test_what_needs_matrices_is_refused_by_name_with_fsdp2_as_the_remedy(
         (
             {"optim": "adamw", "lowmem_weights": "bf16_ecc"},
             {"zero_stage": 2},
-            r"lowmem_weights='bf16_ecc' with.*DEEPSPEED: ZeRO keeps fp32 copies.*Leave lowmem_weights unset",
+            r"lowmem_weights='bf16_ecc' has no effect with.*DEEPSPEED: ZeRO keeps fp32.*Leave lowmem_weights unset",
         ),
         (
             {"optim": "adamw", "lowmem_step_in_backward": True},
             {"zero_stage": 1},
-            r"lowmem_step_in_backward=True with.*DEEPSPEED: ZeRO takes each gradient away.*FSDP2",
+            r"lowmem_step_in_backward=True cannot be combined with.*DEEPSPEED: ZeRO takes each gradient away.*FSDP2",
         ),
     ],
 )
@@ -85,7 +92,7 @@ def test_settings_that_do_not_go_with_zero_are_refused(
         ({"optimizer": "auto"}, r"optimizer='auto' cannot be combined with optim='adamw'"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, r"elastic_checkpoint=True.*scales have not"),
         ({"checkpoint": {"load_universal": True}}, r"checkpoint.load_universal=True cannot.*Set it to false"),
-        ({"zero_optimization": None}, r"stage=0 with optim='adamw'"),
+        ({"zero_optimization": None}, r"stage=0 cannot be combined with optim='adamw'"),
     ],
 )
 def test_deepspeeds_own_settings_are_read_from_its_file(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         prepare(written(tmp_path, {"optim": "adamw"}, deepspeed_config_file=str(tmp_path / "nowhere.json")))
     with pytest.raises(TypeError, match=r"deepspeed_config='zero2': expected keys with values"):
-        zero.from_yaml("file", {"deepspeed_config": "zero2"})
+        deepspeed.from_yaml("file", {"deepspeed_config": "zero2"})
 
 
 def test_the_example_is_taken() -> None:
@@ -107,7 +114,7 @@ def test_the_example_is_taken() -> None:
     assert values["optim"] in elementwise()
     assert rest["distributed_type"] == "DEEPSPEED"
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}
-    zero.check_config("file", config, "optim='adamw'", optimizer=True)
+    rules.check(rules.Run(optim="adamw", engine="deepspeed", zero=config))
 
 
 def test_small_weights_keep_fp32_states_in_groups_of_their_own() -> None:
@@ -129,7 +136,7 @@ def test_an_engine_that_flattens_behind_the_optimizers_back_is_found_at_the_firs
     flat = torch.zeros(sum(p.numel() for p in group["params"]), requires_grad=True)
     flat.grad = torch.ones_like(flat)
     group["params"] = [flat]
-    remedy = r"FSDP2.*adamw, lion" if weights == "keep" else r"weights='bf16_sr' has no effect.*Leave it unset"
+    remedy = r"FSDP2.*adamw, lion" if weights == "keep" else r"weights='bf16_sr' has no effect.*Leave weights unset"
     with pytest.raises(ValueError, match=remedy):
         optimizer.step()
     assert not flat.any()

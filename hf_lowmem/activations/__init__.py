@@ -7,13 +7,32 @@ blocks       the forwards of a converted layer
 detect       which modules of a model are what
 fusable      which of them a kernel can stand in for
 convert      from a tier to forwards, and back
+owned        tiers for as long as a training lasts
 checkpoint   tier `checkpoint_fp8`
 hooks        tier `hooks_fp8`
+seeds        of stochastic rounding, which leave torch's generator alone
+beside       tiers beside the checkpointing that they switch off
 report       what was handled, and bytes per token, counted
 """
 
-from hf_lowmem.activations.convert import convert, undo
+from hf_lowmem.activations.beside import kept_beside_inputs
+from hf_lowmem.activations.convert import at_step, convert, undo
 from hf_lowmem.activations.formats import compress, decompress
+from hf_lowmem.activations.owned import OwnedTiers, owners_of, rehearsal
 from hf_lowmem.activations.report import LayerReport, Measured, Report, measure
 
-__all__ = ["LayerReport", "Measured", "Report", "compress", "convert", "decompress", "measure", "undo"]
+__all__ = [
+    "LayerReport",
+    "Measured",
+    "OwnedTiers",
+    "Report",
+    "at_step",
+    "compress",
+    "convert",
+    "decompress",
+    "kept_beside_inputs",
+    "measure",
+    "owners_of",
+    "rehearsal",
+    "undo",
+]

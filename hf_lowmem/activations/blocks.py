@@ -30,6 +30,7 @@ from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, settings_of
 from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, is_plain, unpack
 from hf_lowmem.kernels.glu import FLOATS, GLU
 from hf_lowmem.kernels.rmsnorm import RMSNORM
+from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 
 __all__ = [
     "Block",
@@ -39,7 +40,6 @@ __all__ = [
     "Norm",
     "Patch",
     "Projection",
-    "draw_seed",
     "patches",
     "put",
     "put_back",
@@ -92,11 +92,6 @@ def put(patch: Patch | WrappedForward) -> None:
     vars(patch.module)["forward"] = patch
 
 
-def draw_seed() -> int:
-    """A seed from torch's generator, whose state a checkpoint holds: a resumed run rounds as an uninterrupted one."""
-    return int(torch.randint(2**62, ()))
-
-
 def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The activations among a module's arguments: the tensor of floats that comes first, unless one has the name."""
     named = kwargs.get("hidden_states")
@@ -115,9 +110,9 @@ class Layer(Patch):
     nothing is saved that could be compressed, so the tier would have no effect.
     """
 
-    def __init__(self, module: nn.Module, name: str, tier: str, stochastic: bool) -> None:
+    def __init__(self, module: nn.Module, name: str, tier: str, seeds: Callable[[], int] | None) -> None:
         super().__init__(module)
-        self.name, self.tier, self.stochastic = name, tier, stochastic
+        self.name, self.tier, self.seeds = name, tier, seeds
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,14 +122,12 @@ class Layer(Patch):
         if getattr(self.module, "gradient_checkpointing", False):
             raise RuntimeError(
                 f"lowmem_activations={self.tier!r} on {self.name}: activation checkpointing was turned on after the "
-                "model was converted, and inside a checkpoint the tier has no effect. Turn it off "
-                "(model.gradient_checkpointing_disable(), activation_checkpointing=False), or use the tier "
-                "'checkpoint_fp8', which checkpoints and compresses."
+                f"model was converted, and {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
         if (why := reason_to_step_aside()) is not None:
             say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
             return self.aside(*args, **kwargs)
-        seed = draw_seed() if self.stochastic else None
+        seed = None if self.seeds is None else self.seeds()
         tape, outer = Tape(FORMATS_OF_TIER[self.tier], hidden, seed), active.tape
         active.tape = tape
         try:

@@ -32,10 +32,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem.activations.aside import reason_to_step_aside, say_once
+from hf_lowmem.activations.detect import routing_of
 from hf_lowmem.activations.formats import check_format, compress, decompress
 from hf_lowmem.activations.state import State
+from hf_lowmem.reasons import NO_CHECKPOINT
 
 __all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
+
+# What layers call their cache, in transformers 5.17 to 5.24, where they are handed one that is no `Cache`, too.
+CACHES = ("cache", "cache_params", "layer_past", "past_key_value", "past_key_values")
 
 
 class WrappedForward(ABC):
@@ -75,8 +80,7 @@ class WrappedForward(ABC):
         if getattr(self.module, "gradient_checkpointing", False):
             raise ValueError(
                 f"{type(self.module).__name__} is wrapped as {self.tier} and has HuggingFace's activation "
-                "checkpointing on as well, which would run it once more and save nothing. Turn that off: "
-                "gradient_checkpointing=False in the training arguments or model.gradient_checkpointing_disable()."
+                f"checkpointing on as well, which would run it once more and save nothing. {NO_CHECKPOINT}."
             )
         if (why := reason_to_step_aside()) is not None:
             say_once(f"lowmem_activations={self.tier!r} has no effect on a {type(self.module).__name__}: {why}.")
@@ -123,12 +127,12 @@ class _Checkpointed(WrappedForward):
     def __init__(self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None) -> None:
         super().__init__(module, fmt, seeds)
         if fmt != "none":
-            routed = next((name for name, _ in module.named_modules() if name.split(".")[-1] == "experts"), None)
-            if routed is not None:
+            routing = routing_of(module)
+            if routing is not None:
                 raise ValueError(
-                    f"fmt={fmt!r}: {type(module).__name__} has routed experts ({routed!r}). Run again from a rounded "
-                    "input, a token near a tie goes to another expert than in the forward pass. Use fmt='none', which "
-                    "keeps the exact input, or another tier for this layer."
+                    f"fmt={fmt!r}: {type(module).__name__} has {routing}. Run again from a rounded input, a token near "
+                    "a tie is routed otherwise than in the forward pass. Use fmt='none', which keeps the exact input, "
+                    "or another tier for this layer."
                 )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,31 +171,52 @@ class _Checkpointed(WrappedForward):
         return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.module.parameters())
 
     def without_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Take an empty key-value cache away: the second pass would write into it again. HF does the same."""
-        kwargs = dict(kwargs)
-        if kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
-        if getattr(self.module, "_can_checkpoint_with_cache", False):  # it only reads, says HF
-            return args, kwargs
-        caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
-        if any(cache.get_seq_length(self.layer_index()) for cache in caches):
-            raise ValueError(
-                f"{type(self.module).__name__} is wrapped as {self.tier} and was called in training with a key-value "
-                "cache that holds tokens, which a second pass would extend again. Train without it (use_cache=False, "
-                "no prefix tuning), or choose another tier."
-            )
-        if caches:
+        """Take an empty cache away: the second pass would write into it again. HuggingFace's checkpointing does so.
+
+        Args:
+            args, kwargs: of the call. A cache is known by what it can do or by the parameter's name, `use_cache` by its
+                name; those that are passed by position are named by the signature.
+        """
+        parameters = inspect.signature(self.original).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names += [f"argument {i}" for i in range(len(names), len(args))]
+        named = dict(zip(names, args, strict=False)) | kwargs
+        changes: dict[str, Any] = {"use_cache": False} if named.get("use_cache") else {}
+        if not getattr(self.module, "_can_checkpoint_with_cache", False):  # it only reads, says HuggingFace
+            caches = {
+                name: value
+                for name, value in named.items()
+                if value is not None and (name in CACHES or hasattr(value, "get_seq_length"))
+            }
+            for name, cache in caches.items():
+                if holds_tokens(cache, self.layer_index()):
+                    raise ValueError(
+                        f"{type(self.module).__name__} is wrapped as {self.tier} and was called in training with a "
+                        f"cache ({name}) that holds tokens, which a second pass would extend again. Train without it "
+                        "(use_cache=False, no prefix tuning), or choose another tier."
+                    )
+            changes |= dict.fromkeys(caches)
+        if None in changes.values():
             warnings.warn(
-                f"{self.tier}: no key-value cache is filled in training; use_cache=False says so to the model.",
-                stacklevel=2,
+                f"{self.tier}: no cache is filled in training; use_cache=False says so to the model.", stacklevel=2
             )
-            args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)
-            kwargs = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
-        return args, kwargs
+        args = tuple(changes.get(name, value) for name, value in zip(names, args, strict=False))
+        return args, {name: changes.get(name, value) for name, value in kwargs.items()}
 
     def layer_index(self) -> int:
         found = (vars(module).get("layer_idx") for module in self.module.modules())
         return next((index for index in found if isinstance(index, int)), 0)
+
+
+def holds_tokens(cache: Any, layer: int) -> bool:
+    """Whether a cache has anything for this layer: keys and values, or the state of a recurrence."""
+    if not hasattr(cache, "get_seq_length"):  # tensors in a tuple or list, one a layer or all of this layer's
+        return any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(cache))
+    try:
+        return bool(cache.get_seq_length(layer))
+    except ValueError:  # of a layer without keys and values it cannot tell
+        states = vars(cache.layers[layer]).values()
+        return any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(list(states)))
 
 
 def wrap_layer(layer: nn.Module, fmt: str = "e4m3", *, seeds: Callable[[], int] | None = None) -> Callable[[], None]:

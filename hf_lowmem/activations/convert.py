@@ -7,6 +7,7 @@ There is no registry to go stale when a model is copied, wrapped by PEFT, DDP or
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -18,20 +19,22 @@ from hf_lowmem.activations.blocks import (
     Norm,
     Patch,
     Projection,
-    draw_seed,
+    patches,
     put,
     put_back,
     take_out,
 )
 from hf_lowmem.activations.checkpoint import wrap_layer
-from hf_lowmem.activations.detect import Structure, find_stack, has_experts, structure_of
+from hf_lowmem.activations.detect import Structure, find_repeated, find_stack, routing_of, structure_of
 from hf_lowmem.activations.fusable import gated_of, rmsnorm_of
 from hf_lowmem.activations.hooks import wrap_module
 from hf_lowmem.activations.report import LayerReport, Report
+from hf_lowmem.activations.seeds import Seeds, seeds_of_layers
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
+from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 from hf_lowmem.specs import ActivationSpec
 
-__all__ = ["convert", "undo"]
+__all__ = ["at_step", "convert", "undo"]
 
 
 def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
@@ -46,6 +49,9 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
         fp8_recompute     3.2 /  2.4   without gate and up, whose matrix products run again
         checkpoint_fp8    0.5 /  0.5   the layer's input, compressed; the layer runs again
         hooks_fp8                      whatever is saved, compressed: for layers that are not recognised
+
+    The last two need to know nothing about a layer: in a model without attention and MLPs that are recognised they take
+    its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
 
     Start with `fp8`. The forward pass is HuggingFace's in every tier: same modules, same order, loss equal bit for bit.
     On a GPU with Triton there is one exception: the tiers that round leave plain RMSNorms and act(gate) * up, with the
@@ -70,34 +76,30 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     label = spec.label("tiers")
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model={type(model).__name__}: expected a torch.nn.Module.")
-    name, stack, others = find_stack(model)
-    if not stack:
-        raise ValueError(
-            f"{label}={spec.tiers!r}: no stack of decoder layers was found in {type(model).__name__}. Wrap the modules "
-            "that save most with hf_lowmem.activations.hooks.wrap_module, or leave the field unset."
-        )
-    tiers = spec.of_layers(len(stack))
-    for index, layer in enumerate(stack):
-        if tiers[index] and getattr(layer, "gradient_checkpointing", False):
+    layers, others = _layers_for(model, spec, label)
+    tiers = spec.of_layers(len(layers))
+    for (_, layer), layer_tier in zip(layers, tiers, strict=True):
+        if layer_tier and getattr(layer, "gradient_checkpointing", False):
             raise ValueError(
-                f"{label}={spec.tiers!r}: activation checkpointing is on, and inside a checkpoint nothing is left to "
-                "compress. Turn it off (activation_checkpointing=False, model.gradient_checkpointing_disable(); TRL "
-                "turns it on by default), and use 'checkpoint_fp8' for the layers that should be checkpointed."
+                f"{label}={spec.tiers!r}: activation checkpointing is on: {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
-    _check_shared(stack, tiers, f"{label}={spec.tiers!r}")
+    _check_shared([layer for _, layer in layers], tiers, f"{label}={spec.tiers!r}")
     before = take_out(model)
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    seeds = seeds_of_layers(range(len(layers)) if spec.stochastic else ())
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
         done: dict[int, LayerReport] = {}
-        for index, (layer, layer_tier) in enumerate(zip(stack, tiers, strict=True)):
-            place = f"{name}.{index}"
-            if id(layer) not in done:
-                done[id(layer)] = _convert_layer(_uncompiled(layer), place, layer_tier, spec)
-            report.layers.append(dataclasses.replace(done[id(layer)], name=place))
+        # Modules are tried, and may draw random numbers then: the first forward pass draws what it would have drawn.
+        with torch.random.fork_rng(devices):
+            for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
+                if id(layer) not in done:
+                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds.get(index))
+                report.layers.append(dataclasses.replace(done[id(layer)], name=name))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
                 f"{label}={spec.tiers!r}: nothing was recognised in the layers of {type(model).__name__} "
-                f"({type(stack[0]).__name__}). Use the tier 'hooks_fp8', which needs no structure."
+                f"({type(layers[0][1]).__name__}). Use the tier 'hooks_fp8', which needs no structure."
             )
     except Exception:
         take_out(model)
@@ -111,7 +113,47 @@ def undo(model: nn.Module) -> None:
     take_out(model)
 
 
-def _check_shared(stack: nn.ModuleList, tiers: Sequence[str | None], what: str) -> None:
+def at_step(model: nn.Module, step: int) -> None:
+    """Say at which step of training the next forward passes are, for the seeds of stochastic rounding.
+
+    A trainer of hf_lowmem and LowMemCallback do it. In a loop of one's own it lets a resumed run round as one that was
+    not interrupted. Without it forward passes are counted from the conversion on.
+    """
+    for patch in patches(model):
+        if isinstance(seeds := getattr(patch, "seeds", None), Seeds):
+            seeds.at(step)
+
+
+def _layers_for(
+    model: nn.Module, spec: ActivationSpec, label: str
+) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
+    """The layers that get tiers, by name, and the lists of layers that do not: name → why.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    name, stack, others = find_stack(model)
+    if stack:
+        return [(f"{name}.{index}", layer) for index, layer in enumerate(stack)], others
+    tiers = {tier for tier, _, _ in spec.ranges}
+    if not tiers & {"checkpoint_fp8", "hooks_fp8"}:
+        raise ValueError(
+            f"{label}={spec.tiers!r}: no stack of decoder layers was found in {type(model).__name__}: none with "
+            f"attention that is recognised. Set {label}='checkpoint_fp8' or 'hooks_fp8', which need no structure, or "
+            "leave it unset."
+        )
+    name, layers, others = find_repeated(model)
+    if not layers or (not name and tiers != {"hooks_fp8"}):
+        raise ValueError(
+            f"{label}={spec.tiers!r}: {type(model).__name__} has no list of layers. Set {label}='hooks_fp8', which "
+            "needs none, or leave it unset."
+            if layers
+            else f"{label}={spec.tiers!r}: {type(model).__name__} has no part with weights. Leave it unset."
+        )
+    return layers, others
+
+
+def _check_shared(stack: Sequence[nn.Module], tiers: Sequence[str | None], what: str) -> None:
     """Raise ValueError where one module stands at two places that were given two tiers."""
     first: dict[int, int] = {}
     for index, layer in enumerate(stack):
@@ -128,30 +170,28 @@ def _uncompiled(layer: nn.Module) -> nn.Module:
     return layer._orig_mod if isinstance(layer, OptimizedModule) else layer
 
 
-def _convert_layer(layer: nn.Module, name: str, tier: str | None, spec: ActivationSpec) -> LayerReport:
+def _convert_layer(layer: nn.Module, name: str, tier: str | None, seeds: Seeds | None) -> LayerReport:
     if tier is None:
         return LayerReport(name, None, left={"": "no range names it"})
-    seeds = draw_seed if spec.stochastic else None
     if tier == "hooks_fp8":
         wrap_module(layer, seeds=seeds)
         return LayerReport(name, tier, handled={"every saved tensor": 1})
     if tier == "checkpoint_fp8":
-        # Routing could tip over on a rounded input.
-        exact = has_experts(layer)
-        wrap_layer(layer, "none" if exact else "e4m3", seeds=seeds)
-        left = {"": "experts: its input is kept uncompressed, or tokens might be routed otherwise"} if exact else {}
-        return LayerReport(name, tier, handled={"its input": 1}, left=left)
+        routing = routing_of(layer)
+        wrap_layer(layer, "e4m3" if routing is None else "none", seeds=seeds)
+        left = {"": f"{routing}: its input is kept uncompressed, or tokens might be routed otherwise"}
+        return LayerReport(name, tier, handled={"its input": 1}, left=left if routing else {})
     parts = structure_of(layer)
     if not (parts.attention or parts.mlp):
         return LayerReport(name, None, left={"": "no attention and no MLP recognised: tier 'hooks_fp8' can take it"})
-    for patch in _patches_of(layer, name, parts, tier, spec):
+    for patch in _patches_of(layer, name, parts, tier, seeds):
         put(patch)
     again = "recomputed (norms, activations, dropouts)"
     handled = {"attention": len(parts.attention), "mlp": len(parts.mlp), again: len(parts.cheap)}
     return LayerReport(name, tier, handled={k: n for k, n in handled.items() if n}, left=parts.left)
 
 
-def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, spec: ActivationSpec) -> Iterator[Patch]:
+def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, seeds: Seeds | None) -> Iterator[Patch]:
     """The layer's own comes last: where a layer is its own attention, it must be the outer one."""
     formats = FORMATS_OF_TIER[tier]
     for module in _unpatched(parts.attention):
@@ -165,7 +205,7 @@ def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, spec: 
     if formats.rerun:
         for module in _unpatched(parts.projections):
             yield Projection(module)
-    yield Layer(layer, name, tier, spec.stochastic)
+    yield Layer(layer, name, tier, seeds)
 
 
 def _unpatched(parts: dict[str, nn.Module]) -> list[nn.Module]:

@@ -165,7 +165,7 @@ def check_report(report: Any, path: Path) -> None:
 def _parse(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's error and a wrong encoding are both
+    except (ValueError, RecursionError) as error:  # JSON's error and a wrong encoding are both the first
         raise BadReport(f"{path} is damaged ({error}). Delete it, or train again.") from error
 
 

@@ -5,12 +5,15 @@
 | `fp32`          | 4             | -         | a reference                                                      |
 | `bf16`          | 2             | -         | a first moment                                                   |
 | `int8`          | 1.016         | 256       | a first moment, at the fewest bytes                              |
-| `int8_softsign` | 1.031         | 64        | a first moment: the smallest error of the update in 8 bits       |
+| `int8_softsign` | 1.031, 1.0625 | 64        | a first moment: the smallest error of the update in 8 bits       |
 | `fp8`           | 1.031         | 128       | a baseline                                                       |
-| `fp8_expand`    | 1.023         | 128       | a second moment: bounded relative error at any range             |
-| `int4`          | 0.531         | 128       | half of 8 bits, for more than ten times the error                |
+| `fp8_expand`    | 1.039         | 128       | a second moment: bounded relative error at any range             |
+| `int4`          | 0.531, 0.5625 | 128       | half of 8 bits, for more than ten times the error                |
 
-A second moment has other needs than a first one, so a setting may be a pair: `codec_pair`.
+Where there are two numbers, the second one is that of an unsigned state, whose scales are fp32.
+
+A second moment has other needs than a first one, so a setting may be a pair: `codec_pair`. Optimizers round what is an
+average at random: hf_lowmem/kernels/codecs/dither.py.
 """
 
 from hf_lowmem.codecs.base import Encoded, StateCodec
@@ -21,6 +24,7 @@ from hf_lowmem.codecs.full import Bf16Codec, Fp32Codec
 from hf_lowmem.codecs.int4 import Int4Codec
 from hf_lowmem.codecs.int8 import Int8Codec
 from hf_lowmem.codecs.softsign import SoftsignCodec
+from hf_lowmem.kernels.codecs.dither import Dither
 from hf_lowmem.specs import check_choice
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "PAIRS",
     "Bf16Codec",
     "BlockCodec",
+    "Dither",
     "Encoded",
     "ErrorBound",
     "Fp8Codec",

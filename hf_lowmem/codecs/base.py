@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hf_lowmem.kernels.codecs.dither import Dither
+
 Encoded = dict[str, Tensor]
 
 
@@ -23,7 +25,8 @@ class StateCodec(Protocol):
 
     ```python
     enc = codec.init(like, signed=True)          # encoded zeros
-    codec.encode_(enc, value)                    # value: fp32, shape of `like`
+    codec.encode_(enc, value)                    # value: fp32, shape of `like`; to the nearest
+    codec.encode_(enc, value, Dither(seed))      # at random: a state that is an average, with another seed each step
     value = codec.decode(enc, like.shape)        # fp32, a fresh tensor
     ```
     """
@@ -38,10 +41,14 @@ class StateCodec(Protocol):
         """The stored values as a fresh contiguous fp32 tensor of `shape`; it never aliases the state."""
         ...
 
-    def encode_(self, enc: Encoded, value: Tensor) -> None:
-        """Overwrite `enc` in place with `value` (any strides, fp32)."""
+    def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
+        """Overwrite `enc` in place with `value` (any strides, fp32).
+
+        To the nearest, which is the least error once. With `dither` at random, which is unbiased over many steps: see
+        hf_lowmem/kernels/codecs/dither.py.
+        """
         ...
 
-    def nbytes(self, numel: int) -> int:
+    def nbytes(self, numel: int, *, signed: bool) -> int:
         """Bytes that a state of `numel` values takes, scales included: exactly what `init` allocates."""
         ...

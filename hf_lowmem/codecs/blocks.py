@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_lowmem.codecs.base import Encoded
 from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, through_op
 from hf_lowmem.kernels.codecs.blocks import code_bytes, decode_blocks, encode_blocks
+from hf_lowmem.kernels.codecs.dither import Dither
 from hf_lowmem.kernels.codecs.reference import CODECS, decode_state, encode_state
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 
@@ -50,26 +51,31 @@ class BlockCodec:
     """A `StateCodec` from two functions on rows; see hf_lowmem/codecs/base.py for the contract.
 
     State: `codes` (uint8, shape of `like`, contiguous; packed codes are flat) and, per block, the scalars that
-    `scalars` names with their dtypes (n_blocks,); the first of them is stored as `scale` or `uscale`.
+    `scalars` names with their dtypes (n_blocks,), `unsigned_scalars` where those of unsigned states differ; the first
+    of them is stored as `scale` or `uscale`.
 
     Every lossy codec keeps these promises, which tests/codecs hold it to:
     - a block of zeros decodes to zeros; with `signed=False` a value that was not zero never decodes to zero;
     - every finite fp32 input gives a finite output; an inf or a nan may spoil its whole block and must be
       caught upstream;
-    - encoding what was decoded gives the same codes again, so a state that is only carried along does not
-      drift.
+    - encoding what was decoded, to the nearest, gives the same codes again, so a state that is only carried along does
+      not drift.
     """
 
     name: ClassVar[str]
     block: ClassVar[int]
     bits: ClassVar[int] = 8  # of a code, 8 or 4
     scalars: ClassVar[dict[str, torch.dtype]]
+    unsigned_scalars: ClassVar[dict[str, torch.dtype]] = {}
     smallest: ClassVar[float]
     signed_bound: ClassVar[ErrorBound]
     unsigned_bound: ClassVar[ErrorBound]
 
-    def encode_rows(self, x: Tensor, signed: bool) -> tuple[Tensor, ...]:
-        """(rows, block) fp32 -> uint8 codes (rows, block), then the scalars (rows,), ordered as `scalars`."""
+    def encode_rows(self, x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+        """(rows, block) fp32 -> uint8 codes (rows, block), then the scalars (rows,), ordered as `scalars`.
+
+        `u`: thresholds in (0, 1) of the shape of x, for codes at random; None: the nearest ones.
+        """
         raise NotImplementedError
 
     def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:
@@ -78,6 +84,9 @@ class BlockCodec:
 
     def _keys(self, signed: bool) -> list[str]:
         return [scale_key(signed), *list(self.scalars)[1:]]
+
+    def scalar_types(self, signed: bool) -> dict[str, torch.dtype]:
+        return self.scalars if signed else self.unsigned_scalars or self.scalars
 
     def scalars_of(self, enc: Encoded) -> list[Tensor]:
         """The scalars of a state, in the order of `scalars`."""
@@ -89,7 +98,7 @@ class BlockCodec:
         rows = count_blocks(like.numel(), self.block)
         shape = like.shape if self.bits == 8 else (code_bytes(like.numel(), self.bits),)
         enc = {"codes": torch.full(shape, self.zero_code(signed), dtype=torch.uint8, device=like.device)}
-        for key, dtype in zip(self._keys(signed), self.scalars.values(), strict=True):
+        for key, dtype in zip(self._keys(signed), self.scalar_types(signed).values(), strict=True):
             enc[key] = torch.zeros(rows, dtype=dtype, device=like.device)
         return enc
 
@@ -101,7 +110,7 @@ class BlockCodec:
         """What encode_rows and decode_rows look up."""
         raise NotImplementedError
 
-    def encode_(self, enc: Encoded, value: Tensor) -> None:
+    def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
         encode_blocks(
             value,
             enc["codes"],
@@ -109,6 +118,7 @@ class BlockCodec:
             rows=self.encode_rows,
             block=self.block,
             signed=is_signed(enc),
+            dither=dither,
             bits=self.bits,
         )
 
@@ -123,16 +133,16 @@ class BlockCodec:
             bits=self.bits,
         )
 
-    def nbytes(self, numel: int) -> int:
-        per_block = sum(dtype.itemsize for dtype in self.scalars.values())
+    def nbytes(self, numel: int, *, signed: bool) -> int:
+        per_block = sum(dtype.itemsize for dtype in self.scalar_types(signed).values())
         return code_bytes(numel, self.bits) + count_blocks(numel, self.block) * per_block
 
 
 class KernelCodec(BlockCodec):
     """A block codec whose two functions are a kernel's reference, so that on a GPU its Triton runs instead."""
 
-    def encode_rows(self, x: Tensor, signed: bool) -> tuple[Tensor, ...]:
-        return CODECS[self.name].encode(x, signed)
+    def encode_rows(self, x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+        return CODECS[self.name].encode(x, signed, u)
 
     def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:
         return CODECS[self.name].decode(codes, scalars, signed)
@@ -140,9 +150,10 @@ class KernelCodec(BlockCodec):
     def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
         return CODECS[self.name].tables(signed)
 
-    def encode_(self, enc: Encoded, value: Tensor) -> None:
+    def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
         run = ENCODE_STATE if through_op(value) else encode_state
-        run(value, enc["codes"], self.scalars_of(enc), self.name, is_signed(enc))
+        seed, offset = (None, 0) if dither is None else dither
+        run(value, enc["codes"], self.scalars_of(enc), self.name, is_signed(enc), seed, offset)
 
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
         run = DECODE_STATE if through_op(enc["codes"]) else decode_state

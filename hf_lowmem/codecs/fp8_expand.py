@@ -5,10 +5,11 @@ other, and the relative error of a decoded value is that of E4M3 divided by k. `
 wide group their small values fall to the floor, in a narrow one most of their codes are never used.
 
 COAT centres the group, x -> (|x|/c)^k / s, and stores s, k, c as three fp32 (12 bytes a group). c and s cancel:
-with a the largest |x|, (|x|/c)^k / s = 448 (|x|/a)^k. So two scalars are enough, and here they take 3 bytes:
+with a the largest |x|, (|x|/c)^k / s = 448 (|x|/a)^k. So two scalars are enough, and here they take 5 bytes:
 
-- a as bf16, rounded *before* it is used, so that the rounding is no error of its own: values above the rounded a
-  (by at most 2**-8) saturate, and one below it still reaches the code 448: (1 + 2**-8)**-5.66 * 448 = 438 > 432;
+- a as fp32. A bf16 would do for one encoding, but a second moment moves by a tenth of a bf16's step, and an a that is
+  rounded to nearest keeps what it is: with beta2 = 0.999 it never fell. Rounded up it follows, in jumps, each of which
+  rounds the whole group anew (scripts/bench/long_run.py);
 - k as one uint8, `2 ** ((power - 105) / 60)`, from 0.297 to 5.66, the nearest step.
 
 Where this departs from COAT, and why:
@@ -39,10 +40,10 @@ from hf_lowmem.kernels.exact import E4M3_MAX
 
 
 class Fp8ExpandCodec(KernelCodec):
-    """`fp8_expand`: 1 + 3/128 = 1.023 bytes a value (COAT: 1.094). E4M3 `codes`, a (bf16), `power` (uint8).
+    """`fp8_expand`: 1 + 5/128 = 1.039 bytes a value (COAT: 1.094). E4M3 `codes`, a (fp32), `power` (uint8).
 
     ```python
-    a = bf16(max(abs(x)))                                        # per group of 128
+    a = max(abs(x))                                              # per group of 128
     b = min(abs(x[x != 0]))
     k = clamp(log(448 / 2**-9) / log(a / b), 1, 5.66)            # signed
     k = clamp(log(448 / 2**-6) / log(a / b), 0.297, 5.66)        # unsigned; to the nearest power of 2**(1/60)
@@ -56,7 +57,10 @@ class Fp8ExpandCodec(KernelCodec):
     floor raises the rest. A signed group's values with subnormal codes are coarser: rounding 1.5 to 1 or to 2 is
     the worst and moves a value by a third at k = 1.
 
-    The floor holds for signed states too. A zero instead would be nearer by half a step, 2e-6 of the group's
+    Rounded at random a value has the code above or below it, so the error is up to twice that; the floor then holds for
+    unsigned states alone, as a first moment may be zero for a step.
+
+    To the nearest the floor holds for signed states too. A zero instead would be nearer by half a step, 2e-6 of the group's
     largest, but would change the group's smallest non-zero value and so its k at the next encoding. The price: where
     a group holds rows of very different size, and v is small with m, a first moment that is raised to 4e-6 of its
     group's largest makes the update explode: on the embedding of a fine-tuned SmolLM2 the worst error is
@@ -68,7 +72,7 @@ class Fp8ExpandCodec(KernelCodec):
 
     name: ClassVar[str] = "fp8_expand"
     block: ClassVar[int] = 128
-    scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.bfloat16, "power": torch.uint8}
+    scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32, "power": torch.uint8}
     # SMALLEST_B as a part of the largest value of a group that is just wide enough for the smallest k.
     smallest: ClassVar[float] = 2.0**-66
     # 2**-12: what rounding |x|/a and a threshold to fp32 adds near a tie, 2**-23 of each over the least k, with room.

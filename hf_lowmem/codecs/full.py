@@ -1,4 +1,4 @@
-"""Uncompressed states: fp32, and bf16 by rounding to nearest."""
+"""Uncompressed states: fp32, and bf16, to the nearest or at random."""
 
 from typing import ClassVar
 
@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs.base import Encoded
+from hf_lowmem.kernels.codecs.dither import Dither
+from hf_lowmem.kernels.codecs.weights import round_stochastic
 
 
 class FullCodec:
     """`data`: the values themselves in one dtype, 4 or 2 bytes a value.
 
-    bf16 keeps 8 bits of mantissa: an exponential moving average with `1 - beta < 2**-9` stops moving once the
-    increment falls under half a unit in the last place, so `bf16` suits a first moment (beta 0.9) better than a
-    second (beta 0.999).
+    bf16 keeps 8 bits of mantissa: rounded to the nearest, an average stops moving once its increment falls under half a
+    unit in the last place, 2**-9 of it. Optimizers round it at random, so that the increment arrives on average.
     """
 
     name: ClassVar[str]
@@ -25,10 +26,10 @@ class FullCodec:
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
         return enc["data"].to(torch.float32, copy=True).view(shape)
 
-    def encode_(self, enc: Encoded, value: Tensor) -> None:
+    def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
         enc["data"].copy_(value)
 
-    def nbytes(self, numel: int) -> int:
+    def nbytes(self, numel: int, *, signed: bool) -> int:
         return numel * self.dtype.itemsize
 
 
@@ -38,7 +39,7 @@ class Fp32Codec(FullCodec):
 
 
 class Bf16Codec(FullCodec):
-    """Rounded to nearest, but never from finite to infinite, nor from something to nothing.
+    """Rounded to nearest or at random, but never from finite to infinite, nor from something to nothing.
 
     What lies above bf16's largest value takes it. What would round to zero, below 2**-134 = 4.6e-41, takes bf16's
     smallest value, 2**-133, with its sign: a second moment that is not zero never decodes to zero.
@@ -47,10 +48,11 @@ class Bf16Codec(FullCodec):
     name: ClassVar[str] = "bf16"
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
-    def encode_(self, enc: Encoded, value: Tensor) -> None:
+    def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
         limits = torch.finfo(self.dtype)
         data = enc["data"]
-        data.copy_(value).clamp_(-limits.max, limits.max)
+        rounded = value if dither is None else round_stochastic(value, dither.seed, dither.offset)
+        data.copy_(rounded).clamp_(-limits.max, limits.max)
         lost = (data == 0) & (value != 0)
         smallest = torch.full_like(data, limits.smallest_normal * limits.eps)
         data.copy_(torch.where(lost, smallest.copysign(value), data))

@@ -22,6 +22,7 @@ from hf_lowmem.codecs.base import Encoded, StateCodec
 from hf_lowmem.codecs.blocks import BlockCodec, count_blocks, is_signed
 from hf_lowmem.codecs.full import Fp32Codec
 from hf_lowmem.kernels.codecs.blocks import pack_pairs, unpack_pairs
+from hf_lowmem.kernels.codecs.dither import Dither
 from hf_lowmem.kernels.spans import spans
 
 SHORTEST = 16  # values; int8 takes 1.25 bytes a value there
@@ -62,17 +63,21 @@ class RowCodec:
         assert self.aligned
         return {key: t if key == "codes" else t.view(-1) for key, t in enc.items()}
 
-    def encode_(self, enc: Encoded, value: Tensor) -> None:
+    def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
         if self.aligned:
-            self.inner.encode_(self.flat(enc), value)
+            self.inner.encode_(self.flat(enc), value, dither)
             return
         rows, signed = value.shape[0], is_signed(enc)
         value, codes = value.reshape(rows, self.length), self._code_rows(enc)
         scalars = self.inner.scalars_of(enc)
         padding = self.blocks * self.inner.block - self.length
         for start, stop in self._spans(rows, value.device):
+            u = None
+            if dither is not None:
+                numbers = dither.thresholds(start * self.length, stop * self.length, signed, value.device)
+                u = torch.nn.functional.pad(numbers.view(-1, self.length), (0, padding)).view(-1, self.inner.block)
             padded = torch.nn.functional.pad(value[start:stop], (0, padding))
-            new, *of_blocks = self.inner.encode_rows(padded.view(-1, self.inner.block), signed)
+            new, *of_blocks = self.inner.encode_rows(padded.view(-1, self.inner.block), signed, u)
             new = new.view(-1)
             if self.inner.bits == 4:
                 new = pack_pairs(new)
@@ -96,9 +101,9 @@ class RowCodec:
             out[start:stop].copy_(rows.view(stop - start, -1)[:, : self.length])
         return out.view(shape)
 
-    def nbytes(self, numel: int) -> int:
+    def nbytes(self, numel: int, *, signed: bool) -> int:
         """Bytes of a state of whole rows with `numel` values together."""
-        return numel // self.length * self.inner.nbytes(self.length)
+        return numel // self.length * self.inner.nbytes(self.length, signed=signed)
 
     def _code_rows(self, enc: Encoded) -> Tensor:
         codes = enc["codes"]

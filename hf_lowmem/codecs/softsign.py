@@ -33,18 +33,18 @@ def bound(steps: int, power: int) -> ErrorBound:
     As a part of u that is largest at both ends of c**2 <= u <= 1, where (u + c)**2 / u = (1 + c)**2: it is
     (1 + c) h / c there, and under c**2 the error is at most what it is at c**2. For `power` = 2 (x = u**2) the
     relative error doubles. Slack: the upper neighbour's own (|u| + c) is larger by 1 + h / c, the square adds as much
-    again, and the scale is a bf16, off by up to 2**-8 (that is also by how much the extreme itself may be cut).
+    again, and the scale may be a bf16, above the largest value by up to 2**-7.
     """
     c, half = SOFTNESS, 0.5 / steps
     relative = power * (1 + c) * half / c * (1 + half / c) ** power
-    return ErrorBound(relative, relative * c ** (2 * power) * (1 + 2.0**-8))
+    return ErrorBound(relative, relative * c ** (2 * power) * (1 + 2.0**-7))
 
 
 class SoftsignCodec(KernelCodec):
-    """`int8_softsign`: 1 + 2/64 = 1.031 bytes a value. `codes` and the largest |x| of each block of 64, bf16.
+    """`int8_softsign`: 1.031 bytes a value, unsigned 1.0625. `codes` and the largest |x| of each block of 64, bf16 or fp32.
 
     ```python
-    scale = bf16(max(abs(x)))                                  # per block
+    scale = bf16_up(max(abs(x)))                               # per block; unsigned: fp32
     u = x / scale
     codes = round(127 * 1.15 * u / (abs(u) + 0.15))            # signed, int8 in a byte
     codes = round(255 * 1.15 * sqrt(u) / (sqrt(u) + 0.15))     # unsigned
@@ -56,7 +56,8 @@ class SoftsignCodec(KernelCodec):
     5e-4 of the largest, under that 1.6e-5 of it. The floor code of a second moment stands for 2.6e-7 of the largest.
 
     The scale is rounded before it is used, so a block's largest value takes the largest code, decodes to the scale
-    itself, and encoding again changes nothing.
+    itself, and encoding again changes nothing. Up, as a scale below it would cut it, each time. A second moment moves by
+    less than a step of a bf16, so its scale is an fp32: see `fp8_expand`.
 
     Blocks of 64, a half of what `fp8` has: the rows of an embedding are far apart in size, and a block that holds the
     end of one and the beginning of the next rounds the smaller one's moments to zero. 64 divides the usual widths.
@@ -69,6 +70,7 @@ class SoftsignCodec(KernelCodec):
     name: ClassVar[str] = "int8_softsign"
     block: ClassVar[int] = 64
     scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.bfloat16}
+    unsigned_scalars: ClassVar[dict[str, torch.dtype]] = {"scale": torch.float32}
     # The smallest codes stand for 1.0e-3 and 2.6e-7: times this still a normal fp32.
     smallest: ClassVar[float] = SMALLEST_SCALE
     signed_bound: ClassVar[ErrorBound] = bound(STEPS[True], 1)

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,7 @@ def weigh(case: CompileCase, target: str) -> Weight:
         RuntimeError: in a process with TRITON_INTERPRET=1.
         ValueError: if the signature and the constants are not the kernel's parameters.
     """
-    if not isinstance(case.function, triton.runtime.JITFunction):
-        raise RuntimeError(
-            "kernels are compiled ahead of time in a process without TRITON_INTERPRET=1: it was set when "
-            f"{case.kernel}/triton.py was imported, and its kernels are the interpreter's now. Unset it."
-        )
+    check_compiled(case.function, case.kernel)
     names = case.function.arg_names
     if set(names) != set(case.signature) | set(case.constants) or set(case.signature) & set(case.constants):
         odd = set(names) ^ (set(case.signature) | set(case.constants)) or set(case.signature) & set(case.constants)
@@ -119,15 +115,22 @@ def weigh(case: CompileCase, target: str) -> Weight:
     compiled = triton.compile(
         source, target=TARGETS[target], options={"num_warps": case.warps, "enable_fp_fusion": False}
     )
+    return weight_of(compiled, case.kernel, case.label, target, case.warps)
+
+
+def check_compiled(function: Any, kernel: str) -> None:
+    """Raise RuntimeError where the interpreter has taken a kernel's place."""
+    if not isinstance(function, triton.runtime.JITFunction):
+        raise RuntimeError(
+            "kernels are compiled ahead of time in a process without TRITON_INTERPRET=1: it was set when "
+            f"{kernel}/triton.py was imported, and its kernels are the interpreter's now. Unset it."
+        )
+
+
+def weight_of(compiled: Any, kernel: str, label: str, target: str, warps: int) -> Weight:
+    """What one of Triton's compiled kernels takes."""
     read = _read_cuda if TARGETS[target].backend == "cuda" else _read_hip
-    return Weight(case.kernel, case.label, target, case.warps, **read(compiled))
-
-
-def weigh_all(cases: Iterable[CompileCase], targets: Iterable[str]) -> Iterator[Weight]:
-    targets = list(targets)
-    for case in cases:
-        for target in targets:
-            yield weigh(case, target)
+    return Weight(kernel, label, target, warps, **read(compiled))
 
 
 def _read_cuda(compiled: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ kind with a CPU implementation breaks torch.compile on a CPU, and the same model
 
 Which one runs is decided at each call from the tensors' device: Triton where they are on an accelerator that the kernel
 supports, else the reference. The environment variable HF_LOWMEM_KERNELS, or `use_kernels`, forces one; a forced Triton
-that cannot run is an error that says why, never a silent reference. On a CPU Triton runs only in its interpreter
-(TRITON_INTERPRET=1, set before triton is imported): slow, and exactly what tests want.
+that cannot run is an error that says why, never a silent reference. At its first use on a GPU a kernel is compared with
+its reference on one small case, and one that differs or does not compile is not used (proof.py). On a CPU Triton runs
+only in its interpreter (TRITON_INTERPRET=1, set before triton is imported): slow, and exactly what tests want.
 
 `triton` is imported inside a kernel's triton.py alone, and that module is imported when it is first needed.
 """
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,40 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowmem.specs import check_choice
+from hf_lowmem.kernels.choice import IMPLS, VARIABLE, current_impl, use_kernels
+from hf_lowmem.kernels.compare import on
+from hf_lowmem.kernels.proof import distrusted, prove
 
-IMPLS = ("auto", "reference", "triton")
-VARIABLE = "HF_LOWMEM_KERNELS"
-_forced: list[str] = []
-
-
-def current_impl() -> str:
-    """What `use_kernels` or HF_LOWMEM_KERNELS asks for. Raises ValueError for a value that is none of IMPLS."""
-    if _forced:
-        return _forced[-1]
-    asked = os.environ.get(VARIABLE)
-    if asked is None:
-        return "auto"
-    check_choice(VARIABLE, asked, IMPLS)
-    return asked
-
-
-@contextlib.contextmanager
-def use_kernels(impl: str) -> Iterator[None]:
-    """Force one implementation of every kernel inside the block: "auto", "reference" or "triton".
-
-    ```python
-    with use_kernels("reference"):
-        optimizer.step()
-    ```
-    For the whole process: the choice is not kept by thread, as autograd runs backward in threads of its own.
-    """
-    check_choice("impl", impl, IMPLS)
-    _forced.append(impl)
-    try:
-        yield
-    finally:
-        _forced.pop()
+__all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +73,10 @@ class Kernel:
         @functools.wraps(self.reference)
         def run(*args: Any) -> Any:
             chosen = self.pick(*args)
-            device = next((t.device for t in _tensors(args) if t.device.type == "cuda"), None)
+            device = _gpu(args)
             if device is None:
                 return chosen(*args)
-            with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+            with on(device):
                 return chosen(*args)
 
         op = torch.library.custom_op(f"hf_lowmem::{self.name}", run, mutates_args=self.mutates)
@@ -131,7 +102,7 @@ class Kernel:
         impl = current_impl()
         if impl == "reference":
             return self.reference
-        reason = self.unsupported(*args)
+        reason = self.unsupported(*args) or self.unproved(*args)
         if not reason:
             return self.load_triton()
         if impl == "triton":
@@ -145,9 +116,15 @@ class Kernel:
             return "the tensors are on a CPU, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
         if not devices or not devices <= {"cpu", "cuda"}:
             return f"Triton does not run on {', '.join(sorted(devices)) or 'no tensor'}"
-        if not _has_triton():
+        if not has_triton():
             return "triton is not installed"
-        return self.supports(*args)
+        device = _gpu(args)
+        return self.supports(*args) or (distrusted(self.name, device) if device is not None else "")
+
+    def unproved(self, *args: Any) -> str:
+        """Why Triton has not proved itself on such arguments, or "". At the first use on a GPU this is found out."""
+        device = _gpu(args)
+        return "" if device is None else prove(self, args, device)
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
@@ -158,8 +135,14 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
                 yield item
 
 
+def _gpu(args: Iterable[Any]) -> torch.device | None:
+    """The GPU of the first tensor that is on one."""
+    return next((t.device for t in _tensors(args) if t.device.type == "cuda"), None)
+
+
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether triton is installed; it is not imported."""
     from importlib.util import find_spec
 
     return find_spec("triton") is not None

@@ -49,7 +49,7 @@ def from_spec(
     cls = check_spec(spec)
     options = cls.resolve(spec)
     check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
-    groups = parameter_groups(model, spec, rank=options.get("rank"), decay=decay)
+    groups = parameter_groups(model, spec, rank=options.get("rank"), batches="experts" in options, decay=decay)
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
     return cls(groups, **{k: v for k, v in options.items() if k != "method"})
@@ -69,6 +69,11 @@ def check_spec(spec: OptimSpec) -> type[LowMemOptimizer]:
             f"{spec.label('target_modules')}={spec.target_modules!r} has no effect with "
             f"{spec.label('name')}={spec.name!r}, which treats every parameter alike. Leave it unset, or choose: "
             f"{', '.join(methods_with('rank'))}."
+        )
+    if "experts" in spec.options and "experts" in cls.DEFAULTS:
+        raise ValueError(
+            f"{spec.label('options')}: experts={spec.options['experts']!r} has no effect: which weights are fused "
+            "experts, the model says. Leave it unset; a module of your own says it by an attribute `num_experts`."
         )
     return cls
 

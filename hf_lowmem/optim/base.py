@@ -6,7 +6,7 @@ name a kernel that does the whole step, see optim/fused.py.
 
 Why not torchao's tensor subclasses, where `exp_avg` is an 8-bit tensor that decodes itself: every subclass has to be
 taught to DTensor, to `torch.load(weights_only=True)` and to `Optimizer.load_state_dict`. Here the state of a parameter
-is a flat dict of plain tensors and numbers: `{"step": 7, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
+is a flat dict of plain tensors: `{"step": int64, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
 
     options    what a parameter group holds, from a spec and a method's defaults
     load       checkpoints, without torch's casts
@@ -29,12 +29,24 @@ from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import Kernel
 from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
 from hf_lowmem.optim.flat import check_flattened
-from hf_lowmem.optim.fused import can_store, kernels_run_on, step_fused
+from hf_lowmem.optim.fused import FLOATS, can_store, kernels_run_on, step_fused
+from hf_lowmem.optim.guard import SkipCount, Skipped, keep_or_take
 from hf_lowmem.optim.load import load
-from hf_lowmem.optim.options import resolve
+from hf_lowmem.optim.names import stream_name, without_wrappers
+from hf_lowmem.optim.options import plain, resolve, with_rate
 from hf_lowmem.optim.parts import can_part, step_parts
 from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
-from hf_lowmem.optim.state import CORRECTION, WINDOW, ParamState, StateDecl, stream_key
+from hf_lowmem.optim.state import (
+    CORRECTION,
+    COUNT_BYTES,
+    WINDOW,
+    ParamState,
+    StateDecl,
+    count_step,
+    stream_key,
+    values_of,
+)
+from hf_lowmem.reasons import flattened
 from hf_lowmem.specs import OptimSpec
 
 # Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
@@ -56,8 +68,9 @@ class LowMemOptimizer(Optimizer):
             and may also be set per group. An option that means nothing to the method is refused.
         **options: what this method alone understands; see its docstring.
 
-    A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were; the
-    step still counts. Sparse and complex gradients are refused.
+    A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were, and
+    so does an update that is not finite; the step still counts. `skipped()` says how often. Sparse and complex
+    gradients are refused. Gradients and moments are fp32; a parameter in float64 keeps its precision.
 
     Raises:
         TypeError, ValueError: naming the option, its value, the reason and the remedy.
@@ -82,6 +95,7 @@ class LowMemOptimizer(Optimizer):
 
     # Of the parameters that it was made for; a copy or an unpickled one does not know them.
     _shapes: set[torch.Size] | None = None
+    _skip_count: SkipCount | None = None
 
     def __init__(
         self,
@@ -145,11 +159,18 @@ class LowMemOptimizer(Optimizer):
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
         super().add_param_group(param_group | own)
         group = self.param_groups[-1]
+        if "param_names" in group:
+            group["param_names"] = without_wrappers(group["param_names"])
         self._shapes = {p.shape for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
             self.check_placement(p, group)
             if p.is_complex():
                 raise TypeError(f"a parameter of dtype {p.dtype}: {self.name} needs real ones; use torch.view_as_real.")
+            if p.requires_grad and p.dtype not in (*FLOATS, torch.float64):
+                raise TypeError(
+                    f"a parameter of dtype {p.dtype}: {self.name} trains bfloat16, float16, float32 and float64. Load "
+                    "the model in one of them, or set requires_grad=False."
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -175,7 +196,28 @@ class LowMemOptimizer(Optimizer):
                     else:
                         self._step_loop(p, group, sound.get(p))
             step_fused(self, together, group)
+        self._skips.end_step()
         return loss
+
+    @property
+    def _skips(self) -> SkipCount:
+        if self._skip_count is None:  # of a copy or an unpickled one, too
+            self._skip_count = SkipCount(Skipped(*self.param_groups[0].get("skipped", (0, 0, 0))))
+        return self._skip_count
+
+    def skipped(self) -> Skipped:
+        """How many updates and steps were left out, because of a bad gradient or of an update that was not finite.
+
+        Asks the device. Under FSDP2 it is this process's number, which may differ by updates that were not finite.
+        """
+        return self._skips.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; updates that were left out are counted in the first group, as `skipped`."""
+        found = self.skipped()
+        if any(found):
+            self.param_groups[0]["skipped"] = list(found)
+        return super().state_dict()
 
     @torch.no_grad()
     def fold_param(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -209,10 +251,9 @@ class LowMemOptimizer(Optimizer):
         if p.numel() == 0:
             return
         self.check_placement(p, group)
-        if isinstance(group["lr"], Tensor):
-            group = group | {"lr": plain(group["lr"])}
-        raw = self.state[p]
-        raw["step"] = raw.get("step", 0) + 1
+        group = with_rate(group)
+        raw, waits = self.state[p], self._waits_for_the_device(p)
+        count_step(raw)
         if not is_sharded(p) and self.elementwise(p, group) and can_part(p, self.codecs(p, group)):
             step_parts(self, p, group)
             return
@@ -223,13 +264,11 @@ class LowMemOptimizer(Optimizer):
             sound = is_sound(grad)
             if WINDOW in raw:
                 sound &= is_sound(raw[WINDOW])
-        if self._waits_for_the_device(p):
-            if sound:
-                self._apply(p, grad, sound, self._state_of(p, group), group)
-            else:
-                raw.pop(WINDOW, None)
+        if waits and not sound and values_of(raw).keys() - {WINDOW}:
+            raw.pop(WINDOW, None)  # and no update is made to be undone, but for the first, which allocates the states
         else:
-            self._apply_where(sound, p, grad, self._state_of(p, group), group)
+            sound = keep_or_take(self, sound, p, grad, self._state_of(p, group), group)
+        self._skips.add(sound, waits=waits)
 
     def elementwise(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the update of each of this parameter's values needs that value alone."""
@@ -251,17 +290,15 @@ class LowMemOptimizer(Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> ParamState:
         make_key, waits = (lambda: self._stream_key(p, group)), self._waits_for_the_device(p)
         if is_sharded(p):
-            return ShardedState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits, p)
+            batch = p.ndim == 3 and bool(group.get("experts") or group.get("rank"))
+            return ShardedState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits, p, batch)
         return ParamState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits)
 
     def check_placement(self, p: Tensor, group: dict[str, Any]) -> None:
         """Raise for a parameter of FSDP1 or DeepSpeed, and for a sharded one that the method cannot treat."""
         if getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
             engine = "DeepSpeed ZeRO" if hasattr(p, "ds_id") else "FSDP1"
-            raise ValueError(
-                f"{self.name} got a parameter that {engine} has flattened: its rows, and with them the states' layout, "
-                "are lost. Use FSDP2 (fully_shard, fsdp_version 2) or DDP."
-            )
+            raise ValueError(f"{self.name} got a flattened parameter: {flattened(engine)}.")
         reason = self.unsharded_only(p.shape, group) if is_sharded(p) else None
         if reason is not None:
             raise ValueError(reason)
@@ -278,31 +315,15 @@ class LowMemOptimizer(Optimizer):
         correction = seed = None
         if store == "bf16_ecc":
             correction = state.tensor(CORRECTION, lambda: torch.zeros_like(local(p), dtype=torch.int8))
-        elif store == "bf16_sr":
+        if store != "keep":
             seed = self.weight_seed(state)
         if self.writes_weights(p, group):
             self.update_weights(p, correction, seed, grad, sound, state, group)
             return
         p = local(p)
-        weights = load_weight(p, correction)
+        weights = p if p.dtype == torch.float64 else load_weight(p, correction)
         self.update(weights, grad, state, group)
         save_weight(p, weights, correction, seed)
-
-    def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""
-        raw = state.raw
-        guarded = self.writes_weights(p, group)  # by a kernel that reads `sound` itself
-        kept = {k: local(v) for k, v in raw.items() if isinstance(v, Tensor)}
-        before = {k: v.clone() for k, v in kept.items() if not (guarded and k == CORRECTION)}
-        weights = None if guarded else local(p).clone()
-        self._apply(p, grad, sound, state, group)
-        if weights is not None:
-            local(p).copy_(torch.where(sound, local(p), weights))
-        for k, v in raw.items():
-            if isinstance(v, Tensor) and not (guarded and k == CORRECTION):
-                new = local(v)
-                # A state that this very step allocated was zero before it.
-                new.copy_(torch.where(sound, new, before[k] if k in before else torch.zeros_like(new)))
 
     @staticmethod
     def store_of(p: Tensor, group: dict[str, Any]) -> str:
@@ -332,7 +353,7 @@ class LowMemOptimizer(Optimizer):
         raise NotImplementedError
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        """Update `p` in place. `p` and `grad` are fp32 and finite, of one shape."""
+        """Update `p` in place. `p` (fp32, or a parameter in fp64) and `grad` (fp32, finite) are of one shape."""
         raise NotImplementedError
 
     @staticmethod
@@ -344,15 +365,25 @@ class LowMemOptimizer(Optimizer):
         """Shapes of the coded states of a parameter of `shape`."""
         return dict.fromkeys(self.STATES, shape)
 
+    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        """Shapes of the states of a parameter of `shape` that no codec stores: fp32, from its first update on."""
+        return {}
+
+    def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether this parameter's updates draw random numbers, so that its state has a `key`."""
+        return self.store_of(p, group) != "keep" or any(codec.name != "fp32" for codec in self.codecs(p, group))
+
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         """Bytes of the tensors that the state of `p` takes here (foretold: nothing is allocated)."""
         if is_sharded(p):
             moments = coded_bytes(self, p, group)
         else:
             codecs, shapes = self.codecs(p, group), self.state_shapes(p.shape, group)
-            moments = sum(codecs[0 if self.STATES[k].signed else 1].nbytes(s.numel()) for k, s in shapes.items())
-        corrected = group["weights"] == "bf16_ecc" and p.dtype == torch.bfloat16
-        return moments + (local(p).numel() if corrected else 0)
+            signed = {k: self.STATES[k].signed for k in shapes}
+            moments = sum(codecs[0 if signed[k] else 1].nbytes(s.numel(), signed=signed[k]) for k, s in shapes.items())
+        corrected = self.store_of(p, group) == "bf16_ecc"
+        counts = 1 + self.draws(p, group) + is_sharded(p)
+        return moments + (local(p).numel() if corrected else 0) + COUNT_BYTES * counts
 
     def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
         """A whole state of a parameter of `shape` with what is cut in front, as shards keep it."""
@@ -362,13 +393,14 @@ class LowMemOptimizer(Optimizer):
         """The inverse of `to_rows`."""
         return value
 
-    @staticmethod
-    def _stream_key(p: Tensor, group: dict[str, Any]) -> int:
+    def _stream_key(self, p: Tensor, group: dict[str, Any]) -> int:
         """Start of a parameter's random stream, 63 bits: a hash of the seed and its name (without names: its place)."""
         place = next(i for i, q in enumerate(group["params"]) if q is p)
         names = group.get("param_names")
-        name = names[place] if names else f"{tuple(p.shape)}#{place}"
-        return stream_key(group["seed"], name)
+        if not names:
+            return stream_key(group["seed"], f"{tuple(p.shape)}#{place}")
+        every = [name for g in self.param_groups for name in g["param_names"]]  # all groups have names, or none
+        return stream_key(group["seed"], stream_name(names[place], every))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, except that each state keeps its own dtype.
@@ -389,12 +421,3 @@ def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
             f"{label}={store!r} has no effect: no parameter is bfloat16 (found: {found}). Load the model with "
             "dtype=torch.bfloat16, or leave it unset."
         )
-
-
-def plain(lr: Any) -> Any:
-    """A learning rate as a number. torch lets it be a tensor, which a schedule may change in place."""
-    if not isinstance(lr, Tensor):
-        return lr
-    if lr.numel() != 1:
-        raise ValueError(f"lr={lr!r}: Tensor lr must be 1-element. Give one rate; other groups may have their own.")
-    return lr.item()

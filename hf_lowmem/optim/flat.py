@@ -1,12 +1,15 @@
-"""Parameter groups that an engine turns into one vector each: DeepSpeed's ZeRO-1 and ZeRO-2 (see hf_lowmem/zero.py).
+"""Parameter groups that an engine turns into one vector each: DeepSpeed's ZeRO-1 and ZeRO-2.
 
 The engine does so after the optimizer was made, in place and without a word to it. So what has to be known of single
-weights is decided before (`small_apart`), and what cannot work is found at the first vector (`check_flattened`).
+weights is decided before (`small_apart`), and what cannot work is found at the first vector (`check_flattened`). What
+is refused before that: hf_lowmem/rules/deepspeed.py.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hf_lowmem.reasons import needs_matrices, nothing_to_round
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
@@ -45,11 +48,7 @@ def check_flattened(optimizer: "LowMemOptimizer", shapes: set[torch.Size] | None
 
     got = f"a vector of {p.numel():,} values in the place of its weights (DeepSpeed's ZeRO has flattened them)"
     if not optimizer.ELEMENTWISE:
-        raise ValueError(
-            f"{optimizer.name} got {got}, and it needs whole matrices. Use FSDP2 (fully_shard, fsdp_version 2) or DDP; "
-            f"under ZeRO-1 and ZeRO-2 these work: {', '.join(elementwise())}."
-        )
+        raise ValueError(f"{optimizer.name} got {got}: {needs_matrices(optimizer.name, elementwise())}.")
     raise ValueError(
-        f"weights={group['weights']!r} has no effect: {optimizer.name} got {got} into fp32 copies. Leave it unset, or "
-        "use FSDP2 (fully_shard, fsdp_version 2) or DDP."
+        f"weights={group['weights']!r} has no effect: {optimizer.name} got {got}: {nothing_to_round('weights')}."
     )

@@ -15,7 +15,8 @@ from torch import Tensor
 from hf_lowmem.codecs import StateCodec
 from hf_lowmem.kernels import Kernel, current_impl
 from hf_lowmem.kernels.codecs.reference import CODECS
-from hf_lowmem.optim.state import CORRECTION
+from hf_lowmem.optim.options import with_rate
+from hf_lowmem.optim.state import CORRECTION, count_step
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
@@ -51,8 +52,7 @@ def step_fused(optimizer: "LowMemOptimizer", params: list[Tensor], group: dict[s
     """One step of parameters of one group, all of which the optimizer `fuses`: one call for all that are alike."""
     if not params:
         return
-    if isinstance(group["lr"], Tensor):
-        group = group | {"lr": group["lr"].item()}
+    group = with_rate(group)
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
         assert p.grad is not None
@@ -70,20 +70,21 @@ def _step_alike(
     moments: dict[str, list[Tensor]] = {}
     corrections: list[Tensor] = []
     seeds: list[int] = []
+    state_seeds: list[int] = []
     steps: list[int] = []
     for p in params:
-        raw = optimizer.state[p]
-        raw["step"] = raw.get("step", 0) + 1
+        steps.append(count_step(optimizer.state[p]))
         state = optimizer._state_of(p, group)
-        steps.append(state.step)
         for name in optimizer.state_shapes(p.shape, group):
             moments.setdefault(name, []).extend(state.parts(name, p))
         if store == "bf16_ecc":
             corrections.append(state.tensor(CORRECTION, lambda p=p: torch.zeros_like(p, dtype=torch.int8)))
-        elif store == "bf16_sr":
+        if store != "keep":
             seeds.append(optimizer.weight_seed(state))
+        if codecs != ("fp32", "fp32"):
+            state_seeds.append(state.state_seed)
     used = [codecs[0 if optimizer.STATES[name].signed else 1] for name in moments]
-    grads = [p.grad for p in params]
-    optimizer.FUSED(
-        params, grads, corrections, *moments.values(), *used, store, seeds, *optimizer.fused_settings(group, steps)
-    )
+    grads, skipped = [p.grad for p in params], optimizer._skips.on(params[0].device)
+    settings = optimizer.fused_settings(group, steps)
+    seeds_of = seeds, state_seeds
+    optimizer.FUSED(params, grads, skipped, corrections, *moments.values(), *used, store, *seeds_of, *settings)

@@ -32,11 +32,12 @@ def lamb_(
     weight_decay: float,
     step: int,
     adapt: bool,
+    experts: bool = False,
     shards: Whole = WHOLE,
 ) -> None:
     """One LAMB step in place, all tensors fp32 of one shape; `step` counts from 1 (arXiv 1904.00962, algorithm 2).
 
-    Three dimensions are a batch of matrices (fused experts) with one ratio each, (b, 1, 1); else there is one ratio.
+    `experts` of three dimensions are a batch of matrices with one ratio each, (b, 1, 1); else there is one ratio.
     Without `adapt` the ratio is 1. `shards` tells where the rest of the parameter is, if this is a part of it.
     """
     beta1, beta2 = betas
@@ -45,13 +46,14 @@ def lamb_(
     denom = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
     update = (exp_avg / (1 - beta1**step)).div_(denom).add_(p, alpha=weight_decay)
     if adapt:
-        update.mul_(trust_ratio(p, update, shards))
+        update.mul_(trust_ratio(p, update, shards, experts=experts))
     p.add_(update, alpha=-lr)
 
 
-def trust_ratio(p: Tensor, update: Tensor, shards: Whole = WHOLE) -> Tensor:
-    """phi(||p||) / ||update|| for each matrix, 1 where either norm is 0; a tensor, so that no device is waited for."""
-    dims = (-2, -1) if p.ndim == 3 else None
+def trust_ratio(p: Tensor, update: Tensor, shards: Whole = WHOLE, *, experts: bool = False) -> Tensor:
+    """phi(||p||) / ||update||, for each matrix of `experts`; 1 where either norm is 0. A tensor: no device is waited
+    for."""
+    dims = (-2, -1) if experts and p.ndim == 3 else None
     weight, length = shards.norms(p, update, dim=dims, keepdim=dims is not None)
     weight.clamp_(max=LARGEST_NORM)
     return torch.where((weight > 0) & (length > 0), weight / length, 1.0)
@@ -65,12 +67,15 @@ class Lamb(LowMemOptimizer):
     m   = beta1 * m + (1 - beta1) * grad                 # stored signed
     v   = beta2 * v + (1 - beta2) * grad**2              # stored unsigned
     u   = m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps) + weight_decay * p
-    a, b  = norm(p), norm(u)                             # numbers; (batch, 1, 1) for three dimensions
+    a, b  = norm(p), norm(u)                             # numbers; (batch, 1, 1) for fused experts
     ratio = min(a, 10) / b if a > 0 and b > 0 else 1
     p  -= lr * ratio * u
     ```
 
-    Defaults: betas (0.9, 0.999), eps 1e-6, `adapt_vectors=True`.
+    Defaults: betas (0.9, 0.999), eps 1e-6, `adapt_vectors=True`, `experts=False`.
+
+    `experts=True` says of a group that its parameters of three dimensions are batches of matrices, each with a ratio of
+    its own; `make_optimizer` finds them. Any other parameter has one ratio, convolutions too.
 
     `adapt_vectors=False` leaves parameters with fewer than two dimensions at ratio 1, as the authors' own code does for
     biases and norms; the paper's algorithm makes no exception. The ratio holds a step to the fraction `lr` of the
@@ -92,8 +97,13 @@ class Lamb(LowMemOptimizer):
 
     name = "lamb"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-6, "adapt_vectors": True}
-    CHECKS = {"adapt_vectors": check_flag}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "adapt_vectors": True,
+        "experts": False,
+    }
+    CHECKS = {"adapt_vectors": check_flag, "experts": check_flag}
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
@@ -108,6 +118,7 @@ class Lamb(LowMemOptimizer):
             weight_decay=group["weight_decay"],
             step=state.step,
             adapt=p.ndim >= 2 or group["adapt_vectors"],
+            experts=group["experts"],
             shards=state.shards,
         )
         state.store("exp_avg", exp_avg)

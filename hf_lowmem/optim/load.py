@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from hf_lowmem.optim.names import same_names
 from hf_lowmem.optim.sharded import fit
+from hf_lowmem.optim.sound_state import check_counts
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
 
 __all__ = ["load"]
+
+# What this optimizer's groups say of its parameters stays, whatever the checkpoint calls them.
+OURS = ("param_names", "experts")
 
 
 def load(
@@ -34,13 +39,16 @@ def load(
         saved = final["param_groups"]
         check_groups(optimizer, saved)
         # An option that is younger than the checkpoint keeps this optimizer's value.
-        ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        new = ("params", "skipped")
+        ours = [{k: v for k, v in group.items() if k not in new} for group in optimizer.param_groups]
         ours += [{}] * (len(saved) - len(ours))  # torch complains about their number
-        groups = [own | theirs for own, theirs in zip(ours, saved, strict=False)]
+        kept = [{k: v for k, v in own.items() if k in OURS} for own in ours]
+        groups = [own | theirs | ours for own, theirs, ours in zip(ours, saved, kept, strict=False)]
         return {**final, "param_groups": groups, "state": {}}
 
     def fill(_: Optimizer) -> None:
         fill_state(optimizer, taken)
+        optimizer._skip_count = None  # it begins anew with what the first group says
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(take),
@@ -64,7 +72,7 @@ def check_groups(optimizer: "LowMemOptimizer", saved: list[dict[str, Any]]) -> N
                     "start with a fresh optimizer."
                 )
         names, loaded = ours.get("param_names"), theirs.get("param_names")
-        if names and loaded and names != loaded:
+        if names and loaded and not same_names(names, loaded):
             pairs = zip(names, loaded, strict=False)
             first = next(((a, b) for a, b in pairs if a != b), (f"{len(names)} names", f"{len(loaded)} names"))
             raise ValueError(
@@ -81,10 +89,8 @@ def fill_state(optimizer: "LowMemOptimizer", state_dict: dict[str, Any]) -> None
     for i, (p, group) in zip(ids, params, strict=True):
         if i not in state_dict["state"]:
             continue
+        names, place = group.get("param_names"), next(j for j, q in enumerate(group["params"]) if q is p)
+        label = repr(names[place]) if names else f"parameter {i}"
         raw = state_dict["state"][i]
-        if not isinstance(raw.get("step"), int):
-            raise ValueError(
-                f"the checkpoint's state of parameter {i} has step={raw.get('step')!r}, expected an integer: it "
-                f"was not saved by hf_lowmem's {group['method']}. Start with a fresh optimizer."
-            )
-        optimizer.state[p] = fit(optimizer, p, group, raw)
+        check_counts(label, raw, group["method"])
+        optimizer.state[p] = fit(optimizer, p, group, raw, label)

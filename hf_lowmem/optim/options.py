@@ -1,6 +1,9 @@
 """What a parameter group holds: the user's options, a method's defaults for the rest, and no option without effect."""
 
+import math
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from hf_lowmem.codecs import codec_pair
 from hf_lowmem.specs import OptimSpec, check_choice
@@ -8,7 +11,7 @@ from hf_lowmem.specs import OptimSpec, check_choice
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
 
-__all__ = ["resolve"]
+__all__ = ["plain", "resolve", "with_rate"]
 
 
 def resolve(cls: "type[LowMemOptimizer]", spec: OptimSpec) -> dict[str, Any]:
@@ -44,3 +47,26 @@ def resolve(cls: "type[LowMemOptimizer]", spec: OptimSpec) -> dict[str, Any]:
     group |= {option: spec.options.get(option, cls.DEFAULTS[option]) for option in cls.CHECKS}
     state = names[0] if names[0] == names[1] else ",".join(names)
     return group | {"state": state} | {k: getattr(spec, k) for k in ("weight_decay", "weights", "seed")}
+
+
+def plain(lr: Any) -> Any:
+    """A learning rate as a number. torch lets it be a tensor, which a schedule may change in place."""
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.numel() != 1:
+        raise ValueError(f"lr={lr!r}: Tensor lr must be 1-element. Give one rate; other groups may have their own.")
+    return lr.item()
+
+
+def with_rate(group: dict[str, Any]) -> dict[str, Any]:
+    """A group whose learning rate is a number that can be multiplied with.
+
+    Raises:
+        ValueError: for a NaN or an Inf, which would be in every weight after one step.
+    """
+    lr = plain(group["lr"])
+    if not math.isfinite(lr):
+        raise ValueError(
+            f"lr={lr!r}: a schedule or a loop has set a learning rate that is no number. No step was made."
+        )
+    return group | {"lr": lr} if isinstance(group["lr"], Tensor) else group

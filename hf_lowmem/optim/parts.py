@@ -2,8 +2,8 @@
 
 Decoding, updating and encoding whole tensors makes temporaries of the size of the parameter in fp32, up to seven of
 them: for an embedding of half a billion values that is more than its 4-bit states save. In parts of `PART` values they
-are small. Blocks of codes lie whole in one part, so a part's result is the same bits as the whole's (random rounding
-apart, which draws from a stream for each part).
+are small. Blocks of codes lie whole in one part, so a part's result is the same bits as the whole's (random rounding of
+weights apart, which draws from a stream for each part).
 
 Kernels that make whole steps (optim/fused.py) have no such temporaries; this is for what they do not know: bf16 and
 int4 states, and devices without Triton.
@@ -18,7 +18,8 @@ from torch import Tensor
 from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.kernels.codecs.blocks import code_bytes
 from hf_lowmem.kernels.step.reference import is_sound
-from hf_lowmem.optim.state import CORRECTION, ParamState
+from hf_lowmem.optim.guard import keep_or_take
+from hf_lowmem.optim.state import CORRECTION, COUNTS, ParamState
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
@@ -40,22 +41,22 @@ def can_part(p: Tensor, codecs: tuple[StateCodec, StateCodec]) -> bool:
 
 
 def step_parts(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) -> None:
-    """One step of a parameter that `can_part`; its step is counted already."""
+    """One step of a parameter that `can_part`; its step is counted already.
+
+    A bad gradient leaves out all parts, a result that is not finite its own.
+    """
     state, store = optimizer._state_of(p, group), optimizer.store_of(p, group)
     if store == "bf16_ecc":
         state.tensor(CORRECTION, lambda: torch.zeros_like(p, dtype=torch.int8))
-    elif store == "bf16_sr":
-        state.raw["key"] = state.key  # parts have copies of the state's numbers, which are not kept
+    if store != "keep" or any(codec.name != "fp32" for codec in state.codecs):
+        _ = state.key  # parts have the state's numbers, but none that is made for a part is kept
     parts = list(_parts_of(p, state, optimizer.state_shapes(p.shape, group)))
     sound = torch.stack([is_sound(grad.to(torch.float32)) for _, grad, _ in parts]).all()
-    waits = optimizer._waits_for_the_device(p)
-    if waits and not sound:
-        return
-    for weights, grad, part in parts:
-        if waits:
-            optimizer._apply(weights, grad.to(torch.float32), sound, part, group)
-        else:
-            optimizer._apply_where(sound, weights, grad.to(torch.float32), part, group)
+    taken = sound
+    if not (state.waits and not sound):
+        for weights, grad, part in parts:
+            taken = taken & keep_or_take(optimizer, sound, weights, grad.to(torch.float32), part, group)
+    optimizer._skips.add(taken, waits=state.waits)
 
 
 def _parts_of(p: Tensor, state: ParamState, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor, ParamState]]:
@@ -69,9 +70,9 @@ def _parts_of(p: Tensor, state: ParamState, names: Iterable[str]) -> Iterator[tu
     flat, grad = p.view(-1), p.grad.view(-1)
     for start in range(0, p.numel(), PART):
         stop = min(start + PART, p.numel())
-        raw = {k: _cut(k, v, state, start, stop) if isinstance(v, Tensor) else v for k, v in state.raw.items()}
+        raw = {k: v if k in COUNTS else _cut(k, v, state, start, stop) for k, v in state.raw.items()}
         part = ParamState(raw, state.codecs, state.decls, state.make_key, state.waits)
-        part.place = (*state.place, start) if start else state.place
+        part.place, part.start = (*state.place, start) if start else state.place, start
         yield flat[start:stop], grad[start:stop], part
 
 

@@ -9,6 +9,8 @@ What needs all gradients at once cannot be had: clipping by the global norm, the
 FSDP2 averages a layer's gradients before it calls the hooks of its sharded parameters, so under FSDP2 it works.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,10 @@ class StepInBackward:
     loss.backward()          # for p in parameters, as its gradient completes: optimizer.step_param(p); p.grad = None
     optimizer.step()         # nothing is left to update; schedules and step hooks count here
     scheduler.step()
+    stepping.remove()        # when the training ends
     ```
+
+    The hooks on the parameters keep neither this object nor the optimizer alive: without them gradients stay again.
 
     Args:
         optimizer: ours; every parameter of its groups is attached.
@@ -56,6 +61,7 @@ class StepInBackward:
         # Sums of squares, and where the rest of each is: None for whole gradients, else any sharded parameter's places.
         self._squares: dict[tuple[torch.device, Any], tuple[Tensor, Shards | None]] = {}
         self._hooks: list[Any] = []
+        weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
 
     def _attach(self) -> None:
@@ -63,11 +69,13 @@ class StepInBackward:
         self._attached = [p for group in optimizer.param_groups for p in group["params"]]
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                if getattr(p, "_post_accumulate_grad_hooks", None):
+                if has_hook(p):
+                    gc.collect()  # the optimizer of one may be gone, but not yet collected
+                if has_hook(p):
                     self.remove()
                     raise ValueError(
                         f"a parameter of shape {tuple(p.shape)} has a hook on its gradient already. Remove it, or the "
-                        "StepInBackward that set it, first."
+                        "StepInBackward that set it, first: its `remove()`, or LowMemPlugin's."
                     )
                 if p.requires_grad:
                     self._hooks.append(p.register_post_accumulate_grad_hook(self._hook(index)))
@@ -81,16 +89,23 @@ class StepInBackward:
             self._attach()
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
+        weak = weakref.ref(self)
+
         def run(p: Tensor) -> None:
-            group = self.optimizer.param_groups[index]
-            if self.ready():
-                self._count(p)
-                self.optimizer.step_param(p, group)
-                p.grad = None
-            elif self.optimizer.fold_param(p, group):
-                p.grad = None
+            stepping = weak()
+            if stepping is not None:
+                stepping._update(p, index)
 
         return run
+
+    def _update(self, p: Tensor, index: int) -> None:
+        group = self.optimizer.param_groups[index]
+        if self.ready():
+            self._count(p)
+            self.optimizer.step_param(p, group)
+            p.grad = None
+        elif self.optimizer.fold_param(p, group):
+            p.grad = None
 
     @torch.no_grad()
     def _count(self, p: Tensor) -> None:
@@ -115,10 +130,20 @@ class StepInBackward:
         return None if self.last_norm is None else self.last_norm.item()
 
     def remove(self) -> None:
-        """Detach: gradients stay again until `optimizer.step()`."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Detach: gradients stay again until `optimizer.step()`. `follow` attaches again."""
+        _remove_all(self._hooks)
+        self._attached = []
+
+
+def has_hook(p: Tensor) -> bool:
+    """Whether something waits for this parameter's gradient."""
+    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _remove_all(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
 
 
 def accumulation_refused(setting: str, name: str) -> str:

@@ -53,7 +53,8 @@ from hf_lowmem.codecs import StateCodec
 from hf_lowmem.codecs.rows import RowCodec, by_rows
 from hf_lowmem.distributed import Shards, agree, full, is_sharded, local
 from hf_lowmem.kernels.step.reference import is_sound
-from hf_lowmem.optim.state import BY_ROWS, WINDOW, ParamState, StateDecl, named
+from hf_lowmem.optim.sound_state import check_keys, check_values
+from hf_lowmem.optim.state import BY_ROWS, COUNTS, WINDOW, ParamState, StateDecl, count, named, number
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.base import LowMemOptimizer
@@ -70,13 +71,15 @@ class ShardedState(ParamState):
         make_key: Callable[[], int],
         waits: bool,
         p: DTensor,
+        batch: bool,
     ) -> None:
         super().__init__(raw, codecs, decls, make_key, waits)
-        raw.setdefault(BY_ROWS, 1)
+        if BY_ROWS not in raw:
+            raw[BY_ROWS] = count(1)
         self.home = Shards(p)
         self.place = self.home.place
         self.size = p.shape
-        if p.ndim != 3:  # of a batch of matrices (fused experts) each lies whole on one process
+        if not batch:  # of a batch of matrices (fused experts) each lies whole on one process
             self.shards, self.rows = self.home, p.shape[0]
         self._shapes: dict[str, torch.Size] = {}
 
@@ -105,6 +108,10 @@ class ShardedState(ParamState):
 
     def _wrap(self, here: Tensor) -> Tensor:
         return self.home.wrap(here, self.size[0] if self.rows is None else self.rows)
+
+    def _first(self, value: Tensor) -> int:
+        first, _ = self.home.span(self.size[0] if self.rows is None else self.rows)
+        return first * value.shape[1:].numel()
 
     def load(self, name: str, like: Tensor) -> Tensor:
         self._shapes[name] = like.shape
@@ -157,57 +164,73 @@ def coded_bytes(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) 
     for name, shape in row_shapes(optimizer, p.shape, group).items():
         codec = codecs[0 if optimizer.STATES[name].signed else 1]
         if is_replicated(optimizer.STATES, name, p.shape):
-            total += codec.nbytes(shape.numel())
+            total += codec.nbytes(shape.numel(), signed=optimizer.STATES[name].signed)
         else:
-            total += by_rows(codec, shape).nbytes(home.span(shape[0])[1] * shape[1:].numel())
+            values = home.span(shape[0])[1] * shape[1:].numel()
+            total += by_rows(codec, shape).nbytes(values, signed=optimizer.STATES[name].signed)
     return total
 
 
 def row_shapes(optimizer: "LowMemOptimizer", shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the coded states of a sharded parameter, over all processes."""
     shapes = optimizer.state_shapes(shape, group)
-    meta = {name: torch.empty(size, device="meta") for name, size in shapes.items()}
+    meta = {name: torch.empty(size, dtype=torch.float32, device="meta") for name, size in shapes.items()}
     return {name: optimizer.to_rows(name, value, shape, group).shape for name, value in meta.items()}
 
 
-def fit(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+def fit(
+    optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any], label: str
+) -> dict[str, Any]:
     """A loaded state as this parameter keeps it: whole or cut, whichever the checkpoint has. A fresh copy.
 
     A collective call where the loaded tensors are DTensors and `p` is not.
 
+    Args:
+        label: what an error calls the parameter.
+
     Raises:
-        ValueError: where a tensor has not the shape that the layout gives it.
+        ValueError: where a tensor is missing, unknown, not finite, or has not the shape that the layout gives it.
     """
     cut, was_cut = is_sharded(p), BY_ROWS in raw
-    check_shapes(optimizer, p, group, raw)
+    check_state(optimizer, p, group, raw, label)
+    counts = {k: count(number(v)) for k, v in raw.items() if k in COUNTS and k != BY_ROWS}
+    raw = {k: v for k, v in raw.items() if k not in COUNTS}
     if not (cut and was_cut):
-        raw = {k: full(v).to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in raw.items()}
+        raw = {k: full(v).to(p.device, copy=True) for k, v in raw.items()}
     if cut != was_cut:
         raw = relaid(optimizer, p, group, raw, to_rows=cut)
     if not cut:
-        return raw
+        return raw | counts
     home = Shards(cast(DTensor, p))
-    return {k: place(home, optimizer.STATES, k, v, p) if isinstance(v, Tensor) else v for k, v in raw.items()}
+    return {k: place(home, optimizer.STATES, k, v, p) for k, v in raw.items()} | counts | {BY_ROWS: count(1)}
 
 
-def check_shapes(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any]) -> None:
-    """Raise where a loaded state is not of the layout that it claims."""
+def check_state(
+    optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any], label: str
+) -> None:
+    """Raise where a loaded state is not whole and sound, or not of the layout that it claims."""
     was_cut, codecs = BY_ROWS in raw, optimizer.codecs(p, group)
     shapes = row_shapes(optimizer, p.shape, group) if was_cut else optimizer.state_shapes(p.shape, group)
+    moments: dict[str, tuple[StateCodec, bool]] = {}
+    coded: dict[str, Tensor] = {}
     for name, signed in of_states(optimizer.STATES, shapes):
         found = {k: v.shape for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
         codec = codecs[0 if signed else 1]
         if was_cut and not is_replicated(optimizer.STATES, name, p.shape):
             codec = by_rows(codec, shapes[name])
-        encoded = codec.init(torch.empty(shapes[name], device="meta"), signed=signed)
-        expected = {k: v.shape for k, v in named(name, encoded).items()}
-        if found and found != expected:
+        encoded = named(name, codec.init(torch.empty(shapes[name], dtype=torch.float32, device="meta"), signed=signed))
+        expected = {k: v.shape for k, v in encoded.items()}
+        moments[name] = codec, signed
+        coded |= encoded
+        if found.keys() == expected.keys() and found != expected:
             raise ValueError(
                 f"the checkpoint's state {name!r} of a parameter of shape {tuple(p.shape)} is {plain_shapes(found)}, "
                 f"expected {plain_shapes(expected)}: it was made by one process and put into shards as it is, or by "
                 "another layout. Load such a checkpoint with optimizer.load_state_dict(torch.load(file)) on every "
                 "process, which cuts it, or continue as it was made."
             )
+    check_keys(optimizer, p, group, label, raw, coded)
+    check_values(label, raw, moments)
 
 
 def plain_shapes(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, ...]]:
@@ -230,7 +253,7 @@ def relaid(
     turn = optimizer.to_rows if to_rows else optimizer.from_rows
     flat, rows = optimizer.state_shapes(p.shape, group), row_shapes(optimizer, p.shape, group)
     codecs = optimizer.codecs(p, group)
-    found = {k: v for k, v in raw.items() if k.split(".")[0] not in flat and k != BY_ROWS}
+    found = {k: v for k, v in raw.items() if k.split(".")[0] not in flat}
     if WINDOW in found:
         found[WINDOW] = turn(WINDOW, found[WINDOW], p.shape, group).contiguous()
     for name, signed in of_states(optimizer.STATES, flat):
@@ -247,7 +270,7 @@ def relaid(
         fresh = new.init(value, signed=signed)
         new.encode_(fresh, value)
         found |= named(name, fresh)
-    return found | ({BY_ROWS: 1} if to_rows else {})
+    return found
 
 
 def of_states(decls: dict[str, StateDecl], names: Iterable[str]) -> list[tuple[str, bool]]:

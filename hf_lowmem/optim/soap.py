@@ -24,7 +24,7 @@ from hf_lowmem.distributed import local
 from hf_lowmem.kernels.adamw.reference import adam_direction, corrected_lr
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.state import ParamState, StateDecl
-from hf_lowmem.specs import check_number
+from hf_lowmem.specs import check_flag, check_number
 
 LARGEST_SIDE = 10_000  # a dimension above it is not preconditioned (the authors' max_precond_dim)
 NAMES = {-2: "left", -1: "right"}
@@ -46,17 +46,34 @@ def rotate(x: Tensor, sides: Sequence[Side], *, back: bool = False) -> Tensor:
     return x
 
 
-def eigenbasis(factor: Tensor) -> Tensor:
-    """Eigenvectors of (..., d, d), by falling eigenvalue. In fp64 where the solver does not converge in fp32.
+def eigenbasis(factor: Tensor, *, waits: bool = True) -> Tensor:
+    """Eigenvectors of (..., d, d), by falling eigenvalue; the identity for a matrix that no solver has solved.
 
-    Of a bad gradient's factor they do not matter, for its step is undone, but the solver must not raise.
+    A factor of low rank, which every first gradient of an embedding has, fails LAPACK's fp32 solver in two ways: it
+    raises, or it returns NaN without a word. Then fp64 is asked. A device that is not to be asked whether it returned
+    NaN (`waits` is False) selects the identity instead: SOAP is Adam until the first refresh, which is a QR and needs
+    no solver.
+
+    Of a bad gradient's factor the vectors do not matter, for its step is undone, but the solver must not raise.
     """
     factor = factor.nan_to_num(0.0, 0.0, 0.0)
-    try:
-        vectors = torch.linalg.eigh(factor).eigenvectors
-    except torch.linalg.LinAlgError:  # many eigenvalues of zero, as a first gradient of low rank has
-        vectors = torch.linalg.eigh(factor.double()).eigenvectors.to(factor.dtype)
-    return vectors.flip(-1)
+    factor = factor / factor.abs().amax((-2, -1), keepdim=True).clamp_(min=torch.finfo(factor.dtype).tiny)
+    vectors = solved(factor)
+    if waits and not bool(vectors.isfinite().all()):
+        vectors = solved(factor.double()).to(factor.dtype)
+    good = vectors.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.where(good, vectors.flip(-1), identity)
+
+
+def solved(factor: Tensor) -> Tensor:
+    """Eigenvectors by rising eigenvalue, in fp64 where the solver says that it has failed; NaN where that fails."""
+    for dtype in (factor.dtype, torch.float64):
+        try:
+            return torch.linalg.eigh(factor.to(dtype)).eigenvectors.to(factor.dtype)
+        except torch.linalg.LinAlgError:
+            continue
+    return torch.full_like(factor, torch.nan)
 
 
 def refresh_(sides: Sequence[Side], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -89,6 +106,7 @@ def soap_(
     weight_decay: float,
     step: int,
     refresh: bool,
+    waits: bool = True,
 ) -> None:
     """One SOAP step in place, all tensors fp32 (arXiv 2409.11321, algorithm 3).
 
@@ -99,6 +117,7 @@ def soap_(
         step: how many gradients the moments hold, this one included. 0: none; the weights take Adam's first step, which
             leaves no moments, and the basis comes from this gradient.
         refresh: whether the basis is refreshed after the weights were updated.
+        waits: whether the device may be asked for a number.
     """
     if step == 0:
         direction = adam_direction(grad, torch.zeros_like(grad), torch.zeros_like(grad), betas, eps)
@@ -110,7 +129,7 @@ def soap_(
         g = grad if side.dim == -2 else grad.mT
         side.factor.lerp_(g @ g.mT, 1 - shampoo_beta)
         if step == 0:
-            side.basis.copy_(eigenbasis(side.factor))
+            side.basis.copy_(eigenbasis(side.factor, waits=waits))
     if refresh and step > 0:
         refresh_(sides, exp_avg, exp_avg_sq)
 
@@ -144,11 +163,12 @@ class Soap(LowMemOptimizer):
     step on the two are the same, and t counts from there. Should the first gradient be bad (NaN, Inf), the basis is the
     identity until the first refresh.
 
-    Applies to matrices and to batches of matrices (three dimensions: fused experts), each with its own basis. A
-    dimension above 10 000 (a vocabulary) is not preconditioned. Vectors, numbers, convolutions with four or more
-    dimensions, and matrices with both sides above 10 000 take Adam in the same order of eps and decay.
+    Applies to matrices and to fused experts, each with its own basis. A dimension above 10 000 (a vocabulary) is not
+    preconditioned. Vectors, numbers, convolutions of any kind, and matrices with both sides above 10 000 take Adam in
+    the same order of eps and decay: a convolution's (out, in, k) as a batch would have `out` pairs of bases.
 
-    Defaults: betas (0.95, 0.95), eps 1e-8, update_gap 10, `shampoo_beta=None`: beta2.
+    Defaults: betas (0.95, 0.95), eps 1e-8, update_gap 10, `shampoo_beta=None`: beta2, `experts=False`. `experts=True`
+    says of a group that its parameters of three dimensions are batches of matrices; `make_optimizer` finds them.
 
     State: 2s * mn + 8 * (m**2 + n**2) bytes a matrix, with s the codec's bytes a value. A square one thus takes 24
     bytes a parameter with fp32 moments and 18.03 with `state="int8"`; an embedding of 32000 x 4096 9.02 and 3.06.
@@ -166,12 +186,18 @@ class Soap(LowMemOptimizer):
 
     name = "soap"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.95, 0.95), "eps": 1e-8, "update_gap": 10, "shampoo_beta": None}
-    CHECKS = {"shampoo_beta": check_shampoo_beta}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "betas": (0.95, 0.95),
+        "eps": 1e-8,
+        "update_gap": 10,
+        "shampoo_beta": None,
+        "experts": False,
+    }
+    CHECKS = {"shampoo_beta": check_shampoo_beta, "experts": check_flag}
 
     def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
-        sides = [self.side(dim, grad, state) for dim in preconditioned(grad.shape)]
+        sides = [self.side(dim, grad, state) for dim in preconditioned(grad.shape, group)]
         step = state.step - bool(sides)
         soap_(
             p,
@@ -186,6 +212,7 @@ class Soap(LowMemOptimizer):
             weight_decay=group["weight_decay"],
             step=step,
             refresh=step % group["update_gap"] == 0,
+            waits=state.waits,
         )
         state.store("exp_avg", exp_avg)
         state.store("exp_avg_sq", exp_avg_sq)
@@ -200,7 +227,7 @@ class Soap(LowMemOptimizer):
         shape = (*grad.shape[:-2], grad.shape[dim], grad.shape[dim])
 
         def zeros() -> Tensor:
-            return torch.zeros(shape, device=grad.device)
+            return torch.zeros(shape, dtype=torch.float32, device=grad.device)
 
         factor, basis = (state.tensor(f"{name}_{NAMES[dim]}", zeros) for name in ("factor", "basis"))
         basis.diagonal(dim1=-2, dim2=-1).add_((basis[..., 0, :] == 0).all(-1, keepdim=True))
@@ -208,7 +235,7 @@ class Soap(LowMemOptimizer):
 
     @classmethod
     def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
-        if len(shape) == 2 and preconditioned(shape):
+        if len(shape) == 2 and preconditioned(shape, group):
             return (
                 f"{cls.name!r} under FSDP2: the factor of a weight's rows needs the whole gradient, which no process "
                 "has, and keeping both factors on each would cost more than sharding saves. Use DDP, or choose "
@@ -216,12 +243,20 @@ class Soap(LowMemOptimizer):
             )
         return None
 
+    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        return {
+            f"{name}_{NAMES[dim]}": torch.Size([*shape[:-2], shape[dim], shape[dim]])
+            for dim in preconditioned(shape, group)
+            for name in ("factor", "basis")
+        }
+
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         batch = local(p).shape[:-2].numel() if p.numel() else 0
-        sides = sum(8 * batch * p.shape[dim] ** 2 for dim in preconditioned(p.shape))
+        sides = sum(8 * batch * p.shape[dim] ** 2 for dim in preconditioned(p.shape, group))
         return super().state_bytes(p, group) + sides
 
 
-def preconditioned(shape: torch.Size) -> list[int]:
-    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or a batch."""
-    return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if len(shape) in (2, 3) else []
+def preconditioned(shape: torch.Size, group: dict[str, Any]) -> list[int]:
+    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or of experts."""
+    matrices = len(shape) == 2 or (len(shape) == 3 and group["experts"])
+    return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if matrices else []

@@ -3,7 +3,7 @@
 from hf_lowmem.pairs.check import check_sharing
 from hf_lowmem.pairs.layout import KEYS, SharedPairs, shared_layout, without_sharing
 from hf_lowmem.pairs.share import share_prompts, unshare_prompts
-from hf_lowmem.pairs.training import share_batches
+from hf_lowmem.pairs.training import share_batches, sharing
 
 __all__ = [
     "KEYS",
@@ -12,6 +12,7 @@ __all__ = [
     "share_batches",
     "share_prompts",
     "shared_layout",
+    "sharing",
     "unshare_prompts",
     "without_sharing",
 ]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_lowmem.pairs.layout import shared_layout
 from hf_lowmem.pairs.share import SharedForward, backbone_of
+from hf_lowmem.reference.passed import in_eval_mode
 
 __all__ = ["ATTENTION", "check_sharing", "sharing_error"]
 
@@ -145,20 +146,15 @@ def sharing_error(model: Any) -> tuple[float, float]:
     16-bit hidden states.
     """
     module = backbone_of(model)
-    modes = {part: part.training for part in module.modules()}
     device = module.get_input_embeddings().weight.device
     plain, layout = _trial(module.get_input_embeddings().weight.shape[0])
     plain = {name: tensor.to(device) for name, tensor in plain.items()}
-    module.eval()
-    try:
+    with in_eval_mode(module):
         expected = module(**plain, use_cache=False).last_hidden_state
         try:
             found = SharedForward(module)(**plain, **{k: v.to(device) for k, v in layout.items()}, use_cache=False)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{FIELD} with {type(module).__name__}: it takes no mask of ours. {LEAVE}.") from error
-    finally:
-        for part, training in modes.items():
-            part.training = training
     full = expected.dtype in (torch.float32, torch.float64)
     real = plain["attention_mask"].to(expected.device).bool()
     expected, found = expected[real].double(), found.last_hidden_state[real].double()

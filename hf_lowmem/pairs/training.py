@@ -1,12 +1,14 @@
 """What the fields `lowmem_share_prompt` and `lowmem_pack_tokens` do to a trainer."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from hf_lowmem.pairs.check import check_sharing
 from hf_lowmem.pairs.layout import SharedPairs
-from hf_lowmem.pairs.share import share_prompts
+from hf_lowmem.pairs.share import SharedForward, backbone_of, share_prompts, unshare_prompts
 
-__all__ = ["share_batches"]
+__all__ = ["share_batches", "sharing"]
 
 
 def share_batches(trainer: Any) -> None:
@@ -25,7 +27,34 @@ def share_batches(trainer: Any) -> None:
     models = [trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model) if m is not None]
     for model in models:
         check_sharing(model, args, trial=not sharded)
-    for model in models:
-        share_prompts(model)
+    trainer._shared_models = _put_on(models)
     trainer.data_collator = SharedPairs(trainer.data_collator, args.lowmem_pack_tokens, args.pad_to_multiple_of)
     trainer._shares_batches = True
+
+
+@contextlib.contextmanager
+def sharing(trainer: Any) -> Iterator[None]:
+    """While the block runs, a trainer's models take shared batches; afterwards they are as without it.
+
+    Does nothing for a trainer whose arguments do not ask for it, inside of another such block, and to models that the
+    user shares by hand.
+    """
+    if not getattr(trainer, "_shares_batches", False) or getattr(trainer, "_is_sharing", False):
+        yield
+        return
+    models = [trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model) if m is not None]
+    put_on, trainer._shared_models, trainer._is_sharing = [*trainer._shared_models, *_put_on(models)], [], True
+    try:
+        yield
+    finally:
+        trainer._is_sharing = False
+        for model in put_on:
+            unshare_prompts(model)
+
+
+def _put_on(models: list[Any]) -> list[Any]:
+    """Share these models' prompts; those that did not share them before."""
+    plain = [m for m in models if not isinstance(vars(backbone_of(m)).get("forward"), SharedForward)]
+    for model in plain:
+        share_prompts(model)
+    return plain

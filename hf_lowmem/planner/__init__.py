@@ -25,6 +25,7 @@ print(search("path/to/config.json", LowMemSFTConfig("out"), budget="24GiB", dtyp
     parallel    several processes, as a formula
     accelerator how fake CPU tensors stand for a GPU's
     methods     SFT: which trainer, what batch
+    modelled    what a plan would be wrong about, and so is refused
     models      configs, and models without weights
 """
 

@@ -35,7 +35,7 @@ from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.optim.base import LowMemOptimizer
 
-__all__ = ["as_on_accelerator", "with_real_constants"]
+__all__ = ["as_on_accelerator", "outside_of_modes", "with_real_constants"]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ def as_on_accelerator() -> Iterator[None]:
         yield
 
 
-def _really(function: Callable[..., Any]) -> Callable[..., Any]:
+def outside_of_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, outside of every mode."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -78,8 +78,8 @@ def with_real_constants() -> Iterator[None]:
     Tables are computed by numbers that fake tensors do not have, and outlive the simulation.
     """
     with (
-        mock.patch.object(DeviceTable, "on", _really(DeviceTable.on)),
-        mock.patch.object(functional, "create_dynamic_map", _really(functional.create_dynamic_map)),
+        mock.patch.object(DeviceTable, "on", outside_of_modes(DeviceTable.on)),
+        mock.patch.object(functional, "create_dynamic_map", outside_of_modes(functional.create_dynamic_map)),
         # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.
         mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
         # torch's grouped product has a shape rule for bf16 alone; transformers' operator keeps and makes the same.

@@ -26,6 +26,7 @@ from functools import cache, cached_property
 from itertools import combinations, product
 from typing import Any
 
+from hf_lowmem import rules
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.specs import ActivationSpec
 
@@ -105,8 +106,11 @@ def layers_by_tier(activations: str, depth: int) -> tuple[str, ...]:
     return tuple(tier or AS_IS for tier in spec.of_layers(depth))
 
 
-def candidates(args: Any, *, depth: int, bf16_weights: bool) -> list[Choice]:
-    """All valid combinations. `depth`: decoder layers; `bf16_weights`: whether trained weights are bfloat16."""
+def candidates(
+    args: Any, *, depth: int, bf16_weights: bool, world_size: int = 1, parallel: str | None = None
+) -> list[Choice]:
+    """All valid combinations. `depth`: decoder layers; `bf16_weights`: whether trained weights are bfloat16; the others
+    as for `plan`."""
     policies = list(_policies(args))
     found = []
     for batch, accumulation in _micro_batches(args):
@@ -114,7 +118,8 @@ def candidates(args: Any, *, depth: int, bf16_weights: bool) -> list[Choice]:
             for policy in policies:
                 choice = Choice(batch=batch, accumulation=accumulation, activations=policy, **rule)
                 with contextlib.suppress(TypeError, ValueError):
-                    args.lowmem_replace(**choice.values)
+                    made = args.lowmem_replace(**choice.values)
+                    rules.check(rules.Run.from_arguments(made).with_plan(world_size, parallel))
                     found.append(choice)
     return found + list(_mixtures(found, args, depth))
 

@@ -31,7 +31,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
-from hf_lowmem.compatibility import OPTIMIZER_FIELDS
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
 from hf_lowmem.planner.choices import AS_IS, Choice, layers_by_tier, policy_fields
@@ -43,6 +42,7 @@ from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
 from hf_lowmem.planner.step import _apply, quiet, simulate_step
 from hf_lowmem.planner.updates import Update, count_states, own_temporaries
+from hf_lowmem.specs import OPTIMIZER_FIELDS
 
 __all__ = ["Estimator"]
 
@@ -71,14 +71,15 @@ Values = NDArray[np.float64]  # (len(ENDS), len(PARTS) + 1) bytes
 class Estimator:
     """Estimates for one model and one set of arguments. `simulated` counts the simulations so far.
 
-    points: two micro-batches (sequences, tokens a sequence) to draw lines through
+    points: two micro-batches (sequences, tokens a sequence) to draw lines through; three where what is kept grows with
+        the square of the tokens
     """
 
     config: PreTrainedConfig
     args: Any
     method: Method
     dtype: torch.dtype
-    points: tuple[tuple[int, int], tuple[int, int]]
+    points: tuple[tuple[int, int], ...]
     attention: str | None = None
     accelerator: bool = True
     peft_config: Any = None
@@ -139,19 +140,22 @@ class Estimator:
         return outline(curve_of(measured), measured.live, measured.start, measured.stack)
 
     def at(self, policy: str, batch: int, tokens: int) -> Values:
-        """The moments of ENDS in the whole model for any micro-batch: a line through the two that were simulated."""
-        n = [rows * length for rows, length in self.points]
-        along = (batch * tokens - n[0]) / (n[1] - n[0])
-        low, high = (self._deep(policy, point) for point in (0, 1))
-        return low + along * (high - low)
+        """The moments of ENDS in the whole model for any micro-batch: on the line through the two that were simulated,
+        or on the parabola through three."""
+        n, here = [rows * length for rows, length in self.points], batch * tokens
+        weights = [np.prod([(here - other) / (own - other) for other in n if other != own]) for own in n]
+        return np.sum([weight * self._deep(policy, point) for point, weight in enumerate(weights)], axis=0)
 
     def _deep(self, policy: str, point: int) -> Values:
         shallow = self.ends(policy, point, self.depths[0])
         if len(self.depths) == 1:
             return shallow
-        rise = self.ends(policy, 0, self.depths[1]) - self.ends(policy, 0, self.depths[0])
-        rows, others = self.points[point], self.points[0]
-        rise[:, ACTIVATIONS] *= rows[0] * rows[1] / (others[0] * others[1])
+        if len(self.points) > 2:
+            rise = self.ends(policy, point, self.depths[1]) - shallow
+        else:
+            rise = self.ends(policy, 0, self.depths[1]) - self.ends(policy, 0, self.depths[0])
+            rows, others = self.points[point], self.points[0]
+            rise[:, ACTIVATIONS] *= rows[0] * rows[1] / (others[0] * others[1])
         return shallow + rise * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
 
     def kept_a_token(self, policy: str) -> float:

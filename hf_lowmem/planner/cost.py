@@ -129,7 +129,8 @@ def _update(choice: Choice, work: Work, update: Update) -> float:
     moved += 2 * gradients if choice.max_grad_norm else 0
     moved += 2 * gradients * (choice.accumulation - 1)
     codecs = codec_pair(choice.state or "fp32")
-    values = update.states * 2 * MANY / sum(codec.nbytes(MANY) for codec in codecs)
+    coded = sum(codec.nbytes(MANY, signed=signed) for codec, signed in zip(codecs, (True, False), strict=True))
+    values = update.states * 2 * MANY / coded
     coding = sum(CODEC_WORK.get(codec.name, CODEC_WORK_OTHERS) for codec in codecs) / 2
     rule = OPTIMIZERS.get(choice.optim)
     rank = rule.DEFAULTS.get("rank", 0) if rule is not None else 0  # a projection is 2 FLOPs a weight and row

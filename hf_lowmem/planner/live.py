@@ -50,6 +50,7 @@ NO_SHAPE = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+ASKS_FOR_DOCUMENTS = "find_packed_sequence_indices"  # of transformers.masking_utils: does each row hold one only?
 SELECTS = ("trl.trainer.",)
 OURS = ("hf_lowmem.trainer", "hf_lowmem.optim.", "hf_lowmem.dpo", "hf_lowmem.pairs", "hf_lowmem.sft")
 
@@ -68,9 +69,10 @@ class Live(TorchDispatchMode):
     marks:    (clock, phase) where a phase begins
     """
 
-    def __init__(self, *, invent_numbers: bool) -> None:
+    def __init__(self, *, invent_numbers: bool, documents: bool = False) -> None:
+        """`documents`: whether rows hold several, which attention must keep apart."""
         super().__init__()
-        self.invent_numbers = invent_numbers
+        self.invent_numbers, self.documents = invent_numbers, documents
         self.clock = 0
         self.births: list[int] = []
         self.deaths: list[int] = []
@@ -216,7 +218,7 @@ class Live(TorchDispatchMode):
                 f"runs next depends on a number that only a real run has. {INSTEAD}"
             )
         if tensor.dtype is torch.bool:
-            return True
+            return not (self.documents and frame.f_code.co_name == ASKS_FOR_DOCUMENTS)
         return 1.0 if tensor.is_floating_point() else 1
 
     def _select(self, values: Tensor, indices: list[Tensor | None]) -> Tensor | None:

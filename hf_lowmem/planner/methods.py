@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.losses.collate import MARGINS
+from hf_lowmem.pairs import shared_layout
+from hf_lowmem.planner.accelerator import outside_of_modes
 
 __all__ = ["METHODS", "Method", "method_of"]
 
@@ -27,7 +29,7 @@ class Method:
     name: str
     rows: int
     columns: dict[str, Any]
-    batch: Callable[[Tensor, Any], dict[str, Tensor]]
+    batch: Callable[[Tensor, Any], dict[str, Any]]
 
     def arguments(self) -> type:
         return getattr(import_module(self.home), self.config)
@@ -35,12 +37,19 @@ class Method:
     def trainer(self) -> type:
         return getattr(import_module(self.home), self.name)
 
-    def make_batch(self, trainer: Any) -> dict[str, Tensor]:
-        """A full micro-batch, as the trainer's collator would have made it."""
-        return self.batch(torch.zeros(*self.shape(trainer.args), dtype=torch.long), trainer)
+    def make_batch(self, trainer: Any, *, evaluation: bool = False) -> dict[str, Any]:
+        """A full micro-batch of training, or of evaluation, as the trainer's collator would have made it."""
+        return self.batch(torch.zeros(*self.shape(trainer.args, evaluation=evaluation), dtype=torch.long), trainer)
 
-    def shape(self, args: Any) -> tuple[int, int]:
-        """(sequences, tokens) of one micro-batch.
+    def has_documents(self, args: Any) -> bool:
+        """Whether a row of a batch may hold several sequences: under TRL's packing, and where it flattens a batch."""
+        if self.rows > 1:  # DPOTrainer has padding_free, and does not heed it
+            return False
+        flat = args.padding_free and args.per_device_train_batch_size > 1
+        return flat or (args.packing and args.packing_strategy != "wrapped")
+
+    def shape(self, args: Any, *, evaluation: bool = False) -> tuple[int, int]:
+        """(sequences, tokens) of one micro-batch. Of packed or flattened ones, too, which put them in one row.
 
         Raises:
             ValueError: where max_length is not set, so that a batch has no largest size.
@@ -48,25 +57,51 @@ class Method:
         if args.max_length is None:
             raise ValueError("max_length=None: a batch has no largest size. Set max_length, in tokens.")
         multiple = getattr(args, "pad_to_multiple_of", None) or 1
-        return args.per_device_train_batch_size * self.rows, -(-args.max_length // multiple) * multiple
+        size = args.per_device_eval_batch_size if evaluation else args.per_device_train_batch_size
+        return size * self.rows, -(-args.max_length // multiple) * multiple
 
     def make(self, cls: type, model: Any, args: Any, peft_config: Any, dataset: Any, tokenizer: Any) -> Any:
         return cls(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
 
 
-def _sft_batch(ids: Tensor, trainer: Any) -> dict[str, Tensor]:
-    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+def _sft_batch(ids: Tensor, trainer: Any) -> dict[str, Any]:
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if not trainer.padding_free:
+        return batch | {"attention_mask": torch.ones_like(ids)}
+    # In one row, as TRL's collator does it. Packed sequences are shorter than max_length, so that there are several.
+    tokens = ids.numel()
+    length = ids.shape[1] if not trainer.args.packing else -(-ids.shape[1] // 2)
+    ends = torch.tensor([*range(0, tokens, length), tokens], dtype=torch.int32)
+    places = torch.arange(tokens)[None]
+    return {
+        **{name: values.view(1, tokens) for name, values in batch.items()},
+        "position_ids": places % length,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": length,
+        "max_length_k": length,
+        "seq_idx": (places // length).int(),
+    }
 
 
-def _pairs_batch(ids: Tensor, trainer: Any) -> dict[str, Tensor]:
-    """Chosen answers above rejected ones. The prompt has no token, so that all are scored."""
+def _pairs_batch(ids: Tensor, trainer: Any) -> dict[str, Any]:
+    """Chosen answers above rejected ones. The prompt has no token, so that all are scored and nothing is shared."""
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": torch.ones_like(ids)}
-    pairs = len(ids) // 2
+    args, pairs = trainer.args, len(ids) // 2
     if trainer.precompute_ref_logps:
         batch |= {"ref_chosen_logps": torch.zeros(pairs), "ref_rejected_logps": torch.zeros(pairs)}
-    if trainer.args.lowmem_margin_column is not None:
+    if args.lowmem_margin_column is not None:
         batch[MARGINS] = torch.zeros(pairs)
+    if args.lowmem_share_prompt:
+        # Where tokens stand is worked out on real ones, whatever stands for them here.
+        layout = outside_of_modes(_shared_rows)(*ids.shape, args.lowmem_pack_tokens, args.pad_to_multiple_of)
+        batch |= {name: indices.clone() for name, indices in layout.items()}
     return batch
+
+
+def _shared_rows(sequences: int, tokens: int, budget: int | None, multiple: int | None) -> dict[str, Tensor]:
+    ones = torch.ones(sequences, tokens, dtype=torch.long)
+    return shared_layout(ones, ones, ones, budget=budget, multiple=multiple or 1)
 
 
 METHODS = {

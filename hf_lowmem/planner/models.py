@@ -160,7 +160,10 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, peft_config: Any, q
     """The whole model without even fake weights: its parameters' names, shapes and dtypes."""
     with torch.device("meta"), _default(dtype):
         model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=hasattr(config, "auto_map")
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation="eager",  # a config may name a kernel of the hub's, which would be fetched and run
+            trust_remote_code=hasattr(config, "auto_map"),
         )
     if quantization is not None:
         model = quantize(model, quantization)

@@ -28,6 +28,7 @@ from dataclasses import replace
 from hf_lowmem.planner.models import Shape
 from hf_lowmem.planner.outline import KEPT, Moment
 from hf_lowmem.planner.parts import PARTS
+from hf_lowmem.planner.step import EVALUATION
 from hf_lowmem.specs import check_choice, check_integer
 
 __all__ = ["PARALLEL", "spread"]
@@ -83,6 +84,8 @@ class _Sharding:
         values[GRADIENTS] = round(whole * self.ratio)
         if moment.phase == "optimizer":
             values[TEMPORARIES] = round(values[TEMPORARIES] * self.ratio)
+        elif moment.phase == EVALUATION:
+            values[BUFFERS] += self.gathered(moment)
         elif moment.phase in ("forward", "backward", KEPT):
             values[BUFFERS] += self.gathered(moment)
             values[GRADIENTS] += whole if self.accumulates else 0
@@ -94,7 +97,7 @@ class _Sharding:
         """Bytes of weights that are whole."""
         if moment.layer is None:
             return self.outside + self.head
-        following = moment.layer + (1 if moment.phase == "forward" else -1)
+        following = moment.layer + (-1 if moment.phase == "backward" else 1)
         prefetched = self.of_layer[following] if 0 <= following < len(self.of_layer) else 0
         return self.outside + self.of_layer[moment.layer] + prefetched
 

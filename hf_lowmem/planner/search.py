@@ -24,6 +24,7 @@ from hf_lowmem.planner.compose import Estimator
 from hf_lowmem.planner.explain import NothingFits
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import method_of
+from hf_lowmem.planner.modelled import check_modelled
 from hf_lowmem.planner.models import layer_count
 from hf_lowmem.planner.seek import STEP, Found, Search
 from hf_lowmem.planner.simulate import Plan, config_and_dtype, plan
@@ -104,17 +105,21 @@ def prepare(
     parallel: str | None = None,
     device: str = "cuda",
     progress: Callable[[str], None] = lambda message: None,
-    points: tuple[tuple[int, int], tuple[int, int]] | None = None,
+    points: tuple[tuple[int, int], ...] | None = None,
     **more: Any,
 ) -> Search:
     """All candidates, and what their estimates need, simulated. `points`: see `Estimator`; None for one and two rows
     of `max_length`. See `search` for the others."""
     began = time.perf_counter()
+    check_modelled(args, parallel=parallel)
     config, weights = config_and_dtype(model, args, dtype)
     method = method_of(args)
     if points is None:
         method.shape(args)  # which says what is wrong with max_length
         points = (1, args.max_length), (2, args.max_length)
+    longest_seen = points[1][1]
+    if method.has_documents(args):  # whose mask has the tokens squared
+        points = (*points, (2 * points[1][0], longest_seen))
     init = args.model_init_kwargs or {}
     asked = {"peft_config": peft_config, "world_size": world_size, "parallel": parallel, "progress": progress}
     estimator = Estimator(
@@ -136,7 +141,8 @@ def prepare(
 
     # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.
     stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
-    found = candidates(args, depth=layer_count(config), bf16_weights=stores)
+    parted = {"world_size": world_size, "parallel": parallel}
+    found = candidates(args, depth=layer_count(config), bf16_weights=stores, **parted)
     made = Search(estimator, make_plan, found, began)
-    made.weigh(points[1][1])
+    made.weigh(longest_seen)
     return made

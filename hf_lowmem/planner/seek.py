@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.choices import Choice, layers_by_tier
 from hf_lowmem.planner.compose import Estimator
 from hf_lowmem.planner.cost import Work, cost_a_token
@@ -117,7 +118,17 @@ class Search:
         ]
         if not self.found and refused:
             raise next(iter(refused.values()))
-        self.found = [c for c in self.found if self.estimate(c, tokens) is not None]
+        left = [c for c in self.found if self.estimate(c, tokens) is not None]
+        if not left:  # every rule left would be plain Adam's
+            optim, rank = self.found[0].optim, getattr(self.args, "lowmem_rank", None)
+            default = OPTIMIZERS[optim].DEFAULTS["rank"]
+            widest = max((min(s.shape) for s in self.estimator.shapes if s.trained and len(s.shape) > 1), default=0)
+            raise ValueError(
+                f"optim={optim!r} with lowmem_rank={rank!r}{f' (by default {default})' if rank is None else ''}: no "
+                f"weight of this model is larger than that in both directions (at most {widest}), so the rule would be "
+                f"plain Adam's and save nothing. Set lowmem_rank to less than {widest}, or set optim='adamw'."
+            )
+        self.found = left
 
     def in_order(self, tokens: int) -> tuple[list[Choice], dict[Choice, float]]:
         """By preference, and the cost of each."""

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from hf_lowmem import rules
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import Method, method_of
+from hf_lowmem.planner.modelled import check_modelled
 from hf_lowmem.planner.models import (
     DTYPES,
     Shape,
@@ -27,7 +29,7 @@ from hf_lowmem.planner.models import (
 from hf_lowmem.planner.outline import KEPT, ROUNDING, Moment, NotLinear, edge_of, extrapolate, highest, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
-from hf_lowmem.planner.step import IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
+from hf_lowmem.planner.step import EVALUATION, IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
 from hf_lowmem.specs import check_choice, check_integer
 
 __all__ = ["CUDA_CONTEXT", "Plan", "Point", "config_and_dtype", "plan"]
@@ -208,6 +210,7 @@ def plan(
         check_choice("implementation", implementation, IMPLEMENTATIONS)
     if (world_size > 1) != (parallel is not None):
         raise ValueError(f"world_size={world_size!r} with parallel={parallel!r}: set both, or neither for one process.")
+    rules.check(rules.Run.from_arguments(args).with_plan(world_size, parallel))
     init = args.model_init_kwargs or {}
     config, weights = config_and_dtype(model, args, dtype)
     quantization = quantization_of(config, quantization_config or init.get("quantization_config"))
@@ -216,6 +219,7 @@ def plan(
             "quantization_config: 4-bit weights are not trained, and their scales are not sharded. Set peft_config, "
             "and leave parallel='fsdp2' unset."
         )
+    check_modelled(args, parallel=parallel)
     job = _Job(
         config=config,
         args=args,
@@ -257,7 +261,7 @@ def plan(
         reserved_bytes=rounded + (CUDA_CONTEXT if device == "cuda" else 0),
         depths=depths,
         settings=_settings(config, args, job, world_size, parallel, device),
-        notes=job.notes,
+        notes=[*job.notes, *_notes(args, method)],
         seconds=time.perf_counter() - began,
     )
 
@@ -279,7 +283,7 @@ def config_and_dtype(
 def _with_prefetched(moment: Moment, shape: tuple[int, int], accumulation: int) -> Moment:
     """The trainer fetches all micro-batches of a step ahead; two of them were simulated."""
     missing = accumulation - MICRO_BATCHES
-    if missing <= 0:
+    if missing <= 0 or moment.phase == EVALUATION:
         return moment
     values = moment.values.copy()
     inputs = PARTS.index("inputs")
@@ -287,10 +291,24 @@ def _with_prefetched(moment: Moment, shape: tuple[int, int], accumulation: int) 
     return Moment(moment.mark, moment.phase, moment.layer, moment.inside, moment.before, values)
 
 
+def _notes(args: Any, method: Method) -> list[str]:
+    """What a plan assumes of the data, where it matters much."""
+    rows, tokens = method.shape(args)
+    notes = []
+    if method.has_documents(args):
+        notes.append(
+            f"a micro-batch is one row of {rows * tokens:,} tokens in several documents: the mask that keeps them "
+            "apart in sdpa and eager attention grows with the square of it; flash attention has none"
+        )
+    if getattr(args, "lowmem_share_prompt", False):
+        notes.append("prompts are taken to have no token in common, the most that a pair can need")
+    return notes
+
+
 def _module(moment: Moment, stack: str) -> str:
     if moment.layer is not None:
         return f"{stack}.{moment.layer}" + (f".{moment.inside}" if moment.inside else "")
-    if moment.phase not in ("forward", "backward", KEPT):
+    if moment.phase not in ("forward", "backward", KEPT, EVALUATION):
         return "all parameters"
     around = not moment.inside or stack.startswith(f"{moment.inside}.")
     return "the loss and its head" if around else moment.inside

@@ -37,13 +37,25 @@ from trl.trainer import dpo_trainer
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.pairs import check
 from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
 from hf_lowmem.planner.four_bit import parameter_like, state_of
 from hf_lowmem.planner.live import Live
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 
-__all__ = ["IMPLEMENTATIONS", "MICRO_BATCHES", "STEPS", "Measured", "quiet", "simulate_step", "weighed", "weighed_args"]
+__all__ = [
+    "EVALUATION",
+    "IMPLEMENTATIONS",
+    "MICRO_BATCHES",
+    "STEPS",
+    "Measured",
+    "quiet",
+    "simulate_step",
+    "weighed",
+    "weighed_args",
+]
 
+EVALUATION = "evaluation"  # the phase of a step in which a batch of the evaluation set is run
 STEPS = 2
 MICRO_BATCHES = 2
 IMPLEMENTATIONS = {
@@ -73,8 +85,8 @@ class Measured:
 class Phases(TrainerCallback):
     """Tells the log where in the step the trainer is, and what has become of the storages by then."""
 
-    def __init__(self, measured: Measured) -> None:
-        self.measured, self.live = measured, measured.live
+    def __init__(self, measured: Measured, evaluate: Callable[[], Any] | None) -> None:
+        self.measured, self.live, self.evaluate = measured, measured.live, evaluate
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if not self.measured.start:
@@ -93,6 +105,10 @@ class Phases(TrainerCallback):
         self.measured.states |= self.live.rows_of(t for state in states for t in tensors_in(state))
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        state: Any = args[1]
+        if state.global_step == STEPS and self.evaluate is not None:
+            self.live.phase(EVALUATION)
+            self.evaluate()
         self.measured.end = self.live.clock
 
 
@@ -109,7 +125,7 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for _ in range(self.count):
             batch = self.make()
-            self.measured.inputs |= self.measured.live.rows_of(batch.values())
+            self.measured.inputs |= self.measured.live.rows_of(tensors_in(batch))
             yield batch
 
 
@@ -159,6 +175,16 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             live.phase("clipping")
             return loss
 
+        def evaluate_once(self) -> None:
+            """A full batch of evaluation, between two steps."""
+            modes = {part: part.training for part in self.model.modules()}
+            self.model.eval()
+            batch = method.make_batch(self, evaluation=True)
+            measured.inputs.update(live.rows_of(tensors_in(batch)))
+            self.prediction_step(self.model, batch, prediction_loss_only=True)
+            for part, training in modes.items():
+                part.training = training
+
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             raise AssertionError("a simulated run writes nothing")
 
@@ -178,25 +204,7 @@ def _choose(optimizer: Any, implementation: str | None, args: Any) -> None:
 
 
 def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
-    """A copy of the arguments for a run of two steps that writes nothing, on the CPU.
-
-    Raises:
-        ValueError: for what would run but not be weighed.
-    """
-    for setting, reason in (
-        ("torch_compile", "a compiled step decides by itself what it saves and where it has temporaries"),
-        ("deepspeed", "DeepSpeed's engine allocates flat buffers of its own, which need its package and a GPU"),
-        ("use_liger_kernel", "liger's kernels run on a GPU alone"),
-        ("activation_offloading", "it needs a CUDA device's streams"),
-    ):
-        if getattr(args, setting, None):
-            raise ValueError(f"{setting}={getattr(args, setting)!r} cannot be planned: {reason}. Leave it unset.")
-    if getattr(args, "lowmem_reference", None) == "quantized":
-        raise ValueError(
-            "lowmem_reference='quantized' cannot be planned: the reference is quantised while it is loaded, from "
-            "weights that fake tensors do not have. Plan with lowmem_reference='precomputed', and add 4.13 bits a "
-            "linear weight and the embeddings."
-        )
+    """A copy of the arguments for a run of two steps that writes nothing, on the CPU."""
     args = copy.copy(args)
     changes: dict[str, Any] = {
         "output_dir": folder,
@@ -217,13 +225,13 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
         "use_cache": False,
         "model_init_kwargs": None,
         "fsdp": type(args.fsdp)() if not isinstance(args.fsdp, bool) else False,
-        # The batch is of full rows already; packing and padding_free only say how rows are filled.
-        "packing": False,
-        "eval_packing": None,
-        "padding_free": False,
+        # All tokens of a planned batch are trained on, and the data set of one row has no turns to choose from.
+        "assistant_only_loss": False,
+        "completion_only_loss": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "chat_template_path": None,
         "eos_token": None,
+        "ref_model_sync_steps": 1,  # what happens now and then happens in each of the two steps
         "lowmem_budget": None,  # this is what a search runs
         # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
         "lowmem_update_gap": 1 if "update_gap" in getattr(OPTIMIZERS.get(args.optim), "DEFAULTS", {}) else None,
@@ -314,7 +322,9 @@ def simulate_step(
     Raises:
         CannotSimulate: naming the operation and the module, where what the step does depends on values.
     """
-    live = Live(invent_numbers=True)
+    # sdpa and eager attention keep documents apart by a mask; the kernels that sdpa may stand for need none.
+    masks = attention in (None, "sdpa", "eager")
+    live = Live(invent_numbers=True, documents=masks and method.has_documents(args))
     measured = Measured(live)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
@@ -324,6 +334,7 @@ def simulate_step(
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         if accelerator:
             stack.enter_context(as_on_accelerator())
+        stack.enter_context(mock.patch.object(check, "sharing_error", return_value=(0.0, 0.0)))  # tried by numbers
         # A reference is loaded from where the policy came from, which here is its config; and nothing can be hashed.
         reference = lambda *args, **kwargs: make_model(config, dtype, attention).eval()  # noqa: E731
         stack.enter_context(mock.patch.object(dpo_trainer, "create_model_from_path", reference))
@@ -334,7 +345,8 @@ def simulate_step(
             cls = weighed(method, measured, implementation)
             trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.columns), token_maker())
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(Phases(measured))
+            evaluates = args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+            trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None))
             trainer.train()
             measured.end = live.clock
     return measured

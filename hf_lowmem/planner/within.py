@@ -10,15 +10,16 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 
-from hf_lowmem.compatibility import FSDP1_REFUSED, deepspeed_asked, fsdp_asked
+from hf_lowmem import rules
 from hf_lowmem.planner.live import CannotSimulate
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.search import search
+from hf_lowmem.rules.run import fsdp_asked
+from hf_lowmem.rules.table import BY_HAND
 
 __all__ = ["within_budget"]
 
 logger = logging.getLogger(__name__)
-LEAVE = "or leave lowmem_budget unset and choose the settings with `hf-lowmem plan`"
 
 
 def within_budget(trainer: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -76,24 +77,10 @@ def _check(trainer: Any, args: Any, given: dict[str, Any], label: str) -> None:
         known = " or ".join(f"{m.name} with {m.config}" for m in METHODS.values())
         raise ValueError(
             f"{label} with {name} and {type(args).__name__}: only the steps of {known} can be planned. Take one "
-            f"of them, {LEAVE}."
+            f"of them, {BY_HAND}."
         )
     passed = [k for k in ("optimizers", "optimizer_cls_and_kwargs") if any(given.get(k) or ())]
-    if passed:
-        raise ValueError(
-            f"{label} with {passed[0]}=: what an optimizer of yours takes is not known. Set optim instead, {LEAVE}."
-        )
-    if deepspeed_asked(args):
-        asked = deepspeed_asked(args)
-        raise ValueError(f"{label} with {asked}: DeepSpeed's engine cannot be planned. Use FSDP2, {LEAVE}.")
-    version = os.environ.get("FSDP_VERSION", "1")
-    if fsdp_asked(args) and not getattr(args, "fsdp", None) and version != "2":
-        raise ValueError(f"{label} with FSDP_VERSION={version}: {FSDP1_REFUSED}")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{label} with {args.n_gpu} visible GPUs in one process: DataParallel cannot be planned. Make one GPU "
-            "visible, or start a process a GPU with `accelerate launch` or `torchrun`."
-        )
+    rules.check(rules.Run.from_arguments(args).knowing(passed=f"{passed[0]}=" if passed else None))
 
 
 def _model(model: Any, peft_config: Any, label: str) -> dict[str, Any]:
@@ -107,6 +94,6 @@ def _model(model: Any, peft_config: Any, label: str) -> dict[str, Any]:
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(
             f"{label}: a {type(model).__name__} has no config of transformers to plan from. Pass a model of "
-            f"transformers or its name, {LEAVE}."
+            f"transformers or its name, {BY_HAND}."
         )
     return {"model": config, "peft_config": peft_config, "dtype": model.dtype}

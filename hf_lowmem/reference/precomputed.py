@@ -1,7 +1,7 @@
 """Reference log-probabilities, computed in one pass before training and looked up by pair."""
 
-import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,37 +10,59 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hf_lowmem.losses.collate import pair_keys
 
-__all__ = ["ReferenceLogps", "read_stream"]
+__all__ = ["ReferenceLogps", "ReferenceRecord", "read_stream"]
+
+logger = logging.getLogger(__name__)
 
 
 class ReferenceLogps:
     """Reference log-probabilities by pair, for datasets to which no column can be added: see `read_stream`.
 
     Fields, sorted by key: `keys` (N,) int64, and `values` (N, 2) fp32, of the chosen and the rejected answer in nats.
-    They stay on the host. The file is keyed by the reference's weights, so that a restart reads it and a changed model
-    does not.
+    They stay on the host. The file is named by the reference's identity (`hf_lowmem.reference.identity`), so that a
+    restart reads it and whatever would change a number does not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.keys = torch.empty(0, dtype=torch.int64)
         self.values = torch.empty(0, 2)
 
     @classmethod
-    def of_model(cls, args: Any, model_hash: str) -> "ReferenceLogps":
-        """The table of one reference in `output_dir`, with what an earlier run left there, equal on every rank."""
-        identity = hashlib.sha256(f"{model_hash} ld_alpha={args.ld_alpha}".encode()).hexdigest()
-        table = cls(Path(args.output_dir) / f"reference_logps_{identity[:16]}.safetensors")
-        found = [load_file(table.path) if table.path.exists() else None]  # rank 0's: the folder may be its own
+    def of_reference(cls, folder: str | None, identity: str | None) -> "ReferenceLogps":
+        """The table of one reference, with what an earlier run left in `folder`, equal on every rank; without an
+        identity, one that has no file."""
+        known = identity is not None and folder is not None
+        table = cls(Path(folder) / f"reference_logps_{identity[:16]}.safetensors" if known else None)
+        found = [table.read()]  # rank 0's: the folder may be its own
         broadcast_object_list(found, from_process=0)
         if found[0] is not None:
-            table.keys, table.values = found[0]["keys"], found[0]["values"]
+            table.keys, table.values = found[0]
         return table
+
+    def read(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the file; None where there is none that can be used."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            found = load_file(self.path)
+            keys, values = found["keys"], found["values"]
+        except (SafetensorError, OSError, KeyError) as error:
+            logger.warning("%s cannot be read, so it is computed again: %s", self.path, error)
+            return None
+        kinds = keys.dtype, values.dtype, tuple(values.shape)
+        if kinds != (torch.int64, torch.float32, (len(keys), 2)) or (len(keys) > 1 and not (keys.diff() > 0).all()):
+            logger.warning("%s is no table of log-probabilities, so it is computed again.", self.path)
+            return None
+        return keys, values
 
     def find(self, keys: list[int]) -> tuple[Tensor, Tensor]:
         """Positions of `keys` in the table, (B,), and which of them are there, (B,) bool."""
@@ -93,10 +115,33 @@ class ReferenceLogps:
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         save_file({"keys": self.keys, "values": self.values}, unfinished)
         os.replace(unfinished, self.path)
+
+
+class ReferenceRecord(TrainerCallback, ExportableState):
+    """Writes into each checkpoint which weights the reference has, so that a resumed run cannot take others."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"digest": self.digest}, "attributes": {}}
+
+    @staticmethod
+    def check(saved: dict[str, Any], digest: str | None) -> None:
+        """Raise if a checkpoint's record, `saved`, is of another reference than the one with `digest`."""
+        before = saved.get("args", {}).get("digest")
+        if None not in (before, digest) and before != digest:
+            raise ValueError(
+                "resume_from_checkpoint with lowmem_reference='precomputed': the run was started with another "
+                "reference than this one, so its loss would change. Pass the model that the run was started from (the "
+                "checkpoint's weights are put in by themselves), or start another run from the checkpoint."
+            )
 
 
 def read_stream(trainer: Any, dataset: Any, table: ReferenceLogps) -> None:

@@ -6,21 +6,25 @@ hf_lowmem:
   optim: adamw
   lowmem_state: 8bit
   lowmem_weights: bf16_sr
-  lowmem_activations: fp8
+  lowmem_activations: checkpoint_fp8
 ```
 
 Put this folder on PYTHONPATH. The section holds the fields of `hf_lowmem.plugin.LowMemPlugin`; learning rate, weight
 decay and seed come from axolotl's own settings, and setting them here as well is an error.
 """
 
+import os
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]
 from pydantic import BaseModel
 
+from hf_lowmem import rules
 from hf_lowmem.activations import convert
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.rules import deepspeed
+from hf_lowmem.rules.run import default_fsdp_version
 
 THEIRS = ("learning_rate", "weight_decay")
 
@@ -41,7 +45,50 @@ def settings(cfg: Any, **theirs: Any) -> LowMemPlugin | None:
             raise ValueError(
                 f"hf_lowmem: {name}={section[name]!r}: axolotl has a setting of that name, which is used. Set it there."
             )
-    return LowMemPlugin.from_section("hf_lowmem", section | theirs)
+    plugin = LowMemPlugin.from_section("hf_lowmem", section | theirs)
+    rules.check(facts(cfg, plugin), "hf_lowmem")
+    return plugin
+
+
+def facts(cfg: Any, plugin: LowMemPlugin) -> rules.Run:
+    """What axolotl's configuration says of the run."""
+
+    def get(name: str) -> Any:
+        return getattr(cfg, name, None)
+
+    sharded, zero, processes = get("fsdp_config") or {}, get("deepspeed"), int(os.environ.get("WORLD_SIZE", "1"))
+    engine = "deepspeed" if zero else "fsdp" if get("fsdp") or sharded else "ddp" if processes > 1 else "single"
+    version = get("fsdp_version") or sharded.get("fsdp_version") or default_fsdp_version()
+    if isinstance(zero, str):
+        zero = deepspeed.from_yaml("hf_lowmem", {"deepspeed_config": {"deepspeed_config_file": zero}})
+    names = ("gradient_checkpointing", "gradient_accumulation_steps", "max_grad_norm", "torch_compile", "fp16")
+    said = {name: f"{name}={get(name)!r}" for name in names}
+    return rules.Run.from_arguments(plugin).knowing(
+        {
+            "engine": f"deepspeed={get('deepspeed')!r}",
+            "fsdp_version": f"fsdp_version={version!r}",
+            "processes": f"WORLD_SIZE={processes}",
+            "precision": said["fp16"],
+            "accumulation": said["gradient_accumulation_steps"],
+            "compile": said["torch_compile"],
+            "checkpointing": said["gradient_checkpointing"],
+            "reentrant": f"gradient_checkpointing_kwargs={get('gradient_checkpointing_kwargs')!r}",
+            "liger": "liger's plugin",
+        },
+        clips="axolotl",
+        engine=engine,
+        fsdp_version=version if engine == "fsdp" else None,
+        zero=zero or None,
+        processes=processes,
+        precision="fp16" if get("fp16") else None,
+        accumulation=get("gradient_accumulation_steps"),
+        compile=bool(get("torch_compile")),
+        checkpointing=bool(get("gradient_checkpointing")),
+        reentrant=bool((get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")),
+        offload=bool(get("activation_offloading")),
+        liger=any("liger" in str(name).lower() for name in get("plugins") or ()),
+        max_grad_norm=get("max_grad_norm"),
+    )
 
 
 class HfLowmemPlugin(BasePlugin):
@@ -57,25 +104,13 @@ class HfLowmemPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         plugin = settings(cfg)
         spec = None if plugin is None else plugin.lowmem_activation_spec()
-        if spec is None:
-            return
-        if getattr(cfg, "gradient_checkpointing", None):
-            raise ValueError(
-                f"gradient_checkpointing={cfg.gradient_checkpointing!r} cannot be combined with hf_lowmem: "
-                f"lowmem_activations={spec.tiers!r}: nothing would be left to compress. Leave it out; 'checkpoint_fp8' "
-                "is a tier."
-            )
-        convert(model, spec)
+        if spec is not None:
+            convert(model, spec)
 
     def create_optimizer(self, cfg: Any, trainer: Any) -> Any:
-        args = trainer.args
-        plugin = settings(cfg, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
-        if plugin is None or plugin.optim not in OPTIMIZERS:
+        asked, args = settings(cfg), trainer.args
+        if asked is None or asked.optim not in OPTIMIZERS:
             return None
-        if plugin.lowmem_step_in_backward:
-            raise ValueError(
-                "hf_lowmem: lowmem_step_in_backward=True is not supported under axolotl, which clips gradients "
-                "after the backward pass. Leave it unset."
-            )
+        plugin: Any = settings(cfg, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         plugin.seed = args.seed
         return plugin.make_optimizer(trainer.model)

@@ -1,6 +1,6 @@
 """LLaMA-Factory with hf_lowmem's optimizers and saved activations.
 
-    HF_LOWMEM_CONFIG='{"optim": "adamw", "lowmem_state": "8bit", "lowmem_activations": "fp8"}' \\
+    HF_LOWMEM_CONFIG='{"optim": "adamw", "lowmem_state": "8bit", "lowmem_activations": "checkpoint_fp8"}' \\
         python integrations/llamafactory/train.py examples/train_full/llama3_full_sft.yaml
 
 LLaMA-Factory has no door for an optimizer from outside. It builds its own in one function, which every stage imports by
@@ -12,31 +12,28 @@ LLaMA-Factory's own settings.
 import sys
 from typing import Any
 
-from hf_lowmem import LowMemCallback, section
+from hf_lowmem import LowMemCallback, rules, section
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.plugin import LowMemPlugin
 
 
 def optimizer_for(model: Any, training_args: Any) -> Any:
     """Ours, by HF_LOWMEM_CONFIG; None where it names none."""
+    if LowMemPlugin.from_env().optim not in OPTIMIZERS:
+        return None
     values = section.from_env() | {
         "learning_rate": training_args.learning_rate,
         "weight_decay": training_args.weight_decay,
     }
     plugin = LowMemPlugin.from_section(section.VARIABLE, values)
-    if plugin.optim not in OPTIMIZERS:
-        return None
-    if plugin.lowmem_step_in_backward:
-        raise ValueError(
-            "lowmem_step_in_backward=True is not supported under LLaMA-Factory, which clips gradients after "
-            "the backward pass. Leave it unset."
-        )
+    run = rules.Run.from_arguments(training_args).asking(rules.Run.from_arguments(plugin))
+    rules.check(run.knowing(clips="LLaMA-Factory"))
     plugin.seed = training_args.seed
     return plugin.make_optimizer(model)
 
 
 def main() -> None:
-    plugin = LowMemPlugin.from_env()
+    tiers = LowMemPlugin.from_env().lowmem_activations
     from llamafactory.train import trainer_utils  # pyright: ignore[reportMissingImports]
 
     theirs = trainer_utils.create_custom_optimizer
@@ -48,7 +45,6 @@ def main() -> None:
     trainer_utils.create_custom_optimizer = create_custom_optimizer
     from llamafactory.train.tuner import run_exp  # pyright: ignore[reportMissingImports]
 
-    tiers = plugin.lowmem_activations
     run_exp(callbacks=[LowMemCallback(tiers)] if tiers is not None else None)
 
 

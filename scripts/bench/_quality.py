@@ -49,6 +49,7 @@ SIZE: dict[str, Any] = {
     "weight_decay": 0.1,
     "clip": 1.0,
 }
+LONG = SIZE | {"plays": 33, "steps": 5000}
 SMOKE = SIZE | {
     "plays": 1,
     "heldout_plays": 1,

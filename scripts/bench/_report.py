@@ -129,6 +129,26 @@ def quality_tables(scores: Scores) -> Iterator[str]:
             yield table(comparison.title, [*heads, f"within {comparison.limit} %"], rows)
 
 
+def long_table(record: Record, size: dict[str, Any]) -> str:
+    """The runs of `--part long`, each beside fp32 states at the same seed."""
+    runs = {(r["setting"], r["seed"]): r for r in record.rows.values() if r["size"] == size}
+    rows = []
+    for setting in dict.fromkeys(name for name, _ in runs):
+        pairs = [(r, runs.get(("adamw fp32", seed))) for (name, seed), r in runs.items() if name == setting]
+        cells = [setting, f"{pairs[0][0]['state_bytes_per_parameter']:.3f}", str(len(pairs))]
+        for loss in ("heldout_loss", "train_loss"):
+            found = [(r[loss], other and other[loss]) for r, other in pairs]
+            if any(ours is None or not theirs for ours, theirs in found):
+                cells += ["diverged or not finished", ""]
+                continue
+            mean, error = mean_and_error([100 * (ours / theirs - 1) for ours, theirs in found])
+            cells.append(f"{statistics.fmean(ours for ours, _ in found):.4f}")
+            cells.append("" if setting == "adamw fp32" else f"{mean:+.3f} ± {'?' if error is None else f'{error:.3f}'}")
+        rows.append(cells)
+    heads = ["setting", "state B/param", "seeds", "held-out loss", "difference, %", "training loss", "difference, %"]
+    return table(f"{size['steps']:,} steps, against fp32 states", heads, rows)
+
+
 def tuning_table(record: Record, size: dict[str, Any]) -> str:
     rows = []
     for method in CODECS:

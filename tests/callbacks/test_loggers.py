@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerState
 
 from hf_lowmem import LowMemCallback, LowMemTrainer, LowMemTrainingArguments, MemoryReportCallback
 from hf_lowmem.callbacks import MemoryReportCallback as FromCallbacks
+from hf_lowmem.cards.report import read_report
 from tests.callbacks.runs import data, llama, nothing_is_left, trainer_of
 
 PARTS = ("weights", "trainable", "gradients", "optimizer", "saved")
@@ -132,15 +133,17 @@ def reporters(trainer: Any) -> list[MemoryReportCallback]:
     return [c for c in trainer.callback_handler.callbacks if isinstance(c, MemoryReportCallback)]
 
 
-def test_our_trainers_report_unasked(tmp_path, capsys):
+def test_our_trainers_report_unasked_and_leave_the_logs_alone(tmp_path, capsys):
     logger = Logger()
     trainer = ours(tmp_path, logger)
     assert not reporters(trainer)
     trainer.train()
-    trainer.train()
+    result = trainer.train()
     (reporter,) = reporters(trainer)
     assert trainer.callback_handler.callbacks[0] is reporter
-    assert logger.memory()[0][1]["memory/saved_gib"] == reporter.report["saved"] / 2**30 > 0
+    assert read_report(tmp_path)["trainings"][0]["memory"]["saved"] == reporter.report["saved"] > 0
+    assert not any(row for _, row in logger.memory())
+    assert not [name for row in [result.metrics, *trainer.state.log_history] for name in row if "mem" in name]
     assert "kept in memory" not in capsys.readouterr().out
 
 

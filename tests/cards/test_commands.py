@@ -138,6 +138,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("nothing", "", "is not a run: it has neither lowmem_report.json nor trainer_state.json"),
     (REPORT, "{", "is damaged"),
     (REPORT, b"\xff\xfe\x00", "is damaged"),
+    (REPORT, b"[" * 100_000, "is damaged"),
+    ("trainer_state.json", b'{"a":' * 100_000, "is damaged"),
     (REPORT, [], "is not a report of hf_lowmem"),
     (REPORT, {"hello": 1}, "is not a report of hf_lowmem"),
     (REPORT, made_up(format=2), "has format 2, and this version of hf_lowmem reads 1. Upgrade"),

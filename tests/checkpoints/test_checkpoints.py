@@ -1,10 +1,12 @@
 """What a checkpoint must be to be loaded: whole, unchanged, and without objects that only code could rebuild."""
 
+import io
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -118,27 +120,37 @@ def test_shards_that_carry_code_are_refused(run: Path) -> None:
         verify(folder)
 
 
-class ByGetattr:
-    """Pickled as some versions of Python pickle the members of enums."""
+class ByGetattr(pickle.Pickler):
+    """Pickles the members of enums as some versions of Python do; `asked` stands in for what they ask for."""
 
-    def __init__(self, *asked: Any) -> None:
-        self.asked = asked
+    asked: tuple[Any, ...] | None = None
 
-    def __reduce__(self) -> Any:
-        return getattr, self.asked
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, self.asked or (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def by_getattr(described: Any, *asked: Any) -> bytes:
+    file = io.BytesIO()
+    pickler = ByGetattr(file)
+    pickler.asked = asked or None
+    pickler.dump(described)
+    return file.getvalue()
 
 
 def test_members_of_enums_may_be_asked_for_by_getattr_and_nothing_else(run: Path) -> None:
+    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageMeta
 
     folder = run / "checkpoint-6"
-    (folder / "shards").mkdir()
+    dcp.save({"a": torch.ones(3), "step": 3}, checkpoint_id=folder / "shards", no_dist=True)
     metadata = folder / "shards" / ".metadata"
-    metadata.write_bytes(pickle.dumps(ByGetattr(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")))
+    described = pickle.loads(metadata.read_bytes())
+    metadata.write_bytes(by_getattr(described))
+    assert b"getattr" in metadata.read_bytes()
     write_manifest(folder)
     verify(folder)
     for asked in ((StorageMeta, "__init__"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__class__")):
-        metadata.write_bytes(pickle.dumps(ByGetattr(*asked)))
+        metadata.write_bytes(by_getattr(described, *asked))
         write_manifest(folder)
         with pytest.raises(BadCheckpoint, match=rf"\.metadata is not the description of shards.*{asked[1]}"):
             verify(folder)

@@ -45,7 +45,7 @@ def test_expand_equals_its_definition(kind: str, signed: bool) -> None:
     enc = encoded(EXPAND, x, signed)
     a = enc["scale" if signed else "uscale"]
     magnitude = x.abs().double()
-    assert torch.equal(a, magnitude.amax(1).float().clamp(SMALLEST_A, BF16_MAX).bfloat16())
+    assert torch.equal(a, magnitude.amax(1).float().clamp(min=SMALLEST_A))
 
     b = torch.where(magnitude > 0, magnitude, torch.inf).amin(1).clamp(min=SMALLEST_B)
     binades = (a.double() / b).log2().clamp(min=1e-9)
@@ -138,8 +138,9 @@ def test_expand_is_the_codec_for_a_second_moment(sigma: float) -> None:
 
 def test_expand_takes_fewer_bytes_than_coat() -> None:
     numel = 128 * 1000
-    assert EXPAND.nbytes(numel) == numel + 3 * 1000
-    assert EXPAND.nbytes(numel) / numel < 1 + 12 / 128  # three fp32 a group
+    for signed in (True, False):
+        assert EXPAND.nbytes(numel, signed=signed) == numel + 5 * 1000
+        assert EXPAND.nbytes(numel, signed=signed) / numel < 1 + 12 / 128  # three fp32 a group
 
 
 def test_a_table_is_built_once_a_device() -> None:

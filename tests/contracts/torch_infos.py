@@ -71,6 +71,13 @@ INFOS = [
 CASES = [(info, i) for info in INFOS for i in info.optim_inputs_func(device="cpu")]
 every_class = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 every_input = pytest.mark.parametrize(("info", "case"), CASES, ids=[f"{o.name}-{i.desc}" for o, i in CASES])
+# Nothing at its default. For what does not hang on one setting: a file, a copy, a step without gradients.
+EVERYTHING = {"lr": torch.tensor(1e-3), "weight_decay": 0.1, "betas": (0.7, 0.8)}
+TOGETHER = [
+    (info, OptimizerInput(None, info.optim_inputs_func(device="cpu")[0].kwargs | EVERYTHING, "all"))  # type: ignore[arg-type]
+    for info in INFOS
+]
+all_at_once = pytest.mark.parametrize(("info", "case"), TOGETHER, ids=[info.name for info, _ in TOGETHER])
 
 
 class Problem:

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, *words: str, module: str = "tests.dist.worker", seconds: int = 900) -> list[str]:
+def launch(processes: int, *words: str, module: str = "tests.dist.worker", seconds: int = 3600) -> list[str]:
     """What the worker printed as "passed ...", one entry a line.
 
     gloo may end a process with "terminate called without an active exception" after everything has passed, so the exit

@@ -30,7 +30,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
         folder = base / str(world)
         folder.mkdir()
         command = [*launch, "-m", "tests.dpo.worker", str(folder), "4"]
-        done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=3600)
         files = [folder / f"found-{rank}.json" for rank in range(world)]
         # gloo may complain when the processes end, after everything has passed: the files say what counts.
         assert all(f.exists() for f in files), done.stderr[-3000:]

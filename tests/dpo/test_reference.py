@@ -189,7 +189,8 @@ def test_keys_see_what_a_pair_is_and_nothing_else() -> None:
 
 
 def test_the_table_by_itself(tmp_path: Path) -> None:
-    table = ReferenceLogps(tmp_path / "deep" / "table.safetensors")
+    path = tmp_path / "deep" / "table.safetensors"
+    table = ReferenceLogps(path)
     assert table.find([4])[1].tolist() == [False]
     rows = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6], [1, 2, 7], [1, 2, 8]])
     ones = torch.ones_like(rows)
@@ -201,7 +202,7 @@ def test_the_table_by_itself(tmp_path: Path) -> None:
     assert got["ref_chosen_logps"].tolist() == [-3.5, -2.5, -1.5]
     assert got["ref_rejected_logps"].tolist() == [-4.5, -3.5, -2.5]
     table.save()
-    assert [p.name for p in table.path.parent.iterdir()] == ["table.safetensors"]
+    assert [p.name for p in path.parent.iterdir()] == ["table.safetensors"]
 
 
 STREAMED: dict[str, Any] = {"lowmem_reference": "precomputed", "train": stream}

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +58,32 @@ def test_axolotl_settings_that_cannot_be_are_refused(axolotl: Any) -> None:
     with pytest.raises(ValueError, match="gradient_checkpointing=True cannot be combined"):
         plugin.post_model_load(cfg(lowmem_activations="fp8"), tiny_llama())
     assert plugin.create_optimizer(SimpleNamespace(hf_lowmem=None), SimpleNamespace(args=ARGS)) is None
+
+
+def test_the_axolotl_glue_without_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own lines, where axolotl's two names stand for it."""
+    base = ModuleType("axolotl.integrations.base")
+    base.BasePlugin = object  # type: ignore[attr-defined]
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    monkeypatch.delitem(sys.modules, "hf_lowmem_axolotl", raising=False)
+    monkeypatch.syspath_prepend(str(ROOT / "axolotl"))
+    import hf_lowmem_axolotl  # pyright: ignore[reportMissingImports]
+
+    plugin, model = hf_lowmem_axolotl.HfLowmemPlugin(), tiny_llama()
+    trainer = SimpleNamespace(args=ARGS, model=model)
+    both = SimpleNamespace(hf_lowmem={"optim": "adamw", "lowmem_activations": "exact"}, bf16=True, max_grad_norm=1.0)
+    plugin.register(both)
+    plugin.post_model_load(both, model)
+    assert "forward" in vars(model.model.layers[0])
+    optimizer = plugin.create_optimizer(both, trainer)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+    assert plugin.create_optimizer(SimpleNamespace(hf_lowmem={"lowmem_activations": "exact"}), trainer) is None
+    for name, value in (("learning_rate", 1), ("optimiser", "adamw")):
+        with pytest.raises(ValueError, match=rf"hf_lowmem: (field=)?'?{name}"):
+            plugin.register(SimpleNamespace(hf_lowmem={"optim": "adamw", name: value}))
+    sys.modules.pop("hf_lowmem_axolotl", None)
 
 
 def test_llamafactory_is_handed_our_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:

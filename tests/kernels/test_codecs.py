@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs import CODECS, KernelCodec
+from hf_lowmem.codecs import CODECS, Dither, KernelCodec
 from hf_lowmem.kernels import use_kernels
 from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, reference, tables, through_op
 from hf_lowmem.kernels.codecs.weights import round_stochastic
@@ -71,19 +71,22 @@ def test_on_a_cpu_only_a_forced_triton_passes_the_operator() -> None:
 
 
 @each_kind
-def test_the_operators_in_one_compiled_graph(name: str, signed: bool) -> None:
+@pytest.mark.parametrize("dither", [None, Dither(2**40 + 1, 7)], ids=["nearest", "random"])
+def test_the_operators_in_one_compiled_graph(name: str, signed: bool, dither: Dither | None) -> None:
     torch.compiler.reset()
     x = data((300,), signed)
     enc = CODECS[name].init(x, signed=signed)
     codes, scalars = enc["codes"], [v for k, v in enc.items() if k != "codes"]
 
+    seed, offset = dither or (None, 0)
+
     def step(x: Tensor, codes: Tensor, scalars: list[Tensor]) -> Tensor:
-        ENCODE_STATE(x * 2, codes, scalars, name, signed)
+        ENCODE_STATE(x * 2, codes, scalars, name, signed, seed, offset)
         return DECODE_STATE(codes, scalars, name, signed) + 1
 
     got = torch.compile(step, backend="aot_eager", fullgraph=True)(x, codes, scalars)
     want_enc = CODECS[name].init(x, signed=signed)
-    CODECS[name].encode_(want_enc, x * 2)
+    CODECS[name].encode_(want_enc, x * 2, dither)
     assert torch.equal(codes, want_enc["codes"])
     assert torch.equal(got, CODECS[name].decode(want_enc, x.shape) + 1)
 
@@ -129,7 +132,7 @@ def test_the_second_moment_of_a_softsign_takes_the_nearest_step() -> None:
     x = torch.cat(
         [torch.ones(u.shape[0] // 63 + 1, 1), torch.nn.functional.pad(u, (0, -u.numel() % 63)).view(-1, 63)], 1
     )
-    codes, scale = reference.softsign_encode(x, False)
+    codes, scale = reference.softsign_encode(x, False, None)
     assert (scale == 1).all()
     root = x.double().sqrt()
     y = (1 + tables.SOFTNESS) * root / (root + tables.SOFTNESS) * tables.STEPS[False]

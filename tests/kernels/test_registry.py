@@ -77,7 +77,7 @@ def test_triton_that_cannot_run_is_an_error_that_says_why(
     x: Tensor, interpret: str, installed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    monkeypatch.setattr(registry, "_has_triton", lambda: installed)
+    monkeypatch.setattr(registry, "has_triton", lambda: installed)
     assert DOUBLE.pick(x) is double  # "auto" takes the reference, without a word
     with (
         use_kernels("triton"),

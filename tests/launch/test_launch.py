@@ -17,6 +17,7 @@ from hf_lowmem import section
 from hf_lowmem.cli import main
 
 ROOT = Path(__file__).parents[2]
+WORKER = ["-m", "hf_lowmem.worker"]
 FILES = sorted((ROOT / "integrations" / "accelerate").glob("*.yaml"))
 
 SCRIPT = """
@@ -32,7 +33,7 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 """
 
 
-def run(*arguments: str, seconds: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, seconds: int = 3600, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, "-m", "hf_lowmem.cli", "launch", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
@@ -45,10 +46,11 @@ def test_every_file_that_we_ship_starts_what_it_says(file: Path, monkeypatch: py
 
     def take_over(options: Any) -> None:  # torchrun's
         words = [options.training_script, *options.training_script_args]
-        started.append({"processes": int(options.nproc_per_node), "words": words, "env": dict(os.environ)})
+        found = {"processes": int(options.nproc_per_node), "words": words, "env": dict(os.environ)}
+        started.append(found | {"module": options.module})
 
     def open_process(words: list[str], env: dict[str, str]) -> mock.Mock:
-        started.append({"processes": 1, "words": words[1:], "env": env})
+        started.append({"processes": 1, "words": words[1:], "env": env, "module": False})
         return mock.Mock(returncode=0)
 
     monkeypatch.setattr(torch.distributed.run, "run", take_over)
@@ -63,7 +65,8 @@ def test_every_file_that_we_ship_starts_what_it_says(file: Path, monkeypatch: py
     content = yaml.safe_load(file.read_text())
     env, engine = found["env"], content["distributed_type"]
     assert found["processes"] == content["num_processes"]
-    assert found["words"] == ["script.py", "--flag"]
+    assert found["words"] in ([*WORKER, "script.py", "--flag"], [WORKER[1], "script.py", "--flag"])
+    assert found["module"] or found["words"][0] == "-m"
     assert json.loads(env[section.VARIABLE]) == content[section.KEY]
     assert env["ACCELERATE_MIXED_PRECISION"] == content["mixed_precision"]
     assert env.get("ACCELERATE_USE_CPU", "false").lower() == "false"
@@ -83,7 +86,7 @@ def test_one_gpu_starts_one_process(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     done = run("--config_file", "integrations/accelerate/one_gpu.yaml", str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "0.json").read_text()) == [1, "adamw", "8bit", "fp8", []]
+    assert json.loads((tmp_path / "0.json").read_text()) == [1, "adamw", "8bit", "checkpoint_fp8", []]
 
 
 @pytest.mark.dist

@@ -90,7 +90,7 @@ def test_a_bad_gradient_in_one_part_leaves_all_of_them(monkeypatch: pytest.Monke
         fill(model, 9, bad=True)
         optimizer.step()
         after = bits(model, optimizer)
-        changed = {k for k, v in after.items() if isinstance(v, torch.Tensor) and not torch.equal(v, before[k])}
+        changed = {k for k, v in after.items() if not torch.equal(v, before[k])} - {"0.step", "1.step"}
         assert changed
         assert "vector" not in changed
         assert not any(k.startswith("1.") for k in changed)

@@ -60,7 +60,7 @@ def test_agrees_with_the_formula(shape: tuple[int, ...], size: float, clipped: b
     if len(shape) == 3:
         start = start * torch.tensor([0.1, 1.0, 30.0])[:, None, None]  # the last expert's norm is above 10
     p = nn.Parameter(start.clone())
-    optimizer = Lamb([p], weight_decay=weight_decay, **SETTINGS)
+    optimizer = Lamb([p], weight_decay=weight_decay, experts=len(shape) == 3, **SETTINGS)
     parts = [start[i] for i in range(3)] if len(shape) == 3 else [start]
     truth = [part.double() for part in parts]
     formulas = [Formula(weight_decay=weight_decay, **SETTINGS) for _ in parts]

@@ -99,7 +99,7 @@ def test_a_batch_is_its_matrices_one_by_one() -> None:
     shape = (3, 20, 12)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(99))
     batch, single = nn.Parameter(start.clone()), [nn.Parameter(x.clone()) for x in start]
-    whole, apart = Soap([batch], lr=3e-3), Soap(single, lr=3e-3)
+    whole, apart = Soap([batch], lr=3e-3, experts=True), Soap(single, lr=3e-3)
     for step in range(STEPS):
         batch.grad = gradient(shape, step)
         for p, g in zip(single, batch.grad.unbind(), strict=True):
@@ -238,7 +238,7 @@ def test_a_bad_first_gradient_leaves_adam_until_the_first_refresh(
     shape = (2, 12, 9)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     p, flat = nn.Parameter(start.clone()), nn.Parameter(start.flatten())
-    one, adam = Soap([p], lr=0.01), Soap([flat], lr=0.01)
+    one, adam = Soap([p], lr=0.01, experts=True), Soap([flat], lr=0.01)
     p.grad = torch.full(shape, math.nan)
     one.step()
     assert torch.equal(p, start)
@@ -262,7 +262,7 @@ def test_the_basis_of_a_bad_gradient_does_not_raise(bad: float) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [
+    [  # three dimensions: as experts
         ((96, 96), 24 * 96**2),
         ((40, 24), 8 * 40 * 24 + 8 * (40**2 + 24**2)),
         ((3, 20, 30), 3 * (8 * 20 * 30 + 8 * (20**2 + 30**2))),
@@ -275,17 +275,17 @@ def test_the_basis_of_a_bad_gradient_does_not_raise(bad: float) -> None:
 )
 def test_bytes_are_foretold(shape: tuple[int, ...], expected: int) -> None:
     p = nn.Parameter(torch.zeros(shape))
-    optimizer = Soap([p])
+    optimizer = Soap([p], experts=True)
     p.grad = torch.ones(shape)
     optimizer.step()
-    assert optimizer_bytes(optimizer) == expected
-    assert optimizer.state_bytes(p, optimizer.param_groups[0]) == expected
+    assert optimizer_bytes(optimizer) == expected + 8  # and the step
+    assert optimizer.state_bytes(p, optimizer.param_groups[0]) == expected + 8
 
 
 def test_a_matrix_too_large_on_both_sides_takes_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     huge = nn.Parameter(torch.empty(10_001, 20_000, device="meta"))
     optimizer = Soap([huge])
-    assert optimizer.state_bytes(huge, optimizer.param_groups[0]) == 8 * huge.numel()
+    assert optimizer.state_bytes(huge, optimizer.param_groups[0]) == 8 * huge.numel() + 8
     monkeypatch.setattr(module, "LARGEST_SIDE", 6)
     start = torch.randn(7, 8, generator=torch.Generator().manual_seed(9))
     matrix, vector = nn.Parameter(start.clone()), nn.Parameter(start.flatten())

@@ -132,15 +132,19 @@ def trainer_of(
     method = method_of(args)
     names = ("model", "ref_model")[: 1 + reference]
     rows = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    make_batch = lambda examples: method.make_batch(trainer)  # noqa: E731
+    flat = getattr(args, "padding_free", False) or getattr(args, "packing", False)
     trainer: Any = (cls or method.trainer())(
         **{name: _model(config, dtype, quantization, device) for name in names},
         args=args,
         train_dataset=Dataset.from_dict({name: values * rows for name, values in method.columns.items()}),
-        data_collator=lambda examples: method.make_batch(trainer),
+        data_collator=None if flat else make_batch,  # TRL refuses one under packing
         processing_class=token_maker(),
         peft_config=peft_config,
         callbacks=callbacks,
     )
+    if flat:
+        trainer.data_collator = make_batch
     return trainer
 
 

@@ -1,5 +1,6 @@
 """Models other than Llama: foretold as a real step takes, or refused by operation and module; never silently wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,18 @@ def test_custom_code_is_run_if_trusted_and_refused_by_operation_and_module(
         CannotSimulate, match=r"_local_scalar_dense.*in module 'model\.layers\.0\.mlp', at .*odd\.py:\d+"
     ):
         plan(str(folder), arguments(trust_remote_code=True), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("place", ["config.json", ""])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_configs_kernel_of_the_hub_is_not_fetched(key: str, place: str, tmp_path: Path) -> None:
+    """It would be somebody's code; only who trains may choose it."""
+    from transformers.models.llama import LlamaConfig
+
+    from hf_lowmem.planner.models import find_config, make_model, meta_model
+
+    values = LlamaConfig(**SHAPE).to_dict() | {key: "somebody/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = find_config(tmp_path / place)
+    for made in (make_model(config, torch.float32, None), meta_model(config, torch.float32, None)):
+        assert made.config._attn_implementation in ("sdpa", "eager")

@@ -10,6 +10,6 @@ ADAMW_STEP = Kernel(
     name="adamw_step",
     reference=adamw_step,
     triton="hf_lowmem.kernels.adamw.triton:adamw_step",
-    mutates=("params", "corrections", "first", "second"),
+    mutates=("params", "skipped", "corrections", "first", "second"),
     cases=adamw_cases,
 )

@@ -95,6 +95,7 @@ def descend_(p: Tensor, update: Tensor, lr: float, betas: tuple[float, float], w
 def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -102,6 +103,7 @@ def adamw_step(
     second_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     steps: Sequence[int],
     rule: str,
     lr: float,
@@ -123,18 +125,20 @@ def adamw_step(
     Args:
         params: contiguous, all of one dtype (bf16, fp16 or fp32).
         grads: of the same shapes, contiguous, all of one dtype (bf16, fp16 or fp32).
+        skipped: one int64, to which the number of bad gradients is added.
         corrections: int8 of the same shapes with store "bf16_ecc", else none.
         first, second: the tensors of each parameter's encoded moments, one parameter after another: its values with
             codec "fp32", else codes and scalars.
         first_codec, second_codec: "fp32" or a name of kernels/codecs.
         store: "keep", "bf16_sr" or "bf16_ecc".
-        seeds: of the random numbers of "bf16_sr", one a parameter, else none.
+        seeds: of the random numbers of "bf16_sr" and "bf16_ecc", one a parameter, else none.
+        state_seeds: of those that the states are rounded by, one a parameter; none where both codecs are "fp32".
         steps: of each parameter, this one included.
         rule: "adamw" or "family".
     """
     update = adamw_ if rule == "adamw" else adam_family_
-    moments = States(first_codec, first, True), States(second_codec, second, False)
-    for i, weights, grad in each_sound(params, grads, corrections, store, seeds):
+    moments = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
+    for i, weights, grad in each_sound(params, grads, skipped, corrections, store, seeds):
         m, v = (states.load(i) for states in moments)
         update(weights, grad, m, v, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=steps[i])
         for states, value in zip(moments, (m, v), strict=True):

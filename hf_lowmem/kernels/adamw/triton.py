@@ -23,6 +23,7 @@ def fp32(x: float) -> float:
 def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     first: Sequence[Tensor],
     second: Sequence[Tensor],
@@ -30,6 +31,7 @@ def adamw_step(
     second_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     steps: Sequence[int],
     rule: str,
     lr: float,
@@ -38,7 +40,7 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    states = States(first_codec, first, True), States(second_codec, second, False)
+    states = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     weight = fp32(1 - beta1)
     numbers = []
     for step in steps:
@@ -50,7 +52,7 @@ def adamw_step(
             averages = weight, beta1, beta2, 1 - beta2
             pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0
         numbers.append((*averages, *pace))
-    run_steps(rule, params, grads, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
+    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:

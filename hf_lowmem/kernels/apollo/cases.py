@@ -48,7 +48,7 @@ def step_cases() -> Iterator[Case]:
         param = torch.randn(shape, generator=generator).to(dtype)
         fine = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
         tensors = param, grad, fine if store == "bf16_ecc" else None, torch.tensor(sound), s, factor
-        seed = 2**41 + 3 if store == "bf16_sr" else None
+        seed = 2**41 + 3 if store in ("bf16_sr", "bf16_ecc") else None
         on_device = (t if t is None else t.to(device) for t in tensors)
         return (*on_device, 32.0, 1e-2, 0.9, 0.999, 0.1, 3, seed)
 

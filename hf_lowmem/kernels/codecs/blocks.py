@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hf_lowmem.kernels.codecs.dither import Dither
 from hf_lowmem.kernels.spans import spans
 
 # The largest fp32 pattern, less one: stands for "no non-zero value in this block".
 NO_VALUE = 0x7F7FFFFE
 
-EncodeRows = Callable[[Tensor, bool], tuple[Tensor, ...]]
+EncodeRows = Callable[[Tensor, bool, Tensor | None], tuple[Tensor, ...]]
 DecodeRows = Callable[[Tensor, tuple[Tensor, ...], bool], Tensor]
 
 
@@ -51,15 +52,18 @@ def encode_blocks(
     rows: EncodeRows,
     block: int,
     signed: bool,
+    dither: Dither | None,
     bits: int = 8,
 ) -> None:
     """Encode `value` (fp32, any strides) over `codes` (uint8) and `scalars` (one value a block), in place.
 
-    `rows(x, signed)`: (rows, block) fp32 -> uint8 codes (rows, block), then the scalars (rows,).
+    `rows(x, signed, u)`: (rows, block) fp32 and as many thresholds, or None to round to the nearest -> uint8 codes
+    (rows, block), then the scalars (rows,).
     """
     flat, codes = value.reshape(-1), codes.view(-1)
     for start, stop in spans(flat.numel(), block, flat.device):
-        new_codes, *new_scalars = rows(as_rows(flat[start:stop], block), signed)
+        u = None if dither is None else as_rows(dither.thresholds(start, stop, signed, flat.device), block)
+        new_codes, *new_scalars = rows(as_rows(flat[start:stop], block), signed, u)
         new_codes = new_codes.view(-1)
         if bits == 4:
             new_codes = pack_pairs(new_codes)

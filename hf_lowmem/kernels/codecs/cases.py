@@ -23,12 +23,13 @@ def values(numel: int, signed: bool, device: torch.device) -> Tensor:
     return (x if signed else x.abs()).to(device)
 
 
-def room(codec: str, shape: torch.Size, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def room(codec: str, shape: torch.Size, signed: bool, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """Codes and scalars that are full of what nobody would write: nan where there is one."""
     rows = reference.CODECS[codec]
     count = -(-shape.numel() // rows.block)
     scalars = [
-        torch.full((count,), float("nan") if d.is_floating_point else 77, dtype=d, device=device) for d in rows.scalars
+        torch.full((count,), float("nan") if d.is_floating_point else 77, dtype=d, device=device)
+        for d in rows.scalars[signed]
     ]
     return torch.full(shape, 0x80, dtype=torch.uint8, device=device), scalars
 
@@ -46,16 +47,21 @@ def _both(make: Callable[[Tensor, str, bool], tuple[Any, ...]]) -> Iterator[Case
 
 
 def encode_cases() -> Iterator[Case]:
-    def make(x: Tensor, codec: str, signed: bool) -> tuple[Any, ...]:
-        return (x, *room(codec, x.shape, x.device), codec, signed)
+    """To the nearest, and at random: from the first value of a parameter on, and from beyond the range of an index."""
+    for label, seed, offset in (("nearest", None, 0), ("random", 2**40 + 5, 0), ("random-part", 77, 2**33 - 2**7)):
 
-    return _both(make)
+        def make(x: Tensor, codec: str, signed: bool, seed: int | None = seed, offset: int = offset) -> tuple[Any, ...]:
+            return (x, *room(codec, x.shape, signed, x.device), codec, signed, seed, offset)
+
+        for case in _both(make):
+            if offset == 0 or case.name.endswith(("-257", "strided")):
+                yield Case(f"{case.name}-{label}", case.make)
 
 
 def decode_cases() -> Iterator[Case]:
     def make(x: Tensor, codec: str, signed: bool) -> tuple[Any, ...]:
-        codes, scalars = room(codec, x.shape, x.device)
-        reference.encode_state(x, codes, scalars, codec, signed)
+        codes, scalars = room(codec, x.shape, signed, x.device)
+        reference.encode_state(x, codes, scalars, codec, signed, None, 0)
         return codes, scalars, codec, signed
 
     return _both(make)

@@ -10,7 +10,7 @@ from hf_lowmem.kernels.exact import random_bits
 from hf_lowmem.kernels.spans import spans
 
 
-def round_stochastic(x: Tensor, seed: int) -> Tensor:
+def round_stochastic(x: Tensor, seed: int, offset: int = 0) -> Tensor:
     """fp32 -> bf16, up or down at random, so that the expectation is `x`.
 
     ```python
@@ -21,23 +21,32 @@ def round_stochastic(x: Tensor, seed: int) -> Tensor:
     Args:
         x: any shape and strides; finite, or what it becomes is not. Values are counted along the shape.
         seed: of this call's random numbers; the same seed and shape give the same bits on every device.
+        offset: index of the first value, where `x` is a part of something longer.
     """
     flat = x.reshape(-1)
     out = torch.empty(flat.shape, dtype=torch.bfloat16, device=x.device)
     for start, stop in spans(flat.numel(), 1, x.device):
-        noise = random_bits(seed, start, stop, x.device).bitwise_and_(0xFFFF)
+        noise = random_bits(seed, offset + start, offset + stop, x.device).bitwise_and_(0xFFFF)
         bits = noise.add_(flat[start:stop].view(torch.int32)).bitwise_and_(-(1 << 16))
         out[start:stop].copy_(bits.view(torch.float32))
     return out.view(x.shape)
 
 
-def split_24(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> a bf16 and an int8 that `join_24` puts together to the upper 24 bits of `x`, rounded to nearest.
+def split_24(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """fp32 -> a bf16 and an int8 that `join_24` puts together to the upper 24 bits of `x`.
 
-    The bf16 is the nearest to `x` but for ties, which go away from zero: the int8 holds -128 to 127 steps of 2**-8 of
-    the bf16's unit in the last place. Relative error of the pair: 2**-16.
+    Rounded to nearest, or with a seed up or down at random, so that the expectation is `x`: an update below 2**-17 of
+    its weight is otherwise lost, as in bf16 one below 2**-9 is.
+
+    The bf16 is the nearest to the pair but for ties, which go away from zero: the int8 holds -128 to 127 steps of 2**-8
+    of the bf16's unit in the last place. Relative error of the pair: 2**-16, at random 2**-15.
     """
-    upper = (x.view(torch.int32) + (1 << 7)).bitwise_right_shift_(8)  # 24 bits, rounded; the sign is kept
+    bits = x.contiguous().view(torch.int32)
+    if seed is None:
+        upper = bits + (1 << 7)
+    else:
+        upper = random_bits(seed, 0, x.numel(), x.device).bitwise_and_(0xFF).view(x.shape).add_(bits)
+    upper.bitwise_right_shift_(8)  # 24 bits; the sign is kept
     coarse = (upper + (1 << 7)).bitwise_right_shift_(8)
     correction = upper.sub_(coarse.bitwise_left_shift(8)).to(torch.int8)
     return coarse.bitwise_left_shift_(16).view(torch.float32).bfloat16(), correction

@@ -10,6 +10,6 @@ LION_STEP = Kernel(
     name="lion_step",
     reference=lion_step,
     triton="hf_lowmem.kernels.lion.triton:lion_step",
-    mutates=("params", "corrections", "first"),
+    mutates=("params", "skipped", "corrections", "first"),
     cases=lion_cases,
 )

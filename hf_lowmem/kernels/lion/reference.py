@@ -24,19 +24,21 @@ def lion_(
 def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     first: Sequence[Tensor],
     first_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
 ) -> None:
     """One step for each of `params`, from its encoded momentum and back, in place; see `adamw_step`."""
-    momenta = States(first_codec, first, True)
-    for i, weights, grad in each_sound(params, grads, corrections, store, seeds):
+    momenta = States(first_codec, first, True, state_seeds)
+    for i, weights, grad in each_sound(params, grads, skipped, corrections, store, seeds):
         m = momenta.load(i)
         lion_(weights, grad, m, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
         momenta.save(i, m)

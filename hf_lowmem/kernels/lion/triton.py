@@ -14,20 +14,21 @@ CODECS = ("fp32", "int8", "int8_softsign", "fp8_expand")
 def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     first: Sequence[Tensor],
     first_codec: str,
     store: str,
     seeds: Sequence[int],
+    state_seeds: Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
 ) -> None:
     numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
-    run_steps(
-        "lion", params, grads, corrections, [States(first_codec, first, True)], store, seeds, [numbers] * len(params)
-    )
+    states = [States(first_codec, first, True, state_seeds)]
+    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, [numbers] * len(params))
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:

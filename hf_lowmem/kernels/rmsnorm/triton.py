@@ -39,7 +39,7 @@ SECOND: dict[str, Any] = {"PARTS": PARTS, "LOG2": (PARTS - 1).bit_length(), "COL
 def inverse_rms(x, n, eps, GROUPS: tl.constexpr, LOG2: tl.constexpr):
     """1 / sqrt(mean(x**2) + eps) of the row x (groups, 128), whose padding is zero."""
     square = sum_pairs(tl.reshape(x * x, (GROUPS * 128,)), LOG2)
-    return div(1.0, sqrt(div(square, n.to(tl.float32)) + eps))
+    return div(1.0, sqrt(div(square, n * 1.0) + eps))
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def backward_kernel(
         r = inverse_rms(x, n, eps, GROUPS, LOG2)
         x_hat = x * r
         g = dy * load_weight(weight_ptr, column, inside, PLUS_ONE)
-        mean = div(sum_pairs(tl.reshape(g * x_hat, (GROUPS * 128,)), LOG2), n.to(tl.float32))
+        mean = div(sum_pairs(tl.reshape(g * x_hat, (GROUPS * 128,)), LOG2), n * 1.0)
         dx = (g - x_hat * mean) * r
         if TOTAL:
             dx = dx + load_fp32(d_total_ptr + row * d_total_stride + column, inside)

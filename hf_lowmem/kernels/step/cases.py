@@ -12,6 +12,9 @@ from hf_lowmem.kernels.step.reference import STORES
 PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("fp8_expand", "fp8_expand"), ("int8_softsign", "fp8_expand"))
 # A scalar, an odd size, a matrix with a ragged last block, one of a whole tile.
 SHAPES = ((), (7,), (37, 41), (16, 64))
+# Two beyond `SMALL` of triton.py, which have a launch each, of the kernel that does nearly all of a real model's step;
+# the gradient of the first is bad. Before them two for the shared launch.
+LARGE = ((), (7,), (3, 21_850), (65_537,))
 
 
 def state_of(shape: Sequence[int], codec: str, signed: bool, device: torch.device) -> list[Tensor]:
@@ -21,25 +24,39 @@ def state_of(shape: Sequence[int], codec: str, signed: bool, device: torch.devic
     value = torch.where((value.abs() > 1e-15) & (value.abs() < 1e3), value, 0.0) * 1e-2
     if codec == "fp32":
         return [value]
-    codes, scalars = room(codec, size, device)
-    encode_state(value, codes, scalars, codec, signed)
+    codes, scalars = room(codec, size, signed, device)
+    encode_state(value, codes, scalars, codec, signed, None, 0)
     return [codes, *scalars]
 
 
 def parameters(
-    store: str, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device
+    store: str,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    shapes: Sequence[tuple[int, ...]] = (*SHAPES, SHAPES[2]),
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """Parameters of all SHAPES with gradients, corrections and seeds; the gradient of the matrix has a nan."""
+    """Parameters of all shapes with gradients, corrections and seeds; the gradient of the third has a nan."""
     generator = torch.Generator().manual_seed(1)
     params, grads, corrections = [], [], []
-    for shape in (*SHAPES, SHAPES[2]):
+    for shape in shapes:
         params.append(torch.randn(shape, generator=generator).to(dtype).to(device))
         grads.append((torch.randn(shape, generator=generator) * 0.1).to(grad_dtype).to(device))
         fine = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
         corrections.append(fine.to(device))
     grads[2].view(-1)[-1] = float("nan")
-    seeds = [5 + 2**40 * i for i in range(len(params))] if store == "bf16_sr" else []
+    seeds = [5 + 2**40 * i for i in range(len(params))] if store != "keep" else []
     return params, grads, corrections if store == "bf16_ecc" else [], seeds
+
+
+def skips_of(device: torch.device) -> Tensor:
+    """Where bad gradients are counted, after some."""
+    return torch.full((), 5, dtype=torch.int64, device=device)
+
+
+def state_seeds(*codecs: str) -> list[int]:
+    """Seeds of the parameters' encoded states; none where nothing is encoded."""
+    return [] if set(codecs) == {"fp32"} else [11 + 2**37 * i for i in range(len(SHAPES) + 1)]
 
 
 def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:

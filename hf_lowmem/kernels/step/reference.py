@@ -35,7 +35,7 @@ def load_weight(p: Tensor, correction: Tensor | None) -> Tensor:
 def save_weight(p: Tensor, weights: Tensor, correction: Tensor | None, seed: int | None) -> None:
     """Write what `load_weight` gave and a step has changed; with a seed, rounded at random."""
     if correction is not None:
-        coarse, fine = split_24(weights)
+        coarse, fine = split_24(weights, seed)
         p.copy_(coarse)
         correction.copy_(fine)
     elif seed is not None:
@@ -45,13 +45,17 @@ def save_weight(p: Tensor, weights: Tensor, correction: Tensor | None, seed: int
 
 
 class States:
-    """One state of several parameters, encoded: its tensors in one list, parameter after parameter."""
+    """One state of several parameters, encoded: its tensors in one list, parameter after parameter.
 
-    def __init__(self, codec: str, parts: Sequence[Tensor], signed: bool) -> None:
+    Encoded at random, by the seeds of the parameters.
+    """
+
+    def __init__(self, codec: str, parts: Sequence[Tensor], signed: bool, seeds: Sequence[int]) -> None:
         self.codec = codec
         self.parts = parts
         self.signed = signed
-        self.each = 1 if codec == "fp32" else 1 + len(CODECS[codec].scalars)
+        self.seeds = seeds
+        self.each = 1 if codec == "fp32" else 1 + len(CODECS[codec].scalars[signed])
 
     def of(self, i: int) -> Sequence[Tensor]:
         return self.parts[i * self.each : (i + 1) * self.each]
@@ -64,25 +68,30 @@ class States:
     def save(self, i: int, value: Tensor) -> None:
         codes, *scalars = self.of(i)
         if value is not codes:
-            encode_state(value, codes, scalars, self.codec, self.signed)
+            encode_state(value, codes, scalars, self.codec, self.signed, self.seeds[i], 0)
 
 
 def each_sound(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     store: str,
     seeds: Sequence[int],
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(index, weight, gradient), both fp32, of each parameter whose gradient is sound; what is done to the weight
-    between two of them is written back."""
+    between two of them is written back. Bad gradients are counted in `skipped`."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         grad = g.to(torch.float32)
-        if p.numel() and is_sound(grad):
+        if not p.numel():
+            continue
+        if not is_sound(grad):
+            skipped.add_(1)
+        else:
             correction = corrections[i] if store == "bf16_ecc" else None
             weights = load_weight(p, correction)
             yield i, weights, grad
-            save_weight(p, weights, correction, seeds[i] if store == "bf16_sr" else None)
+            save_weight(p, weights, correction, seeds[i] if store != "keep" else None)
 
 
 def on_the_cpu(step: Callable[..., None]) -> Callable[..., None]:
@@ -95,13 +104,12 @@ def on_the_cpu(step: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(step)
     def run(*args: Any) -> None:
         here = [
-            [t.cpu() if isinstance(t, Tensor) else t for t in a] if isinstance(a, list | tuple) else a for a in args
+            [t.cpu() if isinstance(t, Tensor) else t for t in (a if isinstance(a, list | tuple) else [a])] for a in args
         ]
-        step(*here)
+        step(*(new if isinstance(old, list | tuple) else new[0] for old, new in zip(args, here, strict=True)))
         for there, result in zip(args, here, strict=True):
-            if isinstance(there, list | tuple):
-                for old, new in zip(there, result, strict=True):
-                    if isinstance(old, Tensor) and old.device.type != "cpu":
-                        old.copy_(new)
+            for old, new in zip(there if isinstance(there, list | tuple) else [there], result, strict=True):
+                if isinstance(old, Tensor) and old.device.type != "cpu":
+                    old.copy_(new)
 
     return run

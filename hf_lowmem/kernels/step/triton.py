@@ -44,10 +44,10 @@ from hf_lowmem.kernels._device import (
 )
 from hf_lowmem.kernels.codecs.triton import (
     FP32,
-    INT8,
     NUM_WARPS,
     NUMBERS,
     ROWS,
+    SOFTSIGN,
     TILE,
     WIDTH,
     decode_tile,
@@ -69,12 +69,14 @@ ADAMW: tl.constexpr = tl.constexpr(0)
 FAMILY: tl.constexpr = tl.constexpr(1)
 LION: tl.constexpr = tl.constexpr(2)
 
-LIMIT: tl.constexpr = tl.constexpr(torch.tensor(LARGEST_GRADIENT).view(torch.int32).item())
+LIMIT: tl.constexpr = tl.constexpr(
+    torch.tensor(LARGEST_GRADIENT, dtype=torch.float32, device="cpu").view(torch.int32).item()
+)
 CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
 CHECK_PROGRAMS = 1024  # at most, for one parameter
 
 # Columns of the table of small parameters, all int64; a number is an fp32's bits.
-PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, KEYS, COUNT = 0, 1, 2, 3, 6, 9, 10, 12
+PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, KEYS, COUNT = 0, 1, 2, 3, 6, 9, 10, 14
 _FIRST: tl.constexpr = tl.constexpr(FIRST)
 _SECOND: tl.constexpr = tl.constexpr(SECOND)
 _NUMEL: tl.constexpr = tl.constexpr(NUMEL)
@@ -102,7 +104,8 @@ def save_weight(ptr, correction_ptr, w, index, mask, k0, k1, STORE: tl.constexpr
         bits = bits_of(w) + (random_word(index, k0, k1) & 0xFFFF)
         tl.store(ptr, as_bf16(from_bits(bits)), mask=mask)
     elif STORE == BF16_ECC:
-        upper = (bits_of(w).to(tl.int32, bitcast=True) + 128) >> 8
+        noise = (random_word(index, k0, k1) & 0xFF).to(tl.int32)
+        upper = (bits_of(w).to(tl.int32, bitcast=True) + noise) >> 8
         coarse = (upper + 128) >> 8
         tl.store(correction_ptr, (upper - coarse * 256).to(tl.int8), mask=mask)
         tl.store(ptr, as_bf16((coarse * 65536).to(tl.float32, bitcast=True)), mask=mask)
@@ -141,10 +144,13 @@ def lion(w, m, g, x0, x1, x2, x3, decay, step):
 def step_tile(
     param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
-    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1,
+    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
 ):  # fmt: skip
-    """The whole step of the tile that begins at value `start` (int64) and has `left` values or more."""
+    """The whole step of the tile that begins at value `start` (int64) and has `left` values or more.
+
+    k0, k1: keys of the weights' random numbers; h0, h1: of the states'.
+    """
     local = tile_offsets()
     mask = local < left
     g = load_fp32(grad + start + local, mask)
@@ -161,16 +167,19 @@ def step_tile(
     # The weights first: their registers are free while a state is encoded, where most are needed.
     index = start.to(tl.uint32) + local.to(tl.uint32)
     save_weight(param + start + local, correction + start + local, w, index, mask, k0, k1, STORE)
-    encode_tile(m, m_codes, m_scale, m_power, m_table, m_powers, m_rows, start, left, FIRST, True)
+    word = random_word(index, h0, h1)
+    encode_tile(m, word, m_codes, m_scale, m_power, m_values, m_table, m_powers, m_rows, start, left, FIRST, True, True)
     if RULE != LION:
-        encode_tile(v, v_codes, v_scale, v_power, v_table, v_powers, v_rows, start, left, SECOND, False)
+        encode_tile(
+            v, word, v_codes, v_scale, v_power, v_values, v_table, v_powers, v_rows, start, left, SECOND, False, True
+        )
 
 
-@triton.jit(do_not_specialize=["k0", "k1"])
+@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1"])
 def step_kernel(
     sound_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
-    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1,
+    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
 ):  # fmt: skip
     """One parameter of n values."""
@@ -180,7 +189,7 @@ def step_kernel(
         step_tile(
             param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
             m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
-            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1,
+            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1,
             RULE, FIRST, SECOND, STORE, HEAVY,
         )  # fmt: skip
 
@@ -218,15 +227,16 @@ def steps_kernel(
             _address(row, 1, GRADIENT, ALIGNED),
             _address(row, 2, tl.int8, ALIGNED),
             _address(row, _FIRST, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED),
-            _address(row, _FIRST + 1, tl.float32 if FIRST == INT8 else tl.bfloat16, ALIGNED),
+            _address(row, _FIRST + 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED),
             _address(row, _FIRST + 2, tl.uint8, ALIGNED),
             _address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
-            _address(row, _SECOND + 1, tl.float32 if SECOND == INT8 else tl.bfloat16, ALIGNED),
+            _address(row, _SECOND + 1, tl.float32, ALIGNED),
             _address(row, _SECOND + 2, tl.uint8, ALIGNED),
             m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows, start, left,
             _number(row, 0), _number(row, 1), _number(row, 2), _number(row, 3),
             _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
+            tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
             RULE, FIRST, SECOND, STORE, HEAVY,
         )  # fmt: skip
 
@@ -277,7 +287,7 @@ def _tables(codec: str, signed: bool, like: Tensor) -> tuple[Tensor, ...]:
 def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
     """The table on the device, and whether all its addresses are aligned. Copied from pinned memory: no wait."""
     aligned = all(address % 16 == 0 for row in rows for address in row[PARAM : SECOND + 3])
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True), aligned
 
 
@@ -285,6 +295,7 @@ def run_steps(
     rule: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    skipped: Tensor,
     corrections: Sequence[Tensor],
     states: Sequence[States],
     store: str,
@@ -312,7 +323,9 @@ def run_steps(
         "HEAVY": heavy,
     }
     shared = (*_tables(first.codec, True, params[0]), *_tables(second.codec, second.signed, params[0]))
-    keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
+    weight_keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
+    state_keys = [seed_keys(seed) for seed in first.seeds] or [(0, 0)] * count
+    keys = [of_weight + of_states for of_weight, of_states in zip(weight_keys, state_keys, strict=True)]
     rows = []
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         tensors = (p, g, corrections[i] if store == "bf16_ecc" else p, *parts[i][0], *parts[i][1])
@@ -328,6 +341,7 @@ def run_steps(
     largest = max(p.numel() for p in params)
     programs = min(triton.cdiv(largest, CHECK_BLOCK.value), CHECK_PROGRAMS)
     check_kernel[(count, programs)](table, sound, **kinds, **options | {"num_warps": NUM_WARPS})
+    skipped.add_((sound == 0).sum())
     if small:
         sizes = [params[i].numel() for i in order[:small]]
         kinds |= {"WEIGHT": _triton_dtype(params[0].dtype), "WHOLE": all(size % 16 == 0 for size in sizes)}
@@ -355,7 +369,9 @@ def step_cases(
     values = {f"{state}_{name}": kind for state in "mv" for name, kind in _TABLE_TYPES.items()}
     floats = dict.fromkeys(("x0", "x1", "x2", "x3", "decay", "step", "eps", "root"), "fp32")
     for pair in pairs:
-        state = {f"{s}_{part}": kind for s, codec in zip("mv", pair, strict=True) for part, kind in _types(codec)}
+        state = {f"m_{part}": kind for part, kind in _types(pair[0], signed=True)}
+        # A rule with one state passes it twice.
+        state |= {f"v_{part}": kind for part, kind in _types(pair[1], signed=rule == "lion")}
         for store in STORES:
             fixed: dict[str, Any] = {
                 "RULE": RULES[rule],
@@ -367,7 +383,8 @@ def step_cases(
             label = f"{rule} {','.join(dict.fromkeys(pair))} {store}"
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
             one = {"sound_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
-            cases.append((label, step_kernel, one | {"k0": "i32", "k1": "i32"}, fixed, warps(*pair)))
+            keys = dict.fromkeys(("k0", "k1", "h0", "h1"), "i32")
+            cases.append((label, step_kernel, one | keys, fixed, warps(*pair)))
             kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
             many = {"table": "*i64", "sound_ptr": "*i32"} | values
             if pair in shared:
@@ -378,7 +395,7 @@ def step_cases(
 _TABLE_TYPES = {"values": "*fp32", "table": "*i32", "powers": "*fp32", "rows": "*i32"}
 
 
-def _types(codec: str) -> list[tuple[str, str]]:
-    scale = "*fp32" if codec in ("fp32", "int8") else "*bf16"
+def _types(codec: str, *, signed: bool) -> list[tuple[str, str]]:
+    scale = "*bf16" if codec == "int8_softsign" and signed else "*fp32"
     codes = "*fp32" if codec == "fp32" else "*u8"
     return [("codes", codes), ("scale", scale), ("power", "*u8" if codec == "fp8_expand" else scale)]

@@ -15,7 +15,7 @@ from hf_lowmem.optim.fused import kernels_run_on
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer, is_low_rank, previous_norm
 from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
-from hf_lowmem.optim.state import ParamState
+from hf_lowmem.optim.state import ParamState, is_finite
 
 
 class Apollo(LowRankOptimizer):
@@ -91,6 +91,9 @@ class Apollo(LowRankOptimizer):
         assert p.grad is not None
         low, direction, _ = self.adam(grad, state, group)
         s, factor = APOLLO_FACTORS(p.grad, low, direction, previous_norm(grad, state), self.per_channel)
+        state.judge(s)
+        state.judge(factor)
+        sound = sound & is_finite(s) & is_finite(factor)
         settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], state.step
         APOLLO_STEP(p, p.grad, correction, sound, s, factor, *settings, seed)
 

@@ -15,7 +15,7 @@ from hf_lowmem.kernels.adamw.reference import adam_direction, descend_
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, low_shape
-from hf_lowmem.optim.state import WINDOW, ParamState, StateDecl
+from hf_lowmem.optim.state import WINDOW, ParamState, StateDecl, number
 from hf_lowmem.specs import OptimSpec
 
 
@@ -42,7 +42,7 @@ class LowRankOptimizer(LowMemOptimizer):
     STATES = {
         "exp_avg": StateDecl(signed=True),
         "exp_avg_sq": StateDecl(signed=False),
-        "basis": StateDecl(signed=True, replicated=True),
+        "basis": StateDecl(signed=True, replicated=True, average=False),
     }
     PROJECTIONS = tuple(PROJECTORS)
     # Whether `lift` goes back through the basis (else it only reads norms), and whether it limits the growth of norms.
@@ -110,7 +110,7 @@ class LowRankOptimizer(LowMemOptimizer):
         if not (self.ACCUMULATES and is_low_rank(state.shards.shape(grad), group["rank"])):
             return False
         window = state.raw.get(WINDOW)
-        _, low = self._project(grad, state, group, state.raw.get("step", 0), refresh=window is None)
+        _, low = self._project(grad, state, group, number(state.raw.get("step", 0)), refresh=window is None)
         state.tensor(WINDOW, lambda: torch.zeros_like(low)).add_(low)
         return True
 
@@ -142,6 +142,13 @@ class LowRankOptimizer(LowMemOptimizer):
             shapes["basis"] = basis_shape(shape, group["rank"])
         return shapes
 
+    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
+        return {"prev_norm": shape[:-2]} if self.LIMITS and is_low_rank(shape, group["rank"]) else {}
+
+    def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
+        projects = is_low_rank(p.shape, group["rank"]) and group["projection"] != "svd"
+        return projects or super().draws(p, group)
+
     def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
         limited = self.LIMITS and is_low_rank(p.shape, group["rank"])
         return super().state_bytes(p, group) + (4 * local(p).shape[:-2].numel() if limited else 0)
@@ -170,4 +177,4 @@ def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
 
 def previous_norm(grad: Tensor, state: ParamState) -> Tensor:
     """The limiter's memory, one fp32 a matrix: (...) for a gradient (..., m, n)."""
-    return state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], device=grad.device))
+    return state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], dtype=torch.float32, device=grad.device))

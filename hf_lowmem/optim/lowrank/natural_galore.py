@@ -94,7 +94,7 @@ class NaturalGaLore(GaLore):
     """
 
     name = "natural_galore"
-    STATES = {**GaLore.STATES, "history": StateDecl(signed=True)}
+    STATES = {**GaLore.STATES, "history": StateDecl(signed=True, average=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {**GaLore.DEFAULTS, "damping": None, "history": 4}
     CHECKS = {
         "damping": check_damping,

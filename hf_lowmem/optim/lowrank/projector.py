@@ -177,7 +177,7 @@ class StoredProjector(Projector):
         new = torch.where(renewed, self.find(grad, old, sound), old)
         rotation = None
         if due:
-            same = torch.eye(self.rank, device=grad.device)
+            same = torch.eye(self.rank, dtype=torch.float32, device=grad.device)
             rotation = torch.where(renewed & ~missing, old.mT @ new, same)
         self.state.store("basis", new)
         self.basis = self.load_basis(grad)  # what the codec made of it, as every later step will see it

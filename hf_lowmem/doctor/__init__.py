@@ -1,0 +1,1 @@
+"""`hf-lowmem doctor`: what this machine has, what is missing and costs what, and whether the kernels are right here."""

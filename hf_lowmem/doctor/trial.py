@@ -1,0 +1,94 @@
+"""Every kernel on all its cases on one device, against the reference, and its speed at the size of an 8B model."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from hf_lowmem.kernels import KERNELS, Kernel
+from hf_lowmem.kernels.compare import difference, on
+from hf_lowmem.kernels.large import FFN, HIDDEN, TOKENS, bytes_moved, large
+from hf_lowmem.kernels.registry import has_triton
+
+REPEATS = 20
+
+
+@dataclass
+class Trial:
+    """What came of one kernel.
+
+    wrong: case → how it differs, or the error. `exact`: whether the promise is the same bits, or a bound for a sum.
+    seconds, bandwidth: of one call at the size of an 8B model, bytes that must move a second; None where not measured.
+    """
+
+    kernel: str
+    cases: int
+    exact: bool
+    wrong: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    bandwidth: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def device_of_trials() -> tuple[torch.device | None, str]:
+    """Where kernels are tried, None for nowhere, and a sentence about it."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not has_triton():
+        return None, "triton is not installed, so there are no kernels to compare; references run everywhere."
+    if torch.cuda.is_available() and not interpreted:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return device, f"Compared on {torch.cuda.get_device_name(device)}."
+    if interpreted:
+        return torch.device("cpu"), (
+            "Compared in Triton's interpreter (TRITON_INTERPRET=1): that proves the kernels' arithmetic, and nothing "
+            "of a device or of its speed."
+        )
+    return None, (
+        "There is no GPU here, so no kernel can be run on a device; on a CPU references run. TRITON_INTERPRET=1 "
+        "hf-lowmem doctor compares the kernels in Triton's interpreter, which takes minutes."
+    )
+
+
+def trials(device: torch.device) -> Iterator[Trial]:
+    """One kernel after the other. What a kernel raises is written down as wrong, and the next is tried."""
+    for kernel in KERNELS.values():
+        trial = Trial(kernel.name, 0, kernel.bound is None)
+        for case in kernel.cases():
+            trial.cases += 1
+            try:
+                found = difference(kernel, case, device)
+            except Exception as error:
+                found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if found:
+                trial.wrong[case.name] = found
+        if device.type == "cuda" and not trial.wrong:
+            trial.seconds, trial.bandwidth = speed(kernel, device)
+        yield trial
+
+
+def speed(kernel: Kernel, device: torch.device) -> tuple[float | None, float | None]:
+    """Seconds of a call and bytes a second; None twice where the device has not got the memory for it.
+
+    Calls follow each other between two events, so that the host's work is hidden behind the device's, and each works on
+    more than a cache holds.
+    """
+    make = next(make for (name, _), make in large(TOKENS, HIDDEN, FFN).items() if name == kernel.name)
+    run = kernel.load_triton()
+    try:
+        with on(device):
+            args = make(device)
+            moved = bytes_moved(kernel, args, run(*args))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(REPEATS):
+                run(*args)
+            end.record()
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return None, None
+    seconds = start.elapsed_time(end) / 1e3 / REPEATS
+    return seconds, moved / seconds

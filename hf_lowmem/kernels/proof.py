@@ -1,0 +1,207 @@
+"""A kernel proves itself at its first use on a device: one small case against the reference, before it is trusted.
+
+Kernels are tested in an interpreter and compiled for devices that are not there. What a driver, a compiler of another
+version or a broken card makes of them shows on the device alone; so there a kernel of each kind of call (its dtypes,
+codecs and flags) is compared once, in milliseconds beside its compilation. One that differs or cannot be compiled is
+not used from then on, by any call on that device, a warning says so, and the reference runs.
+
+What was proved is remembered in a file, by device, driver, versions and the kernels' own source, so that the next
+process need not compare. What failed is not: it is tried again. A folder that cannot be written costs the comparison
+in each process, and no more.
+
+Processes of one training do not ask each other. They need not: a kernel and its reference give the same bits, so a rank
+whose card fails computes what the others do, only slower.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+import hf_lowmem
+from hf_lowmem.kernels.choice import VARIABLE, current_impl
+from hf_lowmem.kernels.compare import CPU, difference
+
+if TYPE_CHECKING:
+    from hf_lowmem.kernels.registry import Case, Kernel
+
+logger = logging.getLogger(__name__)
+
+Kind = tuple[Any, ...]
+_proved: set[tuple[str, torch.device, Kind]] = set()
+_failed: dict[tuple[str, torch.device], str] = {}
+_lock = threading.RLock()  # backward runs in a thread for each device
+
+
+def distrusted(name: str, device: torch.device) -> str:
+    """Why the kernel of that name is not to be used on the device, or "" where nothing is known against it."""
+    return _failed.get((name, device), "") if _failed else ""
+
+
+def prove(kernel: "Kernel", args: tuple[Any, ...], device: torch.device) -> str:
+    """Compare the kernel on a case like this call, unless that was done; why it is not to be used, or "".
+
+    While a CUDA graph is captured nothing can be compared, as that would wait for the device: a kernel that is used
+    there for the first time is taken on trust, and compared at its next use outside.
+    """
+    what = kernel.name, device, kind(args)
+    if what in _proved:
+        return ""
+    if reason := distrusted(kernel.name, device):
+        return reason
+    if _capturing(device):
+        return ""
+    with _lock:
+        if what in _proved or (kernel.name, device) in _failed:  # by another thread meanwhile
+            return distrusted(kernel.name, device)
+        file = _file(kernel, device, what[-1])
+        if not _remembered(file):
+            try:
+                reason = _compare(kernel, what[-1], device)
+            except torch.OutOfMemoryError:  # says nothing of the kernel, and the call itself will say it
+                return ""
+            except Exception as error:
+                reason = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if reason:
+                _failed[kernel.name, device] = reason
+                if current_impl() == "auto":
+                    _warn(kernel, device, reason)
+                return reason
+            _remember(file, kernel, device)
+        _proved.add(what)
+    return ""
+
+
+def kind(args: tuple[Any, ...]) -> Kind:
+    """All of a call by which Triton's code differs: dtypes, names and flags. Of a list, its first entry's."""
+    return tuple(map(_kind_of, args))
+
+
+def _kind_of(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.dtype
+    if isinstance(arg, list | tuple):
+        return _kind_of(arg[0]) if arg else None
+    return arg if arg is None or isinstance(arg, str | bool | torch.dtype) else type(arg)
+
+
+def like(kernel: "Kernel", wanted: Kind) -> "Case":
+    """The first of the kernel's cases of that kind; where there is none, the first of those with most in common."""
+    best, most = None, -1
+    for case in kernel.cases():
+        common = sum(a == b for a, b in zip(kind(case.make(CPU)), wanted, strict=True))
+        if common > most:
+            best, most = case, common
+        if most == len(wanted):
+            break
+    assert best is not None, f"{kernel.name} has no cases"
+    return best
+
+
+def _compare(kernel: "Kernel", wanted: Kind, device: torch.device) -> str:
+    """In surroundings of its own: whatever modes and defaults the call is made under, cases are plain tensors."""
+    dtype = torch.get_default_dtype()
+    plain = torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction()
+    with torch.no_grad(), _disable_current_modes(), plain[0], plain[1]:
+        torch.set_default_dtype(torch.float32)
+        try:
+            case = like(kernel, wanted)
+            found = difference(kernel, case, device)
+        finally:
+            torch.set_default_dtype(dtype)
+    return f"on {case.name!r} it is not what the reference computes, {found}" if found else ""
+
+
+def _warn(kernel: "Kernel", device: torch.device, reason: str) -> None:
+    logger.warning(
+        "kernel %r is not used on %s: %s. Its reference runs instead, with the same result: tens of torch operators "
+        "with fp32 temporaries where the kernel passes over memory once, so this part of a step is several times "
+        "slower and needs more memory. `hf-lowmem doctor` compares all kernels on this device; another version of "
+        "triton or of the driver may cure it. %s=reference says that this is known.",
+        kernel.name, facts(device)["device"], reason, VARIABLE,
+    )  # fmt: skip
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def facts(device: torch.device) -> dict[str, str]:
+    """The device, its driver and all versions that what a kernel becomes depends on."""
+    found = {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver_version(),
+        "hf-lowmem": hf_lowmem.__version__,
+    }
+    found |= {"torch": str(torch.__version__), "cuda": str(torch.version.cuda or torch.version.hip)}
+    found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = ""
+    return found | {"source": source_hash()}
+
+
+def driver_version() -> str:
+    """The version of the GPU's driver as Linux has it, or ""."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError:
+            continue
+        found = re.search(r"\d+(?:\.\d+)+", text)
+        return found[0] if found else text.strip()
+    return ""
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of all files of the kernels' folder: a kernel shares most of its formulas with others."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where what was proved is remembered: beside HuggingFace's own caches, or in the user's."""
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hf_lowmem" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_lowmem" / "kernels"
+
+
+def _file(kernel: "Kernel", device: torch.device, wanted: Kind) -> Path | None:
+    key = json.dumps([kernel.name, repr(wanted), facts(device)], sort_keys=True)
+    try:
+        return cache_folder() / f"{kernel.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    except RuntimeError:  # there is no home
+        return None
+
+
+def _remembered(file: Path | None) -> bool:
+    return file is not None and file.is_file()
+
+
+def _remember(file: Path | None, kernel: "Kernel", device: torch.device) -> None:
+    """Written beside and then renamed, so that another process finds all of it or nothing."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as made:
+            json.dump({"kernel": kernel.name, **facts(device)}, made, indent=1)
+        Path(made.name).replace(file)
+    except OSError as error:
+        logger.info("what was proved of %s is not remembered: %s", kernel.name, error)

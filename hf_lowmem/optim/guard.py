@@ -1,0 +1,149 @@
+"""Updates that are left out: a bad gradient, or an update that is not finite. Nothing of either reaches a weight.
+
+A finite gradient is no promise. An eigenvalue solver may return NaN without an error, a product of large numbers may
+overflow, and what is in a basis or a moment once stays there. So the result is judged too, weights and states, and
+taken back as a whole where it is not finite (`keep_or_take`). An asynchronous device is never asked: old and new are
+selected by a flag on it.
+
+Adam and Lion, value by value, need no copies to go back to: what they make of finite numbers is finite (`is_bounded`),
+so on a CPU, which may be asked first, only their states are judged, before the update. Kernels that make whole steps
+(optim/fused.py) are of these two, and of APOLLO's step, which is given the flag.
+
+How often that happened is counted where it is known (`SkipCount`), and read when somebody asks.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.distributed import local
+from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
+from hf_lowmem.optim.state import CORRECTION, ParamState, is_finite, values_of
+
+if TYPE_CHECKING:
+    from hf_lowmem.optim.base import LowMemOptimizer
+
+__all__ = ["SkipCount", "Skipped", "keep_or_take"]
+
+LARGEST_UPDATE = 1e36  # far from the end of fp32
+
+
+def is_bounded(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether finite numbers are sure to give a finite update.
+
+    Lion moves by the rate. Adam moves by lr / (1 - beta1) * |m| / eps at most, and |m| is no larger than a gradient may
+    be. fp16 is left out, whose weights end at 65504.
+    """
+    largest = LARGEST_GRADIENT / group["eps"] / (1 - group["betas"][0]) if "eps" in group else 1.0
+    return (
+        optimizer.elementwise(p, group)
+        and p.dtype != torch.float16
+        and abs(group["lr"]) * max(largest, 1.0) < LARGEST_UPDATE
+    )
+
+
+def keep_or_take(
+    optimizer: "LowMemOptimizer", sound: Tensor, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]
+) -> Tensor:
+    """Update `p` and its state if `sound` and if the result is finite; else all stays as it was.
+
+    Returns whether it was taken, on the device. Of a sharded parameter `sound` is what all processes agree on, and the
+    result is judged by each for the rows it has.
+    """
+    if state.waits and is_bounded(optimizer, p, group):
+        floats = [v for v in values_of(state.raw).values() if v.is_floating_point()]
+        if sound and all(bool(is_finite(local(v))) for v in floats):
+            optimizer._apply(p, grad, sound, state, group)
+            return sound
+    state.finite = []
+    raw, guarded = state.raw, optimizer.writes_weights(p, group)  # by a kernel that reads the flag itself
+    mine = {k: local(v) for k, v in values_of(raw).items() if not (guarded and k == CORRECTION)}
+    before = {k: v.clone() for k, v in mine.items()}
+    weights = None if guarded else local(p).clone()
+    optimizer._apply(p, grad, sound, state, group)
+    after = {k: local(v) for k, v in values_of(raw).items() if not (guarded and k == CORRECTION)}
+    taken = sound
+    for flag in state.finite:
+        taken = taken & flag
+    state.finite = None
+    results = [v for k, v in after.items() if k in optimizer.plain_states(p.shape, group)]
+    for result in results if weights is None else [local(p), *results]:
+        taken = taken & is_finite(result)
+    if state.waits and taken:
+        return taken
+    if weights is not None:
+        local(p).copy_(torch.where(taken, local(p), weights))
+    for k, v in after.items():
+        # A state that this very update allocated was zero before it.
+        v.copy_(torch.where(taken, v, before[k] if k in before else torch.zeros_like(v)))
+    return taken
+
+
+class Skipped(NamedTuple):
+    """What an optimizer has left out since its run began.
+
+    Args:
+        updates: of single parameters.
+        steps: in which at least one update was left out.
+        in_a_row: of those, the last ones without a step between them in which none was.
+    """
+
+    updates: int
+    steps: int
+    in_a_row: int
+
+
+class SkipCount:
+    """Counts updates that were left out, and the steps that they belong to; nothing waits for a device.
+
+    Args:
+        start: what was counted before.
+    """
+
+    def __init__(self, start: Skipped) -> None:
+        self._host = start
+        self._open = 0  # on the host, in the step under way
+        self._devices: dict[torch.device, Tensor] = {}  # updates, in all steps
+        self._before: Tensor | None = None  # their sum when the last step ended
+        self._steps: Tensor | None = None
+        self._in_a_row: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """One int64: how many updates were left out on a device. Kernels add to it."""
+        if device not in self._devices:
+            self._devices[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._devices[device]
+
+    def add(self, taken: Tensor, *, waits: bool) -> None:
+        """Count an update, unless it was taken. `waits`: whether asking its device costs nothing."""
+        if not waits:
+            self.on(taken.device).add_(~taken)
+        elif not taken:
+            self._open += 1
+
+    def end_step(self) -> None:
+        """All updates since the last call were of one step."""
+        bad_here = self._open > 0
+        updates, steps, in_a_row = self._host
+        if not self._devices:
+            in_a_row = in_a_row + 1 if bad_here else 0
+            self._host, self._open = Skipped(updates + self._open, steps + bad_here, in_a_row), 0
+            return
+        self._host, self._open = Skipped(updates + self._open, steps, in_a_row), 0
+        home = min(self._devices, key=lambda device: device.type == "cpu")  # an accelerator, where there is one
+        total = torch.stack([t.to(home, non_blocking=True) for t in self._devices.values()]).sum()
+        if self._before is None or self._steps is None or self._in_a_row is None:
+            self._before, self._steps = torch.zeros_like(total), torch.zeros_like(total)
+            self._in_a_row = torch.full_like(total, in_a_row)
+        bad = (total > self._before) | bad_here
+        self._steps.add_(bad)
+        self._in_a_row.add_(1).mul_(bad)
+        self._before = total
+
+    def read(self) -> Skipped:
+        """The numbers after the last step that ended. Asks the devices."""
+        updates, steps, _ = self._host
+        if self._before is None or self._steps is None or self._in_a_row is None:
+            return self._host
+        return Skipped(updates + int(self._before), steps + int(self._steps), int(self._in_a_row))

@@ -1,0 +1,147 @@
+"""Whether a loaded state can be continued: everything there, nothing else, finite, and of the right kind.
+
+A moment that is missing would begin at zero under the old step count, and the next update would be tens of learning
+rates long. A NaN in a moment is in the weight after one step, for good. So a state is read to the last value before it
+is taken over, in parts, as decoding a long one whole would take four bytes a value.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.codecs import BlockCodec, StateCodec
+from hf_lowmem.codecs.rows import RowCodec
+from hf_lowmem.distributed import local
+from hf_lowmem.kernels.codecs.blocks import code_bytes
+from hf_lowmem.optim.parts import PART
+from hf_lowmem.optim.state import BY_ROWS, CORRECTION, COUNTS, WINDOW, number
+
+if TYPE_CHECKING:
+    from hf_lowmem.optim.base import LowMemOptimizer
+
+__all__ = ["check_counts", "check_keys", "check_values"]
+
+REMEDY = "Take a checkpoint that is whole, or start with a fresh optimizer."
+
+
+def check_counts(label: str, raw: dict[str, Any], method: str) -> None:
+    """Raise unless the whole numbers of a state are whole numbers, the step at least 1.
+
+    Raises:
+        ValueError: naming the parameter, the value and the remedy.
+    """
+    for name in COUNTS:
+        value = raw.get(name, None if name == "step" else 1)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if not whole:
+            raise ValueError(
+                f"the checkpoint's state of {label} has {name}={value!r}, expected an integer: it was not saved by "
+                f"hf_lowmem's {method}. Start with a fresh optimizer."
+            )
+        least = 1 if name == "step" else 0
+        if number(value) < least:
+            raise ValueError(
+                f"the checkpoint's state of {label} has {name}={number(value)}, expected at least {least}: no update "
+                f"leaves such a state. {REMEDY}"
+            )
+
+
+def check_keys(
+    optimizer: "LowMemOptimizer",
+    p: Tensor,
+    group: dict[str, Any],
+    label: str,
+    raw: dict[str, Any],
+    coded: dict[str, Tensor],
+) -> None:
+    """Raise where a tensor of a state is missing, unknown, or of another dtype than it must have.
+
+    Args:
+        coded: the tensors that the moments must be stored in, as they would be allocated; their shapes are checked by
+            who knows the layout.
+    """
+    extra = optimizer.plain_states(p.shape, group)
+    expected = {k: v.dtype for k, v in coded.items()} | dict.fromkeys(extra, torch.float32)
+    if optimizer.store_of(p, group) == "bf16_ecc":
+        expected[CORRECTION] = torch.int8
+    found = {k: v for k, v in raw.items() if k not in COUNTS}
+    for key in expected.keys() - found.keys():
+        raise ValueError(
+            f"the checkpoint's state of {label} has no {key!r}: it would begin at zero under a step count of "
+            f"{number(raw['step'])}. {REMEDY}"
+        )
+    for key, value in found.items():
+        dtype = expected.get(key, torch.float32 if key == WINDOW and optimizer.ACCUMULATES else None)
+        if dtype is None:
+            raise ValueError(
+                f"the checkpoint's state of {label} has {key!r}, which {optimizer.name} with state={group['state']!r} "
+                f"does not keep. Build the optimizer as it was when it was saved, or start with a fresh one."
+            )
+        if not isinstance(value, Tensor) or value.dtype != dtype:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"the checkpoint's state of {label} has {key!r} in {kind}, expected {dtype}: something has converted "
+                f"it, and its values have changed. {REMEDY}"
+            )
+        if key in extra and BY_ROWS not in raw and value.shape != extra[key]:
+            raise ValueError(
+                f"the checkpoint's state of {label} has {key!r} of shape {tuple(value.shape)}, expected "
+                f"{tuple(extra[key])}. Build the model as it was when it was saved, or start with a fresh optimizer."
+            )
+
+
+def check_values(label: str, raw: dict[str, Any], moments: dict[str, tuple[StateCodec, bool]]) -> None:
+    """Raise where a state holds a NaN or an Inf, or a negative value where none can be.
+
+    Args:
+        moments: of each coded state its codec, and whether it is signed.
+    """
+    for name, (codec, signed) in moments.items():
+        found = {k: local(v) for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+        encoded = {k.removeprefix(name).removeprefix(".") or "data": v for k, v in found.items()}
+        for part in _parts(codec, encoded):
+            _check(label, name, part, signed)
+    for key, value in raw.items():
+        if key.split(".")[0] not in moments and isinstance(value, Tensor) and value.is_floating_point():
+            _check(label, key, local(value), key != "prev_norm")
+
+
+def _check(label: str, name: str, values: Tensor, signed: bool) -> None:
+    if not values.numel():
+        return
+    low, high = (float(x) for x in torch.aminmax(values))
+    if not (low > -torch.inf and high < torch.inf):  # also of NaN
+        raise ValueError(f"the checkpoint's state of {label} has a NaN or Inf in {name!r}. {REMEDY}")
+    if low < 0 and not signed:
+        raise ValueError(
+            f"the checkpoint's state of {label} has a negative value ({low:g}) in {name!r}, which is a mean of "
+            f"squares or a norm. {REMEDY}"
+        )
+
+
+def _parts(codec: StateCodec, encoded: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The values of an encoded state, decoded some at a time."""
+    if "data" in encoded:
+        yield encoded["data"]
+        return
+    scalars = {k: v for k, v in encoded.items() if k != "codes"}
+    yield from (v for v in scalars.values() if v.is_floating_point())
+    codes = encoded["codes"]
+    if isinstance(codec, RowCodec):
+        step = max(1, PART // max(codec.length, 1))
+        for start in range(0, codes.shape[0], step):
+            part = {k: v[start : start + step] for k, v in encoded.items()}
+            yield codec.decode(part, torch.Size([part["codes"].shape[0], codec.length]))
+        return
+    assert isinstance(codec, BlockCodec)
+    size, flat = PART - PART % codec.block, codes.view(-1)
+    count = flat.numel() * 8 // codec.bits
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        part = {k: v[start // codec.block : -(-stop // codec.block)] for k, v in scalars.items()}
+        part["codes"] = flat[code_bytes(start, codec.bits) : code_bytes(stop, codec.bits)]
+        yield codec.decode(part, torch.Size([stop - start]))

@@ -1,0 +1,62 @@
+"""The fields of HuggingFace whose default is the method's own with an optim of ours: betas and eps.
+
+TrainingArguments hold numbers in them, for HuggingFace's optimizers read them. So what nobody chose is filled in when
+arguments are made, and filled in anew whenever `optim` is assigned, by a user, a search or `set_optimizer`.
+
+Whether a number was chosen is remembered in two ways. The instance keeps the names of the chosen fields, which
+survives pickling. And the numbers that are filled in are objects of their own: `dataclasses.replace` and
+`Config(**args.to_dict())` hand these very objects on to the next instance, which knows by them that nobody chose the
+number; an equal one that a user wrote is another object. JSON has no such objects: what is read from it was chosen.
+"""
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_lowmem.optim import OPTIMIZERS
+
+__all__ = ["ADAM_DEFAULTS", "assigned", "settle"]
+
+ADAM_DEFAULTS: dict[str, float] = {
+    f: TrainingArguments.__dataclass_fields__[f].default for f in ("adam_beta1", "adam_beta2", "adam_epsilon")
+}
+_CHOSEN = "_lowmem_chosen"
+
+
+def _defaults(name: str) -> dict[str, float]:
+    """What the fields are with an optimizer, if nobody chose them."""
+    own = OPTIMIZERS[name].DEFAULTS if name in OPTIMIZERS else {}
+    betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
+    return dict(zip(ADAM_DEFAULTS, (*betas, own.get("eps", ADAM_DEFAULTS["adam_epsilon"])), strict=True))
+
+
+_HUGGINGFACE = "huggingface"
+_FILLED = {
+    name: {f: float.fromhex(float(value).hex()) for f, value in _defaults(name).items()}  # new objects
+    for name in (_HUGGINGFACE, *OPTIMIZERS)
+}
+
+
+def _is_filled(value: Any) -> bool:
+    return value is None or any(value is number for numbers in _FILLED.values() for number in numbers.values())
+
+
+def settle(args: Any) -> None:
+    """Fill what nobody chose with the values of the present `optim`."""
+    values = vars(args)
+    if _CHOSEN not in values:
+        values[_CHOSEN] = [f for f in ADAM_DEFAULTS if not _is_filled(getattr(args, f))]
+    name = str(getattr(args.optim, "value", args.optim))
+    filled = _FILLED.get(name, _FILLED[_HUGGINGFACE])
+    values.update({f: number for f, number in filled.items() if f not in values[_CHOSEN]})
+
+
+def assigned(args: Any, name: str, value: Any) -> None:
+    """Follow the assignment of a field; before the first settling there is nothing to follow."""
+    chosen = vars(args).get(_CHOSEN)
+    if chosen is None or (name != "optim" and name not in ADAM_DEFAULTS):
+        return
+    if name != "optim":
+        others = [f for f in chosen if f != name]
+        vars(args)[_CHOSEN] = others if _is_filled(value) else [*others, name]
+    settle(args)

@@ -1,0 +1,285 @@
+"""Run: the facts of a training run, as far as they are known where somebody asks.
+
+Each door knows some: an accelerate YAML knows the engine and not the clipping, training arguments know the clipping and
+perhaps not the engine, a trainer knows all. What is not known is None, and no rule is applied to it.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Self
+
+from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.specs import OPTIMIZER_FIELDS, OptimSpec
+
+TRUE = ("1", "true", "yes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Facts of a run; None where one is not known.
+
+    Args:
+        optim: name of the optimizer.
+        fields: fields of our optimizers that are set, by name.
+        spec: of our optimizer, once it was checked for itself.
+        tiers, stochastic: `lowmem_activations` and its rounding.
+        in_backward: whether each weight is stepped in backward.
+        budget: `lowmem_budget`.
+        loop: who trains, where that is no Trainer, such as "LowMemPlugin".
+        clips: the program that clips gradients by itself and has no door for a step in backward.
+        passed: an optimizer that was passed beside the fields, as it was written.
+        engine: "single", "ddp", "fsdp" or "deepspeed".
+        fsdp_version: 1 or 2; "XLA" for the FSDP of torch_xla.
+        zero: DeepSpeed's settings, in the form of its JSON.
+        processes, n_gpu: number of processes, and of the GPUs that one of them has replicas on.
+        precision: "no", "fp16" or "bf16".
+        accumulation: micro-batches a step.
+        compile: whether the model is compiled.
+        checkpointing, reentrant: whether layers are checkpointed, and by torch's reentrant form.
+        offload: whether saved activations are moved off the device.
+        liger: whether liger's kernels stand in the model.
+        max_grad_norm: bound of the global norm; 0 for none.
+        said: how the user has written a fact, by its name.
+    """
+
+    optim: str | None = None
+    fields: Mapping[str, Any] | None = None
+    spec: OptimSpec | None = None
+    tiers: str | None = None
+    stochastic: bool | None = None
+    in_backward: bool | None = None
+    budget: str | None = None
+    loop: str | None = None
+    clips: str | None = None
+    passed: str | None = None
+    engine: str | None = None
+    fsdp_version: int | str | None = None
+    zero: Mapping[str, Any] | None = None
+    processes: int | None = None
+    n_gpu: int | None = None
+    precision: str | None = None
+    accumulation: int | None = None
+    compile: bool | None = None
+    checkpointing: bool | None = None
+    reentrant: bool | None = None
+    offload: bool | None = None
+    liger: bool | None = None
+    max_grad_norm: float | None = None
+    said: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the optimizer is one of ours."""
+        return self.optim in OPTIMIZERS
+
+    @property
+    def asked(self) -> str | None:
+        """The first field that asks something of us, with its value; None where none does."""
+        return next((self.say(f) for f in ("optim", "tiers", "budget") if self._asks(f)), None)
+
+    def _asks(self, fact: str) -> bool:
+        return self.ours if fact == "optim" else getattr(self, fact) is not None
+
+    def say(self, fact: str) -> str:
+        """A fact as the user wrote it."""
+        if fact == "passed":
+            return str(self.passed)
+        if fact in self.said:
+            return self.said[fact]
+        name = {
+            "tiers": "lowmem_activations",
+            "budget": "lowmem_budget",
+            "in_backward": "lowmem_step_in_backward",
+            "stochastic": "lowmem_activations_stochastic",
+        }.get(fact, fact)
+        return f"{name}={getattr(self, fact)!r}"
+
+    def knowing(self, said: Mapping[str, str] | None = None, **facts: Any) -> Self:
+        """The same run, of which more is known; facts that are None here say nothing."""
+        known = {name: value for name, value in facts.items() if value is not None}
+        return replace(self, said={**self.said, **(said or {})}, **known)
+
+    def asking(self, other: "Run") -> Self:
+        """This run with what another one asks of us, and no more of it."""
+        asks = ("optim", "fields", "spec", "tiers", "stochastic", "in_backward", "budget")
+        said = {name: words for name, words in other.said.items() if name in asks}
+        return self.knowing(said, **{name: getattr(other, name) for name in asks})
+
+    @classmethod
+    def from_fields(cls, args: Any) -> Self:
+        """What fields say by themselves, before HuggingFace's own checks have run. Of any config, or a LowMemPlugin."""
+        named = {f"lowmem_{name}": getattr(args, f"lowmem_{name}", None) for name in OPTIMIZER_FIELDS}
+        in_backward = bool(getattr(args, "lowmem_step_in_backward", False))
+        named["lowmem_step_in_backward"] = in_backward or None
+        named["lowmem_max_skipped_steps"] = getattr(args, "lowmem_max_skipped_steps", None)
+        checkpointing = next(
+            (n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None
+        )
+        asked, optim = deepspeed_asked(args), getattr(args, "optim", None)
+        return cls(
+            optim=None if optim is None else str(getattr(optim, "value", optim)),
+            fields={name: value for name, value in named.items() if value is not None},
+            tiers=getattr(args, "lowmem_activations", None),
+            stochastic=getattr(args, "lowmem_activations_stochastic", None),
+            in_backward=in_backward,
+            budget=getattr(args, "lowmem_budget", None),
+            engine="deepspeed" if asked else None,
+            checkpointing=checkpointing is not None,
+            offload=bool(getattr(args, "activation_offloading", False)),
+            liger=bool(getattr(args, "use_liger_kernel", False)),
+            said={
+                "engine": asked,
+                "checkpointing": f"{checkpointing}=True",
+                "offload": "activation_offloading=True",
+                "liger": "use_liger_kernel=True",
+            },
+        )
+
+    @classmethod
+    def from_arguments(cls, args: Any) -> Self:
+        """What training arguments say, once HuggingFace has settled its own. Without its fields: as `from_fields`."""
+        run = cls.from_fields(args)
+        spec = args.lowmem_optim_spec() if run.ours and hasattr(args, "lowmem_optim_spec") else None
+        if not hasattr(args, "world_size"):  # no TrainingArguments
+            return run.knowing(spec=spec)
+        fsdp, engine = fsdp_asked(args), run.engine
+        sharded = getattr(args, "fsdp_config", None) or {}
+        if engine is None:
+            engine = "fsdp" if fsdp else "ddp" if args.world_size > 1 else "single"
+        version, wrote = _fsdp_version(args) if engine == "fsdp" else (None, "")
+        said = {
+            "fsdp_version": wrote,
+            "processes": f"world_size={args.world_size!r}",
+            "precision": "fp16=True" if args.fp16 else "bf16=True",
+            "accumulation": f"gradient_accumulation_steps={args.gradient_accumulation_steps!r}",
+            "compile": f"torch_compile={args.torch_compile!r}",
+            "reentrant": f"gradient_checkpointing_kwargs={args.gradient_checkpointing_kwargs!r}",
+        }
+        if engine == "fsdp" and _true(sharded.get("activation_checkpointing")) and not run.checkpointing:
+            run = run.knowing(
+                checkpointing=True, said={"checkpointing": "fsdp_config['activation_checkpointing']=True"}
+            )
+        plugin = getattr(args, "deepspeed_plugin", None)
+        return run.knowing(
+            said,
+            spec=spec,
+            engine=engine,
+            fsdp_version=version,
+            zero=plugin.deepspeed_config if engine == "deepspeed" and plugin is not None else None,
+            processes=args.world_size,
+            n_gpu=args.n_gpu,
+            precision="fp16" if args.fp16 else "bf16" if args.bf16 else "no",
+            accumulation=args.gradient_accumulation_steps,
+            compile=bool(args.torch_compile),
+            reentrant=bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")),
+            max_grad_norm=args.max_grad_norm,
+        )
+
+    def with_accelerator(self, accelerator: Any) -> Self:
+        """What an Accelerator has set up, which counts where the fields say something else."""
+        kind = accelerator.distributed_type.value
+        engine = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed", "NO": "single"}.get(kind, "ddp")
+        precision = accelerator.mixed_precision
+        said = {
+            "engine": "DeepSpeed",
+            "processes": f"num_processes={accelerator.num_processes!r}",
+            "precision": f"mixed_precision={precision!r}",
+        }
+        state, run = accelerator.state, self
+        if engine == "fsdp":
+            version = state.fsdp_plugin.fsdp_version
+            run = run.knowing({"fsdp_version": f"fsdp_version={version!r}"}, fsdp_version=version)
+            if getattr(state.fsdp_plugin, "activation_checkpointing", False):
+                run = run.knowing({"checkpointing": "fsdp_activation_checkpointing=True"}, checkpointing=True)
+        zero = getattr(state.deepspeed_plugin, "deepspeed_config", {}) if engine == "deepspeed" else None
+        backend = getattr(getattr(state, "dynamo_plugin", None), "backend", None)
+        compiled = str(getattr(backend, "value", None) or "NO").upper()
+        if compiled != "NO":
+            run = run.knowing({"compile": f"dynamo_backend={compiled!r}"}, compile=True)
+        return run.knowing(said, engine=engine, zero=zero, processes=accelerator.num_processes, precision=precision)
+
+    def with_model(self, model: Any) -> Self:
+        """What the model that will be trained says of itself."""
+        compiled = getattr(model, "_orig_mod", None)  # of torch.compile
+        if compiled is None:
+            return self
+        return self.knowing({"compile": f"torch.compile({type(compiled).__name__})"}, compile=True)
+
+    def with_yaml(self, settings: Mapping[str, Any], zero: Mapping[str, Any] | None = None) -> Self:
+        """What accelerate's launcher is told. `settings`: its options by name; `zero`: DeepSpeed's."""
+        kind = str(settings.get("distributed_type") or "NO").upper()
+        processes = settings.get("num_processes", 1)
+        fallback = "ddp" if processes > 1 else "single"
+        engine = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(kind, fallback)
+        version = settings.get("fsdp_version", default_fsdp_version()) if engine == "fsdp" else None
+        checkpointed = engine == "fsdp" and _true(settings.get("fsdp_activation_checkpointing"))
+        backend = str(settings.get("dynamo_backend") or "NO").upper()
+        precision = settings.get("mixed_precision")
+        accumulation = settings.get("gradient_accumulation_steps")
+        return self.knowing(
+            {
+                "engine": f"distributed_type: {kind}",
+                "fsdp_version": f"fsdp_version: {version}",
+                "processes": f"num_processes={processes}",
+                "precision": f"mixed_precision: {precision}",
+                "accumulation": f"gradient_accumulation_steps: {accumulation}",
+                "compile": f"dynamo_backend: {backend}",
+                "checkpointing": "fsdp_activation_checkpointing: true",
+            },
+            engine=engine,
+            fsdp_version=version,
+            zero=zero if engine == "deepspeed" else None,
+            processes=processes,
+            precision=precision,
+            accumulation=accumulation,
+            compile=backend != "NO",
+            checkpointing=checkpointed or None,
+        )
+
+    def with_plan(self, world_size: int, parallel: str | None) -> Self:
+        """What a plan supposes of the processes; see `hf_lowmem.planner.plan`."""
+        if parallel is None:
+            return self
+        said = {"processes": f"world_size={world_size!r}", "fsdp_version": f"parallel={parallel!r}"}
+        version = 2 if parallel == "fsdp2" else None
+        return self.knowing(said, engine="fsdp" if version else "ddp", fsdp_version=version, processes=world_size)
+
+
+def fsdp_asked(args: Any) -> bool:
+    """Whether these arguments, or accelerate's launcher, will shard the model."""
+    return _true(os.environ.get("ACCELERATE_USE_FSDP")) or bool(getattr(args, "fsdp", None))
+
+
+def deepspeed_asked(args: Any) -> str:
+    """What asks for DeepSpeed, as the user wrote it: the field, or accelerate's launcher. Empty: nothing does."""
+    value = getattr(args, "deepspeed", None)
+    if value:
+        return f"deepspeed={value!r}"
+    variable = "ACCELERATE_USE_DEEPSPEED"
+    return f"{variable}={os.environ[variable]}" if _true(os.environ.get(variable)) else ""
+
+
+@cache
+def default_fsdp_version() -> str:
+    """FSDP's version where accelerate is not told one."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return str(launch_command_parser().get_default("fsdp_version"))
+
+
+def _fsdp_version(args: Any) -> tuple[int | str, str]:
+    """FSDP's version under these arguments, and who says so: their own field counts, else accelerate's launcher."""
+    if not getattr(args, "fsdp", None):
+        version = os.environ.get("FSDP_VERSION") or default_fsdp_version()
+        return version, f"FSDP_VERSION={version}"
+    config = args.fsdp_config or {}
+    if config.get("xla"):
+        return "XLA", "fsdp_config['xla']=True"
+    version = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") or config.get("version", 2)
+    return version, f"fsdp_config['version']={version!r}"
+
+
+def _true(value: Any) -> bool:
+    return str(value).lower() in TRUE

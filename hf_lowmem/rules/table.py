@@ -1,0 +1,197 @@
+"""RULES: what does not go together, each once, with the field, its value, the reason and the remedy."""
+
+from torch import Size
+
+from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim.release import accumulation_refused
+from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, flattened
+from hf_lowmem.rules import deepspeed
+from hf_lowmem.rules.rule import Rule, apart
+from hf_lowmem.rules.run import Run
+
+ONE_GPU = "Make one GPU visible, or start a process a GPU with `accelerate launch` or `torchrun`"
+BY_HAND = "or leave lowmem_budget unset and choose the settings with `hf-lowmem plan`"
+
+
+def _unread(run: Run) -> str:
+    name, value = next(iter((run.fields or {}).items()))
+    return f"{name}={value!r} has no effect with {run.say('optim')}, which is not one of hf_lowmem's"
+
+
+def _unsharded(run: Run) -> str | None:
+    """Why our method, or its projection, cannot work on weights of which each process has some rows."""
+    if run.spec is None or run.engine != "fsdp" or not run.ours:
+        return None
+    cls = OPTIMIZERS[run.spec.name]
+    reason = cls.unsharded_only(Size((2, 2)), cls.resolve(run.spec) | {"rank": 1})
+    return reason and reason.replace("projection=", f"{run.spec.label('projection')}=", 1)
+
+
+def _averaged_late(run: Run) -> bool:
+    return bool(run.in_backward) and (run.processes or 1) > 1 and run.engine in ("ddp", "single")
+
+
+def _accumulates_whole(run: Run) -> bool:
+    able = run.ours and OPTIMIZERS[str(run.optim)].ACCUMULATES
+    return bool(run.in_backward) and (run.accumulation or 1) > 1 and not able
+
+
+WITHOUT_EFFECT = (
+    Rule(
+        "fields_of_ours",
+        ("optim", "fields"),
+        lambda run: bool(run.fields) and not run.ours,
+        _unread,
+        f"Leave it unset, or set optim to one of: {', '.join(OPTIMIZERS)}",
+    ),
+    Rule(
+        "stochastic_nothing",
+        ("stochastic",),
+        lambda run: bool(run.stochastic) and run.tiers is None,
+        "lowmem_activations_stochastic=True has no effect without lowmem_activations",
+        "Leave it unset, or set lowmem_activations='fp8'",
+    ),
+    Rule(
+        "passed",
+        ("passed", "optim"),
+        lambda run: run.ours,
+        lambda run: (
+            f"{run.passed} cannot be combined with {run.say('optim')}, which would have no effect: an optimizer was "
+            "passed as well"
+        ),
+        "Pass one or the other: drop it, or leave optim and the lowmem fields unset",
+    ),
+    Rule(
+        "loop_budget",
+        ("loop", "budget"),
+        lambda run: True,
+        lambda run: f"{run.say('budget')} has no effect in {run.loop}: a loop of your own cannot be planned",
+        "Leave it unset, and choose the settings with `hf-lowmem plan --budget`",
+    ),
+)
+
+ENGINES = (
+    Rule(
+        "fsdp1",
+        ("engine", "fsdp_version"),
+        lambda run: run.engine == "fsdp" and str(run.fsdp_version) != "2" and run.asked is not None,
+        lambda run: f"{run.say('fsdp_version')} cannot be combined with {run.asked}: {flattened('FSDP1')}",
+        "",
+    ),
+    Rule(
+        "fsdp2_method",
+        ("engine", "spec"),
+        lambda run: _unsharded(run) is not None,
+        lambda run: str(_unsharded(run)),
+        "",
+    ),
+    *deepspeed.RULES,
+)
+
+TIERS = (
+    apart("checkpointing", "tiers", INSIDE_CHECKPOINT, NO_CHECKPOINT),
+    apart("offload", "tiers", "both decide where what is saved for backward is kept", "Set one of the two"),
+    apart(
+        "liger",
+        "tiers",
+        "its norms and MLPs keep tensors in functions of their own, out of reach",
+        "Set use_liger_kernel=False, or leave lowmem_activations unset",
+    ),
+    apart(
+        "n_gpu",
+        "tiers",
+        "DataParallel's replicas would share the first one's layers",
+        ONE_GPU,
+        when=lambda run: bool(run.tiers) and (run.n_gpu or 0) > 1,
+    ),
+)
+
+IN_BACKWARD = (
+    apart(
+        "max_grad_norm",
+        "in_backward",
+        CLIPPING,
+        f"Set max_grad_norm=0; {NO_CLIPPING}",
+    ),
+    apart(
+        "precision",
+        "in_backward",
+        "loss scaling checks every gradient before the first update",
+        "Use bf16",
+        when=lambda run: bool(run.in_backward) and run.precision == "fp16",
+    ),
+    apart(
+        "compile",
+        "in_backward",
+        "a compiled backward pass hands over all gradients at its end, so nothing would be freed",
+        "Do not compile: leave torch_compile unset (accelerate: dynamo_backend: 'no')",
+    ),
+    apart(
+        "reentrant",
+        "in_backward",
+        "a reentrant checkpoint may hand over one weight's gradient in parts",
+        "Set use_reentrant to False",
+    ),
+    apart(
+        "processes",
+        "in_backward",
+        "DDP averages gradients after each one's update",
+        "Use FSDP2 (fsdp=True; accelerate: distributed_type: FSDP with fsdp_version: 2), train in one process, or "
+        "leave lowmem_step_in_backward unset",
+        when=_averaged_late,
+    ),
+    apart(
+        "n_gpu",
+        "in_backward",
+        "DataParallel adds up its replicas' gradients",
+        ONE_GPU,
+        when=lambda run: bool(run.in_backward) and (run.n_gpu or 0) > 1,
+    ),
+    Rule(
+        "in_backward_accumulation",
+        ("accumulation", "in_backward"),
+        _accumulates_whole,
+        lambda run: accumulation_refused(run.say("accumulation"), str(run.optim)),
+        "",
+    ),
+    Rule(
+        "in_backward_clips",
+        ("clips", "in_backward"),
+        lambda run: bool(run.in_backward),
+        lambda run: (
+            f"{run.say('in_backward')} is not supported under {run.clips}, which clips gradients after the backward "
+            "pass"
+        ),
+        "Leave it unset",
+    ),
+)
+
+BUDGET = (
+    apart("passed", "budget", "what an optimizer of yours takes is not known", f"Set optim instead, {BY_HAND}"),
+    apart(
+        "engine",
+        "budget",
+        "DeepSpeed's engine cannot be planned",
+        f"Use FSDP2, {BY_HAND}",
+        when=lambda run: run.engine == "deepspeed",
+    ),
+    apart("n_gpu", "budget", "DataParallel cannot be planned", ONE_GPU, when=lambda run: (run.n_gpu or 0) > 1),
+)
+
+RULES = (*WITHOUT_EFFECT, *ENGINES, *TIERS, *IN_BACKWARD, *BUDGET)
+
+
+def check(run: Run, label: str = "") -> None:
+    """Raise where a rule refuses the run.
+
+    Args:
+        run: what is known of it.
+        label: where the settings stand, if that is not the place where the error appears.
+
+    Raises:
+        ValueError: naming the field, its value, the reason and the remedy.
+    """
+    for rule in RULES:
+        said = rule.refusal(run)
+        if said is not None:
+            raise ValueError(f"{label}: {said}" if label else said)

@@ -1,0 +1,138 @@
+"""Every rule at every door: the same sentence, or the door is listed as blind to a fact, with the reason."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.rules import RULES, Run
+from hf_lowmem.specs import OptimSpec
+from tests.rules.doors import DOORS
+
+
+class Row(NamedTuple):
+    """run: what a rule refuses. from_: where the part of its sentence begins that no door writes in its own way."""
+
+    run: dict[str, Any]
+    from_: str
+
+
+ADAMW = {"optim": "adamw"}
+STEPPING = ADAMW | {"in_backward": True}
+FP8 = {"tiers": "fp8"}
+ZERO2 = {"zero_optimization": {"stage": 2}}
+ROWS = {
+    "fields_of_ours": Row({"optim": "sgd", "fields": {"lowmem_rank": 4}}, "has no effect with"),
+    "stochastic_nothing": Row({"stochastic": True}, "has no effect without"),
+    "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
+    "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
+    "fsdp1": Row(FP8 | {"engine": "fsdp", "fsdp_version": 1}, "FSDP1 flattens"),
+    "fsdp2_method": Row({"optim": "soap", "engine": "fsdp", "fsdp_version": 2}, "'soap' under FSDP2"),
+    "zero_matrices": Row({"optim": "apollo", "engine": "deepspeed", "zero": ZERO2}, "ZeRO flattens"),
+    "zero_weights": Row(
+        ADAMW | {"fields": {"lowmem_weights": "bf16_sr"}, "engine": "deepspeed", "zero": ZERO2}, "ZeRO keeps fp32"
+    ),
+    "zero_in_backward": Row(STEPPING | {"engine": "deepspeed", "zero": ZERO2}, "ZeRO takes each gradient"),
+    "zero_stage": Row(
+        ADAMW | {"engine": "deepspeed", "zero": {"zero_optimization": {"stage": 3}}}, "zero_optimization.stage=3 cannot"
+    ),
+    "zero_optimizer": Row(ADAMW | {"engine": "deepspeed", "zero": ZERO2 | {"optimizer": "auto"}}, "optimizer='auto'"),
+    "zero_zero_optimization.offload_optimizer.device": Row(
+        ADAMW
+        | {"engine": "deepspeed", "zero": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+        "zero_optimization.offload_optimizer.device='cpu'",
+    ),
+    "zero_zero_optimization.elastic_checkpoint": Row(
+        ADAMW | {"engine": "deepspeed", "zero": {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}},
+        "zero_optimization.elastic_checkpoint=True",
+    ),
+    "zero_checkpoint.load_universal": Row(
+        ADAMW | {"engine": "deepspeed", "zero": ZERO2 | {"checkpoint": {"load_universal": True}}},
+        "checkpoint.load_universal=True",
+    ),
+    "tiers_checkpointing": Row(FP8 | {"checkpointing": True}, "inside a checkpoint"),
+    "tiers_offload": Row(FP8 | {"offload": True}, "both decide where"),
+    "tiers_liger": Row(FP8 | {"liger": True}, "its norms and MLPs"),
+    "tiers_n_gpu": Row(FP8 | {"n_gpu": 2}, "DataParallel's replicas"),
+    "in_backward_max_grad_norm": Row(STEPPING | {"max_grad_norm": 1.0}, "the global norm needs"),
+    "in_backward_precision": Row(STEPPING | {"precision": "fp16"}, "loss scaling checks"),
+    "in_backward_compile": Row(STEPPING | {"compile": True}, "a compiled backward pass"),
+    "in_backward_reentrant": Row(STEPPING | {"reentrant": True}, "a reentrant checkpoint"),
+    "in_backward_processes": Row(STEPPING | {"engine": "ddp", "processes": 2}, "DDP averages"),
+    "in_backward_n_gpu": Row(STEPPING | {"n_gpu": 2}, "DataParallel adds up"),
+    "in_backward_accumulation": Row(STEPPING | {"accumulation": 4}, "with step in backward: 'adamw' needs"),
+    "in_backward_clips": Row(STEPPING, "which clips gradients"),
+    "budget_passed": Row({"budget": "1GiB", "passed": True}, "what an optimizer of yours"),
+    "budget_engine": Row({"budget": "1GiB", "engine": "deepspeed", "zero": ZERO2}, "DeepSpeed's engine cannot"),
+    "budget_n_gpu": Row({"budget": "1GiB", "n_gpu": 2}, "DataParallel cannot be planned"),
+}
+
+NO_OPTIMIZER = "it is told of tiers alone: the optimizer is whoever's"
+ARGUMENTS_NONE = "an optimizer is passed to a trainer or a loop, after the arguments were made"
+NO_REPLICAS = "accelerate starts a process a GPU; DataParallel is the Trainer's, where it does not"
+A_LOOP = "there is no loop of one's own behind it"
+NO_BUDGET = "a budget is refused there in any case, by another rule"
+NO_HOST = "nothing is known of a program that trains by itself"
+TRLS = "a field of TRL's trainers alone"
+BLIND = {
+    **{(rule, door): ARGUMENTS_NONE for rule in ("passed", "budget_passed") for door in ("arguments", "replace")},
+    **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
+       for door in ("launch", "planner", "axolotl")},
+    **{("loop_budget", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
+    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith("budget") for d in ("plugin", "axolotl")},
+    **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
+    **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
+    **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
+       if rule.startswith(("in_backward", "budget", "zero", "passed", "fields", "fsdp2"))},
+    ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
+    ("fsdp1", "planner"): "the processes that are planned are those of FSDP2 or DDP",
+    ("tiers_offload", "plugin"): TRLS,
+    ("tiers_offload", "launch"): TRLS,
+    ("tiers_liger", "plugin"): "a loop has patched the model itself; its report says what was not recognised",
+    ("tiers_liger", "launch"): "accelerate has no such option",
+    ("in_backward_max_grad_norm", "plugin"): "a loop calls clip_grad_norm_, which raises then: see test_untaken.py",
+    ("in_backward_max_grad_norm", "launch"): "accelerate's file says it for DeepSpeed alone, which is refused anyway",
+    ("in_backward_reentrant", "plugin"): "how a loop checkpoints its model is not visible before it runs",
+    ("in_backward_reentrant", "launch"): "accelerate has no such option",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_VERSION", "HF_LOWMEM_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_rule_has_a_row_and_every_blind_door_a_reason() -> None:
+    names = [rule.name for rule in RULES]
+    assert sorted(set(names)) == sorted(names) == sorted(ROWS)
+    assert all(rule in ROWS and door in DOORS for rule, door in BLIND)
+
+
+@pytest.mark.parametrize(("rule", "door"), [pair for pair in product(ROWS, DOORS) if pair not in BLIND])
+def test_a_rule_says_the_same_at_every_door(
+    rule: str, door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = ROWS[rule]
+    run = dict(row.run)
+    if rule == "tiers_checkpointing" and door in ("plugin", "launch"):
+        run["engine"] = "fsdp"  # whose plugin is what checkpoints
+    with pytest.raises(ValueError) as caught:
+        DOORS[door](run, monkeypatch, tmp_path)
+    said = str(caught.value)
+    assert row.from_ in said, said
+    assert said[said.index(row.from_) :] == sentence(rule), said
+
+
+def sentence(rule: str) -> str:
+    """What the table itself says, from where no door has words of its own."""
+    row = ROWS[rule]
+    facts: dict[str, Any] = {**row.run, "loop": "LowMemPlugin", "clips": "axolotl"}
+    facts |= {"passed": "optimizers="} if "passed" in row.run else {}
+    if "optim" in facts and facts["optim"] in OPTIMIZERS:
+        facts["spec"] = OptimSpec(name=facts["optim"])
+    said = next(r for r in RULES if r.name == rule).refusal(Run(**facts))
+    assert said is not None
+    return said[said.index(row.from_) :]
