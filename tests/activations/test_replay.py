@@ -117,7 +117,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_random_numbers_are_the_same_ones(part: Callable[[], nn.Module], tier: str) -> None:
     plain, ours = Toy(part()).eval(), Toy(part()).eval()
     if tier == "exact":
-        put(Layer(ours, "toy", "exact", stochastic=False))
+        put(Layer(ours, "toy", "exact", None))
         put(Cheap(ours.part))  # as if nobody had found out that it is random
     else:
         wrap_layer(ours, "none")
@@ -140,7 +140,7 @@ def test_a_conversion_in_eval_mode_sees_what_training_does(part: Callable[[], nn
 def test_a_module_with_a_memory_runs_as_often_as_it_did(tier: str) -> None:
     plain, ours = Toy(Counting()), Toy(Counting())
     if tier == "exact":
-        put(Layer(ours, "toy", "exact", stochastic=False))
+        put(Layer(ours, "toy", "exact", None))
         put(Cheap(ours.part))
     else:
         wrap_layer(ours, "none")
@@ -344,7 +344,7 @@ def test_a_result_changed_in_place_is_not_what_its_module_made() -> None:
             return F.linear(y.double(), self.a.weight.double()).float()
 
     plain, ours = Inside(), Inside()
-    put(Layer(ours, "toy", "exact", stochastic=False))
+    put(Layer(ours, "toy", "exact", None))
     put(Cheap(ours.norm))
     assert equal(gradients(ours), gradients(plain))
 
@@ -366,7 +366,7 @@ def test_an_input_changed_in_place_is_not_what_is_run_again() -> None:
 
     plain, ours = Inside(), Inside()
     put(Block(ours, "mlp"))
-    put(Layer(ours, "toy", "fp8_recompute", stochastic=False))
+    put(Layer(ours, "toy", "fp8_recompute", None))
     put(Projection(ours.gate))
     assert error_of(gradients(ours), gradients(plain)) < LOSSY
 
