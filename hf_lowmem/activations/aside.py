@@ -32,9 +32,9 @@ active = _Active()
 def innermost_pack() -> Any:
     """The hook that autograd would ask now about a tensor to save, or None. A measuring wrapper is seen through."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    hook = None if top is None else top[0]
-    while hasattr(hook, "__wrapped__"):
-        hook = hook.__wrapped__
+    hook: Any = None if top is None else top[0]
+    while (inner := getattr(hook, "__wrapped__", None)) is not None:
+        hook = inner
     return hook
 
 
@@ -50,7 +50,7 @@ def reason_to_step_aside() -> str | None:
             "it runs inside a torch.utils.checkpoint, whose region is computed again and keeps nothing that could be "
             "compressed. Take the checkpoint away, or leave the tier unset"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return "it runs inside a transform of torch.func, which has no saved tensors to compress"
     return None
 

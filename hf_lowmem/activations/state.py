@@ -46,6 +46,10 @@ def changed_in_place(tensor: Tensor, expected: int) -> RuntimeError:
     )
 
 
+def _placements(tensor: Tensor) -> Any:
+    return getattr(tensor, "placements", None)
+
+
 class _Held:
     """A tensor of a module: itself if it is a leaf, else without its graph, which would live on with it."""
 
@@ -62,7 +66,10 @@ class _Held:
 
     def is_still(self, value: Any) -> bool:
         tensor = self.tensor if self.of is None else self.of()
-        return tensor is value and value.requires_grad == self.wants and self.copy is None
+        if tensor is value:
+            return value.requires_grad == self.wants and self.copy is None
+        # FSDP2 puts whole weights and shards in each other's place, as its own state has it: that is left to FSDP2.
+        return isinstance(value, Tensor) and _placements(value) != _placements(self.tensor)
 
     def thawed(self) -> Tensor:
         if self.copy is not None:
@@ -159,8 +166,9 @@ class _Part:
         now, emptied = self.now, {id(item): type(item) for item in self.empty}
         if _MERGED in self.plain and list(self.full.get(_MERGED, ())) != now.get(_MERGED):
             raise RuntimeError(
-                f"adapters were merged or unmerged ({self.full.get(_MERGED, [])} before, {now.get(_MERGED)} now) between "
-                "the forward pass and the backward pass, which needs the weights as they were. Merge after backward."
+                f"adapters were merged or unmerged ({self.full.get(_MERGED, [])} before, {now.get(_MERGED)} now) "
+                "between the forward pass and the backward pass, which needs the weights as they were. Merge after "
+                "backward."
             )
         for key, item in self.plain.items():
             if key in self.full:

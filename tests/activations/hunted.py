@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def one_step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_two_adapters(model: nn.Module, family: str) -> Any:
     """Two adapters of one kind, which changes from family to family; three of the kinds draw random numbers.
 
-    PEFT has no more than LoRA for GPT-2's Conv1D and for fused experts.
+    PEFT has no more than LoRA for GPT-2's Conv1D, and for fused experts none with a dropout.
     """
     import peft
 
@@ -202,7 +203,9 @@ def with_two_adapters(model: nn.Module, family: str) -> Any:
         lambda: peft.LoHaConfig(r=4, rank_dropout=0.3, target_modules="all-linear", init_weights=False),
         lambda: peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     ]
-    config = kinds[0 if family == "gpt2" or "moe" in family else HUNTED.index(family) % len(kinds)]
+    config = kinds[0 if family == "gpt2" else HUNTED.index(family) % len(kinds)]
+    if "moe" in family:
+        config = partial(peft.LoraConfig, r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(5)
     adapted = peft.get_peft_model(model, config())
     adapted.add_adapter("other", config())

@@ -75,6 +75,8 @@ RANDOM = [
 class Counting(nn.Module):
     """Writes to its buffer and counts its calls."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.calls, self.seen = 0, []
@@ -88,10 +90,11 @@ class Counting(nn.Module):
 
 
 class Toy(nn.Module):
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b, self.part = nn.Linear(16, 16), nn.Linear(16, 16), part
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.part: Any = part
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.b(self.part(self.a(hidden_states)))
@@ -114,7 +117,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_random_numbers_are_the_same_ones(part: Callable[[], nn.Module], tier: str) -> None:
     plain, ours = Toy(part()).eval(), Toy(part()).eval()
     if tier == "exact":
-        put(Layer(ours, "toy", "exact", stochastic=False))
+        put(Layer(ours, "toy", "exact", None))
         put(Cheap(ours.part))  # as if nobody had found out that it is random
     else:
         wrap_layer(ours, "none")
@@ -137,7 +140,7 @@ def test_a_conversion_in_eval_mode_sees_what_training_does(part: Callable[[], nn
 def test_a_module_with_a_memory_runs_as_often_as_it_did(tier: str) -> None:
     plain, ours = Toy(Counting()), Toy(Counting())
     if tier == "exact":
-        put(Layer(ours, "toy", "exact", stochastic=False))
+        put(Layer(ours, "toy", "exact", None))
         put(Cheap(ours.part))
     else:
         wrap_layer(ours, "none")
@@ -271,7 +274,7 @@ def test_what_cannot_be_had_back_is_an_error(tier: str, how: str) -> None:
 
 
 def test_a_module_is_left_as_it_was_found() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
     module.names = ["a"]
     state = State(module)
     module.eval()
@@ -341,7 +344,7 @@ def test_a_result_changed_in_place_is_not_what_its_module_made() -> None:
             return F.linear(y.double(), self.a.weight.double()).float()
 
     plain, ours = Inside(), Inside()
-    put(Layer(ours, "toy", "exact", stochastic=False))
+    put(Layer(ours, "toy", "exact", None))
     put(Cheap(ours.norm))
     assert equal(gradients(ours), gradients(plain))
 
@@ -363,7 +366,7 @@ def test_an_input_changed_in_place_is_not_what_is_run_again() -> None:
 
     plain, ours = Inside(), Inside()
     put(Block(ours, "mlp"))
-    put(Layer(ours, "toy", "fp8_recompute", stochastic=False))
+    put(Layer(ours, "toy", "fp8_recompute", None))
     put(Projection(ours.gate))
     assert error_of(gradients(ours), gradients(plain)) < LOSSY
 

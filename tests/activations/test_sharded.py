@@ -26,15 +26,18 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     mine = {name: tensor[rank : rank + 1] for name, tensor in batch().items()}
     for _ in range(2):
         model.zero_grad(set_to_none=True)
-        model(**mine).loss.backward()
+        model(**mine, use_cache=False).loss.backward()
     found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 
 
-def sharded(model: nn.Module, mixed: bool) -> nn.Module:
+def sharded(model: nn.Module, mixed: bool, parts: bool = False) -> nn.Module:
+    """parts: a layer's MLP and attention are gathered each by itself, so a layer runs when some of it is in shards."""
     mesh = init_device_mesh("cpu", (2,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if mixed else None)
     for layer in model.get_submodule("model.layers").children():
+        for part in (layer.get_submodule("mlp"), layer.get_submodule("self_attn")) if parts else ():
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
@@ -46,6 +49,7 @@ def check(wrap: str, when: str, tier: str) -> None:
         "ddp": DistributedDataParallel,
         "fsdp2": lambda m: sharded(m, mixed=False),
         "fsdp2-bf16": lambda m: sharded(m, mixed=True),
+        "fsdp2-parts": lambda m: sharded(m, mixed=False, parts=True),
     }
     expected = gradients(wrappers[wrap](copy.deepcopy(plain)))
     if when == "before":
@@ -68,6 +72,10 @@ CASES = [
     ("fsdp2", "before", "exact"),
     ("fsdp2", "after", "exact"),
     ("fsdp2", "after", "fp8_recompute"),
+    ("fsdp2", "after", "checkpoint_fp8"),
+    ("fsdp2-parts", "after", "exact"),
+    ("fsdp2-parts", "after", "fp8_recompute"),
+    ("fsdp2-parts", "after", "checkpoint_fp8"),
     ("fsdp2-bf16", "after", "exact"),
     ("fsdp2-bf16", "after", "fp8"),
 ]
