@@ -59,6 +59,8 @@ class LowMemTrainerMixin:
         self._rehearse_tiers()
         self._check_budget()
         section.state.taken |= isinstance(self.args, LowMemArguments)
+        if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
+            self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
 
     def _check_budget(self) -> None:
         asked = getattr(self.args, "lowmem_budget", None)
@@ -83,8 +85,6 @@ class LowMemTrainerMixin:
                 f"{type(self).__name__} was handed a {type(args).__name__}, and needs a {self.CONFIG.__name__} with "
                 f"our fields. Make the arguments with LowMem{self.CONFIG.__name__}."
             )
-        if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
-            self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
 
     def _within_budget(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The constructor's arguments with what `lowmem_budget` asks for: in a copy of the TrainingArguments, the
