@@ -62,7 +62,7 @@ class Spy(TrainerCallback):
             raise self.error
 
 
-def train(folder: Path, model: Any = None, *, error: BaseException | None = None, **fields: Any) -> tuple[Any, Spy]:
+def train(folder: Path, model: Any = None, error: Any = None, **fields: Any) -> tuple[Any, Spy]:
     spy = Spy(error)
     args = LowMemTrainingArguments(str(folder), **COMMON | fields)
     own: dict[str, Any] = {"model_init": lambda: tiny_llama(num_hidden_layers=2)} if model is None else {"model": model}
@@ -138,7 +138,7 @@ def test_a_second_training_is_that_of_a_model_that_never_had_a_first(tmp_path: P
     fresh.load_state_dict(model.state_dict())
     norms = []
     for which in (model, fresh):
-        args = TrainingArguments(str(tmp_path), **COMMON | {"optim": "sgd"})
+        args = TrainingArguments(str(tmp_path), optim="sgd", **COMMON)
         trainer = Trainer(which, args, train_dataset=token_data(8))
         trainer.train()
         norms.append([row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row])
@@ -361,9 +361,8 @@ def shared(model: Any) -> bool:
 
 
 def dpo(folder: Path, tokenizer: Any, model: Any, callbacks: Any = None, **fields: Any) -> Any:
-    args = LowMemDPOConfig(
-        str(folder), **COMMON | fields, loss_type="asft", lowmem_share_prompt=True, gradient_checkpointing=False
-    )
+    fields = COMMON | {"loss_type": "asft", "lowmem_share_prompt": True, "gradient_checkpointing": False} | fields
+    args = LowMemDPOConfig(str(folder), **fields)
     return LowMemDPOTrainer(
         model,
         args=args,

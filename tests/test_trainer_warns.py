@@ -111,7 +111,9 @@ def test_the_numbers_are_those_of_a_step(family: str, tier: str) -> None:
 def test_the_table_of_the_readme(tmp_path: Path) -> None:
     """In units of a layer's input: 11.4, 5.9, 3.2 and 0.51 for a layer of Llama-2-7B's shape."""
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_attention_heads=2, **sizes)).to(torch.bfloat16)
+    config = LlamaConfig(vocab_size=96, num_attention_heads=2, **sizes, dtype=torch.bfloat16)
+    model: Any = LlamaForCausalLM._from_config(config)
+    assert model.dtype == torch.bfloat16
     for tier, expected in (("exact", 11.4), ("fp8", 5.9), ("fp8_recompute", 3.2), ("checkpoint_fp8", 0.51)):
         with rehearsal(model, ActivationSpec(tiers=tier)) as report:
             kept, inputs = kept_beside_inputs(model, report)

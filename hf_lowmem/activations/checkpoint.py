@@ -129,6 +129,7 @@ class _Checkpointed(WrappedForward):
         if fmt != "none":
             routing = routing_of(module)
             if routing is not None:
+                routing = f"routed {routing}" if routing.startswith("experts") else routing
                 raise ValueError(
                     f"fmt={fmt!r}: {type(module).__name__} has {routing}. Run again from a rounded input, a token near "
                     "a tie is routed otherwise than in the forward pass. Use fmt='none', which keeps the exact input, "
@@ -192,13 +193,14 @@ class _Checkpointed(WrappedForward):
                 if holds_tokens(cache, self.layer_index()):
                     raise ValueError(
                         f"{type(self.module).__name__} is wrapped as {self.tier} and was called in training with a "
-                        f"cache ({name}) that holds tokens, which a second pass would extend again. Train without it "
-                        "(use_cache=False, no prefix tuning), or choose another tier."
+                        f"key-value cache that holds tokens ({name}), which a second pass would extend again. Train "
+                        "without it (use_cache=False, no prefix tuning), or choose another tier."
                     )
             changes |= dict.fromkeys(caches)
         if None in changes.values():
             warnings.warn(
-                f"{self.tier}: no cache is filled in training; use_cache=False says so to the model.", stacklevel=2
+                f"{self.tier}: no key-value cache is filled in training; use_cache=False says so to the model.",
+                stacklevel=2,
             )
         args = tuple(changes.get(name, value) for name, value in zip(names, args, strict=False))
         return args, {name: changes.get(name, value) for name, value in kwargs.items()}

@@ -77,8 +77,8 @@ def routing_of(layer: nn.Module) -> str | None:
                 found.append((f"{name}.{attribute}" if name else attribute, "a choice by rank"))
     experts = next((where for where, _ in found if "expert" in where.lower()), None)
     if experts is not None:
-        return f"experts ({experts})"
-    return f"{found[0][1]} ({found[0][0]})" if found else None
+        return f"experts ({experts!r})"
+    return f"{found[0][1]} ({found[0][0]!r})" if found else None
 
 
 def what_is_irregular(module: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """Which list of layers is the decoder's, what needs no structure, and what a report calls experts."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -173,7 +174,7 @@ class Net(nn.Module):
 
     def forward(self, input_ids: Any, labels: Any) -> Any:
         x = self.second(self.first(torch.nn.functional.one_hot(input_ids % 8, 8).float()))
-        return transformers.modeling_outputs.CausalLMOutput(loss=self.head(x.flatten(0, 1), labels.flatten()).loss)
+        return SimpleNamespace(loss=self.head(x.flatten(0, 1), labels.flatten()).loss)
 
 
 def structureless(name: str) -> Any:
@@ -286,9 +287,9 @@ class Indexed(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (Mixture("experts"), "experts (experts)"),
-        (Mixture("branches"), "a list of MLPs (branches)"),
-        (Indexed(), "a choice by rank (index_topk)"),
+        (Mixture("experts"), "experts ('experts')"),
+        (Mixture("branches"), "a list of MLPs ('branches')"),
+        (Indexed(), "a choice by rank ('index_topk')"),
         (nn.Conv1d(8, 8, 3), None),
         (nn.MultiheadAttention(8, 2), None),
     ],

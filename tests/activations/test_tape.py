@@ -128,7 +128,7 @@ def converted(inside: Inside, kind: str | None) -> Toy:
     layer = Toy(inside).train()
     if kind:
         put(Block(layer, kind))  # below the layer's own patch
-    put(Layer(layer, "toy", "exact", None))
+    put(Layer(layer, "toy", "exact", seeds=None))
     put(Cheap(layer.norm))
     return layer
 
