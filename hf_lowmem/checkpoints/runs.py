@@ -66,7 +66,9 @@ def last_complete(run: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     root = Path(run)
     restore_aside(root)
     found = sorted(_found(root), key=lambda entry: entry.step, reverse=True)
-    newest = max((entry.run for entry in found if entry.run is not None), key=lambda r: r["order"], default=None)
+    # The beginning decides where two folders were put together, each with a first run.
+    runs = (entry.run for entry in found if entry.run is not None)
+    newest = max(runs, key=lambda run: (run["order"], run["began"]), default=None)
     mine = [entry for entry in found if newest is None or _belongs(entry, newest)]
     passed = _others([entry for entry in found if entry not in mine], newest)
     marked = any(entry.marked for entry in found)

@@ -238,6 +238,12 @@ def test_a_run_that_is_resumed_by_name_is_the_newest_again(tmp_path: Path) -> No
     assert begin_run(tmp_path, tmp_path / "checkpoint-4")["id"] == second["id"]
 
 
+def test_of_two_folders_that_were_put_together_the_later_run_goes_on(tmp_path: Path) -> None:
+    made(tmp_path, 8, run=begin_run(tmp_path / "a") | {"began": "2026-01-01T00:00:00+00:00"})
+    made(tmp_path, 4, run=begin_run(tmp_path / "b") | {"began": "2026-01-02T00:00:00+00:00"})
+    assert steps_of(last_complete(tmp_path)[0]) == 4
+
+
 def test_a_damaged_checkpoint_does_not_lead_into_another_run(tmp_path: Path) -> None:
     made(tmp_path, 8, run=begin_run(tmp_path))
     own = made(tmp_path, 4, run=begin_run(tmp_path))
