@@ -43,7 +43,8 @@ class InOrder(LowMemTrainer):
 
 
 def trainer_of(folder: Path, data: list[dict[str, Any]], **fields: Any) -> LowMemTrainer:
-    args = LowMemTrainingArguments(str(folder), **COMMON | {"optim": "adamw"} | fields)
+    merged: dict[str, Any] = COMMON | {"optim": "adamw"} | fields
+    args = LowMemTrainingArguments(str(folder), **merged)
     torch.manual_seed(0)
     return InOrder(Net(), args, train_dataset=data)
 
@@ -112,7 +113,7 @@ def test_the_device_is_asked_no_more_often_than_it_must(tmp_path: Path, monkeypa
 
 
 def test_the_count_survives_a_resume(tmp_path: Path) -> None:
-    fields = {"save_strategy": "steps", "save_steps": 4, "lowmem_max_skipped_steps": 5}
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "lowmem_max_skipped_steps": 5}
     first = trainer_of(tmp_path, rows(2, 3), max_steps=4, **fields)
     first.train()
     again = trainer_of(tmp_path, rows(2, 3, 4, 5, 6, 7), **fields)
@@ -122,7 +123,7 @@ def test_the_count_survives_a_resume(tmp_path: Path) -> None:
 
 
 def test_step_in_backward_counts_too(tmp_path: Path) -> None:
-    fields = {"lowmem_step_in_backward": True, "max_grad_norm": 0.0, "lowmem_max_skipped_steps": 2}
+    fields: dict[str, Any] = {"lowmem_step_in_backward": True, "max_grad_norm": 0.0, "lowmem_max_skipped_steps": 2}
     trainer = trainer_of(tmp_path, rows(1, 3, 4, 5), **fields)
     trainer.train()
     assert trainer.state.global_step == 5
@@ -159,8 +160,9 @@ def test_an_unmodified_trainer_with_a_callback_is_told(tmp_path: Path, caplog: p
     ],
 )
 def test_a_bad_limit_is_refused(fields: dict[str, Any], error: type[Exception], match: str, tmp_path: Path) -> None:
+    merged: dict[str, Any] = COMMON | {"optim": "adamw"} | fields
     with pytest.raises(error, match=match):
-        LowMemTrainingArguments(str(tmp_path), **COMMON | {"optim": "adamw"} | fields)
+        LowMemTrainingArguments(str(tmp_path), **merged)
     good = LowMemTrainingArguments(str(tmp_path), **COMMON, optim="adamw")
     with pytest.raises(error, match=match):
         good.lowmem_replace(**fields)

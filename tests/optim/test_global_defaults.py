@@ -53,8 +53,15 @@ def run(name: str, options: dict[str, Any], *, restore: bool) -> tuple[torch.Ten
 DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")]
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a device"])
-@pytest.mark.parametrize(("dtype", "device"), DEFAULTS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "device", "waits"),
+    [
+        (*DEFAULTS[0], False),
+        (*DEFAULTS[3], True),
+        *(pytest.param(*d, w, marks=pytest.mark.slow) for d, w in itertools.product(DEFAULTS, (True, False))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("name", "options"), settings(), ids=str)
 def test_no_state_follows_the_defaults(
     name: str, options: dict[str, Any], dtype: torch.dtype, device: str, waits: bool, monkeypatch: pytest.MonkeyPatch

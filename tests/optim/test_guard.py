@@ -26,7 +26,7 @@ def _as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def make(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Parameter, LowMemOptimizer]:
     p = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype))
     defaults = OPTIMIZERS[name].DEFAULTS
-    settings = {k: v for k, v in {"rank": 4, "update_gap": 3}.items() if defaults.get(k, 0) > v}
+    settings: dict[str, Any] = {k: v for k, v in {"rank": 4, "update_gap": 3}.items() if defaults.get(k, 0) > v}
     return p, OPTIMIZERS[name]([("w", p)], **({"lr": 0.01} | settings | kwargs))
 
 
@@ -40,10 +40,9 @@ def values(p: nn.Parameter, optimizer: LowMemOptimizer) -> dict[str, torch.Tenso
     return copy.deepcopy(state | {"weight": p.detach()})
 
 
-@DEVICES
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("waits", "bad"), [(True, math.nan), (False, math.inf)], ids=["cpu", "as on a device"])
 @pytest.mark.parametrize("what", ["weight", "exp_avg"])
-@pytest.mark.parametrize("codec", ["fp32", "8bit", "bf16", "int4"])
+@pytest.mark.parametrize("codec", ["fp32", "8bit"])
 @pytest.mark.parametrize("name", [n for n, cls in OPTIMIZERS.items() if not cls.ELEMENTWISE])
 def test_an_update_that_is_not_finite_is_taken_back(
     name: str, codec: str, what: str, bad: float, waits: bool, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +106,7 @@ def test_fp16_weights_do_not_become_infinite(name: str, waits: bool) -> None:
 @DEVICES
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("settings", [{"eps": 1e-60}, {"lr": 1e36}], ids=str)
-def test_settings_at_the_end_of_fp32(name: str, settings: dict[str, float], waits: bool) -> None:
+def test_settings_at_the_end_of_fp32(name: str, settings: dict[str, Any], waits: bool) -> None:
     if "eps" in settings and "eps" not in OPTIMIZERS[name].DEFAULTS:
         pytest.skip("it has no eps")
     p, optimizer = make(name, **settings)

@@ -14,7 +14,7 @@ from hf_lowmem.optim import OPTIMIZERS, make_optimizer
 from hf_lowmem.optim.names import named_parameters, same_names, without_wrappers
 from tests.conftest import tiny_llama
 
-LOW_RANK = {"rank": 4, "update_gap": 3}
+LOW_RANK: dict[str, Any] = {"rank": 4, "update_gap": 3}
 
 
 def compiled(model: nn.Module) -> nn.Module:
