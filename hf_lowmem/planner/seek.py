@@ -107,6 +107,22 @@ class Search:
 
     def weigh(self, tokens: int) -> None:
         """Drop what is no choice on this model: a policy that its layers refuse, a rule that would be another's."""
+        if not self.found:
+            raise ValueError(
+                "a budget leaves nothing to choose: the arguments accept no combination of the settings that are open. "
+                "Leave more of them unset."
+            )
+        left = [c for c in self.found if self.estimator.update(c) is not None]
+        if not left:  # every rule left would be plain Adam's
+            optim, rank = self.found[0].optim, getattr(self.args, "lowmem_rank", None)
+            default = OPTIMIZERS[optim].DEFAULTS["rank"]
+            widest = max((min(s.shape) for s in self.estimator.shapes if s.trained and len(s.shape) > 1), default=0)
+            raise ValueError(
+                f"optim={optim!r} with lowmem_rank={rank!r}{f' (by default {default})' if rank is None else ''}: no "
+                f"weight of this model is larger than that in both directions (at most {widest}), so the rule would be "
+                f"plain Adam's and save nothing. Set lowmem_rank to less than {widest}, or set optim='adamw'."
+            )
+        self.found = left
         refused = self.refused
         for policy in dict.fromkeys(t for c in self.found for t in layers_by_tier(c.activations, self.estimator.depth)):
             try:
@@ -118,17 +134,6 @@ class Search:
         ]
         if not self.found and refused:
             raise next(iter(refused.values()))
-        left = [c for c in self.found if self.estimate(c, tokens) is not None]
-        if not left:  # every rule left would be plain Adam's
-            optim, rank = self.found[0].optim, getattr(self.args, "lowmem_rank", None)
-            default = OPTIMIZERS[optim].DEFAULTS["rank"]
-            widest = max((min(s.shape) for s in self.estimator.shapes if s.trained and len(s.shape) > 1), default=0)
-            raise ValueError(
-                f"optim={optim!r} with lowmem_rank={rank!r}{f' (by default {default})' if rank is None else ''}: no "
-                f"weight of this model is larger than that in both directions (at most {widest}), so the rule would be "
-                f"plain Adam's and save nothing. Set lowmem_rank to less than {widest}, or set optim='adamw'."
-            )
-        self.found = left
 
     def in_order(self, tokens: int) -> tuple[list[Choice], dict[Choice, float]]:
         """By preference, and the cost of each."""

@@ -165,6 +165,8 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
                     p.register_hook(lambda g: measured.gradients.update(live.rows_of([g])))
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.model.training:
+                return super().compute_loss(*args, **kwargs)
             live.phase("forward")
             loss = super().compute_loss(*args, **kwargs)
             live.phase("backward")
