@@ -27,13 +27,14 @@ LEVEL = {
     "losses": 3,
     "report": 3,
     "rules": 4,
+    "own_defaults": 4,
     "arguments": 5,
     "model_card": 4,
     "trainer": 6,
     "callbacks": 6,
     "plugin": 6,
     "planner": 6,
-    "pairs": 6,
+    "pairs": 5,
     "reference": 4,
     "dpo_config": 6,
     "launch": 7,
@@ -50,7 +51,7 @@ LEVEL = {
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 MAY_SEE_HOSTS = {
     "arguments", "trainer", "callbacks", "report", "model_card", "plugin", "launch", "planner", "pairs", "reference",
-    "dpo_config", "rules", "wrap", "sft", "dpo", "demo", "cli", "card_commands",
+    "dpo_config", "own_defaults", "rules", "wrap", "sft", "dpo", "demo", "cli", "card_commands",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
