@@ -31,6 +31,7 @@ from hf_lowmem.specs import (
     OptimSpec,
     check_choice,
     check_flag,
+    check_integer,
     parse_options,
 )
 
@@ -154,6 +155,14 @@ class LowMemArguments:
             "an optim of hf_lowmem."
         },
     )
+    lowmem_max_skipped_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the training after so many steps in a row that have left out updates, because a gradient or "
+            "an update was not finite. Default: never; `lowmem/skipped` in the log counts such steps. Only with an "
+            "optim of hf_lowmem."
+        },
+    )
     lowmem_activations: str | None = field(
         default=None,
         metadata={
@@ -203,6 +212,8 @@ class LowMemArguments:
         self.lowmem_activation_spec()
         if self.lowmem_budget is not None:
             parse_bytes("lowmem_budget", self.lowmem_budget)
+        if self.lowmem_max_skipped_steps is not None:
+            check_integer("lowmem_max_skipped_steps", self.lowmem_max_skipped_steps, low=1)
         rules.check(self._facts(rules.Run.from_fields(self)))
         self._settle_checkpointing()
         settle(self)

@@ -12,13 +12,13 @@ one section of an accelerate YAML serves both.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from hf_lowmem import rules, section
@@ -27,16 +27,24 @@ from hf_lowmem.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
 from hf_lowmem.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
+from hf_lowmem.skips import FIELD
 from hf_lowmem.specs import check_choice
+
+TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
 
 # Plugins that ask for something and were not prepared. They are watched, not kept.
 _waiting: "WeakValueDictionary[int, LowMemPlugin]" = WeakValueDictionary()
+_prepared: "WeakSet[Accelerator]" = WeakSet()  # by a plugin
 _plain_backward = Accelerator.backward
 
 
+@wraps(_plain_backward)
 def _backward(self: Accelerator, loss: Any, **kwargs: Any) -> None:
-    """`Accelerator.backward`, which no plugin may see unprepared: nothing of its fields would be applied."""
-    for plugin in list(_waiting.values()):
+    """`Accelerator.backward`, which no plugin may see unprepared: nothing of its fields would be applied.
+
+    A plugin that waits for another Accelerator, for a later stage, is left alone.
+    """
+    for plugin in [] if self in _prepared else list(_waiting.values()):
         raise ValueError(
             f"LowMemPlugin with {rules.Run.from_fields(plugin).asked} was made and not prepared, so that none of its "
             "fields is applied. Write plugin.prepare(accelerator, model, ...) for accelerator.prepare(model, ...)."
@@ -90,6 +98,11 @@ class LowMemPlugin(LowMemArguments):
                 f"gradient_checkpointing={self.gradient_checkpointing!r} has no effect in LowMemPlugin. Call "
                 "model.gradient_checkpointing_enable() in your loop."
             )
+        if self.lowmem_max_skipped_steps is not None:
+            raise ValueError(
+                f"{FIELD}={self.lowmem_max_skipped_steps!r} has no effect in LowMemPlugin, which does not run your "
+                "loop. Leave it unset, and ask optimizer.skipped().in_a_row where you log."
+            )
         super().__post_init__()
         self.activations: Report | None = None
         self.stepping: StepInBackward | None = None
@@ -102,7 +115,7 @@ class LowMemPlugin(LowMemArguments):
     def from_section(cls, label: str, values: dict[str, Any]) -> "LowMemPlugin":
         """A plugin from fields by name; an unknown one is a ValueError that names `label` and the nearest known."""
         for name in values:
-            check_choice(f"{label}: field", name, [f for f in section_fields() if f != "gradient_checkpointing"])
+            check_choice(f"{label}: field", name, [f for f in section_fields() if f not in TRAINER_FIELDS])
         return cls(**values)
 
     @classmethod
@@ -181,6 +194,7 @@ class LowMemPlugin(LowMemArguments):
             accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _no_clipping  # type: ignore[method-assign]
             self._undo_clipping = lambda: [vars(accelerator).pop(f"clip_grad_{n}_", None) for n in ("norm", "value")]
         self._taken()
+        _prepared.add(accelerator)
         return prepared
 
     def remove(self) -> None:
@@ -204,9 +218,7 @@ class LowMemPlugin(LowMemArguments):
         run = self._facts(rules.Run.from_arguments(self)).with_accelerator(accelerator)
         steps = accelerator.gradient_accumulation_steps
         run = run.knowing({"accumulation": f"gradient_accumulation_steps={steps!r}"}, accumulation=steps, passed=passed)
-        if isinstance(model, OptimizedModule):
-            run = run.knowing({"compile": f"torch.compile({type(model._orig_mod).__name__})"}, compile=True)
-        rules.check(run)
+        rules.check(run.with_model(model))
 
     def _facts(self, run: rules.Run) -> rules.Run:
         # With an optimizer of somebody else's these are read by nobody.

@@ -25,6 +25,7 @@ from hf_lowmem.cards.report import foretold_of
 from hf_lowmem.memory import PeakMemory, gradient_bytes, human_bytes, optimizer_bytes, parameter_bytes
 from hf_lowmem.memory.forward import ForwardSaved
 from hf_lowmem.memory.peak import CUDA_SOURCE
+from hf_lowmem.skips import KEY, add_skipped
 
 __all__ = ["MemoryReportCallback"]
 
@@ -97,6 +98,7 @@ class MemoryReportCallback(TrainerCallback):
         self.trainer_name: str | None = None
         self.foretold: dict[str, Any] | None = None  # a plan's `to_dict()`, for the report
         self._due = False  # measured, and not logged yet
+        self._told = 0  # the number of skipped steps that was warned of
         self._last: int | None = None
         self._peak: PeakMemory | None = None
         self._forward = ForwardSaved()
@@ -160,6 +162,10 @@ class MemoryReportCallback(TrainerCallback):
     ) -> None:
         if state.global_step:
             self._note_optimizer(kw)
+        if logs is not None and KEY not in logs:  # of a Trainer that is not ours
+            self._told = add_skipped(logs, kw.get("optimizer"), self._told)
+            if KEY in logs and state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1][KEY] = logs[KEY]
         # What `evaluate()` logs is also what it returns.
         if (
             not self.tells

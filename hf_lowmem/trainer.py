@@ -19,6 +19,7 @@ from hf_lowmem.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.report import MemoryReportCallback
+from hf_lowmem.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import ActivationSpec
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class LowMemTrainerMixin:
     foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
     _run: dict[str, Any] | None = None  # who writes the checkpoints, for their manifests; rank 0 alone knows
     _was_finished = False  # the training went on from the end of a run, and there was nothing to do
+    _told: int = 0  # the number of skipped steps that was warned of
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._check_config(next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None))
@@ -81,6 +83,8 @@ class LowMemTrainerMixin:
                 f"{type(self).__name__} was handed a {type(args).__name__}, and needs a {self.CONFIG.__name__} with "
                 f"our fields. Make the arguments with LowMem{self.CONFIG.__name__}."
             )
+        if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
+            self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
 
     def _within_budget(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The constructor's arguments with what `lowmem_budget` asks for: in a copy of the TrainingArguments, the
@@ -156,7 +160,8 @@ class LowMemTrainerMixin:
         if isinstance(self.args, LowMemArguments):
             others = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
             passed = None if self._made else next((f"{n}=" for n, value in others.items() if value is not None), None)
-            rules.check(rules.Run.from_arguments(self.args).with_accelerator(self.accelerator).knowing(passed=passed))
+            run = rules.Run.from_arguments(self.args).with_accelerator(self.accelerator).with_model(self.model)
+            rules.check(run.knowing(passed=passed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
@@ -313,7 +318,9 @@ class LowMemTrainerMixin:
         return self.accelerator.sync_gradients
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the parent, with the true `grad_norm` where gradients were freed before it could look."""
+        """As the parent, with the true `grad_norm` where gradients were freed before it could look, and with the number
+        of steps that have left out updates, if there are any."""
+        self._told = add_skipped(logs, self.optimizer, self._told)
         if self.stepping is not None and "grad_norm" in logs:
             norm = self.stepping.grad_norm()
             logs["grad_norm"] = float("nan") if norm is None else norm

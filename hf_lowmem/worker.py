@@ -92,6 +92,8 @@ def main(arguments: Sequence[str]) -> None:
         )
     section.state.launched = True
     actions = {"transformers.training_args": lend_fields, "transformers.trainer": adopt_trainers, "torch": stop_untaken}
+    for name in actions.keys() & sys.modules.keys():  # imported before anything of this process ran
+        actions.pop(name)(sys.modules[name])
     sys.meta_path.insert(0, AfterImport(actions))
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])

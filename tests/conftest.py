@@ -39,8 +39,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: A
     return model.to(dtype)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def word_tokenizer():
     """A word-level tokenizer of 128 entries."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -51,6 +50,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return word_tokenizer()
 
 
 class Mixed(nn.Module):

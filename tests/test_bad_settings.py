@@ -203,7 +203,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
         ValueError,
         ("optim='apollo'", "optimizers="),
     ),
-    ("arguments of no trainer of TRL's", lambda: SFTTrainer(tiny_llama(), args=args(**OURS)(), train_dataset=[]), TypeError, ("LowMemTrainingArguments", "Make the arguments with LowMemSFTConfig")),
+    ("arguments of no trainer of TRL's", lambda: SFTTrainer(tiny_llama(), args=args(**OURS)()), TypeError, ("LowMemTrainingArguments", "Make the arguments with LowMemSFTConfig")),
     ("SFT's arguments for DPO", lambda: DPOTrainer(tiny_llama(), args=args(LowMemSFTConfig, **OURS)()), TypeError, ("LowMemSFTConfig", "Make the arguments with LowMemDPOConfig")),
     ("DPO's arguments for SFT", lambda: SFTTrainer(tiny_llama(), args=args(LowMemDPOConfig)()), TypeError, ("LowMemDPOConfig", "Use LowMemDPOTrainer")),
     ("DPO's arguments for no trainer of TRL's", lambda: Trainer(tiny_llama(), args(LowMemDPOConfig, lowmem_reference="quantized")()), TypeError, ("LowMemDPOConfig", "Use LowMemDPOTrainer")),

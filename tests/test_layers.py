@@ -25,11 +25,12 @@ LEVEL = {
     "optim": 3,
     "activations": 3,
     "losses": 3,
-    "report": 3,
-    "rules": 4,
+    "skips": 3,
+    "report": 4,
     "own_defaults": 4,
+    "rules": 4,
     "arguments": 5,
-    "model_card": 4,
+    "model_card": 5,
     "trainer": 6,
     "callbacks": 6,
     "plugin": 6,
@@ -50,8 +51,8 @@ LEVEL = {
 }
 HOSTS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 MAY_SEE_HOSTS = {
-    "arguments", "trainer", "callbacks", "report", "model_card", "plugin", "launch", "planner", "pairs", "reference",
-    "dpo_config", "own_defaults", "rules", "wrap", "sft", "dpo", "demo", "cli", "card_commands",
+    "arguments", "own_defaults", "skips", "trainer", "callbacks", "report", "model_card", "plugin", "launch", "planner",
+    "pairs", "reference", "dpo_config", "rules", "wrap", "sft", "dpo", "demo", "cli", "card_commands",
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

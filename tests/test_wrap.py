@@ -3,7 +3,7 @@
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -172,7 +172,7 @@ class TestPlugin:
     def test_a_compiled_model_is_refused_with_step_in_backward(self, accelerator: Any) -> None:
         plugin = LowMemPlugin(optim="adamw", lowmem_step_in_backward=True)
         with pytest.raises(ValueError, match=r"torch\.compile\(LlamaForCausalLM\) cannot be combined"):
-            plugin.prepare(accelerator, torch.compile(tiny_llama()))
+            plugin.prepare(accelerator, cast(torch.nn.Module, torch.compile(tiny_llama())))
 
     @pytest.mark.parametrize(
         "fields", [{"learning_rate": 0.5}, {"weight_decay": 0.1}, {"adam_beta2": 0.5}, {"optim_args": "a=1"}], ids=str
@@ -190,3 +190,11 @@ def test_an_optimizer_that_is_assigned_to_a_trainer_is_refused(name: str, tmp_pa
     setattr(trainer, name, other if name == "optimizer" else (torch.optim.SGD, {"lr": 0.1}))
     with pytest.raises(ValueError, match=rf"{name.removesuffix('r')}.*cannot be combined with optim='adamw'"):
         trainer.train()
+
+
+def test_a_compiled_model_in_a_trainer_is_refused_with_step_in_backward(tmp_path: Path) -> None:
+    args = settings(LowMemTrainingArguments, tmp_path, lowmem_step_in_backward=True, max_grad_norm=0.0)
+    args.lowmem_activations = None
+    model: Any = torch.compile(tiny_llama())
+    with pytest.raises(ValueError, match=r"torch\.compile\(LlamaForCausalLM\) cannot be combined"):
+        LowMemTrainer(model, args, train_dataset=token_data())

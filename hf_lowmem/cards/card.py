@@ -221,6 +221,7 @@ def _results(report: dict[str, Any], speed: dict[str, Any]) -> list[dict[str, st
         ("eval loss, last", results.get("eval_loss")),
         ("eval loss, best", results.get("best_eval_loss")),
         ("steps", results.get("steps")),
+        *([("steps that left out updates", results["skipped_steps"])] if results.get("skipped_steps") else []),
         ("epochs", results.get("epochs")),
         ("steps/s", speed.get("steps_per_second")),
         ("samples/s", speed.get("samples_per_second")),

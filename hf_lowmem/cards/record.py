@@ -12,6 +12,9 @@ __all__ = ["RunRecord", "report_of_state"]
 
 logger = logging.getLogger(__name__)
 
+# In a row of metrics, how many steps have left out updates; see hf_lowmem/skips.py.
+SKIPPED = "lowmem/skipped"
+
 # Points of a loss curve that a report keeps: enough for a picture, and a file of tens of kilobytes after any number of
 # steps. trainer_state.json has them all.
 POINTS = 500
@@ -114,6 +117,8 @@ def results_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for theirs, ours in (("loss", "last_loss"), ("train_loss", "train_loss"), ("eval_loss", "eval_loss")):
             if theirs in row:
                 found[ours] = row[theirs]
+        if SKIPPED in row:
+            found["skipped_steps"] = row[SKIPPED]
         found |= {"steps": row.get("step"), "epochs": row.get("epoch")}
     evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
     if evals:
@@ -140,7 +145,8 @@ def report_of_state(state: Any, folder: Path, manifest: dict[str, Any]) -> dict[
     rows = state["log_history"]
     memory: dict[str, Any] = {}
     for row in rows:
-        memory |= {name.removeprefix("lowmem/"): v for name, v in row.items() if name.startswith("lowmem/")}
+        kept = {name: v for name, v in row.items() if name.startswith("lowmem/") and name != SKIPPED}
+        memory |= {name.removeprefix("lowmem/"): v for name, v in kept.items()}
     for kind, source in (("cuda", "cuda allocator"), ("rss", "process RSS, sampled")):
         if f"peak_{kind}" in memory:
             peak, added = memory.pop(f"peak_{kind}"), memory.pop(f"peak_{kind}_added")

@@ -84,6 +84,8 @@ class Run:
 
     def say(self, fact: str) -> str:
         """A fact as the user wrote it."""
+        if fact == "passed":
+            return str(self.passed)
         if fact in self.said:
             return self.said[fact]
         name = {
@@ -111,6 +113,7 @@ class Run:
         named = {f"lowmem_{name}": getattr(args, f"lowmem_{name}", None) for name in OPTIMIZER_FIELDS}
         in_backward = bool(getattr(args, "lowmem_step_in_backward", False))
         named["lowmem_step_in_backward"] = in_backward or None
+        named["lowmem_max_skipped_steps"] = getattr(args, "lowmem_max_skipped_steps", None)
         checkpointing = next(
             (n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None
         )
@@ -196,6 +199,13 @@ class Run:
         if compiled != "NO":
             run = run.knowing({"compile": f"dynamo_backend={compiled!r}"}, compile=True)
         return run.knowing(said, engine=engine, zero=zero, processes=accelerator.num_processes, precision=precision)
+
+    def with_model(self, model: Any) -> Self:
+        """What the model that will be trained says of itself."""
+        compiled = getattr(model, "_orig_mod", None)  # of torch.compile
+        if compiled is None:
+            return self
+        return self.knowing({"compile": f"torch.compile({type(compiled).__name__})"}, compile=True)
 
     def with_yaml(self, settings: Mapping[str, Any], zero: Mapping[str, Any] | None = None) -> Self:
         """What accelerate's launcher is told. `settings`: its options by name; `zero`: DeepSpeed's."""

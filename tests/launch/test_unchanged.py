@@ -30,7 +30,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from tests.conftest import tiny_llama
 from tests.test_trainers import token_data
-from tests.launch.test_unchanged import words
+from tests.conftest import word_tokenizer
 
 assert __name__ == "__main__"
 said = []
@@ -44,7 +44,7 @@ for name in ("sft", "parsed", "plain"):
     else:
         args = (TrainingArguments if name == "plain" else SFTConfig)(folder, **common)
     made = Trainer if name == "plain" else SFTTrainer
-    more = {} if name == "plain" else {"processing_class": words()}
+    more = {} if name == "plain" else {"processing_class": word_tokenizer()}
     trainer = made(tiny_llama(), args=args, train_dataset=token_data(), **more)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
@@ -62,13 +62,6 @@ weight = torch.ones(3, requires_grad=True)
 (weight * 2).sum().backward()
 print("trained")
 """
-
-
-def words() -> Any:
-    """A tokenizer, outside of pytest."""
-    from tests import conftest
-
-    return conftest.tokenizer.__wrapped__()  # type: ignore[attr-defined]
 
 
 def check(folder: Path, script: Path) -> None:
