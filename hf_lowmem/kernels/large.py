@@ -16,6 +16,7 @@ from hf_lowmem.kernels.codecs.reference import encode_state
 from hf_lowmem.kernels.compare import written
 from hf_lowmem.kernels.quantize.reference import quantize
 from hf_lowmem.kernels.registry import Kernel
+from hf_lowmem.kernels.step.cases import skips_of
 
 __all__ = ["FFN", "HIDDEN", "TOKENS", "bytes_moved", "large"]
 
@@ -102,11 +103,12 @@ def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
     def adamw(d: torch.device) -> tuple[Any, ...]:
         moments = (flat(d, codec, signed) for codec, signed in zip(pair, (True, False), strict=True))
         numbers = [3], "adamw", 1e-4, 0.9, 0.999, 1e-8, 0.1
-        return [_draw(d, *shape)], [_draw(d, *shape)], [], *moments, *pair, "bf16_sr", [5], *numbers
+        return [_draw(d, *shape)], [_draw(d, *shape)], skips_of(d), [], *moments, *pair, "bf16_sr", [5], [6], *numbers
 
     def lion(d: torch.device) -> tuple[Any, ...]:
         momentum = flat(d, pair[0], True)
-        return [_draw(d, *shape)], [_draw(d, *shape)], [], momentum, pair[0], "bf16_sr", [5], 1e-4, 0.9, 0.99, 0.1
+        weight = [_draw(d, *shape)], [_draw(d, *shape)], skips_of(d), []
+        return *weight, momentum, pair[0], "bf16_sr", [5], [6], 1e-4, 0.9, 0.99, 0.1
 
     def factors(d: torch.device) -> tuple[Any, ...]:
         low, direction = (_draw(d, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))

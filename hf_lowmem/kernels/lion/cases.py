@@ -14,7 +14,7 @@ def lion_cases() -> Iterator[Case]:
         dtype, grad_dtype, store = kinds
         params, grads, corrections, seeds = parameters(store, dtype, grad_dtype, device, **shapes)
         momenta = [part for p in params for part in state_of(p.shape, codec, True, device)]
-        seeds = seeds, state_seeds(codec)
+        seeds = seeds, state_seeds(codec)[: len(params)]
         return params, grads, skips_of(device), corrections, momenta, codec, store, *seeds, 1e-2, 0.9, 0.99, 0.1
 
     for codec in ("fp32", "int8", "int8_softsign", "fp8_expand"):
