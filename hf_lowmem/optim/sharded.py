@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowmem.codecs import StateCodec
+from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.codecs.rows import RowCodec, by_rows
 from hf_lowmem.distributed import Shards, agree, full, is_sharded, local
 from hf_lowmem.kernels.step.reference import is_sound
@@ -181,10 +181,10 @@ def fit(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dic
     A collective call where the loaded tensors are DTensors and `p` is not.
 
     Raises:
-        ValueError: where a tensor has not the shape that the layout gives it.
+        ValueError: where a tensor has not the shape or the dtype that the layout gives it.
     """
     cut, was_cut = is_sharded(p), BY_ROWS in raw
-    check_shapes(optimizer, p, group, raw)
+    raw = raw | checked(optimizer, p, group, raw)
     if not (cut and was_cut):
         raw = {k: full(v).to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in raw.items()}
     if cut != was_cut:
@@ -195,17 +195,23 @@ def fit(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dic
     return {k: place(home, optimizer.STATES, k, v, p) if isinstance(v, Tensor) else v for k, v in raw.items()}
 
 
-def check_shapes(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any]) -> None:
-    """Raise where a loaded state is not of the layout that it claims."""
+def checked(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any]) -> dict[str, Tensor]:
+    """The coded tensors of a loaded state, in this version's dtypes: hf_lowmem 0.1.0 kept scales as bf16 that are fp32.
+
+    Raises where a state is not of the layout that it claims.
+    """
+    coded: dict[str, Tensor] = {}
     was_cut, codecs = BY_ROWS in raw, optimizer.codecs(p, group)
     shapes = row_shapes(optimizer, p.shape, group) if was_cut else optimizer.state_shapes(p.shape, group)
     for name, signed in of_states(optimizer.STATES, shapes):
-        found = {k: v.shape for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+        tensors = {k: v for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+        found = {k: v.shape for k, v in tensors.items()}
         codec = codecs[0 if signed else 1]
         if was_cut and not is_replicated(optimizer.STATES, name, p.shape):
             codec = by_rows(codec, shapes[name])
         encoded = codec.init(torch.empty(shapes[name], device="meta"), signed=signed)
-        expected = {k: v.shape for k, v in named(name, encoded).items()}
+        layout = named(name, encoded)
+        expected = {k: v.shape for k, v in layout.items()}
         if found and found != expected:
             raise ValueError(
                 f"the checkpoint's state {name!r} of a parameter of shape {tuple(p.shape)} is {plain_shapes(found)}, "
@@ -213,6 +219,19 @@ def check_shapes(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any],
                 "another layout. Load such a checkpoint with optimizer.load_state_dict(torch.load(file)) on every "
                 "process, which cuts it, or continue as it was made."
             )
+        for key, tensor in tensors.items():
+            wanted = layout[key].dtype
+            old = (
+                isinstance(codec, BlockCodec | RowCodec) and tensor.dtype == torch.bfloat16 and wanted == torch.float32
+            )
+            if tensor.dtype != wanted and not old:
+                raise ValueError(
+                    f"the checkpoint's state {key!r} of a parameter of shape {tuple(p.shape)} is {tensor.dtype}, "
+                    f"expected {wanted}: it was written by another version of hf_lowmem, or cast since. Load it with "
+                    "the version that wrote it, or start with a fresh optimizer."
+                )
+            coded[key] = tensor.to(wanted) if old else tensor
+    return coded
 
 
 def plain_shapes(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, ...]]:
