@@ -57,14 +57,14 @@ class Fp8ExpandCodec(KernelCodec):
     floor raises the rest. A signed group's values with subnormal codes are coarser: rounding 1.5 to 1 or to 2 is
     the worst and moves a value by a third at k = 1.
 
-    Rounded at random a value has the code above or below it, so the error is up to twice that; the floor then holds for
-    unsigned states alone, as a first moment may be zero for a step.
+    Rounded at random a value has the code above or below it, so the error is up to twice that; the floor then holds
+    for unsigned states alone, as a first moment may be zero for a step.
 
-    To the nearest the floor holds for signed states too. A zero instead would be nearer by half a step, 2e-6 of the group's
-    largest, but would change the group's smallest non-zero value and so its k at the next encoding. The price: where
-    a group holds rows of very different size, and v is small with m, a first moment that is raised to 4e-6 of its
-    group's largest makes the update explode: on the embedding of a fine-tuned SmolLM2 the worst error is
-    66 learning rates. For such a state, and as a rule for a first moment, take `int8_softsign`.
+    To the nearest the floor holds for signed states too. A zero instead would be nearer by half a step, 2e-6 of the
+    group's largest, but would change the group's smallest non-zero value and so its k at the next encoding. The price:
+    where a group holds rows of very different size, and v is small with m, a first moment that is raised to 4e-6 of its
+    group's largest makes the update explode: on the embedding of a fine-tuned SmolLM2 the worst error is 66 learning
+    rates. For such a state, and as a rule for a first moment, take `int8_softsign`.
 
     For a first moment neither it nor `int8` is always the better one: the relative Frobenius error is 0.013
     against 0.011 on gaussian data and 0.010 against 0.014 on log-normal (sigma 1).

@@ -50,8 +50,8 @@ SQUARE_TABLE = DeviceTable(square_values)
 
 
 class Int4Codec(BlockCodec):
-    """`int4`: 1/2 + 4/128 = 0.531 bytes a value, unsigned 1/2 + 8/128 = 0.5625. `codes` (two a byte, flat) and two bf16, or
-    fp32, of each block of 128.
+    """`int4`: 1/2 + 4/128 = 0.531 bytes a value, unsigned 1/2 + 8/128 = 0.5625. `codes` (two a byte, flat) and two
+    bf16, or fp32, of each block of 128.
 
     ```python
     # signed; one scale for each half of a block

@@ -41,7 +41,8 @@ def bound(steps: int, power: int) -> ErrorBound:
 
 
 class SoftsignCodec(KernelCodec):
-    """`int8_softsign`: 1.031 bytes a value, unsigned 1.0625. `codes` and the largest |x| of each block of 64, bf16 or fp32.
+    """`int8_softsign`: 1.031 bytes a value, unsigned 1.0625. `codes` and the largest |x| of each block of 64, in bf16
+    or, unsigned, in fp32.
 
     ```python
     scale = bf16_up(max(abs(x)))                               # per block; unsigned: fp32
@@ -56,8 +57,8 @@ class SoftsignCodec(KernelCodec):
     5e-4 of the largest, under that 1.6e-5 of it. The floor code of a second moment stands for 2.6e-7 of the largest.
 
     The scale is rounded before it is used, so a block's largest value takes the largest code, decodes to the scale
-    itself, and encoding again changes nothing. Up, as a scale below it would cut it, each time. A second moment moves by
-    less than a step of a bf16, so its scale is an fp32: see `fp8_expand`.
+    itself, and encoding again changes nothing. Up, as a scale below it would cut it, each time. A second moment moves
+    by less than a step of a bf16, so its scale is an fp32: see `fp8_expand`.
 
     Blocks of 64, a half of what `fp8` has: the rows of an embedding are far apart in size, and a block that holds the
     end of one and the beginning of the next rounds the smaller one's moments to zero. 64 divides the usual widths.

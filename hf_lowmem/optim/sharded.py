@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_lowmem.codecs import StateCodec
+from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.codecs.rows import RowCodec, by_rows
 from hf_lowmem.distributed import Shards, agree, full, is_sharded, local
 from hf_lowmem.kernels.step.reference import is_sound
@@ -189,10 +189,11 @@ def fit(
         label: what an error calls the parameter.
 
     Raises:
-        ValueError: where a tensor is missing, unknown, not finite, or has not the shape that the layout gives it.
+        ValueError: where a tensor is missing, unknown, not finite, or has not the shape or the dtype that the layout
+            gives it.
     """
     cut, was_cut = is_sharded(p), BY_ROWS in raw
-    check_state(optimizer, p, group, raw, label)
+    raw = checked(optimizer, p, group, raw, label)
     counts = {k: count(number(v)) for k, v in raw.items() if k in COUNTS and k != BY_ROWS}
     raw = {k: v for k, v in raw.items() if k not in COUNTS}
     if not (cut and was_cut):
@@ -205,16 +206,20 @@ def fit(
     return {k: place(home, optimizer.STATES, k, v, p) for k, v in raw.items()} | counts | {BY_ROWS: count(1)}
 
 
-def check_state(
+def checked(
     optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any], raw: dict[str, Any], label: str
-) -> None:
-    """Raise where a loaded state is not whole and sound, or not of the layout that it claims."""
+) -> dict[str, Any]:
+    """A loaded state in this version's dtypes: hf_lowmem 0.1.0 kept scales as bf16 that are fp32 now.
+
+    Raises where it is not whole and sound, or not of the layout that it claims.
+    """
     was_cut, codecs = BY_ROWS in raw, optimizer.codecs(p, group)
     shapes = row_shapes(optimizer, p.shape, group) if was_cut else optimizer.state_shapes(p.shape, group)
     moments: dict[str, tuple[StateCodec, bool]] = {}
     coded: dict[str, Tensor] = {}
     for name, signed in of_states(optimizer.STATES, shapes):
-        found = {k: v.shape for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+        tensors = {k: v for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+        found = {k: v.shape for k, v in tensors.items()}
         codec = codecs[0 if signed else 1]
         if was_cut and not is_replicated(optimizer.STATES, name, p.shape):
             codec = by_rows(codec, shapes[name])
@@ -229,8 +234,12 @@ def check_state(
                 "another layout. Load such a checkpoint with optimizer.load_state_dict(torch.load(file)) on every "
                 "process, which cuts it, or continue as it was made."
             )
+        if isinstance(codec, BlockCodec | RowCodec):
+            wider = {k: v for k, v in tensors.items() if k in encoded and encoded[k].dtype == torch.float32}
+            raw = raw | {k: v.to(torch.float32) for k, v in wider.items() if v.dtype == torch.bfloat16}
     check_keys(optimizer, p, group, label, raw, coded)
     check_values(label, raw, moments)
+    return raw
 
 
 def plain_shapes(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, ...]]:

@@ -2,25 +2,23 @@
 
 A moment changes by a part 1 - beta of itself a step: at beta2 = 0.999 by a tenth of a per cent, a small fraction of the
 distance between two 8-bit codes. Rounded to the nearest code such a change is lost, each time, and the average never
-moves down again (arXiv 2110.02861's codec has that fault, bitsandbytes#1165). Rounded up or down at random, with
-probabilities that make the expectation exact *given what is encoded*, it arrives on average, however small it is.
-Nothing has to be known of the past, so the promise holds for any beta and any contents of a block.
+moves down again. Rounded up or down at random, with probabilities that make the expectation exact *given what is
+encoded*, it arrives on average, however small it is. Nothing has to be known of the past, so the promise holds for any
+beta and any contents of a block.
 
-**What is exact on average** depends on what the state is for. A first moment adds to the weights: its value is. A second
-moment divides them: its logarithm is. Rounded that way, E[log v] moves as it would without rounding; where v neither
-rises nor falls that says E[g**2 / v - 1] = 0, so the mean of 1 / v is the right one, whatever the distance of two codes.
-With an exact mean of v itself, that of 1 / v would be too large by half the distance of two codes: measured, an update
-2.5 % too large with `fp8` at beta2 = 0.999, against 0.2 % at most. The price is a mean of v that is too large instead, by 1 to
-6 % with 8 bits.
+**What is exact on average** depends on what the state is for. A first moment adds to the weights: its value is. A
+second moment divides them: its logarithm is. Rounded that way, E[log v] moves as it would without rounding; where v
+neither rises nor falls that says E[g**2 / v - 1] = 0, so the mean of 1 / v, and with it the size of the update, is the
+right one whatever the distance of two codes. Were it the mean of v that is exact, 1 / v would be too large by half that
+distance (at beta2 = 0.999 the update of `fp8` was, by 2.5 %). The price is a mean of v that is too large instead, by
+as much: scripts/bench/long_run.py has both.
 
-**Scales** are exact, fp32, or rounded up where an eighth of a bit is small beside the noise of the state (first moments).
-A scale below the block's largest value would cut it. One that is rounded to bf16 jumps by 0.4 to 0.8 % where the values
-change by 0.1 %, and each jump rounds a whole block anew: measured, v grew twice as far from its mean, and the update was
-1.5 % too large while gradients fell.
+**Scales** of second moments are exact, fp32. One that is rounded up to bf16 would be unbiased too, but jumps by 0.4 to
+0.8 % where the values change by 0.1 %, and each jump rounds a whole block anew. First moments have noise enough of
+their own, and theirs are rounded up, never to nearest: a scale below the block's largest value would cut it.
 
-Independent numbers, not a low-discrepancy sequence in time (an element's threshold turned by the golden ratio at each
-step): that halves the noise, but nothing makes it independent of what it rounds, and with scales that jump it resonated
-(a second moment 2.4 times too large after 6,000 steps).
+Why independent numbers and not a low-discrepancy sequence in time (a threshold that turns by the golden ratio at each
+step): that has less noise, but nothing makes it independent of what it rounds, and under scales that move it resonated.
 """
 
 from collections.abc import Callable

@@ -126,8 +126,8 @@ def expand_decode(codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> T
 
 
 class RowCodec(NamedTuple):
-    """One codec: values in a block, dtypes of its scalars (of signed states, of unsigned ones), the two functions on rows,
-    the tables that they look up."""
+    """One codec: values in a block, dtypes of its scalars (of signed states, of unsigned ones), the two functions on
+    rows, the tables that they look up."""
 
     block: int
     scalars: dict[bool, tuple[torch.dtype, ...]]
