@@ -106,7 +106,6 @@ class Shards(Whole):
         self.group = p.device_mesh.get_group(cut[0]) if cut else None
         self.parts = p.device_mesh.size(cut[0]) if cut else 1
         self.rank = p.device_mesh.get_local_rank(cut[0]) if cut else 0
-        self.place = (self.rank,) if self.rank else ()
 
     def shape(self, here: Tensor) -> torch.Size:
         return self.size

@@ -61,8 +61,6 @@ class LowMemTrainerMixin:
         if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
             self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
         section.state.taken |= isinstance(self.args, LowMemArguments)
-        if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
-            self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
 
     def _check_budget(self) -> None:
         asked = getattr(self.args, "lowmem_budget", None)

@@ -322,8 +322,9 @@ class LowMemOptimizer(Optimizer):
             return
         p = local(p)
         weights = p if p.dtype == torch.float64 else load_weight(p, correction)
+        first = state.first(p)
         self.update(weights, grad, state, group)
-        save_weight(p, weights, correction, seed)
+        save_weight(p, weights, correction, seed, first)
 
     @staticmethod
     def store_of(p: Tensor, group: dict[str, Any]) -> str:
@@ -332,8 +333,8 @@ class LowMemOptimizer(Optimizer):
 
     @staticmethod
     def weight_seed(state: ParamState) -> int:
-        """Of this step's random rounding."""
-        return stream_key(state.key, "weights", state.step, *state.place)
+        """Seed of this step's random rounding. Which of its numbers a value takes is its place in the parameter."""
+        return stream_key(state.key, "weights", state.step)
 
     def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether `update_weights`, a kernel that reads and writes the weights, takes the place of `update`."""

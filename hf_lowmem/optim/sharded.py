@@ -20,8 +20,9 @@ cut by n: kept whole they would take the same bytes on any number of processes.
 Each row is encoded for itself (hf_lowmem/codecs/rows.py), so a checkpoint continues on any number of processes, from
 the same bits. One that a single process made has other blocks where a row is no multiple of the codec's, and (r, n)
 moments. `fit` reads either in either place: decoded and encoded anew, which is exact where the blocks are the same and
-one rounding of the codec otherwise. `by_rows` in a state says which of the two layouts it has. Rounding at random
-(bf16_sr) draws other numbers in another cut; `random` bases are the same in every one.
+one rounding of the codec otherwise. `by_rows` in a state says which of the two layouts it has. Weights
+rounded at random (bf16_sr, bf16_ecc) draw the same numbers in every cut, as do `random` bases; states that are laid out
+in another order draw others.
 
 What a step sends for each matrix (m, n) of rank r, beside the 3 m n values of FSDP2's own, in values of fp32; the sum
 of x values on all processes counts as 2 x. Vectors send nothing (lamb: norms), nor do batches of matrices, and every
@@ -77,7 +78,6 @@ class ShardedState(ParamState):
         if BY_ROWS not in raw:
             raw[BY_ROWS] = count(1)
         self.home = Shards(p)
-        self.place = self.home.place
         self.size = p.shape
         if not batch:  # of a batch of matrices (fused experts) each lies whole on one process
             self.shards, self.rows = self.home, p.shape[0]
@@ -109,7 +109,7 @@ class ShardedState(ParamState):
     def _wrap(self, here: Tensor) -> Tensor:
         return self.home.wrap(here, self.size[0] if self.rows is None else self.rows)
 
-    def _first(self, value: Tensor) -> int:
+    def first(self, value: Tensor) -> int:
         first, _ = self.home.span(self.size[0] if self.rows is None else self.rows)
         return first * value.shape[1:].numel()
 

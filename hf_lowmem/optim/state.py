@@ -83,7 +83,6 @@ class ParamState:
 
     shards: Whole = WHOLE
     rows: int | None = None
-    place: tuple[int, ...] = ()  # what tells the random numbers of this shard's weights from another's
     start = 0  # of a part of a parameter, its first value's place in the whole
 
     def __init__(
@@ -117,10 +116,10 @@ class ParamState:
 
     @property
     def state_seed(self) -> int:
-        """Of this step's random rounding of the states."""
+        """Seed of this step's random rounding of the states."""
         return stream_key(self.key, "states", self.step if "step" in self.raw else 0)
 
-    def _first(self, value: Tensor) -> int:
+    def first(self, value: Tensor) -> int:
         """Place of the first value of a state, of which this may be a part, in the whole."""
         return self.start
 
@@ -165,7 +164,7 @@ class ParamState:
             return
         codec, dither = self._codec(name), None
         if self.decls[name].average and codec.name != "fp32":
-            dither = Dither(self.state_seed, self._first(value))
+            dither = Dither(self.state_seed, self.first(value))
         codec.encode_(encoded, value, dither)
 
     def judge(self, value: Tensor) -> None:

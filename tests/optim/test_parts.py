@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowmem.codecs import CODECS
+from hf_lowmem.kernels.spans import CPU_SPAN_PER_THREAD
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer, parts
 from hf_lowmem.planner.accelerator import with_real_constants
 from hf_lowmem.planner.updates import own_temporaries
@@ -66,7 +67,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a device"])
-@pytest.mark.parametrize("store", ["keep", "bf16_ecc"])
+@pytest.mark.parametrize("store", ["bf16_sr", "bf16_ecc"])
 @pytest.mark.parametrize("name", ELEMENTWISE + FAMILY)
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_parts_give_the_bits_of_the_whole(
@@ -131,4 +132,6 @@ def test_temporaries_are_those_of_a_part_however_long_the_parameter(
             model = nn.Embedding(length * parts.PART // 1024, 1024, dtype=torch.bfloat16)
         with with_real_constants():
             taken.append(own_temporaries(OptimSpec(name="adamw", state=codec), model, fake))
-    assert taken[0] == taken[1] <= MOST * 4 * parts.PART
+    random_bits = 2 * 4 * CPU_SPAN_PER_THREAD  # of one span: the words and a shifted copy
+    flags = 16  # of what is finite
+    assert taken[0] == taken[1] <= MOST * 4 * parts.PART + random_bits + flags

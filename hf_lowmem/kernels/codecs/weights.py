@@ -32,20 +32,21 @@ def round_stochastic(x: Tensor, seed: int, offset: int = 0) -> Tensor:
     return out.view(x.shape)
 
 
-def split_24(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+def split_24(x: Tensor, seed: int | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:
     """fp32 -> a bf16 and an int8 that `join_24` puts together to the upper 24 bits of `x`.
 
     Rounded to nearest, or with a seed up or down at random, so that the expectation is `x`: an update below 2**-17 of
     its weight is otherwise lost, as in bf16 one below 2**-9 is.
 
     The bf16 is the nearest to the pair but for ties, which go away from zero: the int8 holds -128 to 127 steps of 2**-8
-    of the bf16's unit in the last place. Relative error of the pair: 2**-16, at random 2**-15.
+    of the bf16's unit in the last place. Relative error of the pair: 2**-16, at random 2**-15. `seed` and `offset`: as
+    for `round_stochastic`.
     """
     bits = x.contiguous().view(torch.int32)
     if seed is None:
         upper = bits + (1 << 7)
     else:
-        upper = random_bits(seed, 0, x.numel(), x.device).bitwise_and_(0xFF).view(x.shape).add_(bits)
+        upper = random_bits(seed, offset, offset + x.numel(), x.device).bitwise_and_(0xFF).view(x.shape).add_(bits)
     upper.bitwise_right_shift_(8)  # 24 bits; the sign is kept
     coarse = (upper + (1 << 7)).bitwise_right_shift_(8)
     correction = upper.sub_(coarse.bitwise_left_shift(8)).to(torch.int8)
