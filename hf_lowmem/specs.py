@@ -214,8 +214,8 @@ class ActivationSpec:
         tiers: one name of TIERS for every layer, or a list by layer number, counted from 0:
             "fp8:0-11,checkpoint_fp8:12-". A range includes both ends; "12-" goes to the last layer, "7" is one layer.
             A layer that no range names stays as HuggingFace made it.
-        stochastic: round stochastically where a tier compresses, with one number of torch's generator a layer and
-            step; else to the nearest.
+        stochastic: round stochastically where a tier compresses, with a seed that is hashed from torch's, the layer and
+            the step; else to the nearest.
         labels: how an error calls each field, where it is not the field's own name.
 
     Raises:

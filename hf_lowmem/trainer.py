@@ -139,10 +139,7 @@ class LowMemTrainerMixin:
     def _put_on(self) -> None:
         """Put on the model what stays there for this training. Again is nothing, on the same model."""
         spec = self._tier_spec()
-        if spec is None:
-            for owner in owners_of(self.model):
-                logger.warning("this training keeps the tiers that the model has from %s", owner)
-        elif self._tiers is None or self._tiers.model is not self.model:
+        if spec is not None and (self._tiers is None or self._tiers.model is not self.model):
             self._take_off()  # of a model that a search has replaced
             self._tiers = OwnedTiers(self.model, spec, f"lowmem_activations={spec.tiers!r} of {type(self).__name__}")
             self.activations = self._tiers.report
@@ -214,6 +211,8 @@ class LowMemTrainerMixin:
         try:
             if getattr(self, "model_init", None) is None:
                 self._put_on()
+            for owner in owners_of(self.model) if self._tiers is None else ():
+                logger.warning("this training keeps the tiers that the model has from %s", owner)
             result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._take_off()

@@ -53,7 +53,8 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     The last two need to know nothing about a layer: in a model without attention and MLPs that are recognised they take
     its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
 
-    Start with `fp8`. The forward pass is HuggingFace's in every tier: same modules, same order, loss equal bit for bit.
+    Start with `fp8`, or with `checkpoint_fp8` where layers are checkpointed today. The forward pass is HuggingFace's in
+    every tier: same modules, same order, loss equal bit for bit.
     On a GPU with Triton there is one exception: the tiers that round leave plain RMSNorms and act(gate) * up, with the
     codes of what they keep, to a kernel each (hf_lowmem/kernels), one pass over memory for a dozen. It rounds where
     HuggingFace rounds; what may differ is the last bits of an fp32 sum and of an exponential before that.
