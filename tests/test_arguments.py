@@ -168,7 +168,8 @@ def settings(args: Any) -> tuple[Any, ...]:
 
 
 def arguments(**fields: Any) -> LowMemTrainingArguments:
-    return LowMemTrainingArguments("out", **COMMON, **fields)
+    merged: dict[str, Any] = COMMON | fields
+    return LowMemTrainingArguments("out", **merged)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -188,7 +189,8 @@ class TestBetasAndEpsAreTheMethodsOwn:
         assert settings(assigned) == own
         assert settings(dataclasses.replace(arguments(optim=before), optim=name)) == own
         assert settings(arguments(optim=before).lowmem_replace(optim=name)) == own
-        assert settings(LowMemTrainingArguments(**arguments(optim=before).to_dict() | {"optim": name})) == own
+        changed: dict[str, Any] = arguments(optim=before).to_dict() | {"optim": name}
+        assert settings(LowMemTrainingArguments(**changed)) == own
 
     def test_after_a_round_trip(self, name: str, tmp_path: Path) -> None:
         args = arguments(optim=name)

@@ -106,11 +106,14 @@ def vision(kind: str) -> nn.Module:
     small: dict[str, Any] = {
         "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64
     }  # fmt: skip
+    speech: dict[str, Any] = {
+        "conv_dim": (32,), "conv_stride": (2,), "conv_kernel": (3,), "num_feat_extract_layers": 1,
+        "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+    }  # fmt: skip
     makers: dict[str, Callable[[], nn.Module]] = {
         "position embeddings": lambda: ViTModel(ViTConfig(image_size=32, patch_size=8, **small)),
         "a weight-normed convolution": lambda: HubertModel(
-            HubertConfig(conv_dim=(32,), conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1,
-                         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, **small)
+            HubertConfig(**small, **speech)
         ),
         "heads as a dimension": lambda: XLNetModel(
             XLNetConfig(vocab_size=64, d_model=64, n_layer=1, n_head=4, d_inner=64)

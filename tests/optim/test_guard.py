@@ -27,7 +27,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[
     p = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype))
     defaults = OPTIMIZERS[name].DEFAULTS
     settings: dict[str, Any] = {k: v for k, v in {"rank": 4, "update_gap": 3}.items() if defaults.get(k, 0) > v}
-    return p, OPTIMIZERS[name]([("w", p)], **({"lr": 0.01} | settings | kwargs))
+    merged: dict[str, Any] = {"lr": 0.01} | settings | kwargs
+    return p, OPTIMIZERS[name]([("w", p)], **merged)
 
 
 def step(p: nn.Parameter, optimizer: LowMemOptimizer, seed: int, factor: float = 1.0) -> None:
