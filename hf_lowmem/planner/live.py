@@ -221,7 +221,7 @@ class Live(TorchDispatchMode):
                 f"runs next depends on a number that only a real run has. {INSTEAD}"
             )
         if tensor.dtype is torch.bool:
-            return not (self.documents and frame.f_code.co_name == ASKS_FOR_DOCUMENTS)
+            return not (self.documents and frame is not None and frame.f_code.co_name == ASKS_FOR_DOCUMENTS)
         return 1.0 if tensor.is_floating_point() else 1
 
     def _select(self, values: Tensor, indices: list[Tensor | None]) -> Tensor | None:
