@@ -220,11 +220,10 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent; an iterable dataset can be evaluated under every reference, and a dataset for which there is
         no reference any more is refused before it is read."""
-        given: Any = eval_dataset
-        if given is not None and not isinstance(given, str):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
             self._check_reference()
         with sharing(self):
-            return super().evaluate(given, *args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[arg-type]
 
     def _check_reference(self) -> None:
         """Raise where reference log-probabilities of one more dataset cannot be computed."""

@@ -17,7 +17,7 @@ orders candidates, and no more: what a search answers has been planned by the re
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -79,7 +79,7 @@ class Estimator:
     args: Any
     method: Method
     dtype: torch.dtype
-    points: tuple[tuple[int, int], ...]
+    points: Sequence[tuple[int, int]]
     attention: str | None = None
     accelerator: bool = True
     peft_config: Any = None

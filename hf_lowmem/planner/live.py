@@ -53,6 +53,8 @@ NO_SHAPE = (
 ASKS_FOR_DOCUMENTS = "find_packed_sequence_indices"  # of transformers.masking_utils: does each row hold one only?
 SELECTS = ("trl.trainer.",)
 OURS = ("hf_lowmem.trainer", "hf_lowmem.optim.", "hf_lowmem.dpo", "hf_lowmem.pairs", "hf_lowmem.sft")
+# Code that draws or scales random values by a number, whatever it is.
+SEEDS = ("transformers.integrations.neftune", "hf_lowmem.activations.")
 
 
 class CannotSimulate(RuntimeError):
@@ -211,14 +213,15 @@ class Live(TorchDispatchMode):
         finite, the batch is not padded, a gradient is sound."""
         frame = _caller()
         module = frame.f_globals.get("__name__", "") if frame is not None else ""
-        if not module.startswith(READS_TO_REPORT + OURS):
+        seeds = module.startswith(SEEDS) and tensor.dtype is not torch.bool
+        if not seeds and not module.startswith(READS_TO_REPORT + OURS):
             where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown code"
             raise CannotSimulate(
                 f"aten._local_scalar_dense (.item(), bool() or int() of a tensor) {self._here()}, at {where}: what "
                 f"runs next depends on a number that only a real run has. {INSTEAD}"
             )
         if tensor.dtype is torch.bool:
-            return not (self.documents and frame.f_code.co_name == ASKS_FOR_DOCUMENTS)
+            return not (self.documents and frame is not None and frame.f_code.co_name == ASKS_FOR_DOCUMENTS)
         return 1.0 if tensor.is_floating_point() else 1
 
     def _select(self, values: Tensor, indices: list[Tensor | None]) -> Tensor | None:

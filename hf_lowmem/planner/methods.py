@@ -37,6 +37,11 @@ class Method:
     def trainer(self) -> type:
         return getattr(import_module(self.home), self.name)
 
+    def data(self, args: Any) -> dict[str, Any]:
+        """The columns, with those that the arguments ask for."""
+        margins = getattr(args, "lowmem_margin_column", None)
+        return self.columns if margins is None else self.columns | {margins: [0.0]}
+
     def make_batch(self, trainer: Any, *, evaluation: bool = False) -> dict[str, Any]:
         """A full micro-batch of training, or of evaluation, as the trainer's collator would have made it."""
         return self.batch(torch.zeros(*self.shape(trainer.args, evaluation=evaluation), dtype=torch.long), trainer)

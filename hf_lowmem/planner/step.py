@@ -345,7 +345,7 @@ def simulate_step(
         with fake, live:
             model = make_model(config, dtype, attention, quantization)
             cls = weighed(method, measured, implementation)
-            trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.columns), token_maker())
+            trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.data(args)), token_maker())
             trainer.remove_callback(PrinterCallback)
             evaluates = args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
             trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None))

@@ -40,8 +40,10 @@ class ReferenceLogps:
     def of_reference(cls, folder: str | None, identity: str | None) -> "ReferenceLogps":
         """The table of one reference, with what an earlier run left in `folder`, equal on every rank; without an
         identity, one that has no file."""
-        known = identity is not None and folder is not None
-        table = cls(Path(folder) / f"reference_logps_{identity[:16]}.safetensors" if known else None)
+        path = None
+        if identity is not None and folder is not None:
+            path = Path(folder) / f"reference_logps_{identity[:16]}.safetensors"
+        table = cls(path)
         found = [table.read()]  # rank 0's: the folder may be its own
         broadcast_object_list(found, from_process=0)
         if found[0] is not None:
