@@ -70,7 +70,7 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 
 def _restore(base: type, values: dict[str, Any]) -> Any:
-    made = object.__new__(with_lowmem(base))
+    made: Any = object.__new__(with_lowmem(base))
     made.__setstate__(values)
     return made
 

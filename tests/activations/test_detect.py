@@ -130,10 +130,10 @@ class Tower(nn.Module):
         return self.decoder
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.tokens
+        return self.decoder.tokens  # type: ignore[return-value]
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.decoder.tokens
+        return self.decoder.tokens  # type: ignore[return-value]
 
 
 def test_a_decoder_that_is_not_recognised_is_not_replaced_by_a_tower() -> None:
