@@ -142,7 +142,7 @@ def test_an_unmodified_trainer_with_a_callback_is_told(tmp_path: Path, caplog: p
     optimizer = make_optimizer("adamw", model)
     args = TrainingArguments(str(tmp_path), **COMMON)
     callbacks = [LowMemCallback(verbose=False), Logger()]
-    data = rows(*range(8))
+    data: Any = rows(*range(8))
     trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train()
     assert logged(trainer) == seen == [2, 4, 6, 8, 8]
