@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer
+from hf_lowmem.optim.state import values_of
 
 
 class Net(nn.Module):
@@ -130,6 +131,6 @@ def replicated(optimizer: LowMemOptimizer) -> list[Tensor]:
     found = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            values = optimizer.state.get(p, {})
-            found += [v.detach() for _, v in sorted(values.items()) if isinstance(v, Tensor) and not is_sharded(v)]
+            values = values_of(optimizer.state.get(p, {}))
+            found += [v.detach() for _, v in sorted(values.items()) if not is_sharded(v)]
     return found

@@ -27,6 +27,7 @@ from hf_lowmem.distributed import local
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import StepInBackward
 from hf_lowmem.optim.base import SMALLEST_COMPRESSED
+from hf_lowmem.optim.state import values_of
 from tests.dist.net import (
     Net,
     apart,
@@ -135,7 +136,7 @@ def check_thresholds() -> None:
 
     def layouts(net: nn.Module, states: Any) -> dict[str, dict[str, torch.dtype]]:
         return {
-            name: {k: v.dtype for k, v in states[p].items() if isinstance(v, Tensor)}
+            name: {k: v.dtype for k, v in values_of(states[p]).items()}
             for name, p in net.named_parameters()
             if p.ndim > 1
         }
