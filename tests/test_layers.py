@@ -32,7 +32,7 @@ LEVEL = {
     "callbacks": 6,
     "plugin": 6,
     "planner": 6,
-    "pairs": 6,
+    "pairs": 5,
     "reference": 4,
     "dpo_config": 6,
     "launch": 7,
