@@ -322,7 +322,8 @@ def test_an_evaluation_that_is_the_peak_is_found() -> None:
     assert large.peak_bytes > 4096 * 64 * 64 * 4  # one hidden state of it
 
 
-def test_a_search_under_packing_knows_the_square(tmp_path: Any) -> None:
+@pytest.mark.slow
+def test_a_search_under_packing_knows_the_square() -> None:
     """The estimate for four rows, from one, two and eight, is what the plan says."""
     args = arguments(
         packing=True, per_device_train_batch_size=8, max_length=128, lowmem_activations="fp8", max_grad_norm=0.5
