@@ -280,7 +280,9 @@ def weigh(name: str) -> None:
     config, args = small_config(num_hidden_layers=2), arguments(cls, **values)
     made, real = plan(config, args, dtype="float32", device="cpu"), measure(config, args, torch.float32)
     assert abs(made.peak_bytes - real.peak) <= 0.01 * real.peak
-    assert abs(made.saved_bytes - real.saved) <= 0.01 * real.saved
+    kept = [point.parts for point in made.timeline if point.phase == "end of forward"][-1]
+    saved = kept["activations"] + kept.get("logits", 0)  # label smoothing is the one loss that keeps logits
+    assert abs(saved - real.saved) <= 0.01 * real.saved
 
 
 @pytest.mark.parametrize("name", QUICKLY_WEIGHED)
@@ -320,7 +322,8 @@ def test_an_evaluation_that_is_the_peak_is_found() -> None:
     assert large.peak_bytes > 4096 * 64 * 64 * 4  # one hidden state of it
 
 
-def test_a_search_under_packing_knows_the_square(tmp_path: Any) -> None:
+@pytest.mark.slow
+def test_a_search_under_packing_knows_the_square() -> None:
     """The estimate for four rows, from one, two and eight, is what the plan says."""
     args = arguments(
         packing=True, per_device_train_batch_size=8, max_length=128, lowmem_activations="fp8", max_grad_norm=0.5
