@@ -302,7 +302,10 @@ class LowMemArguments:
             return None
         labels = {"stochastic": "lowmem_activations_stochastic"}
         return ActivationSpec(
-            tiers=self.lowmem_activations, stochastic=self.lowmem_activations_stochastic, labels=labels
+            tiers=self.lowmem_activations,
+            stochastic=self.lowmem_activations_stochastic,
+            seed=getattr(self, "seed", None),  # of TrainingArguments, if it is mixed in
+            labels=labels,
         )
 
     def lowmem_optim_spec(self) -> OptimSpec:

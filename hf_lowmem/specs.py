@@ -214,8 +214,9 @@ class ActivationSpec:
         tiers: one name of TIERS for every layer, or a list by layer number, counted from 0:
             "fp8:0-11,checkpoint_fp8:12-". A range includes both ends; "12-" goes to the last layer, "7" is one layer.
             A layer that no range names stays as HuggingFace made it.
-        stochastic: round stochastically where a tier compresses, with a seed that is hashed from torch's, the layer and
-            the step; else to the nearest.
+        stochastic: round stochastically where a tier compresses, with a seed that is hashed from the run's, the layer
+            and the step; else to the nearest.
+        seed: of the run, for stochastic rounding; None: that of torch's generator when a model is converted.
         labels: how an error calls each field, where it is not the field's own name.
 
     Raises:
@@ -224,6 +225,7 @@ class ActivationSpec:
 
     tiers: str
     stochastic: bool = False
+    seed: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def label(self, name: str) -> str:

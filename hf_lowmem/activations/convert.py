@@ -29,7 +29,7 @@ from hf_lowmem.activations.detect import Structure, find_repeated, find_stack, r
 from hf_lowmem.activations.fusable import gated_of, rmsnorm_of
 from hf_lowmem.activations.hooks import wrap_module
 from hf_lowmem.activations.report import LayerReport, Report
-from hf_lowmem.activations.seeds import Seeds, seeds_of_layers
+from hf_lowmem.activations.seeds import Seeds
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
 from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 from hf_lowmem.specs import ActivationSpec
@@ -87,7 +87,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     _check_shared([layer for _, layer in layers], tiers, f"{label}={spec.tiers!r}")
     before = take_out(model)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    seeds = seeds_of_layers(range(len(layers)) if spec.stochastic else ())
+    run = torch.initial_seed() if spec.seed is None else spec.seed
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
         done: dict[int, LayerReport] = {}
@@ -95,7 +95,8 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
         with torch.random.fork_rng(devices):
             for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
                 if id(layer) not in done:
-                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds.get(index))
+                    seeds = Seeds(run, index) if spec.stochastic else None
+                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds)
                 report.layers.append(dataclasses.replace(done[id(layer)], name=name))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(

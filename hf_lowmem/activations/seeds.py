@@ -1,17 +1,14 @@
 """Seeds of stochastic rounding: counted and hashed, never drawn.
 
 A seed that is drawn from torch's generator moves every dropout mask after it, so the forward pass would no longer be
-HuggingFace's. Here a seed is a hash of four numbers: torch's initial seed when the model was converted, the layer, the
-step of training, and how often the layer has run in that step. A resumed run that says which step it is at therefore
-rounds as an uninterrupted one.
+HuggingFace's. Here a seed is a hash of four numbers: the seed of the run, the layer, the step of training, and how
+often the layer has run in that step. A resumed run that says which step it is at therefore rounds as an uninterrupted
+one.
 """
 
 import hashlib
-from collections.abc import Iterable
 
-import torch
-
-__all__ = ["Seeds", "seeds_of_layers"]
+__all__ = ["Seeds"]
 
 
 class Seeds:
@@ -34,9 +31,3 @@ class Seeds:
         self.calls += 1
         numbers = f"{self.base} {self.layer} {self.step} {self.calls}".encode()
         return int.from_bytes(hashlib.blake2b(numbers, digest_size=8).digest(), "little") >> 2
-
-
-def seeds_of_layers(layers: Iterable[int]) -> dict[int, Seeds]:
-    """Seeds for each of these layers, from the seed that torch's generator was given."""
-    base = torch.initial_seed()
-    return {layer: Seeds(base, layer) for layer in layers}

@@ -63,7 +63,7 @@ def test_triton_trains_a_layer_bit_for_bit_as_the_references(family: str, tier: 
     a GPU's sdpa adds up in no fixed order."""
     model = build(family, attn="eager", num_hidden_layers=1).to(DEVICE)
     inputs = {name: t.to(DEVICE) for name, t in batch(tokens=3).items()}
-    spec = ActivationSpec(tiers=tier, stochastic=family == "llama")
+    spec = ActivationSpec(tiers=tier, stochastic=family == "llama", seed=1)
     runs = []
     for impl in ("reference", "triton"):
         trained = twin(model, lambda m: convert(m, spec))

@@ -60,12 +60,13 @@ def test_each_pass_rounds_otherwise_and_a_step_can_be_had_again(tiers: str) -> N
     assert not torch.equal(gradients(other), seventh)
 
 
-def test_the_seed_of_the_run_is_that_of_torch() -> None:
+@pytest.mark.parametrize("said", [False, True])
+def test_the_seed_of_the_run_is_said_or_torch_s(said: bool) -> None:
     found = []
     for seed in (5, 5, 6):
         model = build("llama")
-        torch.manual_seed(seed)
-        convert(model, random("fp8"))
+        torch.manual_seed(0 if said else seed)
+        convert(model, ActivationSpec(tiers="fp8", stochastic=True, seed=seed if said else None))
         found.append(gradients(model))
         undo(model)
     assert torch.equal(found[0], found[1])
