@@ -129,10 +129,10 @@ class Tower(nn.Module):
     def get_decoder(self) -> nn.Module:
         return self.decoder
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.decoder.tokens
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.decoder.tokens
 
 
