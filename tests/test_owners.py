@@ -77,11 +77,11 @@ def train(folder: Path, model: Any = None, error: Any = None, **fields: Any) -> 
     return trainer, spy
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize(
     "fields",
-    [EVERYTHING, {"lowmem_activations": "exact:0,hooks_fp8:1"}, EVERYTHING | {"lowmem_activations": "checkpoint_fp8"}],
-    ids=["fp8", "mixture", "checkpoint_fp8"],
+    [EVERYTHING, {"lowmem_activations": "exact:0,hooks_fp8:1"}],
+    ids=["fp8", "mixture"],
 )
 def test_a_model_is_as_it_was_after_training(error: BaseException | None, fields: Any, tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2)

@@ -89,7 +89,7 @@ def test_what_cannot_be_counted_is_said_without_numbers(
     assert "more than each layer's input (not counted: TypeError)" in caplog.text
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("tier", ["exact", "fp8", "checkpoint_fp8"])
 def test_the_numbers_are_those_of_a_step(family: str, tier: str) -> None:
     """Of all layers together, beside what they really keep in a forward pass of the whole model."""

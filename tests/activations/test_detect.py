@@ -129,11 +129,11 @@ class Tower(nn.Module):
     def get_decoder(self) -> nn.Module:
         return self.decoder
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.tokens  # type: ignore[return-value]
+    def get_input_embeddings(self) -> Any:
+        return self.decoder.tokens
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.decoder.tokens  # type: ignore[return-value]
+    def get_output_embeddings(self) -> Any:
+        return self.decoder.tokens
 
 
 def test_a_decoder_that_is_not_recognised_is_not_replaced_by_a_tower() -> None:
