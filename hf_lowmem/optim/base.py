@@ -286,7 +286,7 @@ class LowMemOptimizer(Optimizer):
         p = local(p)
         weights = load_weight(p, correction)
         self.update(weights, grad, state, group)
-        save_weight(p, weights, correction, seed)
+        save_weight(p, weights, correction, seed, state.start)
 
     def _apply_where(self, sound: Tensor, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
         """`_apply` if `sound`, without asking an asynchronous device for the answer: update, then select old or new."""

@@ -2,8 +2,8 @@
 
 Decoding, updating and encoding whole tensors makes temporaries of the size of the parameter in fp32, up to seven of
 them: for an embedding of half a billion values that is more than its 4-bit states save. In parts of `PART` values they
-are small. Blocks of codes lie whole in one part, so a part's result is the same bits as the whole's (random rounding of
-weights apart, which draws from a stream for each part).
+are small. Blocks of codes lie whole in one part, and random numbers are those of a value's place in the whole, so a
+part's result is the same bits as the whole's.
 
 Kernels that make whole steps (optim/fused.py) have no such temporaries; this is for what they do not know: bf16 and
 int4 states, and devices without Triton.
@@ -71,7 +71,7 @@ def _parts_of(p: Tensor, state: ParamState, names: Iterable[str]) -> Iterator[tu
         stop = min(start + PART, p.numel())
         raw = {k: _cut(k, v, state, start, stop) if isinstance(v, Tensor) else v for k, v in state.raw.items()}
         part = ParamState(raw, state.codecs, state.decls, state.make_key, state.waits)
-        part.place, part.start = (*state.place, start) if start else state.place, start
+        part.place, part.start = state.place, start
         yield flat[start:stop], grad[start:stop], part
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_lowmem.codecs import BlockCodec, Dither, StateCodec
 from hf_lowmem.distributed import WHOLE, Whole
+from hf_lowmem.kernels.codecs.dither import seed_of
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"
@@ -74,7 +75,8 @@ class ParamState:
     @property
     def state_seed(self) -> int:
         """Of this step's random rounding of the states."""
-        return stream_key(self.key, "states", self.raw.get("step", 0))
+        step = self.raw.get("step", 0)
+        return seed_of(stream_key(self.key, "states", step // 2), step)
 
     def _first(self, value: Tensor) -> int:
         """Place of the first value of a state, of which this may be a part, in the whole."""

@@ -32,14 +32,17 @@ def load_weight(p: Tensor, correction: Tensor | None) -> Tensor:
     return p if p.dtype == torch.float32 else p.to(torch.float32)
 
 
-def save_weight(p: Tensor, weights: Tensor, correction: Tensor | None, seed: int | None) -> None:
-    """Write what `load_weight` gave and a step has changed; with a seed, rounded at random."""
+def save_weight(p: Tensor, weights: Tensor, correction: Tensor | None, seed: int | None, start: int = 0) -> None:
+    """Write what `load_weight` gave and a step has changed; with a seed, rounded at random.
+
+    `start`: of a part of a parameter, its first value's place in the whole.
+    """
     if correction is not None:
-        coarse, fine = split_24(weights, seed)
+        coarse, fine = split_24(weights, seed, start)
         p.copy_(coarse)
         correction.copy_(fine)
     elif seed is not None:
-        p.copy_(round_stochastic(weights, seed))
+        p.copy_(round_stochastic(weights, seed, start))
     elif weights is not p:
         p.copy_(weights)
 
