@@ -100,7 +100,7 @@ class LowMemArguments:
     lowmem_state: str | None = field(
         default=None,
         metadata={
-            "help": "What stores the optimizer's moments: 8bit (the recommended pair, 2.06 bytes a parameter), "
+            "help": "What stores the optimizer's moments: 8bit (the recommended pair, 2.07 bytes a parameter), "
             f"or a codec: {', '.join(CODECS)}; or two codecs, for the first and the second moment, such as "
             "int8,fp8_expand. Default: fp32. Only with an optim of hf_lowmem."
         },

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_lowmem.codecs.base import Encoded
 from hf_lowmem.kernels.codecs.dither import Dither
-from hf_lowmem.kernels.codecs.weights import round_stochastic
+from hf_lowmem.kernels.codecs.weights import round_by_
 
 
 class FullCodec:
@@ -51,8 +51,11 @@ class Bf16Codec(FullCodec):
     def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
         limits = torch.finfo(self.dtype)
         data = enc["data"]
-        rounded = value if dither is None else round_stochastic(value, dither.seed, dither.offset)
-        data.copy_(rounded).clamp_(-limits.max, limits.max)
+        if dither is None:
+            data.copy_(value)
+        else:
+            round_by_(dither.words, value, data)
+        data.clamp_(-limits.max, limits.max)
         lost = (data == 0) & (value != 0)
         smallest = torch.full_like(data, limits.smallest_normal * limits.eps)
         data.copy_(torch.where(lost, smallest.copysign(value), data))

@@ -85,7 +85,7 @@ class Lamb(LowMemOptimizer):
     Decay is inside u, where the ratio rescales it with the rest: with a gradient that is always zero, a matrix of norm
     up to 10 shrinks by the factor 1 - lr in each step, whatever `weight_decay` > 0 is.
 
-    State, bytes a parameter: fp32 8, bf16 4, int8 2.03, fp8 2.06, fp8_expand 2.05. Parameters of fewer than 4096 values
+    State, bytes a parameter: fp32 8, bf16 4, int8 2.03, fp8 2.06, fp8_expand 2.08. Parameters of fewer than 4096 values
     keep fp32 states.
 
     Recommended: pre-training with batches of thousands of sequences, a learning rate that grows with the root of the

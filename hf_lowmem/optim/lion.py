@@ -31,7 +31,7 @@ class Lion(LowMemOptimizer):
 
     Defaults: betas (0.9, 0.99). There is no `eps`.
 
-    State, bytes a parameter: fp32 4, bf16 2, int8 1.02, fp8 1.03, fp8_expand 1.02. Parameters of fewer than 4096 values
+    State, bytes a parameter: fp32 4, bf16 2, int8 1.02, fp8 1.03, fp8_expand 1.04. Parameters of fewer than 4096 values
     keep an fp32 state.
 
     Recommended, both for pre-training and for fine-tuning: a learning rate 3 to 10 times smaller than AdamW's and a

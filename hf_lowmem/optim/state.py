@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from hf_lowmem.codecs import BlockCodec, Dither, StateCodec
 from hf_lowmem.distributed import WHOLE, Whole
+from hf_lowmem.kernels.codecs.dither import seed_of
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"
@@ -117,7 +118,8 @@ class ParamState:
     @property
     def state_seed(self) -> int:
         """Seed of this step's random rounding of the states."""
-        return stream_key(self.key, "states", self.step if "step" in self.raw else 0)
+        step = self.step if "step" in self.raw else 0
+        return seed_of(stream_key(self.key, "states", step // 2), step)
 
     def first(self, value: Tensor) -> int:
         """Place of the first value of a state, of which this may be a part, in the whole."""

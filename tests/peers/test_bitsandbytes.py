@@ -17,13 +17,14 @@ STEPS = 100
 
 
 class Pair(NamedTuple):
-    """A method here and there, and how much further from the truth ours may be."""
+    """A method here and there, and how much further from the truth ours may be, rounded to nearest and at random."""
 
     ours: Any
     theirs: Any
     truth: Any  # in fp32; ours for Lion, which tests/peers/test_lion.py holds to lion-pytorch
     states: int
     allowance: float
+    at_random: float
 
 
 # AdamW: one part in a hundred for the order of arithmetic; where a second moment falls to zero in bitsandbytes and to
@@ -31,9 +32,10 @@ class Pair(NamedTuple):
 # Lion: an error of the state shows as a sign that differs now and then, 2 * lr at once. An rms error of 0.0194 of the
 # way, whose rms is 0.087, is 0.7 such events a weight, 5400 in the smaller matrix; two thirds of them the two share. So
 # the ratio of the errors has a standard deviation of sqrt(2 / 3) / (2 * sqrt(5400)) = 0.55 %; four are allowed.
+# Codes at random cost Lion noise where bitsandbytes' codes do not stick yet: 3 to 6 % in these hundred steps.
 METHODS = {
-    "adamw": Pair(AdamW, bitsandbytes.optim.AdamW8bit, torch.optim.AdamW, 2, 1.01),
-    "lion": Pair(Lion, bitsandbytes.optim.Lion8bit, Lion, 1, 1.022),
+    "adamw": Pair(AdamW, bitsandbytes.optim.AdamW8bit, torch.optim.AdamW, 2, 1.01, 1.01),
+    "lion": Pair(Lion, bitsandbytes.optim.Lion8bit, Lion, 1, 1.022, 1.08),
 }
 
 
@@ -52,10 +54,15 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(64, 256), (100, 77)], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "channels"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rounded", ["nearest", "random"])
 def test_agrees_with_bitsandbytes_and_is_no_further_from_the_truth(
-    method: str, kind: str, shape: tuple[int, int]
+    rounded: str, method: str, kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The codec with theirs, code by code; then codes at random, as the optimizers have them."""
     pair = METHODS[method]
+    if rounded == "nearest":
+        states = {name: decl._replace(average=False) for name, decl in pair.ours.STATES.items()}
+        monkeypatch.setattr(pair.ours, "STATES", states)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     theirs_p, ours_p, truth_p = (nn.Parameter(start.clone()) for _ in range(3))
     theirs = pair.theirs([theirs_p], **SETTINGS)
@@ -72,10 +79,12 @@ def test_agrees_with_bitsandbytes_and_is_no_further_from_the_truth(
         f"{method} {kind} {shape}: error of bitsandbytes {their_error:.4f}, ours {our_error:.4f}, between {between:.4f}"
     )
     assert our_error > 0
-    assert our_error <= pair.allowance * their_error
+    allowance = pair.allowance if rounded == "nearest" else pair.at_random
+    assert our_error <= allowance * their_error
     if kind == "normal":
-        # Two roundings that share nothing would lie sqrt(2) errors apart; the same codes but for a few, less than one.
-        assert between < their_error
+        # Two roundings that share nothing lie sqrt(2) errors apart; the same codes but for a few, less than one.
+        apart = their_error if rounded == "nearest" else 1.05 * (our_error**2 + their_error**2) ** 0.5
+        assert between < apart
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -48,7 +48,7 @@ def _both(make: Callable[[Tensor, str, bool], tuple[Any, ...]]) -> Iterator[Case
 
 def encode_cases() -> Iterator[Case]:
     """To the nearest, and at random: from the first value of a parameter on, and from beyond the range of an index."""
-    for label, seed, offset in (("nearest", None, 0), ("random", 2**40 + 5, 0), ("random-part", 77, 2**33 - 2**7)):
+    for label, seed, offset in (("nearest", None, 0), ("random", 2**40 + 4, 0), ("random-part", 77, 2**33 - 2**7)):
 
         def make(x: Tensor, codec: str, signed: bool, seed: int | None = seed, offset: int = offset) -> tuple[Any, ...]:
             return (x, *room(codec, x.shape, signed, x.device), codec, signed, seed, offset)

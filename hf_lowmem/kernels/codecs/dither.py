@@ -17,8 +17,11 @@ as much: scripts/bench/long_run.py has both.
 0.8 % where the values change by 0.1 %, and each jump rounds a whole block anew. First moments have noise enough of
 their own, and theirs are rounded up, never to nearest: a scale below the block's largest value would cut it.
 
-Why independent numbers and not a low-discrepancy sequence in time (a threshold that turns by the golden ratio at each
-step): that has less noise, but nothing makes it independent of what it rounds, and under scales that move it resonated.
+**Steps go in pairs**: the second one has the numbers of the first, mirrored, 1 - u for u. Where a moment moves by many
+codes a step, independent numbers have twice the variance of rounding to nearest; half of it is what a threshold does on
+average, 1/2 - u, and that is taken back a step later, before it has weighed on the weights. Longer sequences of even
+coverage (a threshold that turns by the golden ratio at each step) have still less noise, but nothing keeps what they
+round from falling into step with them, and under scales that move they resonated. A pair has no memory.
 """
 
 from collections.abc import Callable
@@ -30,22 +33,38 @@ from torch import Tensor
 from hf_lowmem.kernels.exact import random_bits
 
 
+def even(seed: int) -> int:
+    """The seed of the pair: without its lowest bit."""
+    return seed & ~1
+
+
+def seed_of(pair: int, step: int) -> int:
+    """The seed of a step, from that of the pair, step // 2."""
+    return even(pair) | (step & 1)
+
+
 class Dither(NamedTuple):
     """Which random numbers round a state's codes: those of `seed` from the index `offset` on.
 
     The index of a value is its place in the whole parameter, so that a part of it, or a shard, draws what the whole
-    would. The seed is another one at each step.
+    would. The seed is another one at each step, but for two steps of a pair, whose seeds differ in the lowest bit: an
+    odd one has the numbers of the even one below it, mirrored. `seed_of` makes them.
     """
 
     seed: int
     offset: int = 0
+
+    def words(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """32 random bits for each of the values from `start` to `stop`, int32."""
+        words = random_bits(even(self.seed), self.offset + start, self.offset + stop, device)
+        return words.bitwise_not_() if self.seed & 1 else words
 
     def thresholds(self, start: int, stop: int, signed: bool, device: torch.device) -> Tensor:
         """A number in (0, 1), fp32, for each of the values from `start` to `stop`: odd multiples of 2**-24.
 
         Both moments of a parameter take theirs from one word a value: the unsigned ones from its halves exchanged.
         """
-        words = random_bits(self.seed, self.offset + start, self.offset + stop, device)
+        words = self.words(start, stop, device)
         if not signed:
             words = words.bitwise_left_shift(16).bitwise_or_(words.bitwise_right_shift(16).bitwise_and_(0xFFFF))
         return words.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels._device import bits_of, div, from_bits, magnitude, random_word, round_bf16_up, round_nearest
 from hf_lowmem.kernels.codecs import reference, tables
+from hf_lowmem.kernels.codecs.dither import even
 from hf_lowmem.kernels.exact import FLOAT_MAX as LARGEST_FLOAT
 from hf_lowmem.kernels.exact import seed_keys
 
@@ -107,6 +108,12 @@ def _scale_bits(ptr, mask):
 def _find(table_ptr, place, bits, shift):
     """The code from a packed table: see tables.py."""
     return (tl.load(table_ptr + place) + bits) >> shift
+
+
+@triton.jit
+def state_word(index, k0, k1, flip):
+    """32 random bits of each index; k0, k1, flip: from `state_keys`. Reference: `Dither.words`."""
+    return random_word(index, k0, k1) ^ flip.to(tl.uint32)
 
 
 @triton.jit
@@ -247,7 +254,7 @@ def _expand_codes(q, power, table, rows, GROUP: tl.constexpr):
     return _find(table, (bits >> shift) + offset, bits, shift)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "offset"])
+@triton.jit(do_not_specialize=["k0", "k1", "flip", "offset"])
 def _encode(
     x_ptr,
     codes_ptr,
@@ -260,6 +267,7 @@ def _encode(
     n,
     k0,
     k1,
+    flip,
     offset,
     CODEC: tl.constexpr,
     SIGNED: tl.constexpr,
@@ -269,7 +277,7 @@ def _encode(
     left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
     local = tile_offsets()
     x = tl.load(x_ptr + start + local, mask=local < left, other=0.0)
-    word = random_word(offset.to(tl.uint32) + start.to(tl.uint32) + local.to(tl.uint32), k0, k1)
+    word = state_word(offset.to(tl.uint32) + start.to(tl.uint32) + local.to(tl.uint32), k0, k1, flip)
     encode_tile(
         x,
         word,
@@ -295,6 +303,11 @@ def _decode(codes_ptr, scale_ptr, power_ptr, values_ptr, out_ptr, n, CODEC: tl.c
     x = decode_tile(codes_ptr, scale_ptr, power_ptr, values_ptr, start, left, CODEC, SIGNED)
     local = tile_offsets()
     tl.store(out_ptr + start + local, x, mask=local < left)
+
+
+def state_keys(seed: int) -> tuple[int, int, int]:
+    """What a kernel takes in place of a state's seed: the keys of the pair, and -1 for the mirrored step of it."""
+    return (*seed_keys(even(seed)), -(seed & 1))
 
 
 def as_int32(index: int) -> int:
@@ -331,7 +344,7 @@ def encode_state(
         powers,
         rows,
         value.numel(),
-        *seed_keys(seed or 0),
+        *state_keys(seed or 0),
         as_int32(offset),
         NUMBERS[codec],
         signed,
@@ -372,7 +385,7 @@ def compile_cases() -> list[tuple[str, object, dict[str, str], dict[str, object]
             label = f"{codec} {'signed' if signed else 'unsigned'}"
             state = {"codes_ptr": "*u8", "scale_ptr": scale, "power_ptr": power}
             found = {"values_ptr": "*fp32", "codes_table": "*i32", "powers_table": "*fp32", "rows_table": "*i32"}
-            keys = {"n": "i64", "k0": "i32", "k1": "i32", "offset": "i32"}
+            keys = {"n": "i64", "k0": "i32", "k1": "i32", "flip": "i32", "offset": "i32"}
             for dither, how in ((False, "nearest"), (True, "at random")):
                 signature, fixed = {"x_ptr": "*fp32"} | state | found | keys, constants | {"DITHER": dither}
                 cases.append((f"encode {label} {how}", _encode, signature, fixed, NUM_WARPS))

@@ -3,6 +3,8 @@
 All integers, so that every device and a fused kernel give the same bits; random ones are a hash of (seed, index).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,18 @@ def round_stochastic(x: Tensor, seed: int, offset: int = 0) -> Tensor:
         seed: of this call's random numbers; the same seed and shape give the same bits on every device.
         offset: index of the first value, where `x` is a part of something longer.
     """
-    flat = x.reshape(-1)
-    out = torch.empty(flat.shape, dtype=torch.bfloat16, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    round_by_(lambda start, stop, device: random_bits(seed, offset + start, offset + stop, device), x, out)
+    return out
+
+
+def round_by_(words: Callable[[int, int, torch.device], Tensor], x: Tensor, to: Tensor) -> None:
+    """As `round_stochastic`, over `to`, contiguous. `words(start, stop, device)`: random bits of the values, int32."""
+    flat, out = x.reshape(-1), to.view(-1)
     for start, stop in spans(flat.numel(), 1, x.device):
-        noise = random_bits(seed, offset + start, offset + stop, x.device).bitwise_and_(0xFFFF)
+        noise = words(start, stop, x.device).bitwise_and_(0xFFFF)
         bits = noise.add_(flat[start:stop].view(torch.int32)).bitwise_and_(-(1 << 16))
         out[start:stop].copy_(bits.view(torch.float32))
-    return out.view(x.shape)
 
 
 def split_24(x: Tensor, seed: int | None = None, offset: int = 0) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,8 @@ from hf_lowmem.kernels.codecs.triton import (
     WIDTH,
     decode_tile,
     encode_tile,
+    state_keys,
+    state_word,
     tables_of,
     tile_offsets,
 )
@@ -76,7 +78,7 @@ CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
 CHECK_PROGRAMS = 1024  # at most, for one parameter
 
 # Columns of the table of small parameters, all int64; a number is an fp32's bits.
-PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, KEYS, COUNT = 0, 1, 2, 3, 6, 9, 10, 14
+PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, KEYS, COUNT = 0, 1, 2, 3, 6, 9, 10, 15
 _FIRST: tl.constexpr = tl.constexpr(FIRST)
 _SECOND: tl.constexpr = tl.constexpr(SECOND)
 _NUMEL: tl.constexpr = tl.constexpr(NUMEL)
@@ -144,12 +146,12 @@ def lion(w, m, g, x0, x1, x2, x3, decay, step):
 def step_tile(
     param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
-    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1,
+    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
 ):  # fmt: skip
     """The whole step of the tile that begins at value `start` (int64) and has `left` values or more.
 
-    k0, k1: keys of the weights' random numbers; h0, h1: of the states'.
+    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'.
     """
     local = tile_offsets()
     mask = local < left
@@ -167,7 +169,7 @@ def step_tile(
     # The weights first: their registers are free while a state is encoded, where most are needed.
     index = start.to(tl.uint32) + local.to(tl.uint32)
     save_weight(param + start + local, correction + start + local, w, index, mask, k0, k1, STORE)
-    word = random_word(index, h0, h1)
+    word = state_word(index, h0, h1, flip)
     encode_tile(m, word, m_codes, m_scale, m_power, m_values, m_table, m_powers, m_rows, start, left, FIRST, True, True)
     if RULE != LION:
         encode_tile(
@@ -175,11 +177,11 @@ def step_tile(
         )
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1"])
+@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip"])
 def step_kernel(
     sound_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
-    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1,
+    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
 ):  # fmt: skip
     """One parameter of n values."""
@@ -189,7 +191,7 @@ def step_kernel(
         step_tile(
             param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
             m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
-            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1,
+            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
             RULE, FIRST, SECOND, STORE, HEAVY,
         )  # fmt: skip
 
@@ -237,6 +239,7 @@ def steps_kernel(
             _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
             tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
+            tl.load(row + _KEYS + 4).to(tl.int32),
             RULE, FIRST, SECOND, STORE, HEAVY,
         )  # fmt: skip
 
@@ -324,8 +327,8 @@ def run_steps(
     }
     shared = (*_tables(first.codec, True, params[0]), *_tables(second.codec, second.signed, params[0]))
     weight_keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
-    state_keys = [seed_keys(seed) for seed in first.seeds] or [(0, 0)] * count
-    keys = [of_weight + of_states for of_weight, of_states in zip(weight_keys, state_keys, strict=True)]
+    of_states = [state_keys(seed) for seed in first.seeds] or [(0, 0, 0)] * count
+    keys = [first_two + rest for first_two, rest in zip(weight_keys, of_states, strict=True)]
     rows = []
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         tensors = (p, g, corrections[i] if store == "bf16_ecc" else p, *parts[i][0], *parts[i][1])
@@ -383,7 +386,7 @@ def step_cases(
             label = f"{rule} {','.join(dict.fromkeys(pair))} {store}"
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
             one = {"sound_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
-            keys = dict.fromkeys(("k0", "k1", "h0", "h1"), "i32")
+            keys = dict.fromkeys(("k0", "k1", "h0", "h1", "flip"), "i32")
             cases.append((label, step_kernel, one | keys, fixed, warps(*pair)))
             kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
             many = {"table": "*i64", "sound_ptr": "*i32"} | values
