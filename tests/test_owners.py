@@ -238,7 +238,7 @@ def plain_trainer(folder: Path, model: Any, *callbacks: Any) -> Trainer:
 @pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("late", [False, True], ids=["callbacks=", "add_to"])
 def test_the_callback_takes_its_tiers_off(error: BaseException | None, late: bool, tmp_path: Path) -> None:
-    model, spy, ours = tiny_llama(num_hidden_layers=2), Spy(error), LowMemCallback("fp8", verbose=False)
+    model, spy, ours = tiny_llama(num_hidden_layers=2), Spy(error), LowMemCallback("fp8", verbose=False, trim=False)
     trainer = plain_trainer(tmp_path, model, spy, *([] if late else [ours]))
     if late:
         trainer.add_callback(ours)
@@ -261,7 +261,7 @@ def test_the_callback_alone_goes_with_its_trainer(tmp_path: Path) -> None:
     """Added late and by no other way, it does not hear of an exception."""
     model = tiny_llama(num_hidden_layers=2)
     trainer = plain_trainer(tmp_path, model, Spy(RuntimeError("no")))
-    trainer.add_callback(LowMemCallback("fp8", verbose=False))
+    trainer.add_callback(LowMemCallback("fp8", verbose=False, trim=False))
     with contextlib.suppress(RuntimeError):
         trainer.train()
     del trainer
