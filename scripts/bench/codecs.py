@@ -179,8 +179,10 @@ def of_set(name: str, moments: Moments) -> Iterator[dict[str, Any]]:
     coded = {codec: (compressed(codec, 0, moments), compressed(codec, 1, moments)) for codec in CODECS}
     count = sum(m.numel() for m, _ in moments)
     for first, second in itertools.product(CODECS, CODECS):
-        coded = [(CODECS[first], m, True) for m, _ in moments] + [(CODECS[second], v, False) for _, v in moments]
-        size = sum(codec.nbytes(x.numel(), signed=signed) for codec, x, signed in coded)
+        size = sum(
+            CODECS[first].nbytes(m.numel(), signed=True) + CODECS[second].nbytes(v.numel(), signed=False)
+            for m, v in moments
+        )
         yield {
             "kind": "pair",
             "moments": name,
