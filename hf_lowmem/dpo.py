@@ -273,7 +273,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
                     "trainer as eval_dataset, or to evaluate(), which compute them."
                 )
             inputs |= self.reference_logps.of(keys, completion_mask.device)
-        elif self.reference_kind in ("full", "quantized", "adapter"):
+        elif "ref_chosen_logps" not in inputs and self.reference_kind in ("full", "quantized", "adapter"):
             # Before the policy's forward pass, so that it does not run on top of all that is kept for backward.
             model_of_reference = self.model if self.ref_model is None else self.ref_model
             chosen, rejected = self.compute_ref_log_probs(model_of_reference, inputs)

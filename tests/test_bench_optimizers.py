@@ -87,7 +87,7 @@ def test_speed_is_a_ratio_to_torch_in_the_same_run(bench: dict[str, Any], tmp_pa
     rows = rows_of(record)
     steps = {r["setting"]: r for r in rows if r["measured"] == "step"}
     assert steps["torch AdamW fused"]["step_ratio"] == 1.0
-    assert steps["adamw fp32"]["state_bytes_per_parameter"] == 8.0
+    assert 8.0 < steps["adamw fp32"]["state_bytes_per_parameter"] < 8.01  # moments, and a step count a tensor
     assert all(r["step_ratio"] > 0 for r in steps.values() if "note" not in r)
     assert set(bench["speed"].PEERS) <= set(steps)
     assert {"galore svd", "galore subspace", "galore random"} <= {

@@ -1,6 +1,7 @@
 """README says what the records say, and what it shows can be run."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -155,5 +156,5 @@ def test_every_python_block_parses_and_its_names_exist() -> None:
 
 
 def test_every_method_codec_and_field_is_named() -> None:
-    for name in (*OPTIMIZERS, *CODECS, *(f for f in hf_lowmem.LowMemArguments.__dataclass_fields__)):
+    for name in (*OPTIMIZERS, *CODECS, *(f.name for f in dataclasses.fields(hf_lowmem.LowMemArguments))):
         assert f"`{name}`" in README

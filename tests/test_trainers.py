@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from trl import DPOTrainer, GRPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer
 
 from hf_lowmem import (
@@ -318,7 +318,7 @@ def test_asft_loads_no_reference_model(tmp_path: Path, tokenizer: Any) -> None:
         trainer.train()
         assert sorted(made) == ["LlamaForCausalLM", "LlamaModel"]
         made.clear()
-        args = settings(LowMemDPOConfig, tmp_path)
+        args = settings(DPOConfig, tmp_path)
         DPOTrainer(str(folder), args=args, train_dataset=pair_data(), processing_class=tokenizer)
         assert len(made) == 4, "TRL's own loss does load one, so the count can fail"
     assert trainer.ref_model is None
@@ -358,7 +358,7 @@ def test_asft_learns_and_logs_under_trl_s_names(tmp_path: Path, tokenizer: Any) 
     after = trainer.evaluate()
     assert after["eval_loss"] < 0.7 * before["eval_loss"]
     assert after["eval_rewards/accuracies"] > before["eval_rewards/accuracies"]
-    args = settings(LowMemDPOConfig, tmp_path)
+    args = settings(DPOConfig, tmp_path)
     theirs = DPOTrainer(tiny_llama(), tiny_llama(), args, train_dataset=pair_data(), processing_class=tokenizer)
     theirs.train()
     names = set(theirs.state.log_history[0])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from trl import DPOConfig, DPOTrainer
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer
 from tests.conftest import tiny_llama
@@ -28,7 +29,9 @@ def trainer(
     folder: Path, tokenizer: Any, loss_type: Any = "sigmoid", *, kind: Any = LowMemDPOTrainer, model: Any = None,
     ref_model: Any = None, train: Any = None, evals: Any = None, extra: dict[str, Any] | None = None, **fields: Any,
 ) -> Any:  # fmt: skip
-    args = settings(LowMemDPOConfig, folder, loss_type=loss_type, **fields)
+    # TRL's own trainer is an oracle only with its own config: one that is handed ours becomes ours.
+    config = DPOConfig if kind is DPOTrainer else LowMemDPOConfig
+    args = settings(config, folder, loss_type=loss_type, **fields)
     return kind(
         policy() if model is None else model, ref_model, args, train_dataset=data() if train is None else train,
         eval_dataset=evals, processing_class=tokenizer, **extra or {},

@@ -94,6 +94,7 @@ def test_activation_tiers(types: Any, tmp_path: Path, tokenizer: Any) -> None:
     for tier in (None, "exact", "fp8"):
         reference = policy(1) if types == MIXED else None
         made = trainer(tmp_path, tokenizer, types, ref_model=reference, lowmem_activations=tier)
+        made.create_optimizer()  # from here on the tier is on the model
         runs[tier] = loss_and_gradients(made)
         assert (made.activations is None) == (tier is None)
     assert_same(runs["exact"], runs[None], atol=0)

@@ -210,7 +210,7 @@ def test_what_a_model_refuses_is_left_out_and_said() -> None:
     args = open_arguments(optim="lion", lowmem_state="fp32", lowmem_step_in_backward=False, max_length=16)
     found = search(config, args, budget="1GiB", dtype="float32", device="cpu")
     assert found.chosen.get("lowmem_activations") is None
-    for tier in ("exact", "fp8", "fp8_recompute", "checkpoint_fp8"):
+    for tier in ("exact", "fp8", "fp8_recompute"):
         assert f"Left out: activations {tier}. lowmem_activations={tier!r}: no stack of decoder layers" in found.why
 
 
@@ -276,10 +276,10 @@ def of_choice(args: Any) -> dict[str, Any]:
 
 
 def test_a_trainer_trains_with_the_choice_to_the_bits_of_a_run_that_was_given_it(tmp_path: Path) -> None:
-    chosen = trained(tmp_path / "chosen", lowmem_budget="12MiB")
+    chosen = trained(tmp_path / "chosen", lowmem_budget="14MiB")
     settings = of_choice(chosen.args)
     assert settings["lowmem_weights"] == "bf16_sr"
-    assert chosen.foretold["reserved_bytes"] <= 12 * 2**20
+    assert chosen.foretold["reserved_bytes"] <= 14 * 2**20
     given = trained(tmp_path / "given", **settings)
     assert all(map(torch.equal, bits(chosen), bits(given)))
     saved = torch.load(tmp_path / "chosen" / "checkpoint-2" / "training_args.bin", weights_only=False)
@@ -288,8 +288,8 @@ def test_a_trainer_trains_with_the_choice_to_the_bits_of_a_run_that_was_given_it
 
 @pytest.mark.slow
 def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tmp_path: Path) -> None:
-    whole = trained(tmp_path, lowmem_budget="12MiB")
-    resumed = trained(tmp_path, str(tmp_path / "checkpoint-1"), lowmem_budget="12MiB")
+    whole = trained(tmp_path, lowmem_budget="14MiB")
+    resumed = trained(tmp_path, str(tmp_path / "checkpoint-1"), lowmem_budget="14MiB")
     assert of_choice(resumed.args) == of_choice(whole.args)
     assert all(map(torch.equal, bits(resumed), bits(whole)))
 
