@@ -6,9 +6,9 @@
 
 Three sets are compiled: the table's, `compile_cases()` in each hf_lowmem/kernels/*/triton.py, at the shapes of an 8B
 model; every specialisation that the equality cases launch; and every kernel with its integers at 1. Of the last two
-nothing is recorded, but they must compile. What spills is printed, and of the table recorded: tests/kernels/test_targets.py
-lists what may. Where anything fails, or holds an instruction that is not the reference's, it is named, the record stays
-as it was, and the exit status is 1.
+nothing is recorded, but they must compile. What spills is printed, and of the table recorded:
+tests/kernels/test_targets.py lists what may. Where anything fails, or holds an instruction that is not the reference's,
+it is named, the record stays as it was, and the exit status is 1.
 
 Three quarters of an hour on one core; what Triton's cache has is not compiled again. Run it with the oldest triton that
 is supported as well: the two do not compile the same language.
