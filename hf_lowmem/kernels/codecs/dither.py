@@ -10,8 +10,8 @@ beta and any contents of a block.
 second moment divides them: its logarithm is. Rounded that way, E[log v] moves as it would without rounding; where v
 neither rises nor falls that says E[g**2 / v - 1] = 0, so the mean of 1 / v, and with it the size of the update, is the
 right one whatever the distance of two codes. Were it the mean of v that is exact, 1 / v would be too large by half that
-distance (at beta2 = 0.999 the update of `fp8` was, by 2.5 %). The price is a mean of v that is too large instead, by
-as much: scripts/bench/long_run.py has both.
+distance. The price is a mean of v that is too large instead, by
+as much: scripts/bench/long_run.py measures both.
 
 **Scales** of second moments are exact, fp32. One that is rounded up to bf16 would be unbiased too, but jumps by 0.4 to
 0.8 % where the values change by 0.1 %, and each jump rounds a whole block anew. First moments have noise enough of
