@@ -86,7 +86,7 @@ class LowMemOptimizer(Optimizer):
     PROJECTIONS: ClassVar[tuple[str, ...]] = ()
     # Whether gradients can be added up without keeping them; see `fold`.
     ACCUMULATES: ClassVar[bool] = False
-    # Whether the update of each value needs that value alone, so that weights may be flattened (see rules/deepspeed.py).
+    # Whether the update of each value needs that value alone, so that weights may be flattened; see rules/deepspeed.py.
     ELEMENTWISE: ClassVar[bool] = False
     # The kernel that makes a whole step of a parameter, for those that `fuses` names; see optim/fused.py.
     FUSED: ClassVar[Kernel | None] = None
