@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem.activations.checkpoint import WrappedForward
 from hf_lowmem.activations.formats import DTYPES, compress, decompress
+from hf_lowmem.activations.values import AsIs
 from hf_lowmem.specs import check_integer
 
 __all__ = ["wrap_module"]
@@ -88,27 +89,9 @@ class _Saved:
     def __init__(self, codes: _Codes, layout: tuple[torch.Size, tuple[int, ...]] | None) -> None:
         self.codes, self.layout = codes, layout
 
-    def unpack(self) -> Tensor:
+    def get(self) -> Tensor:
         x = self.codes.decode()
         return x if self.layout is None else x.as_strided(*self.layout)
-
-
-class _AsIs:
-    """A place in the graph that holds the tensor itself, and the check for changes that autograd leaves to hooks."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # A leaf itself, anything else without its graph, which would close a circle where a node saves its output.
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
-        self.version = self.tensor._version
-
-    def unpack(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{self.tensor.type()} {list(self.tensor.shape)}] is at version {self.tensor._version}; expected "
-                f"version {self.version} instead."
-            )
-        return self.tensor
 
 
 def _is_parameter(tensor: Tensor) -> bool:
@@ -139,14 +122,14 @@ class _Packer:
         self.fmt, self.min_numel, self.like, self.seed = fmt, min_numel, like, seed
         # Keys are the memory covered; the weak reference to the storage makes sure that it is still the same memory.
         self.table: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Codes]]] = {}
-        self.as_is: dict[int, tuple[StorageWeakRef, weakref.ref[_AsIs]]] = {}
+        self.as_is: dict[int, tuple[StorageWeakRef, weakref.ref[AsIs]]] = {}
 
-    def pack(self, tensor: Tensor) -> _Saved | _AsIs:
+    def pack(self, tensor: Tensor) -> _Saved | AsIs:
         if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
-            return _AsIs(tensor)
+            return AsIs(tensor)
         storage = tensor.untyped_storage()
         if self.stays(tensor, storage):
-            kept = _AsIs(tensor)
+            kept = AsIs(tensor)
             self.as_is[storage._cdata] = StorageWeakRef(storage), weakref.ref(kept)
             return kept
         sizes = _in_memory_order(tensor)
@@ -184,8 +167,8 @@ class _Packer:
         self.table, self.as_is = {}, {}
 
 
-def _unpack(place: _Saved | _AsIs) -> Tensor:
-    return place.unpack()
+def _unpack(place: _Saved | AsIs) -> Tensor:
+    return place.get()
 
 
 class _Hooked(WrappedForward):

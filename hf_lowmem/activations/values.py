@@ -111,9 +111,10 @@ class View:
 
 
 class AsIs:
-    """A saved tensor that is no window on anything: sparse, or a subclass whose memory is its own affair."""
+    """A place in the graph that holds the tensor itself, and the check for changes that autograd leaves to hooks."""
 
     def __init__(self, tensor: Tensor) -> None:
+        # A leaf itself, anything else without its graph, which would close a circle where a node saves its output.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = version_of(self.tensor)
 

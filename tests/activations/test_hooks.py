@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_lowmem.activations.formats import compress, decompress, nbytes
-from hf_lowmem.activations.hooks import _AsIs, _Codes, _Packer, _Saved, wrap_module
+from hf_lowmem.activations.hooks import _Codes, _Packer, _Saved, wrap_module
+from hf_lowmem.activations.values import AsIs
 from hf_lowmem.memory import measure_saved
 from tests.activations.wrapped_models import assert_same, llama, step
 
@@ -158,8 +159,8 @@ def stays(name: str) -> Tensor:
 def test_what_stays(name: str) -> None:
     tensor = stays(name)
     place = packer(like=64 * 64).pack(tensor)
-    assert isinstance(place, _AsIs)
-    out = place.unpack()
+    assert isinstance(place, AsIs)
+    out = place.get()
     assert out.dtype is tensor.dtype
     assert out.is_sparse == tensor.is_sparse
     if tensor.dtype is torch.float8_e4m3fn:
@@ -178,22 +179,22 @@ def test_what_is_compressed(name: str) -> None:
     }[name]
     place = packer(like=64 * 64).pack(tensor)
     assert isinstance(place, _Saved)
-    assert torch.equal(place.unpack(), rounded(tensor.detach().flatten()).view(64, 64))
+    assert torch.equal(place.get(), rounded(tensor.detach().flatten()).view(64, 64))
 
 
 def test_small_tensors_stay() -> None:
     x = leaf(32, 32) * 2
-    assert isinstance(packer(min_numel=1025).pack(x), _AsIs)
+    assert isinstance(packer(min_numel=1025).pack(x), AsIs)
     assert isinstance(packer(min_numel=1024).pack(x), _Saved)
-    assert isinstance(packer(like=16 * 1024 + 1).pack(x), _AsIs)
+    assert isinstance(packer(like=16 * 1024 + 1).pack(x), AsIs)
     assert isinstance(packer(like=16 * 1024).pack(x), _Saved)
 
 
 def test_without_a_float_input_the_first_large_tensor_is_the_measure() -> None:
     pack = packer(min_numel=100)
-    assert isinstance(pack.pack(leaf(3, 5)), _AsIs)
+    assert isinstance(pack.pack(leaf(3, 5)), AsIs)
     assert isinstance(pack.pack(leaf(64, 64)), _Saved)
-    assert isinstance(pack.pack(leaf(64, 3)), _AsIs)
+    assert isinstance(pack.pack(leaf(64, 3)), AsIs)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -216,7 +217,7 @@ def test_every_layout_comes_back(name: str, fmt: str, dtype: torch.dtype) -> Non
     tensor = LAYOUTS[name](leaf(4, 32, 48, dtype=dtype) * 1)
     place = packer(fmt=fmt).pack(tensor)
     assert isinstance(place, _Saved)
-    out = place.unpack()
+    out = place.get()
     assert out.shape == tensor.shape
     assert out.dtype is dtype
     assert not out.requires_grad
@@ -231,7 +232,7 @@ def test_every_layout_comes_back(name: str, fmt: str, dtype: torch.dtype) -> Non
     assert fmt == "none" or error.any()
 
 
-def codes_of(place: _Saved | _AsIs) -> _Codes:
+def codes_of(place: _Saved | AsIs) -> _Codes:
     assert isinstance(place, _Saved)
     return place.codes
 
@@ -251,8 +252,8 @@ def test_a_change_in_place_makes_another_tensor() -> None:
     with torch.no_grad():
         x.mul_(-3)
     after = pack.pack(x)
-    assert torch.equal(before.unpack(), rounded(value.flatten()).view(64, 64))
-    assert torch.equal(after.unpack(), rounded(x.detach().flatten()).view(64, 64))
+    assert torch.equal(before.get(), rounded(value.flatten()).view(64, 64))
+    assert torch.equal(after.get(), rounded(x.detach().flatten()).view(64, 64))
 
 
 def test_the_table_keeps_neither_tensors_nor_codes() -> None:
@@ -276,14 +277,14 @@ def test_an_address_given_away_is_not_taken_for_the_tensor_that_had_it() -> None
         del x
     assert len(addresses) < 50  # the allocator did give some away
     for i, place in enumerate(places):
-        assert torch.equal(place.unpack(), rounded(torch.full((64, 64), float(i + 1))))
+        assert torch.equal(place.get(), rounded(torch.full((64, 64), float(i + 1))))
 
 
 def test_memory_that_is_kept_anyway_is_not_compressed_beside_it() -> None:
     pack, x = packer(), leaf(64, 64) * 1
     kept = pack.pack(x.detach())  # a custom Function's own intermediate has no gradient
-    assert isinstance(kept, _AsIs)
-    assert isinstance(pack.pack(x), _AsIs)
+    assert isinstance(kept, AsIs)
+    assert isinstance(pack.pack(x), AsIs)
     del kept
     assert isinstance(pack.pack(x), _Saved)
 
