@@ -29,16 +29,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
-from hf_lowmem.optim import slot as slots
 from hf_lowmem.optim.checkpoint import load
-from hf_lowmem.optim.fused import FLOATS, can_fuse, kernel_runs, step_fused
+from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused
 from hf_lowmem.optim.guard import SkipCount, Skipped
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.names import without_wrappers
 from hf_lowmem.optim.options import plain, resolve, with_rate
 from hf_lowmem.optim.placement import check_flattened, check_placement
 from hf_lowmem.optim.sharded import ShardedSlot, agreed
-from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.slot import FLOATS, Slot
 from hf_lowmem.optim.state import Group
 from hf_lowmem.optim.stepping import step_by_loop
 from hf_lowmem.specs import OptimSpec
@@ -162,10 +161,11 @@ class LowMemOptimizer(Method, Optimizer):
         slot.open(self.state.get(p, {}))
         return slot
 
-    def _slot(self, p: Tensor, group: Group) -> Slot:
-        facts = self._facts(p, group)
+    def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
+        """See `slot`. `options`: `_options(group)`, where it is known."""
+        facts = p.shape, p.dtype, p.device, self._options(group) if options is None else options
         known = self._slots.get(id(p))
-        if known is not None and known.facts == facts and known.group is group:
+        if known is not None and known.group is group and known.facts == facts and known.lies_as(p):
             return known
         check_placement(self, p, group)
         check_flattened(self, p, group, self._shapes)
@@ -176,12 +176,9 @@ class LowMemOptimizer(Method, Optimizer):
         self._slots[id(p)] = new
         return new
 
-    def _facts(self, p: Tensor, group: Group) -> tuple[Any, ...]:
-        """All that the decisions of a slot depend on, to be compared in each step."""
-        facts = (p.shape, p.dtype, p.device, slots.reads_are_free(p.device), group.get("experts"))
-        if is_sharded(p):
-            facts += p.device_mesh, p.placements
-        return facts + tuple(map(group.get, self.STRUCTURAL))
+    def _options(self, group: Group) -> tuple[Any, ...]:
+        """The options of a group on which the decisions of its slots depend."""
+        return group.get("experts"), *map(group.get, self.STRUCTURAL)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -196,19 +193,16 @@ class LowMemOptimizer(Method, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [
-            (with_rate(group), [(p, self._opened(p, group)) for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
-            if any(p.grad is not None for p in group["params"])
-        ]
-        cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot) and p.numel()]
+        work = [(group, entries) for group in self.param_groups if (entries := self._entries(group))]
+        cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
         finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True)) if cut else {}
-        for group, entries in work:
+        runs: dict[torch.device, bool] = {}
+        for group, entries in [(with_rate(group), entries) for group, entries in work]:
             together = []
             for p, slot in entries:
-                if self._fuses(p, slot):
+                if self._fuses(p, slot, runs):
                     together.append((p, slot))
-                elif p.numel():
+                else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))
             if self.FUSED is not None and together:
                 step_fused(self.FUSED, together, group, self._skips.on)
@@ -221,11 +215,12 @@ class LowMemOptimizer(Method, Optimizer):
 
         Of a sharded parameter all processes call it, in the same order of parameters.
         """
-        slot, group = self._opened(p, group), with_rate(group)
-        if self.FUSED is not None and self._fuses(p, slot):
-            step_fused(self.FUSED, [(p, slot)], group, self._skips.on)
-        elif p.numel():
-            step_by_loop(self, p, slot, group, self._skips)
+        rated = with_rate(group)
+        for _, slot in self._entries(group, (p,)):
+            if self.FUSED is not None and self._fuses(p, slot, {}):
+                step_fused(self.FUSED, [(p, slot)], rated, self._skips.on)
+            else:
+                step_by_loop(self, p, slot, rated, self._skips)
 
     @torch.no_grad()
     def accumulate_param(self, p: Tensor, group: Group) -> bool:
@@ -238,21 +233,30 @@ class LowMemOptimizer(Method, Optimizer):
         self.accumulate(local(p.grad).to(torch.float32), slot, group)
         return True
 
-    def _opened(self, p: Tensor, group: Group) -> Slot:
-        """The slot of a parameter that is updated now."""
-        assert p.grad is not None
-        if p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{self.name} needs dense gradients, got {p.grad.layout}. Use nn.Embedding(sparse=False)."
-            )
-        slot = self._slot(p, group)
-        if slot.values or slot.sharded:
-            slot.open(self.state[p])
-        return slot
+    def _entries(self, group: Group, params: Iterable[Tensor] | None = None) -> list[tuple[Tensor, Slot]]:
+        """Parameters of a group that have a gradient and are updated now, with their slots; all of the group's."""
+        options, found = self._options(group), []
+        for p in group["params"] if params is None else params:
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{self.name} needs dense gradients, got {grad.layout}. Use nn.Embedding(sparse=False)."
+                )
+            if p.numel():
+                slot = self._slot(p, group, options)
+                slot.open(self.state[p])
+                found.append((p, slot))
+        return found
 
-    def _fuses(self, p: Tensor, slot: Slot) -> bool:
-        """Whether `FUSED` makes this parameter's step."""
-        return self.FUSED is not None and can_fuse(p, slot) and kernel_runs(self.FUSED.kernel, p)
+    def _fuses(self, p: Tensor, slot: Slot, runs: dict[torch.device, bool]) -> bool:
+        """Whether `FUSED` makes this parameter's step. `runs`: on which devices the kernel runs, filled here."""
+        if self.FUSED is None or not slot.fusable or not is_plain(p):
+            return False
+        if slot.device not in runs:
+            runs[slot.device] = kernel_runs(self.FUSED.kernel, p)
+        return runs[slot.device]
 
     def state_bytes(self, p: Tensor, group: Group) -> int:
         """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels import Kernel, current_impl
-from hf_lowmem.kernels.codecs.reference import CODECS
-from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.slot import FLOATS, Slot
 from hf_lowmem.optim.state import Group
 
-__all__ = ["FLOATS", "FusedStep", "can_fuse", "kernel_runs", "step_fused"]
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["FusedStep", "is_plain", "kernel_runs", "step_fused"]
 
 
 class FusedStep(NamedTuple):
@@ -38,17 +35,6 @@ def kernel_runs(kernel: Kernel, p: Tensor) -> bool:
     """Whether the kernel's Triton is wanted, and can run where the parameter is."""
     impl = current_impl()
     return impl != "reference" and not (impl == "auto" and p.device.type == "cpu") and not kernel.unsupported(p)
-
-
-def can_fuse(p: Tensor, slot: Slot) -> bool:
-    """Whether such kernels take the parameter and its gradient as they are, and know how its states are stored."""
-    grad = p.grad
-    return (
-        not slot.low_rank
-        and is_plain(p)
-        and grad is not None
-        and all(s.codec.name == "fp32" or s.codec.name in CODECS for s in slot.states.values())
-    )
 
 
 def is_plain(p: Tensor) -> bool:
@@ -80,8 +66,7 @@ def step_fused(
     kinds: dict[tuple[Any, ...], list[tuple[Tensor, Slot]]] = {}
     for p, slot in entries:
         assert p.grad is not None
-        codecs = tuple(s.codec.name for s in slot.states.values())
-        kinds.setdefault((p.device, p.dtype, p.grad.dtype, codecs), []).append((p, slot))
+        kinds.setdefault((slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
     for (device, _, _, codecs), members in kinds.items():
         _step_alike(fused, members, codecs, group, skipped_on(device))
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BlockCodec, Dither, codec_pair
-from hf_lowmem.distributed import WHOLE, Whole, local
+from hf_lowmem.distributed import WHOLE, Whole, is_sharded, local
 from hf_lowmem.kernels.codecs.dither import seed_of
+from hf_lowmem.kernels.codecs.reference import CODECS
 from hf_lowmem.optim.names import stream_name
 from hf_lowmem.optim.state import (
     CORRECTION,
@@ -33,6 +34,9 @@ from hf_lowmem.optim.state import (
     stream_key,
     whole_layout,
 )
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+KNOWN = {"fp32", *CODECS}  # codecs that kernels read and write
 
 # Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
 SMALLEST_COMPRESSED = 4096
@@ -62,6 +66,7 @@ class Slot:
         states: those that the parameter has, as they lie on this process.
         whole: the same as one process would keep them all.
         low_rank: whether the low-rank rule applies.
+        fusable: whether the kernels of optim/fused.py know such weights and states.
         store: how its weights are written; all but "keep" are for bf16.
         shards: where the rest of the parameter is; of a batch of matrices that is cut, each is whole.
         cut: whether the rows of one matrix, or of a vector, lie on several processes.
@@ -93,23 +98,36 @@ class Slot:
         self.syncs = reads_are_free(p.device)
         self.whole = whole_layout(decls, self.codecs, p.shape, group)
         self.states = self._states(p, group)
+        self.codec_names = tuple(state.codec.name for state in self.states.values())
+        self.fusable = (
+            not self.low_rank and not self.sharded and p.dtype in FLOATS and KNOWN.issuperset(self.codec_names)
+        )
         self.dithers = any(s.decl.average and s.codec.name != "fp32" for s in self.states.values())
-        self.projects_at_random = self.low_rank and group.get("projection") not in (None, "svd")
-        self.draws = self.dithers or self.projects_at_random or self.store != "keep"
+        projects_at_random = self.low_rank and group.get("projection") not in (None, "svd")
+        self.draws = self.dithers or projects_at_random or self.store != "keep"
         self.finite: list[Tensor] | None = None
         self.start = 0
-        self.group, self.facts = group, ()
+        self.group = group
+        self.facts: tuple[Any, ...] = ()
         self._ident, self._groups = id(p), groups
+        self.raw: dict[str, Any] = {}
         self.open({})
 
     def _states(self, p: Tensor, group: Group) -> dict[str, State]:
         return self.whole
 
+    def lies_as(self, p: Tensor) -> bool:
+        """Whether a parameter of these facts is, as the slot's, whole, or cut in the same way."""
+        return not is_sharded(p)
+
     def open(self, raw: dict[str, Any]) -> None:
         """Begin an update, or a look, at the state `raw`; numbers are read from it again."""
-        self.raw = raw
+        if raw is not self.raw:
+            self.raw = raw
+            self._keys: dict[str, dict[str, str]] = {}  # of a state's tensors: names in `raw`, in a kernel's order
         self._step: int | None = None
         self._key: int | None = None
+        self._state_seed: int | None = None
 
     def chunk(self, raw: dict[str, Any], start: int, stop: int) -> "Slot":
         """The slot of the values from `start` to `stop`, whose state is `raw`."""
@@ -134,7 +152,7 @@ class Slot:
 
     def count_step(self) -> None:
         """Count one update more, in the state."""
-        self._step = count_step(self.raw)
+        self._step, self._state_seed = count_step(self.raw), None
 
     @property
     def key(self) -> int:
@@ -148,7 +166,9 @@ class Slot:
     @property
     def state_seed(self) -> int:
         """Seed of this step's random rounding of the states."""
-        return seed_of(stream_key(self.key, "states", self.step // 2), self.step)
+        if self._state_seed is None:
+            self._state_seed = seed_of(stream_key(self.key, "states", self.step // 2), self.step)
+        return self._state_seed
 
     @property
     def weight_seed(self) -> int:
@@ -192,10 +212,7 @@ class Slot:
 
     def tensors(self, name: str) -> list[Tensor]:
         """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""
-        encoded, codec = self._ensure(name), self.states[name].codec
-        if isinstance(codec, BlockCodec):
-            return [encoded["codes"], *codec.scalars_of(encoded)]
-        return [encoded["data"]]
+        return list(self._ensure(name).values())
 
     def correction(self, here: Tensor) -> Tensor:
         """The int8 beside a bf16 weight that is stored with 24 bits. `here`: what of the weight is on this process."""
@@ -206,8 +223,16 @@ class Slot:
     def _encoded(self, name: str) -> dict[str, Tensor] | None:
         if name in self.raw:
             return {"data": self.raw[name]}
-        prefix = name + "."
-        return {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)} or None
+        if name not in self._keys:
+            prefix, codec = name + ".", self.states[name].codec
+            found = {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)}
+            if not found:
+                return None
+            if isinstance(codec, BlockCodec):
+                order = [id(t) for t in (found["codes"], *codec.scalars_of(found))]
+                found = dict(sorted(found.items(), key=lambda item: order.index(id(item[1]))))
+            self._keys[name] = {k: prefix + k for k in found}
+        return {k: self.raw[key] for k, key in self._keys[name].items()}
 
     def _ensure(self, name: str) -> dict[str, Tensor]:
         encoded = self._encoded(name)

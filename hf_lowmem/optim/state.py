@@ -47,8 +47,11 @@ def count_step(raw: dict[str, Any]) -> int:
     step = raw.get("step")
     if not isinstance(step, Tensor) or step.device.type != "cpu":
         raw["step"] = step = count(0 if step is None else number(step))
-    _really(step.add_, 1)
-    return number(step)
+    return _really(_one_more, step)
+
+
+def _one_more(step: Tensor) -> int:
+    return int(step.add_(1).item())
 
 
 def _really(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
