@@ -163,13 +163,14 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
         """See `slot`. `options`: `_options(group)`, where it is known."""
-        facts = p.shape, p.dtype, p.device, self._options(group) if options is None else options
+        cut = (p.device_mesh, p.placements) if is_sharded(p) else None
+        facts = p.shape, p.dtype, p.device, cut, self._options(group) if options is None else options
         known = self._slots.get(id(p))
-        if known is not None and known.group is group and known.facts == facts and known.lies_as(p):
+        if known is not None and known.group is group and known.facts == facts:
             return known
         check_placement(self, p, group)
         check_flattened(self, p, group, self._shapes)
-        kind = ShardedSlot if is_sharded(p) else Slot
+        kind = Slot if cut is None else ShardedSlot
         valuewise = self.ELEMENTWISE or self.FUSED is not None
         new = kind(p, group, self.STATES, elementwise=valuewise, groups=self.param_groups)
         new.facts = facts
@@ -193,19 +194,7 @@ class LowMemOptimizer(Method, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, entries) for group in self.param_groups if (entries := self._entries(group))]
-        cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
-        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True)) if cut else {}
-        runs: dict[torch.device, bool] = {}
-        for group, entries in [(with_rate(group), entries) for group, entries in work]:
-            together = []
-            for p, slot in entries:
-                if self._fuses(p, slot, runs):
-                    together.append((p, slot))
-                else:
-                    step_by_loop(self, p, slot, group, self._skips, finite.get(p))
-            if self.FUSED is not None and together:
-                step_fused(self.FUSED, together, group, self._skips.on)
+        self._update([(group, self._entries(group, group["params"])) for group in self.param_groups])
         self._skips.end_step()
         return loss
 
@@ -215,12 +204,7 @@ class LowMemOptimizer(Method, Optimizer):
 
         Of a sharded parameter all processes call it, in the same order of parameters.
         """
-        rated = with_rate(group)
-        for _, slot in self._entries(group, (p,)):
-            if self.FUSED is not None and self._fuses(p, slot, {}):
-                step_fused(self.FUSED, [(p, slot)], rated, self._skips.on)
-            else:
-                step_by_loop(self, p, slot, rated, self._skips)
+        self._update([(group, self._entries(group, [p]))])
 
     @torch.no_grad()
     def accumulate_param(self, p: Tensor, group: Group) -> bool:
@@ -233,22 +217,36 @@ class LowMemOptimizer(Method, Optimizer):
         self.accumulate(local(p.grad).to(torch.float32), slot, group)
         return True
 
-    def _entries(self, group: Group, params: Iterable[Tensor] | None = None) -> list[tuple[Tensor, Slot]]:
-        """Parameters of a group that have a gradient and are updated now, with their slots; all of the group's."""
+    def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:
+        """Those of a group's parameters that have values and a gradient, and their slots, for an update."""
         options, found = self._options(group), []
-        for p in group["params"] if params is None else params:
+        for p in params:
             grad = p.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
+            if grad is not None and grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{self.name} needs dense gradients, got {grad.layout}. Use nn.Embedding(sparse=False)."
                 )
-            if p.numel():
+            if grad is not None and p.numel():
                 slot = self._slot(p, group, options)
                 slot.open(self.state[p])
                 found.append((p, slot))
         return found
+
+    def _update(self, work: list[tuple[Group, list[tuple[Tensor, Slot]]]]) -> None:
+        """One step of all these, each by the kernel or by the loop."""
+        work = [(with_rate(group), entries) for group, entries in work if entries]
+        cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
+        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True))
+        runs: dict[torch.device, bool] = {}
+        for group, entries in work:
+            together = []
+            for p, slot in entries:
+                if self._fuses(p, slot, runs):
+                    together.append((p, slot))
+                else:
+                    step_by_loop(self, p, slot, group, self._skips, finite.get(p))
+            if self.FUSED is not None:
+                step_fused(self.FUSED, together, group, self._skips.on)
 
     def _fuses(self, p: Tensor, slot: Slot, runs: dict[torch.device, bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: on which devices the kernel runs, filled here."""

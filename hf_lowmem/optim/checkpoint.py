@@ -20,7 +20,7 @@ from hf_lowmem.optim.loaded_state import check_counts, check_keys, check_values
 from hf_lowmem.optim.names import same_names
 from hf_lowmem.optim.sharded import ShardedSlot, row_dim, row_layout
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import BY_ROWS, COUNTS, Group, State, count, named, number
+from hf_lowmem.optim.state import BY_ROWS, COUNTS, Group, State, count, encoded_in, named, number
 
 __all__ = ["load"]
 
@@ -142,27 +142,21 @@ def checked(slot: Slot, group: Group, raw: dict[str, Any], states: dict[str, Sta
     Raises where it is not whole and finite, or not of the layout that it claims, `states`.
     """
     for name, state in states.items():
-        tensors = {k: v for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
-        encoded = state.empty(name, "meta")
-        found, expected = {k: v.shape for k, v in tensors.items()}, {k: v.shape for k, v in encoded.items()}
+        tensors, encoded = named(name, encoded_in(raw, name)), state.empty(name, "meta")
+        found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (tensors, encoded))
         if state.decl.coded and found.keys() == expected.keys() and found != expected:
             raise ValueError(
-                f"the checkpoint's state {name!r} of a parameter of shape {tuple(slot.shape)} is "
-                f"{plain_shapes(found)}, expected {plain_shapes(expected)}: it was made by one process and put into "
-                "shards as it is, or by another layout. Load such a checkpoint with "
-                "optimizer.load_state_dict(torch.load(file)) on every process, which cuts it, or continue as it was "
-                "made."
+                f"the checkpoint's state {name!r} of a parameter of shape {tuple(slot.shape)} is {found}, expected "
+                f"{expected}: it was made by one process and put into shards as it is, or by another layout. Load such "
+                "a checkpoint with optimizer.load_state_dict(torch.load(file)) on every process, which cuts it, or "
+                "continue as it was made."
             )
         if isinstance(state.codec, BlockCodec | RowCodec):
-            wider = {k: v for k, v in tensors.items() if k in encoded and encoded[k].dtype == torch.float32}
-            raw = raw | {k: v.to(torch.float32) for k, v in wider.items() if v.dtype == torch.bfloat16}
+            wider = {k for k, v in encoded.items() if v.dtype == torch.float32} & tensors.keys()
+            raw = raw | {k: tensors[k].to(torch.float32) for k in wider if tensors[k].dtype == torch.bfloat16}
     check_keys(slot, group, label, raw, states)
     check_values(label, raw, states)
     return raw
-
-
-def plain_shapes(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(v) for k, v in shapes.items()}
 
 
 def place(home: Shards, whole: bool, value: Tensor, device: torch.device) -> Tensor:
@@ -178,9 +172,7 @@ def relaid(slot: Slot, group: Group, raw: dict[str, Any], rows: dict[str, State]
     """A state of whole tensors from one process's layout to that of rows where the parameter is cut, else back."""
     found = {k: v for k, v in raw.items() if k.split(".")[0] not in rows}
     for name, state in slot.whole.items():
-        encoded = {
-            k.removeprefix(name).removeprefix(".") or "data": v for k, v in raw.items() if name == k.split(".")[0]
-        }
+        encoded = encoded_in(raw, name)
         if not encoded:
             continue
         old, new = (state, rows[name]) if slot.sharded else (rows[name], state)

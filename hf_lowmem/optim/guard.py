@@ -61,7 +61,7 @@ def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: 
         taken = taken & flag
     slot.finite = None
     results = [v for k, v in after.items() if k in slot.states and not slot.states[k].decl.coded]
-    for result in [weights.here, *results] if weights.loaded else results:
+    for result in [weights.here, *results] if weights.before else results:
         taken = taken & is_finite(result)
     if slot.syncs and taken:
         return taken

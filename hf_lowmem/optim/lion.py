@@ -20,10 +20,6 @@ from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
 
 
-def _settings(group: Group, steps: list[int]) -> tuple[Any, ...]:
-    return group["lr"], *group["betas"], group["weight_decay"]
-
-
 class Lion(LowMemOptimizer):
     """Lion (arXiv 2302.06675) whose momentum is stored by a codec.
 
@@ -51,7 +47,7 @@ class Lion(LowMemOptimizer):
     STATES = {"exp_avg": StateDecl(signed=True)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
     ELEMENTWISE = True
-    FUSED = FusedStep(LION_STEP, _settings)
+    FUSED = FusedStep(LION_STEP, lambda g, steps: (g["lr"], *g["betas"], g["weight_decay"]))
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
         exp_avg = slot.load("exp_avg")

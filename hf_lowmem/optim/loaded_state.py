@@ -17,7 +17,7 @@ from hf_lowmem.distributed import local
 from hf_lowmem.kernels.codecs.blocks import code_bytes
 from hf_lowmem.optim.chunked import CHUNK
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import CORRECTION, COUNTS, Group, State, number
+from hf_lowmem.optim.state import CORRECTION, COUNTS, Group, State, encoded_in, number
 
 __all__ = ["check_counts", "check_keys", "check_values"]
 
@@ -91,11 +91,9 @@ def check_keys(slot: Slot, group: Group, label: str, raw: dict[str, Any], states
 def check_values(label: str, raw: dict[str, Any], states: Mapping[str, State]) -> None:
     """Raise where a state holds a NaN or an Inf, or a negative value where none can be."""
     for name, state in states.items():
-        found = {k: local(v) for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
-        encoded = {k.removeprefix(name).removeprefix(".") or "data": v for k, v in found.items()}
-        if encoded:
-            for part in _parts(state.codec, encoded):
-                _check(label, name, part, state.decl.signed)
+        encoded = {k: local(v) for k, v in encoded_in(raw, name).items()}
+        for part in _parts(state.codec, encoded) if encoded else ():
+            _check(label, name, part, state.decl.signed)
 
 
 def _check(label: str, name: str, values: Tensor, signed: bool) -> None:

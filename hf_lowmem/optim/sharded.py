@@ -52,7 +52,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_lowmem.codecs import StateCodec
 from hf_lowmem.codecs.rows import RowCodec, by_rows
-from hf_lowmem.distributed import Shards, agree, is_sharded, local
+from hf_lowmem.distributed import Shards, agree, local
 from hf_lowmem.kernels.step.reference import is_sound
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import BY_ROWS, CORRECTION, WINDOW, Group, State, count
@@ -106,9 +106,6 @@ class ShardedSlot(Slot):
             shape = torch.Size([self.home.span(shape[0])[1], *shape[1:]])
         inner = codec.inner if isinstance(codec, RowCodec) and codec.aligned else codec
         return state._replace(codec=cast(StateCodec, inner), shape=shape)
-
-    def lies_as(self, p: Tensor) -> bool:
-        return is_sharded(p) and p.device_mesh == self.home.mesh and p.placements == self.home.placements
 
     def count_step(self) -> None:
         self._lay_out()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import BlockCodec, Dither, codec_pair
-from hf_lowmem.distributed import WHOLE, Whole, is_sharded, local
+from hf_lowmem.distributed import WHOLE, Whole, local
 from hf_lowmem.kernels.codecs.dither import seed_of
 from hf_lowmem.kernels.codecs.reference import CODECS
 from hf_lowmem.optim.names import stream_name
@@ -29,6 +29,7 @@ from hf_lowmem.optim.state import (
     StateDecl,
     count,
     count_step,
+    encoded_in,
     is_finite,
     number,
     stream_key,
@@ -115,10 +116,6 @@ class Slot:
 
     def _states(self, p: Tensor, group: Group) -> dict[str, State]:
         return self.whole
-
-    def lies_as(self, p: Tensor) -> bool:
-        """Whether a parameter of these facts is, as the slot's, whole, or cut in the same way."""
-        return not is_sharded(p)
 
     def open(self, raw: dict[str, Any]) -> None:
         """Begin an update, or a look, at the state `raw`; numbers are read from it again."""
@@ -224,14 +221,13 @@ class Slot:
         if name in self.raw:
             return {"data": self.raw[name]}
         if name not in self._keys:
-            prefix, codec = name + ".", self.states[name].codec
-            found = {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)}
+            codec, found = self.states[name].codec, encoded_in(self.raw, name)
             if not found:
                 return None
             if isinstance(codec, BlockCodec):
                 order = [id(t) for t in (found["codes"], *codec.scalars_of(found))]
                 found = dict(sorted(found.items(), key=lambda item: order.index(id(item[1]))))
-            self._keys[name] = {k: prefix + k for k in found}
+            self._keys[name] = {k: f"{name}.{k}" for k in found}
         return {k: self.raw[key] for k, key in self._keys[name].items()}
 
     def _ensure(self, name: str) -> dict[str, Tensor]:

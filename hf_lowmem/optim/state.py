@@ -140,6 +140,12 @@ def named(name: str, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()}
 
 
+def encoded_in(raw: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The inverse of `named`: a codec's tensors of one state among all of a parameter."""
+    found = {k: v for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+    return {k.removeprefix(name).removeprefix(".") or "data": v for k, v in found.items()}
+
+
 def stream_key(*parts: object) -> int:
     """63 bits that depend on every part, the same on every machine and in every process."""
     text = "\x1f".join(map(str, parts)).encode()

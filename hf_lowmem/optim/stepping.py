@@ -8,20 +8,17 @@ from hf_lowmem.kernels.step.reference import is_sound
 from hf_lowmem.optim.chunked import can_chunk, step_chunks
 from hf_lowmem.optim.guard import SkipCount, keep_or_take
 from hf_lowmem.optim.method import Method
-from hf_lowmem.optim.sharded import ShardedSlot, agreed
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import WINDOW, Group, values_of
 
 __all__ = ["step_by_loop"]
 
 
-def step_by_loop(
-    method: Method, p: Tensor, slot: Slot, group: Group, skips: SkipCount, finite: Tensor | None = None
-) -> None:
+def step_by_loop(method: Method, p: Tensor, slot: Slot, group: Group, skips: SkipCount, finite: Tensor | None) -> None:
     """Update a parameter that has values and a dense gradient.
 
     Args:
-        finite: whether the gradient is good on all processes, where that is known already.
+        finite: of a sharded parameter, whether its gradient is good on all processes.
     """
     assert p.grad is not None
     slot.count_step()
@@ -29,9 +26,7 @@ def step_by_loop(
         step_chunks(method, p, slot, group, skips)
         return
     raw, grad = slot.raw, local(p.grad).to(torch.float32)
-    if finite is None and isinstance(slot, ShardedSlot):
-        [finite] = agreed([(p, slot)])
-    elif finite is None:
+    if finite is None:
         finite = is_sound(grad)
         if WINDOW in raw:
             finite &= is_sound(raw[WINDOW])

@@ -18,7 +18,7 @@ class Weights:
         slot: its slot.
         finite: whether the gradient is good, on its device. A kernel that writes the weights itself leaves them alone
             where it is not; all other updates are undone.
-        keep: whether `undo` may be called, so that `load` must make copies.
+        keep: whether `undo` may be called, so that `load` must make copies (`before`).
     """
 
     def __init__(self, p: Tensor, slot: Slot, finite: Tensor, *, keep: bool) -> None:
@@ -26,25 +26,20 @@ class Weights:
         self.here = local(p)
         self.correction = slot.correction(self.here) if slot.store == "bf16_ecc" else None
         self.seed = slot.weight_seed if slot.store != "keep" else None
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
 
     def load(self) -> Tensor:
         """The weights in fp32 (in float64 where they are): the parameter itself where it is stored so."""
         if self.keep:
             stored = [self.here] if self.correction is None else [self.here, self.correction]
-            self._before = [(t, t.clone()) for t in stored]
+            self.before = [(t, t.clone()) for t in stored]
         return self.here if self.here.dtype == torch.float64 else load_weight(self.here, self.correction)
 
     def save(self, weights: Tensor) -> None:
         """Write what `load` gave and an update has changed."""
         save_weight(self.here, weights, self.correction, self.seed, self.slot.first())
 
-    @property
-    def loaded(self) -> bool:
-        """Whether `load` has made copies: then the result is to be judged, and may be undone."""
-        return bool(self._before)
-
     def undo(self, taken: Tensor) -> None:
         """Write the old weights where `taken`, on the device, is false."""
-        for now, old in self._before:
+        for now, old in self.before:
             now.copy_(torch.where(taken, now, old))

@@ -4,7 +4,7 @@ A method is its rule, `full_update`; natural_galore also preconditions the proje
 parameters are projected, what becomes of the moments at a refresh, the order of eps and decay, accumulation.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,14 +20,14 @@ from hf_lowmem.optim.slot import Slot, is_low_rank
 from hf_lowmem.optim.state import WINDOW, Group, Shape, StateDecl
 
 
-def moment_shape(shape: Shape, group: Group) -> Shape:
-    """Shape of a moment: the projection's of a low-rank parameter."""
-    return projected_shape(shape, group["rank"]) if is_low_rank(shape, group["rank"]) else shape
-
-
 def low_rank_shape(shape: Shape, group: Group) -> Shape | None:
     """Shape of a projected gradient, of a low-rank parameter alone."""
     return projected_shape(shape, group["rank"]) if is_low_rank(shape, group["rank"]) else None
+
+
+def moment_shape(shape: Shape, group: Group) -> Shape:
+    """Shape of a moment: the projection's of a low-rank parameter."""
+    return low_rank_shape(shape, group) or shape
 
 
 def stored_basis(shape: Shape, group: Group) -> Shape | None:
@@ -54,10 +54,6 @@ PREVIOUS_NORM = StateDecl(signed=False, shape=one_a_matrix, coded=False)
 SUM = StateDecl(signed=True, shape=low_rank_shape, coded=False, rows=channels, passing=True)
 
 
-def _settings(group: Group, steps: list[int]) -> tuple[Any, ...]:
-    return steps, "family", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-
-
 class LowRankOptimizer(LowMemOptimizer):
     """Base of the low-rank methods.
 
@@ -81,7 +77,7 @@ class LowRankOptimizer(LowMemOptimizer):
         "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False),
     }
     PROJECTIONS = tuple(PROJECTORS)
-    FUSED = FusedStep(ADAMW_STEP, _settings)
+    FUSED = FusedStep(ADAMW_STEP, lambda g, steps: (steps, "family", g["lr"], *g["betas"], g["eps"], g["weight_decay"]))
     # Whether `full_update` goes back through the basis; else it only reads norms.
     PROJECTS_BACK: ClassVar[bool] = True
 
