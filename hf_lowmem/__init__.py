@@ -6,32 +6,34 @@ Names are loaded when they are first used, so `import hf_lowmem` costs nothing a
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_lowmem.moved import find_moved
+
 if TYPE_CHECKING:
-    from hf_lowmem.arguments import LowMemArguments, LowMemTrainingArguments
-    from hf_lowmem.callbacks import LowMemCallback, MemoryReportCallback
-    from hf_lowmem.dpo import LowMemDPOConfig, LowMemDPOTrainer
     from hf_lowmem.optim import make_optimizer
-    from hf_lowmem.plugin import LowMemPlugin
-    from hf_lowmem.sft import LowMemSFTConfig, LowMemSFTTrainer
-    from hf_lowmem.trainer import LowMemTrainer, LowMemTrainerMixin
-    from hf_lowmem.wrap import with_lowmem
+    from hf_lowmem.training.arguments import LowMemArguments, LowMemTrainingArguments
+    from hf_lowmem.training.callbacks import LowMemCallback, MemoryReportCallback
+    from hf_lowmem.training.dpo import LowMemDPOConfig, LowMemDPOTrainer
+    from hf_lowmem.training.mixin import LowMemTrainer, LowMemTrainerMixin
+    from hf_lowmem.training.plugin import LowMemPlugin
+    from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
+    from hf_lowmem.training.wrap import with_lowmem
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "LowMemArguments": "arguments",
-    "LowMemCallback": "callbacks",
-    "LowMemDPOConfig": "dpo",
-    "LowMemDPOTrainer": "dpo",
-    "LowMemPlugin": "plugin",
-    "LowMemSFTConfig": "sft",
-    "LowMemSFTTrainer": "sft",
-    "LowMemTrainer": "trainer",
-    "LowMemTrainerMixin": "trainer",
-    "LowMemTrainingArguments": "arguments",
-    "MemoryReportCallback": "callbacks",
+    "LowMemArguments": "training.arguments",
+    "LowMemCallback": "training.callbacks",
+    "LowMemDPOConfig": "training.dpo",
+    "LowMemDPOTrainer": "training.dpo",
+    "LowMemPlugin": "training.plugin",
+    "LowMemSFTConfig": "training.sft",
+    "LowMemSFTTrainer": "training.sft",
+    "LowMemTrainer": "training.mixin",
+    "LowMemTrainerMixin": "training.mixin",
+    "LowMemTrainingArguments": "training.arguments",
+    "MemoryReportCallback": "training.callbacks",
     "make_optimizer": "optim",
-    "with_lowmem": "wrap",
+    "with_lowmem": "training.wrap",
 }
 
 __all__ = [
@@ -49,6 +51,9 @@ __all__ = [
     "make_optimizer",
     "with_lowmem",
 ]
+
+
+find_moved()
 
 
 def __getattr__(name: str) -> Any:

@@ -189,7 +189,7 @@ class LossSpec:
     """One preference loss of ours as part of a sum of losses.
 
     Args:
-        name: a name of `hf_lowmem.losses.PREFERENCE_LOSSES`.
+        name: a name of `hf_lowmem.preference.losses.PREFERENCE_LOSSES`.
         weight: its weight in the sum, finite.
         options: the loss's keywords, all of them. Which it takes, and in what range, the loss alone knows.
     """

@@ -18,9 +18,8 @@ change.
 
 from typing import Any
 
-from _training import main
-
 from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer
+from hf_lowmem.cli.train import train
 from hf_lowmem.optim import methods_with
 
 
@@ -46,4 +45,4 @@ class GradNormLoRPTrainer(LowMemSFTTrainer):
 
 
 if __name__ == "__main__":
-    main(LowMemSFTConfig, GradNormLoRPTrainer)
+    train(LowMemSFTConfig, GradNormLoRPTrainer)

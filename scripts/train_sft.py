@@ -1,14 +1,10 @@
-"""Supervised fine-tuning in less memory.
+"""Supervised fine-tuning in less memory: `hf-lowmem sft` as a script, for launchers that take one.
 
-    python scripts/train_sft.py --config integrations/trl/sft_apollo_mini.yaml --output_dir out
-
-Every field of trl's ScriptArguments and ModelConfig and of LowMemSFTConfig is a flag and a key of the YAML file; an
-unknown one is an error.
+python scripts/train_sft.py --config integrations/trl/sft_apollo_mini.yaml --output_dir out
+hf-lowmem launch --config_file integrations/accelerate/fsdp2.yaml scripts/train_sft.py --config ...
 """
 
-from _training import main
-
-from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer
+from hf_lowmem.cli.sft import run
 
 if __name__ == "__main__":
-    main(LowMemSFTConfig, LowMemSFTTrainer)
+    run()

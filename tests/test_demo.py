@@ -15,8 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_lowmem import cli
-from hf_lowmem.cards.card import template_path
+from hf_lowmem.cli import main as cli
 from hf_lowmem.demo import report
 from hf_lowmem.demo.card import TEMPLATE, write_card
 from hf_lowmem.demo.model import load, prepare_model
@@ -24,6 +23,7 @@ from hf_lowmem.demo.plot import draw
 from hf_lowmem.demo.run import QUICK, gather, public_name
 from hf_lowmem.demo.runs import Result
 from hf_lowmem.demo.score import PairScore, Referee
+from hf_lowmem.runs.card import template_path
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 

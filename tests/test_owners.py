@@ -27,7 +27,7 @@ from hf_lowmem import (
 from hf_lowmem.activations import OwnedTiers, convert, owners_of
 from hf_lowmem.activations.blocks import patches
 from hf_lowmem.optim import StepInBackward
-from hf_lowmem.pairs import share_prompts
+from hf_lowmem.preference.sharing import share_prompts
 from hf_lowmem.specs import ActivationSpec
 from tests.conftest import Mixed, tiny_llama
 from tests.contracts.test_optimizers import weights

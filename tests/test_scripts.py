@@ -1,13 +1,11 @@
 """The example scripts and every configuration that we ship, run as a user runs them, on a tiny model."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer, LowMemSFTTrainer
+from hf_lowmem.cli import dpo as command
+from hf_lowmem.cli.dpo import FirstStage
 from hf_lowmem.codecs import codec_pair
 from tests.conftest import tiny_llama
 from tests.test_trainers import pair_data
@@ -53,8 +53,10 @@ def script_of(config: Path) -> str:
 
 
 def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A script of ours, or a command of the wheel."""
+    program = [str(ROOT / "scripts" / script)] if script.endswith(".py") else ["-m", "hf_lowmem.cli.main", script]
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *flags],
+        [sys.executable, *program, *flags],
         capture_output=True,
         text=True,
         check=False,
@@ -86,7 +88,7 @@ def test_runs_from_its_configuration(config: Path, model_and_data: tuple[str, st
 def test_an_unknown_key_is_refused(model_and_data: tuple[str, str], tmp_path: Path) -> None:
     model, data = model_and_data
     done = run(
-        "train_sft.py", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "o"),
+        "sft", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "o"),
         *SMALL, "--lowmem_stat", "int8",
     )  # fmt: skip
     assert done.returncode != 0
@@ -103,26 +105,14 @@ def test_a_missing_split_is_named(model_and_data: tuple[str, str], tmp_path: Pat
     assert "dataset_train_split='trian': " in done.stderr
 
 
-@pytest.fixture
-def train_preference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("train_preference", ROOT / "scripts" / "train_preference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def stage_arguments(out: Path, **more: Any) -> LowMemDPOConfig:
     few: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
     few |= {"per_device_train_batch_size": 4, "max_length": 32, "logging_steps": 1, "save_strategy": "no"}
     return LowMemDPOConfig(str(out), **(few | more))
 
 
-def run_stage(module: ModuleType, model: str, args: LowMemDPOConfig, tokenizer: Any, peft: Any = None) -> str:
-    return module.FirstStage(sft_first=True, sft_epochs=2, sft_learning_rate=1e-2).run(
+def run_stage(model: str, args: LowMemDPOConfig, tokenizer: Any, peft: Any = None) -> str:
+    return FirstStage(sft_first=True, sft_epochs=2, sft_learning_rate=1e-2).run(
         model=model,
         args=args,
         train_dataset=pair_data(12),
@@ -142,7 +132,7 @@ def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str
     model, data = model_and_data
     out = tmp_path / "out"
     done = run(
-        "train_preference.py", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(out), *SMALL,
+        "dpo", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(out), *SMALL,
         "--sft_first", "--sft_epochs", "2", "--sft_learning_rate", "1e-3", "--learning_rate", "1e-9", "--loss_type",
         "sigmoid", "--save_steps", "1", "--logging_steps", "1", "--optim", "apollo_mini",
     )  # fmt: skip
@@ -159,7 +149,6 @@ def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules=["q_proj"])], ids=["all weights", "adapters"])
 def test_the_sft_stage_leaves_nothing_in_memory(
     peft: Any,
-    train_preference: ModuleType,
     model_and_data: tuple[str, str],
     tokenizer: Any,
     tmp_path: Path,
@@ -175,9 +164,9 @@ def test_the_sft_stage_leaves_nothing_in_memory(
             )
             return done
 
-    monkeypatch.setattr(train_preference, "LowMemSFTTrainer", Watched)
+    monkeypatch.setattr(command, "LowMemSFTTrainer", Watched)
     args = stage_arguments(tmp_path / "out", optim="apollo_mini", lowmem_state="8bit")
-    folder = run_stage(train_preference, model_and_data[0], args, tokenizer, peft)
+    folder = run_stage(model_and_data[0], args, tokenizer, peft)
     assert len(alive) == 4
     assert not any(found() is not None for found in alive)
     before, after = weights_at(model_and_data[0]), weights_at(folder)
@@ -185,12 +174,10 @@ def test_the_sft_stage_leaves_nothing_in_memory(
     assert changed == (set(before) if peft is None else {n for n in before if "q_proj" in n})
 
 
-def test_adapters_of_the_second_stage_are_new(
-    train_preference: ModuleType, model_and_data: tuple[str, str], tokenizer: Any, tmp_path: Path
-) -> None:
+def test_adapters_of_the_second_stage_are_new(model_and_data: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
     """Without its adapter the policy is the SFT stage's result, which is DPO's reference."""
     peft, args = LoraConfig(r=4, target_modules=["q_proj"]), stage_arguments(tmp_path / "out")
-    folder = run_stage(train_preference, model_and_data[0], args, tokenizer, peft)
+    folder = run_stage(model_and_data[0], args, tokenizer, peft)
     trainer = LowMemDPOTrainer(
         folder, args=args, train_dataset=pair_data(8), processing_class=tokenizer, peft_config=peft
     )
@@ -202,7 +189,7 @@ def test_adapters_of_the_second_stage_are_new(
     assert torch.equal(found, weights_at(folder)["model.layers.0.self_attn.q_proj.weight"])
 
 
-def test_both_stages_have_the_same_fields(train_preference: ModuleType, tmp_path: Path) -> None:
+def test_both_stages_have_the_same_fields(tmp_path: Path) -> None:
     shared = {
         "optim": "apollo_mini",
         "lowmem_state": "8bit",
@@ -210,7 +197,7 @@ def test_both_stages_have_the_same_fields(train_preference: ModuleType, tmp_path
         "gradient_accumulation_steps": 3,
     }
     args = stage_arguments(tmp_path, loss_type="asft", beta=0.1, learning_rate=1e-6, seed=7, **shared)
-    stage = train_preference.FirstStage(sft_first=True)
+    stage = FirstStage(sft_first=True)
     made = stage.arguments(args, tmp_path / "sft")
     assert {name: getattr(made, name) for name in shared} == shared
     assert (made.seed, made.max_length, made.max_steps) == (7, 32, -1)
@@ -218,16 +205,16 @@ def test_both_stages_have_the_same_fields(train_preference: ModuleType, tmp_path
     assert made.output_dir == str(tmp_path / "sft")
 
 
-def test_the_sft_stage_reads_prompt_and_chosen(train_preference: ModuleType) -> None:
+def test_the_sft_stage_reads_prompt_and_chosen() -> None:
     pairs = pair_data(3)
-    found = train_preference.answered(pairs)
+    found = command.answered(pairs)
     assert found.column_names == ["prompt", "completion"]
     assert list(found["completion"]) == list(pairs["chosen"])
     talk = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "w2"}]
     implicit = Dataset.from_list(
         [{"chosen": talk[0] + talk[1], "rejected": talk[0] + [{"role": "assistant", "content": "w3"}]}]
     )
-    (row,) = train_preference.answered(implicit)
+    (row,) = command.answered(implicit)
     assert (row["prompt"], row["completion"]) == talk
 
 
@@ -240,13 +227,13 @@ def test_the_sft_stage_reads_prompt_and_chosen(train_preference: ModuleType) -> 
         ({"sft_first": True, "sft_learning_rate": float("nan")}, "sft_learning_rate=nan: it must be a finite number"),
     ],
 )
-def test_a_bad_sft_stage_is_refused(train_preference: ModuleType, settings: dict[str, Any], message: str) -> None:
+def test_a_bad_sft_stage_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train_preference.FirstStage(**settings)
+        FirstStage(**settings)
 
 
-def test_what_cannot_be_one_command_is_refused(train_preference: ModuleType, tmp_path: Path) -> None:
-    stage = train_preference.FirstStage(sft_first=True)
+def test_what_cannot_be_one_command_is_refused(tmp_path: Path) -> None:
+    stage: Any = FirstStage(sft_first=True)
     given: dict[str, Any] = {"model": "unused", "eval_dataset": None, "processing_class": None, "peft_config": None}
     given |= {"train_dataset": pair_data(4), "quantization_config": None}
     args = stage_arguments(tmp_path)

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowmem import LowMemTrainer, LowMemTrainingArguments, make_optimizer
-from hf_lowmem.callbacks import LowMemCallback
-from hf_lowmem.plugin import LowMemPlugin
-from hf_lowmem.skips import KEY
+from hf_lowmem.runs.skips import KEY
+from hf_lowmem.training.callbacks import LowMemCallback
+from hf_lowmem.training.plugin import LowMemPlugin
 
 COMMON: dict[str, Any] = {
     "use_cpu": True, "report_to": [], "logging_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no",

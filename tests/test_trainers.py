@@ -28,11 +28,11 @@ from hf_lowmem import (
     make_optimizer,
     with_lowmem,
 )
-from hf_lowmem.losses import PairLogps, asft
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.base import SMALLEST_COMPRESSED
 from hf_lowmem.optim.lowrank.apollo import ApolloMini
+from hf_lowmem.preference.losses import PairLogps, asft
 from tests.conftest import tiny_llama
 
 COMMON: dict[str, Any] = {
@@ -267,7 +267,7 @@ def test_a_clipped_step_is_shorter(optim: str, tmp_path: Path) -> None:
 def test_the_group_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = settings(LowMemTrainingArguments, tmp_path, optim="apollo_mini", lowmem_state="int8")
     trainer = LowMemTrainer(tiny_llama(), args, train_dataset=token_data())
-    with caplog.at_level("INFO", logger="hf_lowmem.trainer"):
+    with caplog.at_level("INFO", logger="hf_lowmem.training.mixin"):
         optimizer: Any = trainer.create_optimizer()
     assert "apollo_mini: 7 tensors" in caplog.text
     assert "bytes a parameter" in caplog.text

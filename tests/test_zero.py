@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
-from hf_lowmem import checkpoints, rules, section
-from hf_lowmem.arguments import LowMemTrainingArguments
-from hf_lowmem.launch import prepare
+from hf_lowmem import checkpoints, rules
+from hf_lowmem.cli.launch import prepare
 from hf_lowmem.optim import OPTIMIZERS, elementwise, from_spec, make_optimizer
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.specs import OptimSpec
+from hf_lowmem.training import section
+from hf_lowmem.training.arguments import LowMemTrainingArguments
 from tests.conftest import tiny_llama
 
 NEED_MATRICES = [name for name in OPTIMIZERS if name not in elementwise()]

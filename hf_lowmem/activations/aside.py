@@ -9,12 +9,9 @@ made it, and so does a part of a layer around which somebody has put hooks of hi
 import functools
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from hf_lowmem.activations.tape import Tape
 
 __all__ = ["active", "in_checkpoint", "innermost_pack", "reason_to_step_aside", "say_once"]
 
@@ -22,7 +19,7 @@ __all__ = ["active", "in_checkpoint", "innermost_pack", "reason_to_step_aside", 
 class _Active(threading.local):
     """What runs in this thread: a layer's tape, a look into a node."""
 
-    tape: "Tape | None" = None
+    tape: object | None = None
     peeked: list[Any] | None = None
 
 

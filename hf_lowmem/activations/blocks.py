@@ -156,7 +156,7 @@ DROPOUTS = frozenset(
 def listening() -> Tape | None:
     """The tape of the layer that runs, if autograd asks it and nobody else."""
     tape = active.tape
-    return tape if tape is not None and tape.listens else None
+    return tape if isinstance(tape, Tape) and tape.listens else None
 
 
 class Cheap(Patch):

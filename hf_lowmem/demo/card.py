@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_lowmem.cards.card import GENERATED, template_path
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.runs.card import GENERATED, template_path
 
 TEMPLATE = "demo_template.md"
 

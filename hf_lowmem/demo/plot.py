@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_lowmem.cards.plot import MIB, PARTS, draw_memory
 from hf_lowmem.demo.runs import Result
+from hf_lowmem.runs.plot import MIB, PARTS, draw_memory
 
 RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00")
 

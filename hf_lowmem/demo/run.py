@@ -22,13 +22,14 @@ import torch
 from rich.console import Console
 
 import hf_lowmem
-from hf_lowmem.cards import facts
 from hf_lowmem.demo import data, report
 from hf_lowmem.demo.card import write_card
 from hf_lowmem.demo.plot import draw
-from hf_lowmem.demo.runs import Result, Run, alone
+from hf_lowmem.demo.process import alone
+from hf_lowmem.demo.runs import Result, Run
 from hf_lowmem.demo.score import Referee
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.runs import facts
 
 LOW_MEMORY = {"optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_activations": "checkpoint_fp8"}
 

@@ -1,7 +1,9 @@
 """A kernel's Triton on a device against its reference on the CPU: the promise is one function on every device."""
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,13 +11,38 @@ from torch.utils._pytree import tree_leaves
 
 from hf_lowmem.kernels.choice import use_kernels
 
-if TYPE_CHECKING:
-    from hf_lowmem.kernels.registry import Case, Kernel
-
 CPU = torch.device("cpu")
 
 
-def difference(kernel: "Kernel", case: "Case", device: torch.device) -> str:
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments, shared by tests, benchmarks and ahead-of-time compilation. `make(device)` builds it."""
+
+    name: str
+    make: Callable[[torch.device], tuple[Any, ...]]
+
+
+class Comparable(Protocol):
+    """What is asked of a `Kernel` where its two implementations are compared."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reference(self) -> Callable[..., Any]: ...
+    @property
+    def mutates(self) -> tuple[str, ...]: ...
+    @property
+    def cases(self) -> Callable[[], Iterable[Case]]: ...
+    @property
+    def bound(self) -> Callable[..., Sequence[Tensor | float]] | None: ...
+    @property
+    def op(self) -> Any: ...
+    def load_triton(self) -> Callable[..., Any]:
+        """The Triton implementation."""
+        ...
+
+
+def difference(kernel: Comparable, case: Case, device: torch.device) -> str:
     """What differs between Triton on the device and the reference on the CPU, or "" where they agree.
 
     They agree where shapes, dtypes, strides and bits are the same, or within the kernel's own bound; any nan is like
@@ -37,7 +64,7 @@ def difference(kernel: "Kernel", case: "Case", device: torch.device) -> str:
     return ""
 
 
-def written(kernel: "Kernel", args: tuple[Any, ...]) -> list[Tensor]:
+def written(kernel: Comparable, args: tuple[Any, ...]) -> list[Tensor]:
     """The tensors that a call writes in place, in the order of its arguments."""
     names = [argument.name for argument in kernel.op._opoverload._schema.arguments]
     return _tensors([arg for name, arg in zip(names, args, strict=True) if name in kernel.mutates])

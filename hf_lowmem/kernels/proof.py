@@ -23,7 +23,7 @@ import tempfile
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import hf_lowmem
 from hf_lowmem.kernels.choice import VARIABLE, current_impl
-from hf_lowmem.kernels.compare import CPU, difference
-
-if TYPE_CHECKING:
-    from hf_lowmem.kernels.registry import Case, Kernel
+from hf_lowmem.kernels.compare import CPU, Case, Comparable, difference
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ def distrusted(name: str, device: torch.device) -> str:
     return _failed.get((name, device), "") if _failed else ""
 
 
-def prove(kernel: "Kernel", args: tuple[Any, ...], device: torch.device) -> str:
+def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device) -> str:
     """Compare the kernel on a case like this call, unless that was done; why it is not to be used, or "".
 
     While a CUDA graph is captured nothing can be compared, as that would wait for the device: a kernel that is used
@@ -96,7 +93,7 @@ def _kind_of(arg: Any) -> Any:
     return arg if arg is None or isinstance(arg, str | bool | torch.dtype) else type(arg)
 
 
-def like(kernel: "Kernel", wanted: Kind) -> "Case":
+def like(kernel: Comparable, wanted: Kind) -> Case:
     """The first of the kernel's cases of that kind; where there is none, the first of those with most in common."""
     best, most = None, -1
     for case in kernel.cases():
@@ -109,7 +106,7 @@ def like(kernel: "Kernel", wanted: Kind) -> "Case":
     return best
 
 
-def _compare(kernel: "Kernel", wanted: Kind, device: torch.device) -> str:
+def _compare(kernel: Comparable, wanted: Kind, device: torch.device) -> str:
     """In surroundings of its own: whatever modes and defaults the call is made under, cases are plain tensors."""
     dtype = torch.get_default_dtype()
     plain = torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction()
@@ -123,7 +120,7 @@ def _compare(kernel: "Kernel", wanted: Kind, device: torch.device) -> str:
     return f"on {case.name!r} it is not what the reference computes, {found}" if found else ""
 
 
-def _warn(kernel: "Kernel", device: torch.device, reason: str) -> None:
+def _warn(kernel: Comparable, device: torch.device, reason: str) -> None:
     logger.warning(
         "kernel %r is not used on %s: %s. Its reference runs instead, with the same result: tens of torch operators "
         "with fp32 temporaries where the kernel passes over memory once, so this part of a step is several times "
@@ -182,7 +179,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_lowmem" / "kernels"
 
 
-def _file(kernel: "Kernel", device: torch.device, wanted: Kind) -> Path | None:
+def _file(kernel: Comparable, device: torch.device, wanted: Kind) -> Path | None:
     key = json.dumps([kernel.name, repr(wanted), facts(device)], sort_keys=True)
     try:
         return cache_folder() / f"{kernel.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
@@ -194,7 +191,7 @@ def _remembered(file: Path | None) -> bool:
     return file is not None and file.is_file()
 
 
-def _remember(file: Path | None, kernel: "Kernel", device: torch.device) -> None:
+def _remember(file: Path | None, kernel: Comparable, device: torch.device) -> None:
     """Written beside and then renamed, so that another process finds all of it or nothing."""
     if file is None:
         return

@@ -27,18 +27,10 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.choice import IMPLS, VARIABLE, current_impl, use_kernels
-from hf_lowmem.kernels.compare import on
+from hf_lowmem.kernels.compare import Case, on
 from hf_lowmem.kernels.proof import distrusted, prove
 
 __all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One set of arguments, shared by tests, benchmarks and ahead-of-time compilation. `make(device)` builds it."""
-
-    name: str
-    make: Callable[[torch.device], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)

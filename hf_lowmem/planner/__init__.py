@@ -8,20 +8,12 @@ print(plan("path/to/config.json", args, dtype="bfloat16"))
 print(search("path/to/config.json", LowMemSFTConfig("out"), budget="24GiB", dtype="bfloat16").why)
 ```
 
-    search      search(), longest(): the fastest settings that fit in a budget, and the longest sequence
-    seek        candidates in their order of preference, planned until one fits
-    choices     what may be chosen: the settings that the user left open
-    compose     an estimate for each of thousands of combinations, from a few simulations
-    updates     an optimizer's update apart from the rest of the step
-    cost        how long a combination takes on a nominal device
-    explain     the answer in sentences
-    within      `lowmem_budget` in a trainer
-
+    search      a budget: the fastest settings that fit, and the longest sequence
     simulate    plan(): the question, and the answer as a Plan
     step        the real trainer, taking two steps on fake tensors
-    live        the log of every storage: when it is born, when it dies
+    allocations the log of every storage: when it is born, when it dies
     parts       what each storage is, and the bytes of each part over time
-    outline     the step as a list of moments; deep models from shallow ones
+    moments     the step as a list of moments; deep models from shallow ones
     parallel    several processes, as a formula
     accelerator how fake CPU tensors stand for a GPU's
     methods     SFT: which trainer, what batch
@@ -29,10 +21,10 @@ print(search("path/to/config.json", LowMemSFTConfig("out"), budget="24GiB", dtyp
     models      configs, and models without weights
 """
 
-from hf_lowmem.planner.explain import NothingFits
-from hf_lowmem.planner.live import CannotSimulate
-from hf_lowmem.planner.search import longest, search
-from hf_lowmem.planner.seek import Found
+from hf_lowmem.planner.allocations import CannotSimulate
+from hf_lowmem.planner.search.explain import NothingFits
+from hf_lowmem.planner.search.fastest import longest, search
+from hf_lowmem.planner.search.ranking import Found
 from hf_lowmem.planner.simulate import Plan, Point, plan
 
 __all__ = ["CannotSimulate", "Found", "NothingFits", "Plan", "Point", "longest", "plan", "search"]

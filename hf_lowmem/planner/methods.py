@@ -6,36 +6,30 @@ shorter or padded one takes less.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.losses.collate import MARGINS
-from hf_lowmem.pairs import shared_layout
 from hf_lowmem.planner.accelerator import outside_of_modes
+from hf_lowmem.preference.collate import MARGINS
+from hf_lowmem.preference.sharing import shared_layout
+from hf_lowmem.training.dpo import LowMemDPOConfig, LowMemDPOTrainer
+from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 
 __all__ = ["METHODS", "Method", "method_of"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """config, home, name: of the arguments and the trainer. rows: sequences an example has. columns: a data set of one
-    row, which is never trained on but must look right. batch: of ids (sequences, tokens) and the trainer."""
+    """config, trainer: the classes. rows: sequences an example has. columns: a data set of one row, which is never
+    trained on but must look right. batch: of ids (sequences, tokens) and the trainer."""
 
-    config: str
-    home: str
-    name: str
+    config: type
+    trainer: type
     rows: int
     columns: dict[str, Any]
     batch: Callable[[Tensor, Any], dict[str, Any]]
-
-    def arguments(self) -> type:
-        return getattr(import_module(self.home), self.config)
-
-    def trainer(self) -> type:
-        return getattr(import_module(self.home), self.name)
 
     def data(self, args: Any) -> dict[str, Any]:
         """The columns, with those that the arguments ask for."""
@@ -110,14 +104,9 @@ def _shared_rows(sequences: int, tokens: int, budget: int | None, multiple: int 
 
 
 METHODS = {
-    "sft": Method("LowMemSFTConfig", "hf_lowmem.sft", "LowMemSFTTrainer", 1, {"input_ids": [[1, 1]]}, _sft_batch),
+    "sft": Method(LowMemSFTConfig, LowMemSFTTrainer, 1, {"input_ids": [[1, 1]]}, _sft_batch),
     "dpo": Method(
-        "LowMemDPOConfig",
-        "hf_lowmem.dpo",
-        "LowMemDPOTrainer",
-        2,
-        {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]},
-        _pairs_batch,
+        LowMemDPOConfig, LowMemDPOTrainer, 2, {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, _pairs_batch
     ),
 }
 
@@ -129,7 +118,7 @@ def method_of(args: Any) -> Method:
         TypeError: for arguments of another kind.
     """
     for method in METHODS.values():
-        if isinstance(args, method.arguments()):
+        if isinstance(args, method.config):
             return method
-    names = " or ".join(method.config for method in METHODS.values())
+    names = " or ".join(method.config.__name__ for method in METHODS.values())
     raise TypeError(f"args: expected {names}, which name the trainer to plan for, got {type(args).__name__}.")

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hf_lowmem.planner.models import Shape
-from hf_lowmem.planner.outline import KEPT, Moment
+from hf_lowmem.planner.moments import KEPT, Moment
 from hf_lowmem.planner.parts import PARTS
 from hf_lowmem.planner.step import EVALUATION
 from hf_lowmem.specs import check_choice, check_integer

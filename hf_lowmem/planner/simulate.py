@@ -26,7 +26,7 @@ from hf_lowmem.planner.models import (
     shapes_of,
     with_depth,
 )
-from hf_lowmem.planner.outline import KEPT, ROUNDING, Moment, NotLinear, edge_of, extrapolate, highest, outline
+from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, NotLinear, edge_of, extrapolate, highest, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.step import EVALUATION, IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
@@ -58,7 +58,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes. Bytes are exact for the tensors of the step; see `hf_lowmem.planner.live` for what they are.
+    """What a step takes. Bytes are exact for the tensors of the step; `hf_lowmem.planner.allocations` says
+    what they are.
 
     peak_bytes:   tensors alive at once, at most
     parts:        the same, by part: weights, gradients, states, activations, temporaries, logits, ...

@@ -37,11 +37,11 @@ from trl.trainer import dpo_trainer
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.pairs import check
 from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
+from hf_lowmem.planner.allocations import Live
 from hf_lowmem.planner.four_bit import parameter_like, state_of
-from hf_lowmem.planner.live import Live
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
+from hf_lowmem.preference.sharing import check
 
 __all__ = [
     "EVALUATION",
@@ -133,7 +133,7 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
     """The method's trainer, taking full batches and telling `measured` what it does."""
     live = measured.live
 
-    class Weighed(method.trainer()):
+    class Weighed(method.trainer):
         reports = False  # fake tensors have nothing to measure
 
         def get_train_dataloader(self) -> Any:

@@ -9,8 +9,8 @@ hf_lowmem:
   lowmem_activations: checkpoint_fp8
 ```
 
-Put this folder on PYTHONPATH. The section holds the fields of `hf_lowmem.plugin.LowMemPlugin`; learning rate, weight
-decay and seed come from axolotl's own settings, and setting them here as well is an error.
+Put this folder on PYTHONPATH. The section holds the fields of `hf_lowmem.LowMemPlugin`; learning rate, weight decay and
+seed come from axolotl's own settings, and setting them here as well is an error.
 """
 
 import os
@@ -22,9 +22,9 @@ from pydantic import BaseModel
 from hf_lowmem import rules
 from hf_lowmem.activations import convert
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.plugin import LowMemPlugin
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.run import default_fsdp_version
+from hf_lowmem.training.plugin import LowMemPlugin
 
 THEIRS = ("learning_rate", "weight_decay")
 

@@ -12,9 +12,10 @@ LLaMA-Factory's own settings.
 import sys
 from typing import Any
 
-from hf_lowmem import LowMemCallback, rules, section
+from hf_lowmem import LowMemCallback, rules
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.training import section
+from hf_lowmem.training.plugin import LowMemPlugin
 
 
 def optimizer_for(model: Any, training_args: Any) -> Any:

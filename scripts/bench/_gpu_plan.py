@@ -105,9 +105,9 @@ def row(setting: Setting, device: torch.device) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, LlamaConfig
 
-    from hf_lowmem.dpo import LowMemDPOConfig
     from hf_lowmem.planner import plan
-    from hf_lowmem.sft import LowMemSFTConfig
+    from hf_lowmem.training.dpo import LowMemDPOConfig
+    from hf_lowmem.training.sft import LowMemSFTConfig
 
     sizes: dict[str, Any] = {"num_hidden_layers": setting.layers, "max_position_embeddings": setting.tokens}
     config = LlamaConfig(**setting.shape | sizes)

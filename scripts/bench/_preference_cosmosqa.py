@@ -28,8 +28,8 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hf_lowmem.demo.model import prepare_model
-from hf_lowmem.losses import pair_logps
-from hf_lowmem.pairs import SharedPairs, share_prompts, unshare_prompts
+from hf_lowmem.preference.losses import pair_logps
+from hf_lowmem.preference.sharing import SharedPairs, share_prompts, unshare_prompts
 
 SIZE: dict[str, Any] = {
     "prompt_tokens": 64,

@@ -37,7 +37,7 @@ from trl.trainer import utils as trl_utils
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer
 from hf_lowmem.memory import parameter_bytes
-from hf_lowmem.pairs import SharedPairs, share_prompts
+from hf_lowmem.preference.sharing import SharedPairs, share_prompts
 
 VOCABULARIES = (49152, 128256, 151936)  # SmolLM2, Llama 3, Qwen 2.5
 SIZE: dict[str, Any] = {"hidden": 4096, "layers": 8, "pairs": 4, "prompt": 512, "answer": 512}

@@ -28,7 +28,7 @@ from _preference_memory import (
 )
 from trl.trainer import utils as trl_utils
 
-from hf_lowmem.pairs import share_prompts, unshare_prompts
+from hf_lowmem.preference.sharing import share_prompts, unshare_prompts
 
 SIZE: dict[str, Any] = {"hidden": 256, "layers": 4, "pairs": 2, "prompt": 64, "answer": 64}
 SHARING: dict[str, Any] = {"hidden": 256, "layers": 4, "pairs": 4, "prompt": 512, "answer": 128}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_lowmem.cards.facts import device_name, versions_of
+from hf_lowmem.runs.facts import device_name, versions_of
 
 __all__ = ["HERE", "RECORDS", "commit", "device_name", "read_rows", "versions_of", "write_rows"]
 

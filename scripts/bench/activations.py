@@ -11,7 +11,7 @@ run again replaces its rows; `loss` adds the runs that are missing.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py; read when torch is imported
 
 import argparse
 import sys

@@ -32,7 +32,7 @@ from _record import RECORDS, commit, device_name, versions_of
 from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
-from hf_lowmem.planner.search import NothingFits, longest, prepare
+from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare
 
 LLAMA_3_8B: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": 32, "max_position_embeddings": 8192}
 LLAMA_3_1B: dict[str, Any] = LLAMA_8B | {

@@ -71,7 +71,7 @@ def row(config: dict[str, Any], flags: Sequence[str], tokens: int) -> dict[str, 
         model, shown, errors = (Path(folder) / name for name in ("config.json", "plan.json", "errors"))
         model.write_text(json.dumps(config))
         asked = ["--dtype", "bfloat16", "--max_length", str(tokens), "--per_device_train_batch_size", "1", *flags]
-        command = [sys.executable, "-m", "hf_lowmem.cli", "plan", "--model", str(model), *asked, "--json"]
+        command = [sys.executable, "-m", "hf_lowmem.cli.main", "plan", "--model", str(model), *asked, "--json"]
         began = time.perf_counter()
         with shown.open("w") as out, errors.open("w") as err:
             process = subprocess.Popen(command, stdout=out, stderr=err, cwd=folder)

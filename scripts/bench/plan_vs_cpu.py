@@ -24,9 +24,9 @@ from transformers import BitsAndBytesConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/planner has the way of weighing a real step
 
-from hf_lowmem.dpo import LowMemDPOConfig
 from hf_lowmem.planner import plan
-from hf_lowmem.sft import LowMemSFTConfig
+from hf_lowmem.training.dpo import LowMemDPOConfig
+from hf_lowmem.training.sft import LowMemSFTConfig
 from tests.planner.real import measure
 
 RECORD = RECORDS / "plan_vs_cpu.jsonl"

@@ -10,7 +10,7 @@ AdamW in the same call, device, versions, commit. Same seed, data, order and num
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py; read when torch is imported
 
 import argparse
 import json

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.kills < 1:
         parser.error(f"--kills {options.kills}: at least one")
     # Imported here, once: the forked runs have them.
-    import hf_lowmem.trainer  # noqa: F401
+    import hf_lowmem.training.mixin  # noqa: F401
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_lowmem.callbacks import LowMemCallback
 from hf_lowmem.memory import measure_saved, parameter_bytes
+from hf_lowmem.training.callbacks import LowMemCallback
 from tests.callbacks.runs import (
     measuring,
     nothing_is_left,

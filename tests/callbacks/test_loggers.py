@@ -7,8 +7,8 @@ import pytest
 from transformers import TrainerCallback, TrainerState
 
 from hf_lowmem import LowMemCallback, LowMemTrainer, LowMemTrainingArguments, MemoryReportCallback
-from hf_lowmem.callbacks import MemoryReportCallback as FromCallbacks
-from hf_lowmem.cards.report import read_report
+from hf_lowmem.runs.report import read_report
+from hf_lowmem.training.callbacks import MemoryReportCallback as FromCallbacks
 from tests.callbacks.runs import data, llama, nothing_is_left, trainer_of
 
 PARTS = ("weights", "trainable", "gradients", "optimizer", "saved")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_lowmem.callbacks import LowMemCallback
 from hf_lowmem.memory import parameter_bytes
+from hf_lowmem.training.callbacks import LowMemCallback
 from tests.callbacks.runs import (
     BATCH,
     TOKENS,

@@ -9,8 +9,8 @@ import pickle
 import pytest
 from transformers import TrainerCallback
 
-from hf_lowmem.callbacks import LowMemCallback
 from hf_lowmem.memory import optimizer_bytes
+from hf_lowmem.training.callbacks import LowMemCallback
 from tests.callbacks.runs import (
     records,
     trainer_of,
@@ -131,7 +131,7 @@ def test_the_table(tmp_path, capsys, caplog):
     for words in ("weights", "gradients", "optimizer state", "saved for backward", "process RSS, sampled"):
         assert words in out
     trainer.state.is_world_process_zero = False
-    with caplog.at_level(logging.INFO, logger="hf_lowmem.report"):
+    with caplog.at_level(logging.INFO, logger="hf_lowmem.runs.callback"):
         callback.on_train_end(trainer.args, trainer.state, trainer.control)
     assert "optimizer state" in caplog.text
     assert capsys.readouterr().out == ""

@@ -14,7 +14,7 @@ from hf_lowmem import (
     LowMemTrainer,
     LowMemTrainingArguments,
 )
-from hf_lowmem.report import MemoryReportCallback
+from hf_lowmem.runs.callback import MemoryReportCallback
 from tests.conftest import tiny_llama
 from tests.test_trainers import pair_data, settings, token_data
 

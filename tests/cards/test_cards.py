@@ -11,13 +11,13 @@ from huggingface_hub import ModelCard as Card
 from trl import SFTConfig
 
 from hf_lowmem import LowMemCallback, LowMemSFTTrainer, LowMemTrainer, LowMemTrainingArguments, checkpoints
-from hf_lowmem.cards import card as cards
-from hf_lowmem.cards.card import BEGIN, END, refresh, render, whole_card
-from hf_lowmem.cards.facts import plain as plain_values
-from hf_lowmem.cards.facts import public_name
-from hf_lowmem.cards.record import POINTS, history_of, results_of, speed_of
-from hf_lowmem.cards.report import REPORT, foretold_of, read_report, write_atomically
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.runs import card as cards
+from hf_lowmem.runs.card import BEGIN, END, refresh, render, whole_card
+from hf_lowmem.runs.facts import plain as plain_values
+from hf_lowmem.runs.facts import public_name
+from hf_lowmem.runs.history import POINTS, history_of, results_of, speed_of
+from hf_lowmem.runs.report import REPORT, foretold_of, read_report, write_atomically
 from tests.callbacks.runs import trainer_of
 from tests.cards.runs import OURS, PLAN, SAVING, dpo, made_up, plain, reporter, sft
 from tests.conftest import tiny_llama
@@ -259,8 +259,8 @@ def test_a_card_that_cannot_be_written_ends_no_training(tmp_path: Path, tokenize
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_lowmem.cards.report.write_atomically", full)
-    monkeypatch.setattr("hf_lowmem.cards.card.write_atomically", full)
+    monkeypatch.setattr("hf_lowmem.runs.report.write_atomically", full)
+    monkeypatch.setattr("hf_lowmem.runs.card.write_atomically", full)
     trainer = sft(tmp_path, tokenizer, max_steps=2, save_strategy="steps", save_steps=2)
     with caplog.at_level(logging.WARNING):
         result = trainer.train()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_lowmem import cli
-from hf_lowmem.card_commands import plan_of_run
-from hf_lowmem.cards.compare import compare, names_of
-from hf_lowmem.cards.report import REPORT, read_report, write_report
+from hf_lowmem.cli import main as cli
+from hf_lowmem.cli.cards import plan_of_run
+from hf_lowmem.runs.compare import compare, names_of
+from hf_lowmem.runs.report import REPORT, read_report, write_report
 from tests.cards.runs import PLAN, dpo, made_up, plain, sft
 
 OTHER: dict[str, Any] = {
@@ -259,7 +259,7 @@ def test_real_runs_beside_each_other(tmp_path: Path, tokenizer: Any, capsys: Any
 
 
 def test_plot_without_matplotlib(two: tuple[Path, Path], monkeypatch: Any, capsys: Any) -> None:
-    for name in [n for n in sys.modules if n == "hf_lowmem.cards.plot" or n.split(".")[0] == "matplotlib"]:
+    for name in [n for n in sys.modules if n == "hf_lowmem.runs.plot" or n.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["compare", *map(str, two), "--plot", "x.png"]) == 1
@@ -273,7 +273,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_help_is_fast_and_names_the_commands() -> None:
-    script = "import sys\nfrom hf_lowmem.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    script = (
+        "import sys\nfrom hf_lowmem.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "card" in done.stdout
     assert "compare" in done.stdout

@@ -13,7 +13,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_lowmem import LowMemTrainer, LowMemTrainingArguments
-from hf_lowmem.cards.report import read_report
 from hf_lowmem.checkpoints import (
     MANIFEST,
     BadCheckpoint,
@@ -24,6 +23,7 @@ from hf_lowmem.checkpoints import (
     verify,
     write_manifest,
 )
+from hf_lowmem.runs.report import read_report
 from tests.checkpoints.test_checkpoints import trainer
 from tests.conftest import tiny_llama
 from tests.test_trainers import token_data

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from hf_lowmem.planner.models import token_maker
-from hf_lowmem.sft import LowMemSFTTrainer
+from hf_lowmem.training.sft import LowMemSFTTrainer
 from tests.planner.real import arguments, small_config
 
 

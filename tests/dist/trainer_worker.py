@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_lowmem.arguments import LowMemTrainingArguments
+from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.distributed import is_sharded
-from hf_lowmem.trainer import LowMemTrainer
+from hf_lowmem.training.mixin import LowMemTrainer
 from tests.conftest import tiny_llama
 from tests.dist import fsdp_on_cpu
 

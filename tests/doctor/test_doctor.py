@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lowmem.cli import main
-from hf_lowmem.doctor import surroundings, trial
-from hf_lowmem.doctor.trial import device_of_trials
+from hf_lowmem.cli.doctor import surroundings, trial
+from hf_lowmem.cli.doctor.trial import device_of_trials
+from hf_lowmem.cli.main import main
 from hf_lowmem.kernels import KERNELS, Kernel
 from hf_lowmem.kernels.large import bytes_moved, large
 
@@ -147,7 +147,7 @@ def test_what_is_missing_or_old_says_what_it_costs(
 def test_it_needs_no_triton_no_trl_and_no_host() -> None:
     missing = ("triton", "trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "rich")
     code = (
-        f"import sys\nsys.modules |= dict.fromkeys({missing!r})\nfrom hf_lowmem.cli import main\n"
+        f"import sys\nsys.modules |= dict.fromkeys({missing!r})\nfrom hf_lowmem.cli.main import main\n"
         "assert main(['doctor']) == 0\nprint('loaded', *(m for m in sys.modules if sys.modules[m] is not None))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from hf_lowmem.reference import identity
-from hf_lowmem.reference.identity import digest_of
+from hf_lowmem.preference.reference import identity
+from hf_lowmem.preference.reference.identity import digest_of
 from tests.dpo.runs import data, first_batch, policy, trainer
 
 ROWS = 5
@@ -161,7 +161,7 @@ def test_what_cannot_be_hashed_is_never_read(
     folder = rows_of(tmp_path)
     extra = {"data_collator": Unpicklable(0)} if what == "collator" else {}
     if what == "weights":
-        monkeypatch.setattr("hf_lowmem.dpo.digest_of", lambda model: None)
+        monkeypatch.setattr("hf_lowmem.training.dpo.digest_of", lambda model: None)
     for seed in (1, 1, 2):
         train: Any = Dataset.load_from_disk(folder)
         computed.clear()

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from trl.trainer import utils as trl_utils
 
-from hf_lowmem.losses import PREFERENCE_LOSSES
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES
 from tests.conftest import tiny_llama
 from tests.dpo.runs import trainer
 from tests.dpo.test_oracles import ORPOTrainer, batch_of, oracle

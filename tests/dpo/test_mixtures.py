@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from hf_lowmem import LowMemDPOTrainer
-from hf_lowmem.dpo import TRL_LOSSES
-from hf_lowmem.losses import PREFERENCE_LOSSES, pair_logps
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES, pair_logps
+from hf_lowmem.training.dpo import TRL_LOSSES
 from tests.dpo.runs import assert_same, data, first_batch, loss_and_gradients, policy, trainer
 from tests.test_trainers import settings
 

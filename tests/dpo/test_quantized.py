@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_lowmem.reference.quantized import quantize_linears
+from hf_lowmem.preference.reference.quantized import quantize_linears
 from tests.conftest import tiny_llama
 from tests.dpo.runs import first_batch, loss_and_gradients, policy, trainer
 from tests.test_trainers import losses

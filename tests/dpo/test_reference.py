@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from hf_lowmem import LowMemDPOTrainer
-from hf_lowmem.losses.collate import pair_keys
-from hf_lowmem.reference.precomputed import ReferenceLogps
+from hf_lowmem.preference.collate import pair_keys
+from hf_lowmem.preference.reference.precomputed import ReferenceLogps
 from tests.dpo.runs import assert_same, data, first_batch, loss_and_gradients, policy, trainer
 from tests.test_trainers import losses
 

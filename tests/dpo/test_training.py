@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_lowmem.losses import PREFERENCE_LOSSES
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES
 from tests.conftest import tiny_llama
 from tests.dpo.runs import assert_same, data, first_batch, loss_and_gradients, policy, trainer
 from tests.test_trainers import losses, weights

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hf_lowmem import section
 from hf_lowmem.optim import AdamW
+from hf_lowmem.training import section
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parents[2] / "integrations"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer, LowMemSFTConfig, LowMemSFTTrainer
 from hf_lowmem.distributed import full
-from hf_lowmem.losses import PREFERENCE_LOSSES
-from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES
+from hf_lowmem.training.plugin import LowMemPlugin
 from tests.conftest import tiny_llama
 from tests.test_trainers import pair_data
 

@@ -13,17 +13,17 @@ import torch.distributed.run
 import yaml
 from accelerate.commands import launch as accelerate_launch
 
-from hf_lowmem import section
-from hf_lowmem.cli import main
+from hf_lowmem.cli.main import main
+from hf_lowmem.training import section
 
 ROOT = Path(__file__).parents[2]
-WORKER = ["-m", "hf_lowmem.worker"]
+WORKER = ["-m", "hf_lowmem.cli.worker"]
 FILES = sorted((ROOT / "integrations" / "accelerate").glob("*.yaml"))
 
 SCRIPT = """
 import json, os, sys
 from accelerate import Accelerator
-from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.training.plugin import LowMemPlugin
 
 accelerator = Accelerator(cpu=True)
 plugin = LowMemPlugin.from_env()
@@ -35,7 +35,7 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 
 def run(*arguments: str, seconds: int = 3600, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [sys.executable, "-m", "hf_lowmem.cli", "launch", *arguments]
+    command = [sys.executable, "-m", "hf_lowmem.cli.main", "launch", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
 
 

@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from hf_lowmem import section
 from hf_lowmem.activations import convert
-from hf_lowmem.launch import prepare
+from hf_lowmem.cli.launch import prepare
 from hf_lowmem.optim import make_optimizer
-from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.training import section
+from hf_lowmem.training.plugin import LowMemPlugin
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import same_bits
 

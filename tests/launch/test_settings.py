@@ -9,11 +9,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from hf_lowmem import section
-from hf_lowmem.arguments import LowMemTrainingArguments
-from hf_lowmem.cli import main
-from hf_lowmem.launch import prepare
-from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.cli.launch import prepare
+from hf_lowmem.cli.main import main
+from hf_lowmem.training import section
+from hf_lowmem.training.arguments import LowMemTrainingArguments
+from hf_lowmem.training.plugin import LowMemPlugin
 from tests.conftest import tiny_llama
 
 # (section, type, what the message says)

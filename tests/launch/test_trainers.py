@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from hf_lowmem import section
+from hf_lowmem.training import section
 from tests.dist.net import apart
 from tests.launch.cases import (
     KINDS,

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from hf_lowmem import section
-from hf_lowmem.launch import given_options, prepare, through_worker
-from hf_lowmem.worker import main
+from hf_lowmem.cli.launch import given_options, prepare, through_worker
+from hf_lowmem.cli.worker import main
+from hf_lowmem.training import section
 from tests.launch.test_launch import ROOT, run
 from tests.launch.test_settings import written
 
@@ -57,7 +57,7 @@ if int(os.environ.get("RANK", "0")) == 0:
 
 LOOP = """
 import torch
-assert "hf_lowmem.arguments" not in __import__("sys").modules
+assert "hf_lowmem.training.arguments" not in __import__("sys").modules
 weight = torch.ones(3, requires_grad=True)
 (weight * 2).sum().backward()
 print("trained")
@@ -86,7 +86,7 @@ def worker(folder: Path, code: str, **environment: str) -> subprocess.CompletedP
     script = folder / "script.py"
     script.write_text(code)
     env = {"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", "hf_lowmem.worker", str(script)]
+    command = [sys.executable, "-m", "hf_lowmem.cli.worker", str(script)]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
@@ -154,7 +154,7 @@ def test_what_our_worker_cannot_stand_before_is_refused() -> None:
         through_worker(options(), "XLA")
     module = options("-m")
     through_worker(module, "NO")
-    assert (module.training_script, module.module) == ("hf_lowmem.worker", True)
+    assert (module.training_script, module.module) == ("hf_lowmem.cli.worker", True)
     assert module.training_script_args == ["-m", "script.py"]
 
 

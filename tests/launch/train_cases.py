@@ -17,9 +17,10 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer, section
+from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer
 from hf_lowmem.distributed import is_sharded
-from hf_lowmem.losses import PREFERENCE_LOSSES
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES
+from hf_lowmem.training import section
 from tests.conftest import tiny_llama
 from tests.dist import fsdp_on_cpu
 from tests.dist.net import equal_on_all

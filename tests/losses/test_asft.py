@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_lowmem.losses import PairLogps, asft, pair_logps
+from hf_lowmem.preference.losses import PairLogps, asft, pair_logps
 
 EPS32, TINY32 = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 SETTINGS = [(1.0, 1.0), (0.1, 1.0), (2.5, 0.3), (0.5, 0.0)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_lowmem.losses import PairLogps, cpo
+from hf_lowmem.preference.losses import PairLogps, cpo
 
 SETTINGS = pytest.mark.parametrize(("beta", "alpha"), [(0.1, 1.0), (0.5, 0.25), (1.0, 0.0)])
 

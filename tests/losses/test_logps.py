@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem.losses import PairLogps, log1mexp, log_odds, pair_logps
-from hf_lowmem.losses.logps import MAX_MEAN_LOGP
+from hf_lowmem.preference.losses import PairLogps, log1mexp, log_odds, pair_logps
+from hf_lowmem.preference.losses.logps import MAX_MEAN_LOGP
 
 EPS32 = torch.finfo(torch.float32).eps
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_lowmem.losses import asft, orpo
+from hf_lowmem.preference.losses import asft, orpo
 from tests.losses.test_asft import pairs, random_means
 
 WEIGHTS = pytest.mark.parametrize("orpo_lambda", [0.0, 0.1, 1.0, 3.0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem.losses import PREFERENCE_LOSSES, PairLogps, PreferenceLoss, pair_logps
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES, PairLogps, PreferenceLoss, pair_logps
 
 ALL = pytest.mark.parametrize("loss", [pytest.param(loss, id=name) for name, loss in PREFERENCE_LOSSES.items()])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem.losses import simpo
+from hf_lowmem.preference.losses import simpo
 from tests.losses.test_asft import pairs, random_means
 
 SETTINGS = pytest.mark.parametrize(("beta", "gamma"), [(2.0, 0.5), (2.5, 1.4), (10.0, 3.0), (0.5, 0.0)])

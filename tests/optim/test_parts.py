@@ -12,7 +12,7 @@ from hf_lowmem.codecs import CODECS
 from hf_lowmem.kernels.spans import CPU_SPAN_PER_THREAD
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer, parts
 from hf_lowmem.planner.accelerator import with_real_constants
-from hf_lowmem.planner.updates import own_temporaries
+from hf_lowmem.planner.search.updates import own_temporaries
 from hf_lowmem.specs import OptimSpec
 
 SMALL = 512  # values of a part, two blocks of the longest; the real parts are too long for a test

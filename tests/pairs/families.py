@@ -23,7 +23,7 @@ from transformers import (
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_lowmem.pairs import SharedPairs, share_prompts, without_sharing
+from hf_lowmem.preference.sharing import SharedPairs, share_prompts, without_sharing
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

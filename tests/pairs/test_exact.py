@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_lowmem.activations import convert, undo
-from hf_lowmem.pairs import check_sharing, share_prompts, unshare_prompts
-from hf_lowmem.pairs.check import sharing_error
-from hf_lowmem.pairs.share import SharedForward, backbone_of
+from hf_lowmem.preference.sharing import check_sharing, share_prompts, unshare_prompts
+from hf_lowmem.preference.sharing.check import sharing_error
+from hf_lowmem.preference.sharing.share import SharedForward, backbone_of
 from tests.pairs.families import FAMILIES, LENGTHS, batch, both, examples, gradients, loss_of, outputs_of, tiny
 
 SIZE = sum(p + c + r for p, c, r in LENGTHS)

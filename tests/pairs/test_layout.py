@@ -9,9 +9,9 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 from transformers import LlamaConfig
 
-from hf_lowmem.pairs import KEYS, SharedPairs, shared_layout, without_sharing
-from hf_lowmem.pairs.layout import PLACES, SEGMENTS, SOURCE, pack
-from hf_lowmem.pairs.share import Visible, shared_masks
+from hf_lowmem.preference.sharing import KEYS, SharedPairs, shared_layout, without_sharing
+from hf_lowmem.preference.sharing.layout import PLACES, SEGMENTS, SOURCE, pack
+from hf_lowmem.preference.sharing.share import Visible, shared_masks
 from tests.pairs.families import LENGTHS, batch, examples
 
 SIZES = [p + c + r for p, c, r in LENGTHS]

@@ -11,8 +11,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from hf_lowmem.pairs import share_prompts, without_sharing
-from hf_lowmem.pairs.layout import SOURCE
+from hf_lowmem.preference.sharing import share_prompts, without_sharing
+from hf_lowmem.preference.sharing.layout import SOURCE
 from tests.pairs.families import batch, both, examples, gradients, tiny
 from tests.pairs.test_exact import assert_close
 
@@ -60,7 +60,7 @@ def test_ranks_with_other_numbers_of_rows_average_their_gradients(tmp_path: Path
 def test_dataloader_workers_make_the_same_batches(workers: int) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from hf_lowmem.pairs import SharedPairs
+    from hf_lowmem.preference.sharing import SharedPairs
 
     collator = SharedPairs(DataCollatorForPreference(pad_token_id=0), 33)
     loader: Any = DataLoader(examples(), batch_size=5, collate_fn=collator, num_workers=workers)  # type: ignore[arg-type]

@@ -30,8 +30,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 from trl import DPOConfig
 
-from hf_lowmem.pairs import check_sharing, share
-from hf_lowmem.pairs.check import sharing_error
+from hf_lowmem.preference.sharing import check_sharing, share
+from hf_lowmem.preference.sharing.check import sharing_error
 from tests.conftest import tiny_llama
 from tests.pairs.families import MOE, SIZES, tiny
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer
-from hf_lowmem.pairs.layout import KEYS
-from hf_lowmem.pairs.share import SharedForward, backbone_of
+from hf_lowmem.preference.sharing.layout import KEYS
+from hf_lowmem.preference.sharing.share import SharedForward, backbone_of
 from tests.conftest import tiny_llama
 from tests.test_trainers import losses, pair_data, settings
 

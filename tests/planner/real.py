@@ -16,7 +16,7 @@ from hf_lowmem.memory import gradient_bytes, measure_saved, optimizer_bytes
 from hf_lowmem.memory.count import tensors_in, total_bytes
 from hf_lowmem.planner.methods import method_of
 from hf_lowmem.planner.models import token_maker
-from hf_lowmem.sft import LowMemSFTConfig
+from hf_lowmem.training.sft import LowMemSFTConfig
 
 
 def small_config(**overrides: Any) -> LlamaConfig:
@@ -134,7 +134,7 @@ def trainer_of(
     rows = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps
     make_batch = lambda examples: method.make_batch(trainer)  # noqa: E731
     flat = getattr(args, "padding_free", False) or getattr(args, "packing", False)
-    trainer: Any = (cls or method.trainer())(
+    trainer: Any = (cls or method.trainer)(
         **{name: _model(config, dtype, quantization, device) for name in names},
         args=args,
         train_dataset=Dataset.from_dict({name: values * rows for name, values in method.columns.items()}),
@@ -152,7 +152,7 @@ def measure(config: PreTrainedConfig, args: Any, dtype: torch.dtype, **options: 
     """Two steps of full batches, as the planner takes; `options`: peft_config, reference, quantization."""
     truth = Truth()
 
-    class Counting(method_of(args).trainer()):
+    class Counting(method_of(args).trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 0:  # hooks keep Python objects alive a little longer; the peak is step 2's
                 with measure_saved(self.model) as saved:

@@ -17,7 +17,7 @@ from hf_lowmem import LowMemDPOConfig, LowMemSFTConfig
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner import CannotSimulate, plan
 from hf_lowmem.planner.modelled import PLANNED
-from hf_lowmem.planner.search import prepare, search
+from hf_lowmem.planner.search.fastest import prepare, search
 from tests.planner.real import arguments, measure, small_config
 
 # What they say: where, when and how often things are written, logged and named; how data are read on the host; how

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
 from hf_lowmem.planner import CannotSimulate, plan
-from hf_lowmem.planner.live import Live
+from hf_lowmem.planner.allocations import Live
 from tests.planner.real import arguments, small_config
 
 

@@ -9,7 +9,7 @@ from transformers import Gemma3TextConfig
 
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.models import period_of, with_depth
-from hf_lowmem.planner.outline import Moment, NotLinear, extrapolate
+from hf_lowmem.planner.moments import Moment, NotLinear, extrapolate
 from hf_lowmem.planner.parts import PARTS
 from tests.planner.real import arguments, small_config
 

@@ -5,7 +5,7 @@ import pytest
 
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.models import Shape
-from hf_lowmem.planner.outline import Moment
+from hf_lowmem.planner.moments import Moment
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS
 from tests.planner.real import arguments, small_config

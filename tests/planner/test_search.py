@@ -18,18 +18,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 from trl import GRPOConfig
 
 from hf_lowmem import LowMemDPOConfig, LowMemPlugin, LowMemTrainer, LowMemTrainingArguments, with_lowmem
-from hf_lowmem.cli import main
+from hf_lowmem.cli.main import main
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
-from hf_lowmem.planner.choices import AS_IS, CHECKPOINTING, Choice, candidates, layers_by_tier
-from hf_lowmem.planner.compose import Estimator
-from hf_lowmem.planner.cost import Work, cost_a_token
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.models import Shape, token_maker
-from hf_lowmem.planner.search import NothingFits, longest, prepare, search
-from hf_lowmem.planner.seek import Search
-from hf_lowmem.planner.updates import Update
-from hf_lowmem.sft import LowMemSFTConfig, LowMemSFTTrainer
+from hf_lowmem.planner.search.cost import Work, cost_a_token
+from hf_lowmem.planner.search.estimate import Estimator
+from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare, search
+from hf_lowmem.planner.search.ranking import Search
+from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, candidates, layers_by_tier
+from hf_lowmem.planner.search.updates import Update
+from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 from tests.planner.real import arguments, small_config
 from tests.planner.test_plan import LLAMA_3_8B, PARAMETERS, states
 

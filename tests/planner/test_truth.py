@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hf_lowmem.dpo import LowMemDPOConfig
 from hf_lowmem.planner import plan
+from hf_lowmem.training.dpo import LowMemDPOConfig
 from tests.planner.real import arguments, measure, small_config
 
 # Of the hooks' count and of the allocator's. The step's own tensors are exact; what is left is what the planner does

@@ -24,9 +24,9 @@ from hf_lowmem import (
     LowMemTrainingArguments,
     section,
 )
-from hf_lowmem.launch import prepare
+from hf_lowmem.cli.launch import prepare
 from hf_lowmem.planner import plan
-from hf_lowmem.plugin import LowMemPlugin
+from hf_lowmem.training.plugin import LowMemPlugin
 from tests.conftest import tiny_llama, word_tokenizer
 
 COMMON: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}

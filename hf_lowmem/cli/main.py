@@ -1,0 +1,159 @@
+"""The command line: ``hf-lowmem demo``, ``sft``, ``dpo``, ``plan``, ``launch``, ``doctor``, ``card``, ``compare``.
+
+A subcommand imports what it needs only when it runs, so that ``hf-lowmem --help`` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Their own parsers take what follows: accelerate's, or that of the trainers' configs.
+OWN_PARSERS = (["launch"], ["plan"], ["sft"], ["dpo"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse ``argv`` (default: the process's) and run the subcommand; its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments[:1] if arguments[:1] in OWN_PARSERS else arguments)
+    try:
+        return options.run_command(options, arguments)
+    except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
+        print(f"hf-lowmem {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-lowmem", description="Train HuggingFace models in less memory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a small model on Shakespeare twice, and show what low memory saves and costs",
+        description="Fine-tune a small model on Shakespeare: SFT as plain HuggingFace does it and with "
+        "low-memory fields, then ASFT on preference pairs beside a control. Offline; about five minutes on two "
+        "CPU cores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument(
+        "--model",
+        help="a causal language model: a local folder or a name on the hub (default: SmolLM2-135M-Instruct, "
+        "from a PyPI package, offline)",
+        default=argparse.SUPPRESS,
+    )
+    demo.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where everything is written")
+    demo.add_argument(
+        "--quick", action="store_true", help="a few steps only: a minute and a half, and losses of no meaning"
+    )
+    demo.add_argument("--seed", type=int, default=42, help="of the data, their order and the projections")
+    demo.set_defaults(run_command=_demo)
+    sft = commands.add_parser("sft", add_help=False, help="supervised fine-tuning; flags, or a YAML file")
+    sft.set_defaults(run_command=_sft)
+    dpo = commands.add_parser("dpo", add_help=False, help="preference training; flags, or a YAML file")
+    dpo.set_defaults(run_command=_dpo)
+    launch = commands.add_parser(
+        "launch", add_help=False, help="accelerate launch, with a section hf_lowmem_config in the --config_file"
+    )
+    launch.set_defaults(run_command=_launch)
+    plan = commands.add_parser("plan", add_help=False, help="foretell what a training step takes, without a GPU")
+    plan.set_defaults(run_command=_plan)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has and lacks, and compare every kernel with its reference on it",
+        description="Print versions, devices, free memory, and packages with what each that is missing costs. Then run "
+        "every kernel's cases on the GPU against the reference; the exit status is 1 where one differs. On a CPU no "
+        "kernel runs: with TRITON_INTERPRET=1 they are compared in Triton's interpreter, which takes minutes.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    doctor.set_defaults(run_command=_doctor)
+    card = commands.add_parser(
+        "card",
+        help="write a run's model card again",
+        description="Write README.md of a run from its lowmem_report.json, or where there is none from a "
+        "trainer_state.json: settings, versions, foretold and measured memory, loss, speed.",
+    )
+    card.add_argument("run", metavar="RUN", type=Path, help="the run's folder, the output_dir of a training")
+    card.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="add what memory was foretold: from a file of `hf-lowmem plan ... --json`; without FILE, plan the run's "
+        "own settings now",
+    )
+    card.add_argument("--output", type=Path, metavar="FILE", help="write the card there, and leave the run as it is")
+    card.set_defaults(run_command=_card)
+    compare = commands.add_parser(
+        "compare",
+        help="show several runs beside each other",
+        description="Print a table of runs: the settings in which they differ, memory, loss, speed.",
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    compare.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and loss into this file, a PNG")
+    compare.set_defaults(run_command=_compare)
+    return parser
+
+
+def _sft(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.sft import run
+
+    return run(arguments[1:], "hf-lowmem sft")
+
+
+def _dpo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.dpo import run
+
+    return run(arguments[1:], "hf-lowmem dpo")
+
+
+def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.plan import run
+
+    return run(arguments[1:])
+
+
+def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.doctor.command import run
+
+    return run(as_json=options.json)
+
+
+def _card(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.cards import card
+
+    return card(options)
+
+
+def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.cards import compare_runs
+
+    return compare_runs(options)
+
+
+def _launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from hf_lowmem.cli.launch import launch
+
+    return launch(arguments[1:])
+
+
+def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    model = getattr(options, "model", None)
+    if model is None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, which is below
+    # Waiting OpenMP threads sleep instead of spinning: on a machine with other work, two spinning threads on two
+    # cores make a step five to ten times slower. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hf_lowmem.demo.run import run_demo
+
+    return run_demo(
+        model=model,
+        output_dir=options.output_dir,
+        quick=options.quick,
+        seed=options.seed,
+        command=["hf-lowmem", *arguments],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""Many combinations from few simulations: an estimate of what any of them needs.
+
+A plan takes seconds, and there are thousands of combinations. But the parts of a step hardly meet: what layers keep
+does not depend on the optimizer, and an update not on the batch. So the passes (forward and backward) are simulated
+once for each activation policy, with an optimizer that keeps nothing, at two depths, and at the shallower one with a
+second micro-batch; each moment at the ends of the model is a line in both (a layer's activations grow with the tokens,
+its weights and gradients do not), so any depth and any micro-batch follows. Updates are weighed apart
+(`updates`). The peak of a combination is then the highest of
+
+    at each moment of the passes    weights + states + gradients so far + what that moment keeps
+    at the update                   weights + states + gradients + the update's temporaries
+    at an update in backward        weights + states + what is kept + the largest gradient + the update's temporaries
+
+What it leaves out (that a gradient and a temporary may not meet, layers of several kinds) makes it an estimate. It
+orders candidates, and no more: what a search answers has been planned by the real `plan()`.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from hf_lowmem.activations.detect import find_stack
+from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
+from hf_lowmem.planner.methods import Method
+from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
+from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
+from hf_lowmem.planner.parallel import spread
+from hf_lowmem.planner.parts import PARTS, curve_of
+from hf_lowmem.planner.search.space import AS_IS, Choice, layers_by_tier, policy_fields
+from hf_lowmem.planner.search.updates import Update, count_states, own_temporaries
+from hf_lowmem.planner.simulate import CUDA_CONTEXT
+from hf_lowmem.planner.step import _apply, quiet, simulate_step
+from hf_lowmem.specs import OPTIMIZER_FIELDS
+
+__all__ = ["Estimator"]
+
+WEIGHTS, STATES, GRADIENTS, INPUTS, TEMPORARIES, ACTIVATIONS = (
+    PARTS.index(name) for name in ("weights", "states", "gradients", "inputs", "temporaries", "activations")
+)
+NO_STATES = "sgd"  # of HuggingFace: an optimizer that keeps nothing
+SHORT = 64  # tokens of a step of which only the update counts
+
+# The moments at the ends of the model, in the order of a step: phase, and where.
+ENDS = (
+    ("forward", "before"),
+    ("forward", "first"),
+    ("forward", "last"),
+    ("forward", "after"),
+    (KEPT, "after"),
+    ("backward", "before"),
+    ("backward", "last"),
+    ("backward", "first"),
+    ("backward", "after"),
+)
+Values = NDArray[np.float64]  # (len(ENDS), len(PARTS) + 1) bytes
+
+
+@dataclass
+class Estimator:
+    """Estimates for one model and one set of arguments. `simulated` counts the simulations so far.
+
+    points: two micro-batches (sequences, tokens a sequence) to draw lines through; three where what is kept grows with
+        the square of the tokens
+    """
+
+    config: PreTrainedConfig
+    args: Any
+    method: Method
+    dtype: torch.dtype
+    points: Sequence[tuple[int, int]]
+    attention: str | None = None
+    accelerator: bool = True
+    peft_config: Any = None
+    quantization: Any = None
+    world_size: int = 1
+    parallel: str | None = None
+    progress: Callable[[str], None] = lambda message: None
+    simulated: int = 0
+    _ends: dict[tuple[str, int, int], Values] = field(default_factory=dict)
+    _updates: dict[tuple[Any, ...], Update | None] = field(default_factory=dict)
+    _model: Any = None
+
+    def __post_init__(self) -> None:
+        self.depth, period = layer_count(self.config), period_of(self.config)
+        self.depths = (2 * period, 3 * period) if 3 * period < self.depth else (self.depth,)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with quiet():
+            self.meta = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
+        self.tied = bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+        nothing = dict.fromkeys(
+            (*(f"lowmem_{name}" for name in OPTIMIZER_FIELDS), "optim_args", "optim_target_modules")
+        )
+        self.bare = self.args.lowmem_replace(optim=NO_STATES, lowmem_step_in_backward=False, **nothing)
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """The parameters of the whole model."""
+        return shapes_of(self.meta, find_stack(self.meta)[0])
+
+    def ends(self, policy: str, point: int, depth: int) -> Values:
+        """The moments of ENDS in a simulated step without states, of all layers under one policy."""
+        key = policy, point, depth
+        if key not in self._ends:
+            batch, tokens = self.points[point]
+            args = self.bare.lowmem_replace(
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=1,
+                max_length=tokens,
+                **policy_fields(policy),
+            )
+            self._ends[key] = _ends_of(self._simulate(args, depth), depth)
+        return self._ends[key]
+
+    def _simulate(self, args: Any, depth: int) -> list[Moment]:
+        sequences, tokens = self.method.shape(args)
+        self.progress(f"simulating {depth} of {self.depth} layers, {sequences} × {tokens} tokens")
+        self.simulated += 1
+        measured = simulate_step(
+            with_depth(self.config, depth),
+            args,
+            self.method,
+            dtype=self.dtype,
+            attention=self.attention,
+            accelerator=self.accelerator,
+            peft_config=copy.deepcopy(self.peft_config),
+            **({} if self.quantization is None else {"quantization": self.quantization}),
+        )
+        return outline(curve_of(measured), measured.live, measured.start, measured.stack)
+
+    def at(self, policy: str, batch: int, tokens: int) -> Values:
+        """The moments of ENDS in the whole model for any micro-batch: on the line through the two that were simulated,
+        or on the parabola through three."""
+        n, here = [rows * length for rows, length in self.points], batch * tokens
+        weights = [np.prod([(here - other) / (own - other) for other in n if other != own]) for own in n]
+        return np.sum([weight * self._deep(policy, point) for point, weight in enumerate(weights)], axis=0)
+
+    def _deep(self, policy: str, point: int) -> Values:
+        shallow = self.ends(policy, point, self.depths[0])
+        if len(self.depths) == 1:
+            return shallow
+        if len(self.points) > 2:
+            rise = self.ends(policy, point, self.depths[1]) - shallow
+        else:
+            rise = self.ends(policy, 0, self.depths[1]) - self.ends(policy, 0, self.depths[0])
+            rows, others = self.points[point], self.points[0]
+            rise[:, ACTIVATIONS] *= rows[0] * rows[1] / (others[0] * others[1])
+        return shallow + rise * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
+
+    def kept_a_token(self, policy: str) -> float:
+        """Bytes that are kept for backward for one more token."""
+        n = [rows * length for rows, length in self.points]
+        at = ENDS.index((KEPT, "after"))
+        low, high = (self._deep(policy, point)[at, ACTIVATIONS] for point in (0, 1))
+        return max(0.0, (high - low) / (n[1] - n[0]))
+
+    def update(self, choice: Choice) -> Update | None:
+        """None: the rule would be plain Adam's on this model."""
+        key = choice.optim, choice.state, choice.weights
+        if key not in self._updates:
+            ours = choice.optim in OPTIMIZERS
+            self._updates[key] = self._own_update(choice) if ours else self._hf_update(choice)
+        return self._updates[key]
+
+    def _own_update(self, choice: Choice) -> Update | None:
+        args = self.args.lowmem_replace(
+            optim=choice.optim, lowmem_state=choice.state, lowmem_weights=choice.weights, lowmem_step_in_backward=False
+        )
+        spec = args.lowmem_optim_spec()
+        with _as_simulated(self.accelerator):
+            states = count_states(spec, self.meta)
+            if states is None:
+                return None
+            if self._model is None:
+                self._model = self._shallow_model()
+            return Update(states, own_temporaries(spec, self._model, self.fake))
+
+    def _shallow_model(self) -> nn.Module:
+        config = with_depth(self.config, min(self.depth, period_of(self.config)))
+        with self.fake:
+            model = make_model(config, self.dtype, self.attention, *[q for q in [self.quantization] if q is not None])
+            if self.peft_config is not None:
+                from peft import get_peft_model
+
+                model = get_peft_model(model, copy.deepcopy(self.peft_config))
+        return model
+
+    def _hf_update(self, choice: Choice) -> Update:
+        """By the trainer, at two depths."""
+        args = self.args.lowmem_replace(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            max_length=min(SHORT, self.args.max_length),
+            **policy_fields(AS_IS),
+        )
+        found = []
+        for depth in self.depths:
+            moments = self._simulate(args, depth)
+            top = max((m for m in moments if m.phase == "optimizer"), key=lambda m: m.total).values
+            found.append(np.array([top[STATES], top[TEMPORARIES]], dtype=np.float64))
+        values = found[0]
+        if len(self.depths) > 1:
+            values = values + (found[-1] - found[0]) * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
+        return Update(round(values[0]), round(values[1]))
+
+    def need(self, choice: Choice, tokens: int) -> int | None:
+        """Bytes of one device that a combination takes, as `Plan.reserved_bytes`. None: not a choice on this model."""
+        update = self.update(choice)
+        if update is None:
+            return None
+        moments = self._moments(choice, tokens, update)
+        if self.parallel is not None:
+            moments = spread(
+                moments,
+                self.shapes,
+                world=self.world_size,
+                parallel=self.parallel,
+                mixed=self.args.bf16 or self.args.fp16,
+                accumulates=choice.accumulation > 1,
+            )
+        highest = max(m.total + int(m.values[ROUNDING]) for m in moments)
+        return highest + (CUDA_CONTEXT if self.accelerator else 0)
+
+    def _moments(self, choice: Choice, tokens: int, update: Update) -> list[Moment]:
+        trained = [s for s in self.shapes if s.trained]
+        whole = sum(s.nbytes for s in trained)
+        largest = max((s.nbytes for s in trained), default=0)
+        in_layer = max((s.nbytes for s in trained if s.layer is not None), default=0)
+        held = largest if self.tied else 0  # a tied head's gradient waits for the embedding's
+        rows = [(phase, where, 0.0, values) for (phase, where), values in self._mixed(choice, tokens)]
+        made: list[Moment] = []
+        for i, (phase, where, _, values) in enumerate(rows):
+            values = values.copy()
+            passing = values[GRADIENTS] if where == "before" else in_layer if where != "after" else largest
+            values[STATES] = update.states
+            values[INPUTS] *= choice.accumulation
+            if choice.step_in_backward and phase == "backward" and where != "before":
+                values[GRADIENTS] = passing + (held if where != "after" else 0)
+            elif choice.accumulation > 1:
+                values[GRADIENTS] = whole + (passing if phase == "backward" else 0)
+            layer = {"first": 0, "last": self.depth - 1}.get(where)
+            made.append(Moment(i, phase, layer, "", where == "before", np.rint(values).astype(np.int64)))
+        if choice.step_in_backward:  # of the head, when all is still kept; of the embedding, when nothing is
+            end = next(m for m in made if m.phase == KEPT) if not self.tied else made[-1]
+            values = end.values.copy()
+            values[GRADIENTS], values[TEMPORARIES] = largest, values[TEMPORARIES] + update.temporaries
+            made.append(Moment(len(made), "backward", None, "", False, values))
+        else:
+            values = made[0].values.copy()
+            values[ACTIVATIONS], values[GRADIENTS], values[TEMPORARIES] = 0, whole, update.temporaries
+            made.append(Moment(len(made), "optimizer", None, "", False, values))
+        return made
+
+    def _mixed(self, choice: Choice, tokens: int) -> list[tuple[tuple[str, str], NDArray[np.float64]]]:
+        """The moments of ENDS; of a mixture, with the boundary between its two policies."""
+        tiers = layers_by_tier(choice.activations, self.depth)
+        each = {tier: self.at(tier, choice.batch, tokens) for tier in dict.fromkeys(tiers)}
+        if len(each) == 1:
+            return list(zip(ENDS, next(iter(each.values())), strict=True))
+        shares = {tier: tiers.count(tier) / self.depth for tier in each}
+        blend = np.sum([share * each[tier] for tier, share in shares.items()], axis=0)
+        made = []
+        for i, end in enumerate(ENDS):
+            at_layer = {"first": tiers[0], "last": tiers[-1]}.get(end[1])
+            values = np.array(blend[i])
+            if at_layer is not None:  # what this layer does, and what all of them keep
+                values[TEMPORARIES] = each[at_layer][i, TEMPORARIES]
+                if end == ("backward", "last"):
+                    values[ACTIVATIONS] += each[at_layer][i, ACTIVATIONS] - each[at_layer][KEPT_AT, ACTIVATIONS]
+                    values[ACTIVATIONS] -= blend[i, ACTIVATIONS] - blend[KEPT_AT, ACTIVATIONS]
+            made.append((end, values))
+            if end == ("backward", "last"):  # the first layers' turn: what the last ones kept is gone
+                low = each[tiers[0]]
+                inside = tiers.count(tiers[0]) / self.depth
+                first, last = low[ENDS.index(("backward", "first"))], low[i]
+                made.append((("backward", "between"), first + inside * (last - first)))
+        return made
+
+
+KEPT_AT = ENDS.index((KEPT, "after"))
+
+
+def _ends_of(moments: list[Moment], depth: int) -> Values:
+    """The moments of ENDS in the last step of a simulation."""
+    values = np.zeros((len(ENDS), ROUNDING + 1))
+    last = {phase: max(m.mark for m in moments if m.phase == phase) for phase, _ in ENDS}
+    for moment in moments:
+        if moment.phase not in last or moment.mark != last[moment.phase]:
+            continue
+        places = ["before" if moment.before else "after"] if moment.layer is None else []
+        places = ["after"] if moment.phase == KEPT else places
+        places += ["first"] if moment.layer == 0 else []
+        places += ["last"] if moment.layer == depth - 1 else []
+        for place in places:
+            i = ENDS.index((moment.phase, place))
+            if moment.values[:ROUNDING].sum() > values[i, :ROUNDING].sum():
+                values[i] = moment.values
+    return values
+
+
+@contextlib.contextmanager
+def _as_simulated(accelerator: bool) -> Iterator[None]:
+    """What `simulate_step` sets up, for an optimizer without a trainer."""
+    device = as_on_accelerator() if accelerator else contextlib.nullcontext()
+    with quiet(), with_real_constants(), mock.patch.object(nn.Module, "_apply", _apply), device:
+        yield

@@ -1,0 +1,77 @@
+"""What a search tells a person: what was chosen and why, what would have been faster, or that nothing fits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_lowmem.memory import human_bytes
+from hf_lowmem.planner.search.space import Choice
+from hf_lowmem.planner.simulate import Plan
+
+__all__ = ["NothingFits", "describe", "explain"]
+
+# From the docstrings of hf_lowmem.optim: rules that want another learning rate than AdamW's.
+LEARNING_RATES = {
+    "apollo": "apollo takes a learning rate about AdamW's, but its lowmem_scale wants tuning: updates grow with its "
+    "root",
+    "apollo_mini": "apollo_mini multiplies updates by the root of lowmem_scale, 11.3 by default: tune learning_rate × "
+    "11.3, about AdamW's rate to begin with",
+}
+
+
+class NothingFits(ValueError):
+    """No combination is within the budget. chosen, plan: of the smallest; candidates, seconds: of the search."""
+
+    def __init__(self, message: str, *, chosen: dict[str, Any], plan: Plan, candidates: int, seconds: float) -> None:
+        super().__init__(message)
+        self.chosen, self.plan, self.candidates, self.seconds = chosen, plan, candidates, seconds
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """Fields and their values."""
+    return ", ".join(f"{name}={value!r}" for name, value in values.items()) or "the settings as they are"
+
+
+def explain(
+    budget: int,
+    choice: Choice,
+    chosen: Mapping[str, Any],
+    plan: Plan,
+    following: Mapping[str, Any] | None,
+    least: Mapping[str, int],
+    count: int,
+    args: Any,
+    refused: Mapping[str, Exception],
+) -> str:
+    """Sentences, one a line.
+
+    Args:
+        following: the nearest of what was preferred; see `Found.next`.
+        least: the least that each optimizer needs which was preferred and does not fit.
+        count: of combinations.
+        refused: activation policies that are no choice on this model, and why.
+    """
+    lines = [
+        f"Chosen: {describe(chosen)}.",
+        f"It needs {human_bytes(plan.reserved_bytes)} of {human_bytes(budget)}, at its highest in {plan.phase}, and of "
+        f"{count:,} combinations is the fastest that fits, by a cost model of a nominal device, in the order of "
+        "optimizers.",
+    ]
+    for name, size in least.items():
+        lines.append(f"optim={name!r} was preferred, but needs at least {human_bytes(size)}.")
+    if choice.optim != str(getattr(args.optim, "value", args.optim)) and choice.optim in LEARNING_RATES:
+        lines.append(f"learning_rate={args.learning_rate!r} was not changed: {LEARNING_RATES[choice.optim]}.")
+    if "max_grad_norm" in chosen:
+        lines.append(
+            f"max_grad_norm={args.max_grad_norm!r} was set to 0, as step in backward needs; {choice.optim} limits the "
+            "growth of each update by itself."
+        )
+    if following is None:
+        lines.append("Nothing would have been preferred to it.")
+    else:
+        how = "needs" if following["planned"] else "is estimated to need"
+        lines.append(
+            f"Next to be preferred, at {following['time']:.3f} of its time: {describe(following['chosen'])}; it {how} "
+            f"{human_bytes(following['reserved_bytes'])}."
+        )
+    lines += [f"Left out: activations {policy}. {reason}" for policy, reason in refused.items()]
+    return "\n".join(lines)

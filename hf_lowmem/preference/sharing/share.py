@@ -1,0 +1,143 @@
+"""The forward that runs a shared batch: in front of the backbone, behind it, and nothing in between.
+
+`share_prompts` puts an object in the place of the *backbone's* `forward` (LlamaModel's, not LlamaForCausalLM's). With
+the tensors of `layout.KEYS` among its arguments it gathers the shared rows, calls HuggingFace's forward with their
+positions and their mask, and gathers the hidden states back to the plain (2B, T) shape. Whoever called the backbone
+notices nothing: TRL's fused head pairs hidden states with labels as ever, so its log-probabilities, entropies and
+metrics, the reference model's, and the logits for `compute_metrics` all come out in the plain shape.
+
+Why not at the language model's forward, whose output would have to be rearranged: there the fused head gives one
+number a position, and the prompt's last position needs two, one for the first token of each completion.
+
+The mask goes through HuggingFace's mask interface, once a layer type. A token attends to its own pair's prompt and to
+its own branch, no later than itself; a sliding window counts positions, not columns. HuggingFace takes ready masks as
+they are (`generate` hands them over in this way), and never sees that the rows are packed.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from hf_lowmem.preference.sharing.layout import KEYS, PLACES, SEGMENTS, SOURCE
+
+__all__ = ["SharedForward", "backbone_of", "share_prompts", "unshare_prompts"]
+
+
+class Visible:
+    """HuggingFace's mask function: may the query at column q of row b attend to column kv?
+
+    segments, positions: (R, L). window: a token sees so many positions, itself included; None: all.
+
+    By indices alone, as flex_attention and the broadcasting of sdpa and eager masks both want it.
+    """
+
+    def __init__(self, segments: Tensor, positions: Tensor, window: int | None) -> None:
+        self.segments, self.positions, self.window = segments, positions, window
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        here, there = self.segments[b, q], self.segments[b, kv]
+        seen = (here // 3 == there // 3) & ((there % 3 == 0) | (there == here)) & (kv <= q)
+        if self.window is not None:
+            seen = seen & (self.positions[b, kv] > self.positions[b, q] - self.window)
+        return seen
+
+
+def shared_masks(config: Any, segments: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
+    """The mask of a shared batch, or one a layer type, in the form that the config's attention takes.
+
+    The choice between them is that of transformers' `create_masks_for_generate`.
+    """
+
+    def mask(window: int | None) -> Any:
+        return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+            batch_size=segments.shape[0],
+            q_length=segments.shape[1],
+            kv_length=segments.shape[1],
+            mask_function=Visible(segments, positions, window),
+            allow_is_causal_skip=False,
+            dtype=dtype,
+            config=config,
+            device=segments.device,
+        )
+
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if not types:
+        return mask(window)
+    if "sliding_attention" not in types:
+        return mask(None)
+    return {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
+
+
+class SharedForward:
+    """What stands in a backbone's `forward`: an instance attribute, so class, names and state_dict stay as they are.
+
+    An object and not a closure, because it must be copied and pickled with its module. `inner` is an instance attribute
+    that was found there (accelerate's hooks), or None: the class's, found at each call.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.inner: Callable[..., Any] | None = vars(module).get("forward")
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        return self.inner or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        shared = {key: kwargs.pop(key, None) for key in KEYS}
+        if shared[SOURCE] is None:
+            return self.original(*args, **kwargs)
+        plain: Tensor = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]  # (2B, T)
+        source, segments, places = shared[SOURCE], shared[SEGMENTS], shared[PLACES]
+        positions = source % plain.shape[1]  # the plain rows start at position 0
+        module: Any = self.module
+        kwargs["attention_mask"] = shared_masks(module.config, segments, positions, module.dtype)
+        outputs = self.original(plain.take(source), *args[1:], **kwargs | {"position_ids": positions})
+        hidden = outputs.last_hidden_state  # (R, L, H)
+        plainly = hidden.flatten(0, 1).index_select(0, places.flatten().to(hidden.device))
+        outputs.last_hidden_state = plainly.view(*places.shape, -1)  # (2B, T, H)
+        return outputs
+
+
+def backbone_of(model: Any) -> Any:
+    """The decoder without its head, as TRL's fused head finds it; inside PEFT's wrapper, too."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
+
+
+def share_prompts(model: Any) -> None:
+    """Let `model` run the batches of a `SharedPairs` collator in their shared layout. Plain batches run as before.
+
+        check_sharing(model, args)
+        share_prompts(model)                    # and the reference model
+        batch = SharedPairs(collator)(examples)
+        model(**batch, labels=labels, fused_lm_head=True).log_probs             # (2B, T - 1), as without sharing
+
+    The numbers are those of the plain batch up to the rounding of another order of summation; where dropout is active
+    they are not, because the two copies of a prompt would have drawn two masks and now draw one.
+
+    Doing it twice changes nothing. `unshare_prompts(model)` takes it back. `output_hidden_states` and
+    `output_attentions` give the shared layout.
+    """
+    module = backbone_of(model)
+    if not isinstance(vars(module).get("forward"), SharedForward):
+        vars(module)["forward"] = SharedForward(module)
+
+
+def unshare_prompts(model: Any) -> None:
+    """Take `share_prompts` back. Does nothing to another model."""
+    module = backbone_of(model)
+    patch = vars(module).get("forward")
+    if isinstance(patch, SharedForward):
+        del module.forward
+        if patch.inner is not None:
+            module.forward = patch.inner

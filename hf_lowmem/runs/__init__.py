@@ -1,0 +1,15 @@
+"""What a run was, and what it took: written down while it trains, shown as a model card, compared with other runs.
+
+    facts       what is said of a run before it starts: settings, model, data, versions, device
+    record      the run's report as it grows: memory, loss and speed of each training, also over resumptions
+    history     losses and speed, from the rows that a trainer has logged
+    report      lowmem_report.json: written atomically, read with care; or made from a trainer_state.json
+    card        README.md: model_cards/template.md filled in, or its section in a card that somebody else's code made
+    compare     several runs beside each other: a table
+    plot        the same as a picture
+    callback    what a run keeps in memory, counted while it trains
+    skips       updates that were left out: in the log, in warnings, and the end of the run
+    model_card  the card that a trainer writes
+
+A report holds plain values, no tensors, and nothing is unpickled to read one. Whatever is not in it is "not measured".
+"""
