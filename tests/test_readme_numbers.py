@@ -49,9 +49,10 @@ def demo_details() -> list[str]:
     }
     margin = record["against_control"]
     before, asft, control = shown.values()
+    pairs = record["size"]["heldout_pairs"]
     return [
         f"took {record['seconds']:.0f} s after installation on two CPU cores",
-        f"{record['size']['heldout_pairs']} held-out pairs: {before} before, {asft} after ASFT, {control} after the control",
+        f"{pairs} held-out pairs: {before} before, {asft} after ASFT, {control} after the control",
         f"{margin['margin']:+.4f} ± {margin['margin_error']:.4f} nats",
         f"another {record['training'][0]['weights'] / 2**20:.0f} MiB",
     ]
