@@ -62,8 +62,7 @@ def bytes_of_8bit() -> list[str]:
     (then,) = [row for row in records("optimizers_speed.jsonl") if row["setting"] == "adamw 8bit"]
     signed, unsigned = codec_pair("8bit")
     now = (signed.nbytes(2**20, signed=True) + unsigned.nbytes(2**20, signed=False)) / 2**20
-    assert then["commit"]
-    return [f"{then['state_bytes_per_parameter']:.2f} bytes a parameter", f"takes {now:.2f} now"]
+    return [f"{then['state_bytes_per_parameter']:.2f} bytes a parameter", f"{now:.2f} now"]
 
 
 def optimizer_runs() -> list[str]:
@@ -160,7 +159,7 @@ def default_gaps() -> list[str]:
 
 
 FIGURES: dict[str, list[Callable[[], list[str]]]] = {
-    "README.md": [demo_claim],
+    "README.md": [demo_claim, bytes_of_8bit],
     "hf_lowmem/activations/README.md": [sizes_of_activations],
     "hf_lowmem/optim/README.md": [bytes_of_8bit, optimizer_runs, smallest_compressed],
     "hf_lowmem/planner/README.md": [headlines, searches],
@@ -240,15 +239,30 @@ def test_figures_are_those_of_the_records(name: str) -> None:
             assert phrase in text, figure.__name__
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_no_number_is_left_over(name: str) -> None:
-    text = flat(by_hand(READMES[name])).replace("**", "")
+def left_over(name: str, text: str) -> list[str]:
+    """Numbers of a README that are neither computed nor one of CONSTANTS."""
+    text = flat(by_hand(text)).replace("**", "")
     phrases = [flat(by_hand(phrase)) for figure in FIGURES.get(name, ()) for phrase in figure()]
     for phrase in CONSTANTS[name]:
-        assert phrase in flat(re.sub(r"\s*\| ", " | ", text)) or phrase in text, f"{phrase}: no longer there"
+        assert phrase in text, f"{phrase}: no longer there"
     for phrase in sorted([*phrases, *CONSTANTS[name]], key=len, reverse=True):
         text = text.replace(phrase, "")
-    assert NUMBER.findall(text) == []
+    return NUMBER.findall(text)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_no_number_is_left_over(name: str) -> None:
+    assert left_over(name, READMES[name]) == []
+
+
+def test_a_number_that_nobody_has_measured_is_found() -> None:
+    claim = "It is 7.5 times faster, takes 12 GiB, and 1,024 or 3B of `8` values, in fp32 and SmolLM2-135M.\n"
+    assert left_over("integrations/README.md", READMES["integrations/README.md"] + claim) == [
+        "7.5",
+        "12",
+        "1,024",
+        "3B",
+    ]
 
 
 def test_one_byte_a_value() -> None:
