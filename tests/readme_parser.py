@@ -61,7 +61,8 @@ def answer(words: list[str]) -> str:
 
 
 def main() -> None:
-    trl, launch = importlib.import_module("trl"), importlib.import_module("accelerate.commands.launch")
+    trl: Any = importlib.import_module("trl")
+    launch: Any = importlib.import_module("accelerate.commands.launch")
     plain, config = argparse.ArgumentParser.parse_args, trl.TrlParser.parse_args_and_config
 
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:

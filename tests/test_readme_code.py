@@ -277,7 +277,7 @@ def surroundings(tokenizer: Any, model_folder: str) -> dict[str, Any]:
     model = tiny_llama(hidden_size=96, num_hidden_layers=2)  # wider than the ranks of the blocks
     few: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 2}
     printed: list[str] = []
-    loader = torch.utils.data.DataLoader([{k: torch.tensor(v) for k, v in row.items()} for row in token_data(2)])
+    loader = torch.utils.data.DataLoader(token_data(2).with_format("torch"))  # type: ignore[arg-type]
     prompts = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"]})
     return {name: getattr(hf_lowmem, name) for name in hf_lowmem.__all__} | {
         "MODEL": model_folder,
