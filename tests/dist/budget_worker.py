@@ -16,7 +16,7 @@ from tests.planner.real import arguments, small_config
 
 def train(budget: str) -> Any:
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(small_config(num_hidden_layers=2))
+    model: Any = LlamaForCausalLM(small_config(num_hidden_layers=1))
     args = arguments(optim="lion", lowmem_activations="fp8", lowmem_weights="bf16_sr", lowmem_budget=budget)
     rows = torch.randint(3, 500, (8, 48), generator=torch.Generator().manual_seed(1)).tolist()
     data = Dataset.from_dict({"input_ids": rows})

@@ -1,4 +1,4 @@
-"""States over a thousand steps stay beside fp32's. scripts/bench/long_run.py has 20,000 steps and more kinds."""
+"""States over hundreds of steps stay beside fp32's. scripts/bench/long_run.py has 20,000 steps and more kinds."""
 
 import copy
 from typing import Any
@@ -46,7 +46,7 @@ def updates(state: str, beta2: float, grads: list[Tensor], window: int) -> Tenso
     return (total / window).sqrt()
 
 
-@pytest.mark.parametrize(("beta2", "steps"), [(0.95, 200), (0.999, 1000)])
+@pytest.mark.parametrize(("beta2", "steps"), [(0.95, 200), (0.999, 500)])
 def test_the_update_keeps_its_size(beta2: float, steps: int) -> None:
     grads, window = gradients(steps, (24, 64)), steps // 3
     want = updates("fp32", beta2, grads, window)
