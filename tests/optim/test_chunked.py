@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.kernels.spans import CPU_SPAN_PER_THREAD
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, chunked, make_optimizer, slot
-from hf_lowmem.planner.accelerator import with_real_constants
+from hf_lowmem.planner.accelerator import as_with_real_tensors
 from hf_lowmem.planner.search.updates import own_temporaries
 from hf_lowmem.specs import OptimSpec
 
@@ -131,7 +131,7 @@ def test_temporaries_are_those_of_a_part_however_long_the_parameter(
     for length in (4, 8):
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             model = nn.Embedding(length * chunked.CHUNK // 1024, 1024, dtype=torch.bfloat16)
-        with with_real_constants():
+        with as_with_real_tensors():
             taken.append(own_temporaries(OptimSpec(name="adamw", state=codec), model, fake))
     random_bits = 2 * 4 * CPU_SPAN_PER_THREAD  # of one span: the words and a shifted copy
     flags = 16  # of what is finite
