@@ -30,8 +30,8 @@ from hf_lowmem import (
 )
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.optim.base import SMALLEST_COMPRESSED
 from hf_lowmem.optim.lowrank.apollo import ApolloMini
+from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.preference.losses import PairLogps, asft
 from tests.conftest import tiny_llama
 
@@ -201,7 +201,7 @@ class TestReachesTheGroupsOf:
         for group in optimizer.param_groups:
             assert (group["lr"], group["betas"], group.get("eps")) == (5e-3, (0.25, 0.75), eps.get("adam_epsilon"))
             big = [p for p in group["params"] if p.numel() >= SMALLEST_COMPRESSED]
-            assert all({c.name for c in optimizer.codecs(p, group)} == {"fp8"} for p in big)
+            assert all({c.name for c in optimizer.slot(p, group).codecs} == {"fp8"} for p in big)
         assert any(p.numel() >= SMALLEST_COMPRESSED for g in optimizer.param_groups for p in g["params"])
 
     def test_an_eps_that_has_no_effect_is_refused(self, optim: str, tmp_path: Path) -> None:

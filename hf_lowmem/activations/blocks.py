@@ -1,8 +1,6 @@
 """The forwards that a converted model runs: HuggingFace's own, with a tape beside them.
 
-A module is converted by an instance attribute `forward`: its class, its name, its parameters, its hooks and its state
-dict stay what they are; `undo` deletes the attribute. The attribute is an object of a class of this module, no closure,
-so a converted model can be copied and pickled.
+A module is converted by objects that stand in for its forward (hf_lowmem/patching.py says how); `undo` takes them away.
 
     Layer       opens the tape; everything that autograd saves inside goes through it
     Cheap       a norm, an activation, a dropout: replayed in backward
@@ -16,7 +14,6 @@ transform of torch.func, which a warning says once, and in a part of the layer t
 Every forward of ours is eager code, whoever compiles the module, the layer or the model.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +27,7 @@ from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, settings_of
 from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, is_plain, unpack
 from hf_lowmem.kernels.glu import FLOATS, GLU
 from hf_lowmem.kernels.rmsnorm import RMSNORM
+from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
 
 __all__ = [
@@ -41,55 +39,32 @@ __all__ = [
     "Patch",
     "Projection",
     "patches",
-    "put",
     "put_back",
     "take_out",
 ]
 
 
-class Patch:
-    """A callable in the place of `module.forward`. `inner` is an instance attribute that was found there, or None."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.inner: Callable[..., Any] | None = vars(module).get("forward")
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return self.inner or type(self.module).forward.__get__(self.module)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
+class Patch(ForwardPatch):
+    """A forward of the tiers that open a tape."""
 
 
 def patches(model: nn.Module) -> Iterator[Patch | WrappedForward]:
-    """The forwards of ours in a model, outer modules first; of one module the outer forward first."""
+    """The forwards of the tiers in a model, outer modules first; of one module the outer forward first."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        while isinstance(forward, Patch | WrappedForward):
-            yield forward
-            forward = forward.inner
+        yield from (patch for patch in forwards_of(module) if isinstance(patch, Patch | WrappedForward))
 
 
 def take_out(model: nn.Module) -> list[Patch | WrappedForward]:
     """Make a model plain again; what `put_back` needs to undo that."""
     found = list(patches(model))
     for patch in found:
-        if patch.inner is None:
-            del patch.module.forward
-        else:
-            patch.module.forward = patch.inner
+        patch.take_away()
     return found
 
 
 def put_back(found: list[Patch | WrappedForward]) -> None:
     for patch in reversed(found):
-        put(patch)
-
-
-def put(patch: Patch | WrappedForward) -> None:
-    vars(patch.module)["forward"] = patch
+        patch.put()
 
 
 def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

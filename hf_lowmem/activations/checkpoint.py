@@ -35,6 +35,7 @@ from hf_lowmem.activations.aside import reason_to_step_aside, say_once
 from hf_lowmem.activations.detect import routing_of
 from hf_lowmem.activations.formats import check_format, compress, decompress
 from hf_lowmem.activations.state import State
+from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.reasons import NO_CHECKPOINT
 
 __all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
@@ -43,32 +44,18 @@ __all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
 CACHES = ("cache", "cache_params", "layer_past", "past_key_value", "past_key_values")
 
 
-class WrappedForward(ABC):
-    """What stands in a module's `forward`: an instance attribute, so class, names and state_dict stay as they are.
-
-    An object and not a closure, because it must be copied and pickled with its module, and then belong to the copy.
-    nn.DataParallel's replicas, whose attributes are copied without that care, are the exception: use DDP.
-    """
+class WrappedForward(ForwardPatch, ABC):
+    """A whole layer's forward in a tier that compresses without knowing what is inside of it."""
 
     tier = ""
 
     def __init__(self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{self.tier} wraps an nn.Module, not {type(module).__name__}.")
-        if is_wrapped(module):
-            tier = vars(module)["forward"].tier
-            raise ValueError(f"{type(module).__name__} is wrapped already, as {tier}: undo that first.")
-        self.module, self.fmt, self.seeds = module, check_format("fmt", fmt), seeds
-        # Somebody's instance attribute (a patched forward), or None: the class's, found at each call.
-        self.inner: Callable[..., Any] | None = vars(module).get("forward")
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return self.inner or type(self.module).forward.__get__(self.module)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
+        if (other := _wrapped(module)) is not None:
+            raise ValueError(f"{type(module).__name__} is wrapped already, as {other.tier}: undo that first.")
+        super().__init__(module)
+        self.fmt, self.seeds = check_format("fmt", fmt), seeds
 
     def seed(self) -> int | None:
         return None if self.seeds is None else self.seeds()
@@ -98,27 +85,28 @@ class WrappedForward(ABC):
         """The module's forward when a backward pass will follow."""
 
     def install(self) -> Callable[[], None]:
-        self.module.forward = self
+        self.put()
 
         def undo() -> None:
-            now = vars(self.module).get("forward")
-            if now is not self:
-                if now is self.inner:
-                    return  # undone before
+            if self.take_away():
+                return
+            *_, below = (vars(self.module).get("forward"), *(patch.inner for patch in forwards_of(self.module)))
+            if below not in (None, self.inner):  # else it was undone before
                 raise RuntimeError(
-                    f"{type(self.module).__name__}.forward was replaced by {now!r} after it was wrapped as "
+                    f"{type(self.module).__name__}.forward was replaced by {below!r} after it was wrapped as "
                     f"{self.tier}: take that away first."
                 )
-            del self.module.forward
-            if self.inner is not None:
-                self.module.forward = self.inner
 
         return undo
 
 
+def _wrapped(module: nn.Module) -> WrappedForward | None:
+    return next((patch for patch in forwards_of(module) if isinstance(patch, WrappedForward)), None)
+
+
 def is_wrapped(module: nn.Module) -> bool:
     """Whether `wrap_layer` or `wrap_module` has replaced this very module's forward."""
-    return isinstance(vars(module).get("forward"), WrappedForward)
+    return _wrapped(module) is not None
 
 
 class _Checkpointed(WrappedForward):

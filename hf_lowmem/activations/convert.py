@@ -20,7 +20,6 @@ from hf_lowmem.activations.blocks import (
     Patch,
     Projection,
     patches,
-    put,
     put_back,
     take_out,
 )
@@ -187,7 +186,7 @@ def _convert_layer(layer: nn.Module, name: str, tier: str | None, seeds: Seeds |
     if not (parts.attention or parts.mlp):
         return LayerReport(name, None, left={"": "no attention and no MLP recognised: tier 'hooks_fp8' can take it"})
     for patch in _patches_of(layer, name, parts, tier, seeds):
-        put(patch)
+        patch.put()
     again = "recomputed (norms, activations, dropouts)"
     handled = {"attention": len(parts.attention), "mlp": len(parts.mlp), again: len(parts.cheap)}
     return LayerReport(name, tier, handled={k: n for k, n in handled.items() if n}, left=parts.left)

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "changed_in_place", "version_of"]
+from hf_lowmem.patching import version_of
+
+__all__ = ["State"]
 
 _ABSENT = object()
 _VALUES = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
@@ -32,18 +34,6 @@ _MUTABLE = frozenset((*_MAPPINGS, list, set))
 _CONTAINERS = _MUTABLE | {tuple}
 _MERGED = "merged_adapters"
 _KEPT = (Tensor, torch.Generator)
-
-
-def version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def changed_in_place(tensor: Tensor, expected: int) -> RuntimeError:
-    """The error that autograd raises for a saved tensor, which it leaves to hooks to find."""
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {expected} instead."
-    )
 
 
 def _placements(tensor: Tensor) -> Any:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from hf_lowmem.activations.aside import active
 from hf_lowmem.activations.draws import Draws
 from hf_lowmem.activations.formats import FORMATS, Grouped, compress, decompress
-from hf_lowmem.activations.state import State, changed_in_place, version_of
+from hf_lowmem.activations.state import State
+from hf_lowmem.patching import check_version, version_of
 
 __all__ = ["AsIs", "Derived", "Kept", "Replay", "Rerun", "Slot", "Value", "View"]
 
@@ -119,8 +120,7 @@ class AsIs:
         self.version = version_of(self.tensor)
 
     def get(self) -> Tensor:
-        if version_of(self.tensor) != self.version:
-            raise changed_in_place(self.tensor, self.version)
+        check_version(self.tensor, self.version)
         return self.tensor
 
 
@@ -144,8 +144,7 @@ class Kept(Value):
         tensor = self.tensor
         if tensor is None:
             return
-        if version_of(tensor) != self.version:
-            raise changed_in_place(tensor, self.version)
+        check_version(tensor, self.version)
         if self.fmt != "none":
             rows = tensor.detach().permute(self.order).reshape(self.rows)
             self.parts, self.tensor = compress(rows, self.fmt, seed=self.seed), None
@@ -172,8 +171,7 @@ class Kept(Value):
                 return flat.as_strided(self.size, self.stride)
             back = sorted(range(len(self.order)), key=self.order.__getitem__)
             return flat.view([self.size[d] for d in self.order]).permute(back)
-        if version_of(self.tensor) != self.version:
-            raise changed_in_place(self.tensor, self.version)
+        check_version(self.tensor, self.version)
         return self.laid_out(self.tensor)
 
     @property

@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hf_lowmem.demo.runs import Result
-from hf_lowmem.runs.plot import MIB, PARTS, draw_memory
+from hf_lowmem.runs.parts import PARTS
+from hf_lowmem.runs.plot import MIB, draw_memory
 
 RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00")
 
@@ -39,7 +40,7 @@ def _draw_memory(axes: Axes, results: Sequence[Result]) -> None:
             f"state {state:,.0f} MiB",
             ha="center",
             fontsize=8,
-            color=PARTS["optimizer"][1],
+            color=PARTS["optimizer"].colour,
             transform=axes.get_xaxis_transform(),
         )
 

@@ -10,13 +10,7 @@ from rich.table import Table
 
 from hf_lowmem.demo.runs import Result
 from hf_lowmem.demo.score import mean_and_error
-
-PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "saved": "saved activations",
-}
+from hf_lowmem.runs.parts import DRAWN
 
 
 def training_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -25,7 +19,7 @@ def training_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [
         {
             "run": result.name,
-            **{part: result.memory[part] for part in PARTS},
+            **{part: result.memory[part] for part in DRAWN},
             "peak": result.memory["peak"],
             "peak_source": result.memory["peak_source"],
             "train_loss": result.train_loss,
@@ -89,7 +83,7 @@ def _training_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["run"],
-            *(f"{row[part] / 2**20:,.0f}" for part in (*PARTS, "peak")),
+            *(f"{row[part] / 2**20:,.0f}" for part in (*DRAWN, "peak")),
             f"{row['train_loss']:.3f}",
             f"{row['heldout_loss']:.3f}",
             f"{row['relative_speed']:.2f}",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from hf_lowmem.memory.count import human_bytes, storages, tensors_in
+from hf_lowmem.patching import check_version, version_of
 
 __all__ = ["OUTSIDE", "SavedReport", "measure_saved"]
 
@@ -185,7 +186,7 @@ class SavedReport:
                 # close a reference cycle where a node saves its own output. detach() shares storage and
                 # version counter.
                 value = tensor if tensor.is_leaf else tensor.detach()
-                return self._keep(tensor, value, value._version)
+                return self._keep(tensor, value, version_of(value))
             try:
                 value = pack(tensor)
             except Exception:
@@ -199,12 +200,8 @@ class SavedReport:
             if unpack is not None:
                 return unpack(kept.value)
             # With hooks on, autograd leaves out its own check for in-place changes.
-            if kept.value._version != kept.version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace "
-                    f"operation: [{kept.value.type()} {list(kept.value.shape)}] is at version "
-                    f"{kept.value._version}; expected version {kept.version} instead."
-                )
+            if kept.version is not None:
+                check_version(kept.value, kept.version)
             return kept.value
 
         if pack is not None:  # so that `inspect.unwrap` finds whose hook this is

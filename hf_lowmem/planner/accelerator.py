@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import torch.optim.optimizer as torch_optimizer
 from bitsandbytes import functional
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,9 +34,10 @@ from trl.trainer import utils as trl_utils
 
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
-from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim import slot
+from hf_lowmem.planner.four_bit import parameter_like
 
-__all__ = ["as_on_accelerator", "outside_of_modes", "with_real_constants"]
+__all__ = ["as_on_accelerator", "as_with_real_tensors", "outside_of_modes"]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -55,7 +57,7 @@ def as_on_accelerator() -> Iterator[None]:
             patch(chunked_logprob, name, _nothing)
         patch(trl_utils, "_use_triton", lambda device: True)  # scores a copy of the positions that have a label
         patch(spans, "CPU_SPAN_PER_THREAD", spans.ACCELERATOR_SPAN)
-        patch(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+        patch(slot, "reads_are_free", lambda device: False)
         patch(Kernel, "unsupported", lambda self, *args: self.supports(*args))  # as if they were on a GPU with Triton
         stack.enter_context(use_kernels("triton"))
         yield
@@ -71,13 +73,28 @@ def outside_of_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for fake weights, which cannot be swapped: new parameters take their places."""
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in self.modules() if recurse else (self,):
+        for name, p in module._parameters.items():
+            if p is not None:
+                with torch.no_grad():
+                    value = fn(p)
+                if value is not p:
+                    module._parameters[name] = made.setdefault(id(p), parameter_like(p, value))
+        module._buffers |= {name: fn(b) for name, b in module._buffers.items() if b is not None}
+    return self
+
+
 @contextlib.contextmanager
-def with_real_constants() -> Iterator[None]:
-    """Inside a fake mode, make small tables of real values, and let models run as they do with real tensors.
+def as_with_real_tensors() -> Iterator[None]:
+    """Inside a fake mode, make small tables of real values, and let models run and move as they do with real tensors.
 
     Tables are computed by numbers that fake tensors do not have, and outlive the simulation.
     """
     with (
+        mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(DeviceTable, "on", outside_of_modes(DeviceTable.on)),
         mock.patch.object(functional, "create_dynamic_map", outside_of_modes(functional.create_dynamic_map)),
         # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.

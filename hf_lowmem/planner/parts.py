@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from hf_lowmem.planner.step import Measured
 
 # The unit of a caching allocator: torch's on CUDA rounds every block up to it.
 BLOCK = 512
+# The columns of a tile of TRL's fused head, a private constant there; tests/house/test_hosts.py compares the two.
+HEAD_TILE = 32768
 
 __all__ = ["PARTS", "Curve", "curve_of"]
 
@@ -84,7 +85,7 @@ def _parts_of(measured: Measured) -> NDArray[np.int64]:
     part[(phase == "forward") & (deaths > backward_begins)] = PARTS.index("activations")
     for began, ended in live.recomputed:
         part[(births > began) & (births <= ended) & (deaths > ended)] = PARTS.index("activations")
-    part[outside & np.isin(live.widths, (measured.vocabulary, _CHUNKED_LOGPROB_CHUNK_SIZE))] = PARTS.index("logits")
+    part[outside & np.isin(live.widths, (measured.vocabulary, HEAD_TILE))] = PARTS.index("logits")
     for name in ("inputs", "gradients", "states", "weights", "reference"):
         part[list(getattr(measured, name))] = PARTS.index(name)
     return part

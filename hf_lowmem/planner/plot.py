@@ -8,17 +8,13 @@ from hf_lowmem.planner.simulate import Plan
 __all__ = ["draw"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too.
-COLOURS = {
-    "weights": "#999999",
-    "reference": "#666666",
-    "states": "#D55E00",
-    "gradients": "#56B4E9",
-    "inputs": "#000000",
-    "logits": "#CC79A7",
-    "activations": "#009E73",
-    "temporaries": "#F0E442",
-    "communication": "#0072B2",
-}
+COLOURS = dict(
+    zip(
+        PARTS,
+        ("#999999", "#666666", "#D55E00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#F0E442", "#0072B2"),
+        strict=True,
+    )
+)
 GIB = 2**30
 
 

@@ -37,9 +37,9 @@ from trl.trainer import dpo_trainer
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
+from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
 from hf_lowmem.planner.allocations import Live
-from hf_lowmem.planner.four_bit import parameter_like, state_of
+from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
 
@@ -293,20 +293,6 @@ def quiet() -> Iterator[None]:
         torch.set_rng_state(randoms[2])
 
 
-def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` for fake weights, which cannot be swapped: new parameters take their places."""
-    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for module in self.modules() if recurse else (self,):
-        for name, p in module._parameters.items():
-            if p is not None:
-                with torch.no_grad():
-                    value = fn(p)
-                if value is not p:
-                    module._parameters[name] = made.setdefault(id(p), parameter_like(p, value))
-        module._buffers |= {name: fn(b) for name, b in module._buffers.items() if b is not None}
-    return self
-
-
 def simulate_step(
     config: PreTrainedConfig,
     args: Any,
@@ -332,8 +318,7 @@ def simulate_step(
         stack.enter_context(quiet())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         run = weighed_args(args, folder)
-        stack.enter_context(with_real_constants())
-        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(as_with_real_tensors())
         if accelerator:
             stack.enter_context(as_on_accelerator())
         stack.enter_context(mock.patch.object(check, "sharing_error", return_value=(0.0, 0.0)))  # tried by numbers

@@ -3,6 +3,7 @@
     facts       what is said of a run before it starts: settings, model, data, versions, device
     record      the run's report as it grows: memory, loss and speed of each training, also over resumptions
     history     losses and speed, from the rows that a trainer has logged
+    parts       what is measured of a run's memory: labels, colours
     report      lowmem_report.json: written atomically, read with care; or made from a trainer_state.json
     card        README.md: model_cards/template.md filled in, or its section in a card that somebody else's code made
     compare     several runs beside each other: a table

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_lowmem.memory import PeakMemory, gradient_bytes, human_bytes, optimizer_bytes, parameter_bytes
 from hf_lowmem.memory.forward import ForwardSaved
 from hf_lowmem.memory.peak import CUDA_SOURCE
+from hf_lowmem.runs.parts import PARTS
 from hf_lowmem.runs.record import RunRecord
 from hf_lowmem.runs.report import foretold_of
 from hf_lowmem.runs.skips import KEY, add_skipped
@@ -31,13 +32,6 @@ __all__ = ["MemoryReportCallback"]
 
 logger = logging.getLogger(__name__)
 
-ROWS = {
-    "weights": "weights",
-    "trainable": "  of which trained",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "saved": "saved for backward",
-}
 GIB = 2**30
 
 
@@ -247,7 +241,7 @@ class MemoryReportCallback(TrainerCallback):
             self.report["optimizer"] = optimizer_bytes(optimizer)
 
     def _parts(self) -> dict[str, int]:
-        return {name: self.report[name] for name in ROWS if name in self.report}
+        return {name: self.report[name] for name in PARTS if name in self.report}
 
     def _peaks(self) -> dict[str, int]:
         if "peak" not in self.report:
@@ -262,7 +256,11 @@ class MemoryReportCallback(TrainerCallback):
         state.log_history[-1] |= {f"lowmem/{name}": size for name, size in numbers.items()}
 
     def _show(self, rank_zero: bool) -> None:
-        rows = [(label, human_bytes(self.report[name])) for name, label in ROWS.items() if name in self.report]
+        rows = [
+            (part.label if part.drawn else f"  {part.label}", human_bytes(self.report[name]))
+            for name, part in PARTS.items()
+            if name in self.report
+        ]
         if "peak" in self.report:
             rows.append((f"peak ({self.report['peak_source']})", human_bytes(self.report["peak"])))
             rows.append(("  of which since the start", human_bytes(self.report["peak_added"])))

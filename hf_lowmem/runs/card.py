@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import hf_lowmem
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.runs.parts import PARTS
 from hf_lowmem.runs.report import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,6 @@ _SECTION = re.compile(r"<!-- hf_lowmem: section(?: \S+ \S.*?)? -->\n.*?" + re.es
 _DIGEST = re.compile(r"<!-- hf_lowmem: section ([0-9a-f]{16}) ")
 
 # A part as it is measured, and as a plan calls it.
-PARTS = {
-    "weights": ("weights", "weights"),
-    "trainable": ("of which trained", None),
-    "gradients": ("gradients", "gradients"),
-    "optimizer": ("optimizer state", "states"),
-    "saved": ("saved for backward", "activations"),
-}
 
 
 class UsersCard(ValueError):
@@ -189,7 +183,7 @@ def _memory(report: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     foretold = report["foretold"] or {}
     source = measured.get("peak_source")
     parts = foretold.get("parts") or {}
-    rows = [(label, parts.get(name), measured.get(part)) for part, (label, name) in PARTS.items()]
+    rows = [(part.label, parts.get(part.planned), measured.get(name)) for name, part in PARTS.items()]
     rows.append((f"peak ({source})" if source else "peak", foretold.get("peak_bytes"), measured.get("peak")))
     if "peak_added" in measured:
         rows.append(("of which since the start", None, measured["peak_added"]))

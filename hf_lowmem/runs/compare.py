@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowmem.runs.card import MISSING, PARTS, number, safe, size
+from hf_lowmem.runs.card import MISSING, number, safe, size
+from hf_lowmem.runs.parts import PARTS
 
 __all__ = ["compare", "names_of", "table"]
 
@@ -78,8 +79,8 @@ def table(compared: dict[str, Any]) -> str:
         unset = {n: NOT_SET if setting and run["settings_recorded"] else "not recorded" for n, run in runs.items()}
         label = f"`{safe(key)}`" if setting else safe(key)
         rows.append([label, *(unset[name] if v is None else safe(v) for name, v in values.items())])
-    for part, (label, _) in PARTS.items():
-        rows.append([label, *(size(run["memory"][part]) for run in runs.values())])
+    for name, part in PARTS.items():
+        rows.append([part.label, *(size(run["memory"][name]) for run in runs.values())])
     sources = sorted({run["memory"]["peak_source"] for run in runs.values() if run["memory"]["peak_source"]})
     for source in sources or [None]:  # never in one row: they are not to be compared with each other
         mine = [run["memory"] if run["memory"]["peak_source"] == source else {} for run in runs.values()]

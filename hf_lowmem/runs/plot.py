@@ -12,15 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["MIB", "PARTS", "draw", "draw_memory"]
+from hf_lowmem.runs.parts import DRAWN, PARTS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too.
-PARTS = {
-    "weights": ("weights", "#999999"),
-    "gradients": ("gradients", "#56B4E9"),
-    "optimizer": ("optimizer state", "#D55E00"),
-    "saved": ("saved activations", "#009E73"),
-}
+__all__ = ["MIB", "draw", "draw_memory"]
+
+# Okabe and Ito's colours, as those of the parts.
 RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#56B4E9", "#F0E442", "#000000")
 MIB = 2**20
 
@@ -33,9 +29,9 @@ def draw_memory(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> No
     """
     for place, (_, memory) in enumerate(runs):
         bottom = 0.0
-        for part, (_, colour) in PARTS.items():
+        for part in DRAWN:
             size = (memory.get(part) or 0) / MIB
-            axes.bar(place, size, bottom=bottom, color=colour, width=0.62)
+            axes.bar(place, size, bottom=bottom, color=PARTS[part].colour, width=0.62)
             if size > 100:
                 axes.text(place, bottom + size / 2, f"{size:,.0f}", ha="center", va="center", fontsize=8)
             bottom += size
@@ -43,13 +39,13 @@ def draw_memory(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> No
             peak = memory["peak"] / MIB
             axes.hlines(peak, place - 0.38, place + 0.38, colors="black", linewidth=1.6)
             axes.text(place, peak, f"peak {peak:,.0f}", ha="center", va="bottom", fontsize=8)
-    for label, colour in PARTS.values():
-        axes.bar(0, 0, color=colour, label=label)
+    for part in DRAWN:
+        axes.bar(0, 0, color=PARTS[part].colour, label=PARTS[part].drawn)
     sources = sorted({memory["peak_source"] for _, memory in runs if memory.get("peak_source")})
     if sources:
         axes.plot([], [], color="black", linewidth=1.6, label=f"peak ({'; '.join(sources)})")
     highest = max(
-        (max(memory.get("peak") or 0, sum(memory.get(part) or 0 for part in PARTS)) for _, memory in runs), default=0
+        (max(memory.get("peak") or 0, sum(memory.get(part) or 0 for part in DRAWN)) for _, memory in runs), default=0
     )
     axes.set_xticks(range(len(runs)), [name.replace(", ", ",\n") for name, _ in runs], fontsize=8)
     axes.set_ylabel("MiB")

@@ -225,9 +225,13 @@ class LowMemTrainerMixin:
         write_last_card(self, super().create_model_card)  # type: ignore[misc]
         return result
 
-    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *args: Any, **kwargs: Any) -> Any:
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the parent; from a checkpoint at the last step no epoch is left, where the parent trains on."""
-        begin = super()._init_training_state(max_steps, per_epoch, epochs, *args, **kwargs)  # type: ignore[misc]
+        begin = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
         step = self.state.global_step  # type: ignore[attr-defined]
         if step == 0 or step < max_steps:
             return begin
@@ -239,7 +243,7 @@ class LowMemTrainerMixin:
             step,
             max_steps,
         )
-        return epochs, 0
+        return num_train_epochs, 0
 
     def _checked(self, resume: str | bool | None) -> str | bool | None:
         if not resume:

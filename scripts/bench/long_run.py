@@ -77,7 +77,7 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
     """It in fp32, of our optimizers, bitsandbytes' and torchao's."""
     state = optimizer.state[p]
     if isinstance(optimizer, LowMemOptimizer):
-        return optimizer._state_of(p, optimizer.param_groups[0]).load("exp_avg_sq", p)
+        return optimizer.slot(p, optimizer.param_groups[0]).load("exp_avg_sq")
     if "state2" in state:
         from bitsandbytes.functional import dequantize_blockwise
 

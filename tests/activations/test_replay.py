@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from hf_lowmem.activations import convert
-from hf_lowmem.activations.blocks import Block, Cheap, Layer, Projection, put
+from hf_lowmem.activations.blocks import Block, Cheap, Layer, Projection
 from hf_lowmem.activations.checkpoint import wrap_layer
 from hf_lowmem.activations.detect import why_not_cheap
 from hf_lowmem.activations.state import State
@@ -117,8 +117,8 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_random_numbers_are_the_same_ones(part: Callable[[], nn.Module], tier: str) -> None:
     plain, ours = Toy(part()).eval(), Toy(part()).eval()
     if tier == "exact":
-        put(Layer(ours, "toy", "exact", None))
-        put(Cheap(ours.part))  # as if nobody had found out that it is random
+        Layer(ours, "toy", "exact", None).put()
+        Cheap(ours.part).put()  # as if nobody had found out that it is random
     else:
         wrap_layer(ours, "none")
     expected = gradients(plain.train())
@@ -140,8 +140,8 @@ def test_a_conversion_in_eval_mode_sees_what_training_does(part: Callable[[], nn
 def test_a_module_with_a_memory_runs_as_often_as_it_did(tier: str) -> None:
     plain, ours = Toy(Counting()), Toy(Counting())
     if tier == "exact":
-        put(Layer(ours, "toy", "exact", None))
-        put(Cheap(ours.part))
+        Layer(ours, "toy", "exact", None).put()
+        Cheap(ours.part).put()
     else:
         wrap_layer(ours, "none")
     for _ in range(2):
@@ -344,8 +344,8 @@ def test_a_result_changed_in_place_is_not_what_its_module_made() -> None:
             return F.linear(y.double(), self.a.weight.double()).float()
 
     plain, ours = Inside(), Inside()
-    put(Layer(ours, "toy", "exact", None))
-    put(Cheap(ours.norm))
+    Layer(ours, "toy", "exact", None).put()
+    Cheap(ours.norm).put()
     assert equal(gradients(ours), gradients(plain))
 
 
@@ -365,9 +365,9 @@ def test_an_input_changed_in_place_is_not_what_is_run_again() -> None:
             return self.down(y)
 
     plain, ours = Inside(), Inside()
-    put(Block(ours, "mlp"))
-    put(Layer(ours, "toy", "fp8_recompute", None))
-    put(Projection(ours.gate))
+    Block(ours, "mlp").put()
+    Layer(ours, "toy", "fp8_recompute", None).put()
+    Projection(ours.gate).put()
     assert error_of(gradients(ours), gradients(plain)) < LOSSY
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_lowmem.activations.blocks import Block, Cheap, Layer, put
+from hf_lowmem.activations.blocks import Block, Cheap, Layer
 from hf_lowmem.memory import measure_saved
 
 Inside = Callable[["Toy", Tensor], Tensor]
@@ -127,9 +127,9 @@ CASES = [
 def converted(inside: Inside, kind: str | None) -> Toy:
     layer = Toy(inside).train()
     if kind:
-        put(Block(layer, kind))  # below the layer's own patch
-    put(Layer(layer, "toy", "exact", seeds=None))
-    put(Cheap(layer.norm))
+        Block(layer, kind).put()  # below the layer's own patch
+    Layer(layer, "toy", "exact", seeds=None).put()
+    Cheap(layer.norm).put()
     return layer
 
 

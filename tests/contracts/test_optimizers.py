@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowmem.codecs import CODECS, PAIRS, codec_pair
 from hf_lowmem.memory import optimizer_bytes
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer
-from hf_lowmem.optim.base import SMALLEST_COMPRESSED
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer, slot
+from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.state import COUNTS, number
 from tests.conftest import Mixed
 
@@ -139,7 +139,7 @@ def test_state_bytes_are_the_codec_s_promise(name: str, codec: str, mixed: Mixed
         for p in group["params"]:
             small = p.numel() < SMALLEST_COMPRESSED
             pair = codec_pair("fp32" if small else codec)
-            shapes = optimizer.state_shapes(p.shape, group)
+            shapes = {k: s.shape for k, s in optimizer.slot(p, group).states.items() if s.decl.coded}
             stored = sum(
                 v.nbytes
                 for k, v in optimizer.state[p].items()
@@ -242,7 +242,7 @@ def test_the_path_without_a_host_sync_is_the_same(
         model = Mixed()
         optimizer = make(name, codec, model)
         if asynchronous:
-            monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+            monkeypatch.setattr(slot, "reads_are_free", lambda device: False)
         train(model, optimizer, range(when))
         optimizer.zero_grad()
         model.loss().backward()
@@ -261,7 +261,7 @@ def test_the_path_without_a_host_sync_is_the_same(
 )
 def test_no_step_asks_the_device_for_a_number(name: str, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no numbers: `.item()`, `bool(tensor)` or a branch on one raises, refresh or not."""
-    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: False)
     for unsigned in (True, False):  # constant tables are real tensors, made once
         for part in codec_pair(codec):
             part.init(torch.zeros(4), signed=unsigned)

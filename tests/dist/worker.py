@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from hf_lowmem.distributed import local
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import StepInBackward
-from hf_lowmem.optim.base import SMALLEST_COMPRESSED
+from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.state import values_of
 from tests.dist.launch import BETWEEN
 from tests.dist.net import (

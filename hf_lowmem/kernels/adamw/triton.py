@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowmem.kernels.adamw.reference import corrected_lr
+from hf_lowmem.kernels.step.ahead import check_case, step_cases
+from hf_lowmem.kernels.step.cases import PAIRS
 from hf_lowmem.kernels.step.reference import States
-from hf_lowmem.kernels.step.triton import check_case, run_steps, step_cases
-
-# What is compiled ahead of time; every pair of codecs runs.
-PAIRS = [("fp32", "fp32"), ("int8", "int8"), ("fp8_expand", "fp8_expand"), ("int8_softsign", "fp8_expand")]
+from hf_lowmem.kernels.step.triton import run_steps
 
 
 def fp32(x: float) -> float:
@@ -56,5 +55,6 @@ def adamw_step(
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """The variants that are compiled ahead of time; every other pair of codecs runs, too."""
     small, best = PAIRS[0], PAIRS[-1]
     return [check_case(), *step_cases("adamw", PAIRS, [small, best]), *step_cases("family", [best], [])]

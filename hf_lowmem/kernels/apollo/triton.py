@@ -21,8 +21,8 @@ from hf_lowmem.kernels._device import div, fma, load_fp32, sqrt
 from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.exact import seed_keys
-from hf_lowmem.kernels.step.reference import STORES
 from hf_lowmem.kernels.step.triton import load_weight, save_weight
+from hf_lowmem.specs import WEIGHT_STORES
 
 ROWS: tl.constexpr = tl.constexpr(8)
 COLUMNS: tl.constexpr = tl.constexpr(128)
@@ -172,7 +172,8 @@ def apollo_step(
     apollo_kernel[(tiles, param.shape[:-2].numel())](
         param, grad, param if correction is None else correction, sound, s, factor, m, n,
         math.sqrt(scale), -corrected_lr(lr, (beta1, beta2), step), -lr * weight_decay, *seed_keys(seed or 0),
-        **_axes(param.shape, per_channel), STORE=STORES.index(store), num_warps=NUM_WARPS, enable_fp_fusion=False,
+        **_axes(param.shape, per_channel), STORE=WEIGHT_STORES.index(store),
+        num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -190,11 +191,11 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
         cases.append((f"scale of {label}", scale_kernel, norms | strides, block | one, NUM_WARPS))
         reads = {"grad": "*bf16", "s_ptr": "*fp32", "parts": "*fp32"} | sizes | {"tiles": "i32:16"}
         cases.append((f"norm by {label}", norm_kernel, reads, axes, NUM_WARPS))
-        for store in STORES:
+        for store in WEIGHT_STORES:
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
             factors = {"sound_ptr": "*i1", "s_ptr": "*fp32", "factor_ptr": "*fp32"}
             numbers = {"root": "fp32", "step": "fp32", "decay": "fp32", "k0": "i32", "k1": "i32"}
-            constants = axes | {"STORE": STORES.index(store)}
+            constants = axes | {"STORE": WEIGHT_STORES.index(store)}
             signature = weights | factors | sizes | numbers
             cases.append((f"step by {label} {store}", apollo_kernel, signature, constants, NUM_WARPS))
     growth = {"parts": "*fp32", "prev_norm": "*fp32", "factor_ptr": "*fp32", "count": "i32:16"}

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_lowmem.kernels.codecs.triton import NUMBERS
+from hf_lowmem.kernels.step.ahead import step_cases
 from hf_lowmem.kernels.step.reference import States
-from hf_lowmem.kernels.step.triton import run_steps, step_cases
-
-CODECS = ("fp32", "int8", "int8_softsign", "fp8_expand")
+from hf_lowmem.kernels.step.triton import run_steps
 
 
 def lion_step(
@@ -32,4 +32,4 @@ def lion_step(
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    return step_cases("lion", [(codec, codec) for codec in CODECS], [("fp32", "fp32")])
+    return step_cases("lion", [(codec, codec) for codec in NUMBERS], [("fp32", "fp32")])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.codecs.cases import room, values
 from hf_lowmem.kernels.codecs.reference import encode_state
-from hf_lowmem.kernels.step.reference import STORES
+from hf_lowmem.specs import WEIGHT_STORES
 
 PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("fp8_expand", "fp8_expand"), ("int8_softsign", "fp8_expand"))
 # A scalar, an odd size, a matrix with a ragged last block, one of a whole tile.
@@ -61,7 +61,7 @@ def state_seeds(*codecs: str) -> list[int]:
 
 def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:
     """(weights, gradients, store): every store of bf16, and the other dtypes."""
-    for store in STORES:
+    for store in WEIGHT_STORES:
         yield torch.bfloat16, torch.bfloat16, store
     yield torch.float32, torch.float32, "keep"
     yield torch.bfloat16, torch.float32, "bf16_ecc"

@@ -10,8 +10,6 @@ from torch import Tensor
 from hf_lowmem.kernels.codecs.reference import CODECS, decode_state, encode_state
 from hf_lowmem.kernels.codecs.weights import join_24, round_stochastic, split_24
 
-STORES = ("keep", "bf16_sr", "bf16_ecc")
-
 # Squares and sums of a gradient below this stay inside fp32. Anything above is a diverged step, as Inf and NaN are.
 LARGEST_GRADIENT = 1e15
 

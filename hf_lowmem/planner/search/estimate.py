@@ -20,8 +20,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.planner.accelerator import as_on_accelerator, with_real_constants
+from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
 from hf_lowmem.planner.methods import Method
 from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
@@ -41,7 +40,7 @@ from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.search.space import AS_IS, Choice, layers_by_tier, policy_fields
 from hf_lowmem.planner.search.updates import Update, count_states, own_temporaries
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
-from hf_lowmem.planner.step import _apply, quiet, simulate_step
+from hf_lowmem.planner.step import quiet, simulate_step
 from hf_lowmem.specs import OPTIMIZER_FIELDS
 
 __all__ = ["Estimator"]
@@ -52,19 +51,41 @@ WEIGHTS, STATES, GRADIENTS, INPUTS, TEMPORARIES, ACTIVATIONS = (
 NO_STATES = "sgd"  # of HuggingFace: an optimizer that keeps nothing
 SHORT = 64  # tokens of a step of which only the update counts
 
-# The moments at the ends of the model, in the order of a step: phase, and where.
+
+class End(NamedTuple):
+    """A moment at the ends of the model. where: "before" or "after" the layers, or at the "first" or "last" of them."""
+
+    phase: str
+    where: str
+
+
+# In the order of a step. Forward goes from the first layer to the last and backward back again. What a layer keeps is
+# given back when its own backward ends: all is kept from KEPT_ALL until LAST_BACKWARD, nothing after FIRST_BACKWARD.
+KEPT_ALL = End(KEPT, "after")
+LAST_BACKWARD, FIRST_BACKWARD = End("backward", "last"), End("backward", "first")
 ENDS = (
-    ("forward", "before"),
-    ("forward", "first"),
-    ("forward", "last"),
-    ("forward", "after"),
-    (KEPT, "after"),
-    ("backward", "before"),
-    ("backward", "last"),
-    ("backward", "first"),
-    ("backward", "after"),
+    End("forward", "before"),
+    End("forward", "first"),
+    End("forward", "last"),
+    End("forward", "after"),
+    KEPT_ALL,
+    End("backward", "before"),
+    LAST_BACKWARD,
+    FIRST_BACKWARD,
+    End("backward", "after"),
 )
+BETWEEN = End("backward", "between")  # of a mixture: backward goes on to the layers with the first layer's policy
+AT = {end: i for i, end in enumerate(ENDS)}
 Values = NDArray[np.float64]  # (len(ENDS), len(PARTS) + 1) bytes
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Bytes of trained parameters' gradients: of all, of the largest, of the largest in a layer."""
+
+    whole: int
+    largest: int
+    in_layer: int
 
 
 @dataclass
@@ -161,8 +182,7 @@ class Estimator:
     def kept_a_token(self, policy: str) -> float:
         """Bytes that are kept for backward for one more token."""
         n = [rows * length for rows, length in self.points]
-        at = ENDS.index((KEPT, "after"))
-        low, high = (self._deep(policy, point)[at, ACTIVATIONS] for point in (0, 1))
+        low, high = (self._deep(policy, point)[AT[KEPT_ALL], ACTIVATIONS] for point in (0, 1))
         return max(0.0, (high - low) / (n[1] - n[0]))
 
     def update(self, choice: Choice) -> Update | None:
@@ -197,7 +217,7 @@ class Estimator:
         return model
 
     def _hf_update(self, choice: Choice) -> Update:
-        """By the trainer, at two depths."""
+        """The update of an optimizer that is not ours, simulated with the trainer at two depths."""
         args = self.args.lowmem_replace(
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
@@ -232,63 +252,77 @@ class Estimator:
         highest = max(m.total + int(m.values[ROUNDING]) for m in moments)
         return highest + (CUDA_CONTEXT if self.accelerator else 0)
 
-    def _moments(self, choice: Choice, tokens: int, update: Update) -> list[Moment]:
+    @cached_property
+    def gradients(self) -> _Gradients:
         trained = [s for s in self.shapes if s.trained]
-        whole = sum(s.nbytes for s in trained)
-        largest = max((s.nbytes for s in trained), default=0)
-        in_layer = max((s.nbytes for s in trained if s.layer is not None), default=0)
-        held = largest if self.tied else 0  # a tied head's gradient waits for the embedding's
-        rows = [(phase, where, 0.0, values) for (phase, where), values in self._mixed(choice, tokens)]
+        return _Gradients(
+            whole=sum(s.nbytes for s in trained),
+            largest=max((s.nbytes for s in trained), default=0),
+            in_layer=max((s.nbytes for s in trained if s.layer is not None), default=0),
+        )
+
+    def _gradients_at(self, end: End, choice: Choice, simulated: float) -> float:
+        """Bytes of gradients at one moment.
+
+        The simulated step makes all of them in one backward pass and keeps them. Stepping in backward keeps those that
+        are on their way: before the layers what was simulated, at a layer its largest, after them the embedding's. A
+        tied head's waits for the embedding's until that is there. With several micro-batches there are those of all
+        parameters from the passes before, and in backward what is on its way beside.
+        """
+        sizes, (phase, where) = self.gradients, end
+        passing = {"before": simulated, "after": sizes.largest}.get(where, sizes.in_layer)
+        if choice.step_in_backward and phase == "backward" and where != "before":
+            return passing + (sizes.largest if self.tied and where != "after" else 0)
+        if choice.accumulation > 1:
+            return sizes.whole + (passing if phase == "backward" else 0)
+        return simulated
+
+    def _moments(self, choice: Choice, tokens: int, update: Update) -> list[Moment]:
+        """The moments of the passes, each with what a combination has beside the simulated step, and the update's."""
         made: list[Moment] = []
-        for i, (phase, where, _, values) in enumerate(rows):
-            values = values.copy()
-            passing = values[GRADIENTS] if where == "before" else in_layer if where != "after" else largest
+        for i, (end, simulated) in enumerate(self._mixed(choice, tokens)):
+            values = simulated.copy()
             values[STATES] = update.states
             values[INPUTS] *= choice.accumulation
-            if choice.step_in_backward and phase == "backward" and where != "before":
-                values[GRADIENTS] = passing + (held if where != "after" else 0)
-            elif choice.accumulation > 1:
-                values[GRADIENTS] = whole + (passing if phase == "backward" else 0)
-            layer = {"first": 0, "last": self.depth - 1}.get(where)
-            made.append(Moment(i, phase, layer, "", where == "before", np.rint(values).astype(np.int64)))
+            values[GRADIENTS] = self._gradients_at(end, choice, simulated[GRADIENTS])
+            layer = {"first": 0, "last": self.depth - 1}.get(end.where)
+            made.append(Moment(i, end.phase, layer, "", end.where == "before", np.rint(values).astype(np.int64)))
         if choice.step_in_backward:  # of the head, when all is still kept; of the embedding, when nothing is
-            end = next(m for m in made if m.phase == KEPT) if not self.tied else made[-1]
-            values = end.values.copy()
-            values[GRADIENTS], values[TEMPORARIES] = largest, values[TEMPORARIES] + update.temporaries
+            values = (made[-1] if self.tied else next(m for m in made if m.phase == KEPT)).values.copy()
+            values[GRADIENTS], values[TEMPORARIES] = self.gradients.largest, values[TEMPORARIES] + update.temporaries
             made.append(Moment(len(made), "backward", None, "", False, values))
         else:
             values = made[0].values.copy()
-            values[ACTIVATIONS], values[GRADIENTS], values[TEMPORARIES] = 0, whole, update.temporaries
+            values[ACTIVATIONS], values[GRADIENTS], values[TEMPORARIES] = 0, self.gradients.whole, update.temporaries
             made.append(Moment(len(made), "optimizer", None, "", False, values))
         return made
 
-    def _mixed(self, choice: Choice, tokens: int) -> list[tuple[tuple[str, str], NDArray[np.float64]]]:
-        """The moments of ENDS; of a mixture, with the boundary between its two policies."""
+    def _mixed(self, choice: Choice, tokens: int) -> list[tuple[End, Values]]:
+        """The moments of ENDS. Of a mixture, each policy counts by its share of the layers, but what a layer does while
+        it runs is its own policy's; and there is one more moment, BETWEEN."""
         tiers = layers_by_tier(choice.activations, self.depth)
         each = {tier: self.at(tier, choice.batch, tokens) for tier in dict.fromkeys(tiers)}
         if len(each) == 1:
             return list(zip(ENDS, next(iter(each.values())), strict=True))
         shares = {tier: tiers.count(tier) / self.depth for tier in each}
         blend = np.sum([share * each[tier] for tier, share in shares.items()], axis=0)
+        running = {"first": each[tiers[0]], "last": each[tiers[-1]]}
         made = []
         for i, end in enumerate(ENDS):
-            at_layer = {"first": tiers[0], "last": tiers[-1]}.get(end[1])
             values = np.array(blend[i])
-            if at_layer is not None:  # what this layer does, and what all of them keep
-                values[TEMPORARIES] = each[at_layer][i, TEMPORARIES]
-                if end == ("backward", "last"):
-                    values[ACTIVATIONS] += each[at_layer][i, ACTIVATIONS] - each[at_layer][KEPT_AT, ACTIVATIONS]
-                    values[ACTIVATIONS] -= blend[i, ACTIVATIONS] - blend[KEPT_AT, ACTIVATIONS]
+            own = running.get(end.where)
+            if own is not None:
+                values[TEMPORARIES] = own[i, TEMPORARIES]
+            if end == LAST_BACKWARD:  # all is kept, and the last layer computes again what its policy has not kept
+                last = running["last"]
+                values[ACTIVATIONS] += last[i, ACTIVATIONS] - last[AT[KEPT_ALL], ACTIVATIONS]
+                values[ACTIVATIONS] -= blend[i, ACTIVATIONS] - blend[AT[KEPT_ALL], ACTIVATIONS]
             made.append((end, values))
-            if end == ("backward", "last"):  # the first layers' turn: what the last ones kept is gone
-                low = each[tiers[0]]
-                inside = tiers.count(tiers[0]) / self.depth
-                first, last = low[ENDS.index(("backward", "first"))], low[i]
-                made.append((("backward", "between"), first + inside * (last - first)))
+            if end == LAST_BACKWARD:  # the layers with the first one's policy have all of theirs, the others nothing
+                low, share = running["first"], shares[tiers[0]]
+                done = low[AT[FIRST_BACKWARD]]
+                made.append((BETWEEN, done + share * (low[i] - done)))
         return made
-
-
-KEPT_AT = ENDS.index((KEPT, "after"))
 
 
 def _ends_of(moments: list[Moment], depth: int) -> Values:
@@ -303,7 +337,7 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
         places += ["first"] if moment.layer == 0 else []
         places += ["last"] if moment.layer == depth - 1 else []
         for place in places:
-            i = ENDS.index((moment.phase, place))
+            i = AT[End(moment.phase, place)]
             if moment.values[:ROUNDING].sum() > values[i, :ROUNDING].sum():
                 values[i] = moment.values
     return values
@@ -313,5 +347,5 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
 def _as_simulated(accelerator: bool) -> Iterator[None]:
     """What `simulate_step` sets up, for an optimizer without a trainer."""
     device = as_on_accelerator() if accelerator else contextlib.nullcontext()
-    with quiet(), with_real_constants(), mock.patch.object(nn.Module, "_apply", _apply), device:
+    with quiet(), as_with_real_tensors(), device:
         yield

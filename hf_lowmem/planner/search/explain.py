@@ -1,21 +1,15 @@
 """What a search tells a person: what was chosen and why, what would have been faster, or that nothing fits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.search.space import Choice
 from hf_lowmem.planner.simulate import Plan
 
 __all__ = ["NothingFits", "describe", "explain"]
-
-# From the docstrings of hf_lowmem.optim: rules that want another learning rate than AdamW's.
-LEARNING_RATES = {
-    "apollo": "apollo takes a learning rate about AdamW's, but its lowmem_scale wants tuning: updates grow with its "
-    "root",
-    "apollo_mini": "apollo_mini multiplies updates by the root of lowmem_scale, 11.3 by default: tune learning_rate × "
-    "11.3, about AdamW's rate to begin with",
-}
 
 
 class NothingFits(ValueError):
@@ -29,6 +23,17 @@ class NothingFits(ValueError):
 def describe(values: Mapping[str, Any]) -> str:
     """Fields and their values."""
     return ", ".join(f"{name}={value!r}" for name, value in values.items()) or "the settings as they are"
+
+
+def _rate(optim: str) -> str | None:
+    """What to do with the learning rate under a rule that scales its update; None for a rule that does not."""
+    scale = getattr(OPTIMIZERS.get(optim), "DEFAULTS", {}).get("scale")
+    if scale is None:
+        return None
+    return (
+        f"{optim} multiplies updates by the root of lowmem_scale, which is {scale:g} by default: tune learning_rate × "
+        f"{math.sqrt(scale):.3g}, about AdamW's rate to begin with"
+    )
 
 
 def explain(
@@ -58,8 +63,8 @@ def explain(
     ]
     for name, size in least.items():
         lines.append(f"optim={name!r} was preferred, but needs at least {human_bytes(size)}.")
-    if choice.optim != str(getattr(args.optim, "value", args.optim)) and choice.optim in LEARNING_RATES:
-        lines.append(f"learning_rate={args.learning_rate!r} was not changed: {LEARNING_RATES[choice.optim]}.")
+    if choice.optim != str(getattr(args.optim, "value", args.optim)) and (why := _rate(choice.optim)):
+        lines.append(f"learning_rate={args.learning_rate!r} was not changed: {why}.")
     if "max_grad_norm" in chosen:
         lines.append(
             f"max_grad_norm={args.max_grad_norm!r} was set to 0, as step in backward needs; {choice.optim} limits the "

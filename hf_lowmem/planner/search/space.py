@@ -28,7 +28,7 @@ from typing import Any
 
 from hf_lowmem import rules
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.specs import ActivationSpec
+from hf_lowmem.specs import TIERS, WEIGHT_STORES, ActivationSpec
 
 __all__ = ["AS_IS", "CHECKPOINTING", "Choice", "candidates", "layers_by_tier", "policy_fields"]
 
@@ -36,14 +36,15 @@ __all__ = ["AS_IS", "CHECKPOINTING", "Choice", "candidates", "layers_by_tier", "
 AS_IS = "as is"
 CHECKPOINTING = "gradient_checkpointing"
 # From the largest to the smallest; hooks_fp8, for layers that are not recognised, saves too little to be searched.
-TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8")
+SEARCHED_TIERS = tuple(tier for tier in TIERS if tier != "hooks_fp8")
 SHARES = 8  # a mixture changes its tier after so many eighths of the layers
 
 RULES = ("adamw", "apollo", "apollo_mini")
 STATES = ("fp32", "bf16", "8bit", "int4")
 # A 4-bit state errs by 15 to 30 % of an update, an 8-bit one by 1 to 2 % (records/codecs.jsonl).
 COARSE = ("int4",)
-STORES = ("bf16_sr", "bf16_ecc")
+# Rounding to the nearest loses small updates.
+STORES = tuple(store for store in WEIGHT_STORES if store != "keep")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _micro_batches(args: Any) -> list[tuple[int, int]]:
 
 
 def _policies(args: Any) -> Iterator[str]:
-    """Of all layers alike."""
+    """Policies that treat all layers the same."""
     free = {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)) <= args.lowmem_open
     if "lowmem_activations" not in args.lowmem_open:
         yield args.lowmem_activations
@@ -147,14 +148,14 @@ def _policies(args: Any) -> Iterator[str]:
     else:
         yield CHECKPOINTING if args.gradient_checkpointing else AS_IS
     if free or not args.gradient_checkpointing:
-        yield from TIERS
+        yield from SEARCHED_TIERS
 
 
 def _mixtures(found: list[Choice], args: Any, depth: int) -> Iterator[Choice]:
-    """Of two of the policies that are valid for a combination, at eighths of the layers."""
+    """Mixtures of two valid policies; the boundary moves in eighths of the depth."""
     if "lowmem_activations" not in args.lowmem_open:
         return
-    order = (AS_IS, *TIERS)
+    order = (AS_IS, *SEARCHED_TIERS)
     by_rest: dict[Choice, dict[str, Choice]] = {}
     for choice in found:
         by_rest.setdefault(replace(choice, activations=""), {})[choice.activations] = choice
@@ -184,7 +185,7 @@ def _rules(args: Any, bf16_weights: bool) -> Iterator[dict[str, Any]]:
     for i, name in enumerate(names):
         for state, store, steps in product(states, stores, stepping):
             norm = args.max_grad_norm
-            if steps and "max_grad_norm" in free and getattr(OPTIMIZERS[name], "LIMITS", False):
+            if steps and "max_grad_norm" in free and "prev_norm" in OPTIMIZERS[name].STATES:
                 norm = 0.0
             yield {
                 "departure": 1 + 4 * i + (norm != args.max_grad_norm) + 2 * (state in COARSE),

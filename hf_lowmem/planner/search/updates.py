@@ -7,8 +7,7 @@ model of a few layers has as well. torch's foreach AdamW has temporaries of all 
 names are simulated with the trainer at two depths, and lie on the line through them.
 """
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,8 +45,7 @@ def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:
     which finds its states there. A projection is refreshed in it.
     """
     if "update_gap" in OPTIMIZERS[spec.name].DEFAULTS:
-        spec = copy.copy(spec)
-        object.__setattr__(spec, "update_gap", 1)
+        spec = replace(spec, update_gap=1)
     live = Live(invent_numbers=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     with fake, live:

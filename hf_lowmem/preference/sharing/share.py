@@ -14,17 +14,16 @@ its own branch, no later than itself; a sliding window counts positions, not col
 they are (`generate` hands them over in this way), and never sees that the rows are packed.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.preference.sharing.layout import KEYS, PLACES, SEGMENTS, SOURCE
 
-__all__ = ["SharedForward", "backbone_of", "share_prompts", "unshare_prompts"]
+__all__ = ["SharedForward", "backbone_of", "share_prompts", "shares_prompts", "unshare_prompts"]
 
 
 class Visible:
@@ -73,24 +72,8 @@ def shared_masks(config: Any, segments: Tensor, positions: Tensor, dtype: torch.
     return {kind: mask(window if kind == "sliding_attention" else None) for kind in types}
 
 
-class SharedForward:
-    """What stands in a backbone's `forward`: an instance attribute, so class, names and state_dict stay as they are.
-
-    An object and not a closure, because it must be copied and pickled with its module. `inner` is an instance attribute
-    that was found there (accelerate's hooks), or None: the class's, found at each call.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.inner: Callable[..., Any] | None = vars(module).get("forward")
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return self.inner or type(self.module).forward.__get__(self.module)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
+class SharedForward(ForwardPatch):
+    """A backbone's forward, for shared batches and for plain ones."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         shared = {key: kwargs.pop(key, None) for key in KEYS}
@@ -128,16 +111,17 @@ def share_prompts(model: Any) -> None:
     Doing it twice changes nothing. `unshare_prompts(model)` takes it back. `output_hidden_states` and
     `output_attentions` give the shared layout.
     """
-    module = backbone_of(model)
-    if not isinstance(vars(module).get("forward"), SharedForward):
-        vars(module)["forward"] = SharedForward(module)
+    if not shares_prompts(model):
+        SharedForward(backbone_of(model)).put()
 
 
 def unshare_prompts(model: Any) -> None:
     """Take `share_prompts` back. Does nothing to another model."""
-    module = backbone_of(model)
-    patch = vars(module).get("forward")
-    if isinstance(patch, SharedForward):
-        del module.forward
-        if patch.inner is not None:
-            module.forward = patch.inner
+    for patch in list(forwards_of(backbone_of(model))):
+        if isinstance(patch, SharedForward):
+            patch.take_away()
+
+
+def shares_prompts(model: Any) -> bool:
+    """Whether `share_prompts` was called for this model, and not taken back."""
+    return any(isinstance(patch, SharedForward) for patch in forwards_of(backbone_of(model)))

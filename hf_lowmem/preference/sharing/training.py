@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_lowmem.preference.sharing.check import check_sharing
 from hf_lowmem.preference.sharing.layout import SharedPairs
-from hf_lowmem.preference.sharing.share import SharedForward, backbone_of, share_prompts, unshare_prompts
+from hf_lowmem.preference.sharing.share import share_prompts, shares_prompts, unshare_prompts
 
 __all__ = ["share_batches", "sharing"]
 
@@ -54,7 +54,7 @@ def sharing(trainer: Any) -> Iterator[None]:
 
 def _put_on(models: list[Any]) -> list[Any]:
     """Share these models' prompts; those that did not share them before."""
-    plain = [m for m in models if not isinstance(vars(backbone_of(m)).get("forward"), SharedForward)]
+    plain = [m for m in models if not shares_prompts(m)]
     for model in plain:
         share_prompts(model)
     return plain

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.kernels.spans import CPU_SPAN_PER_THREAD
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer, parts
-from hf_lowmem.planner.accelerator import with_real_constants
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, chunked, make_optimizer, slot
+from hf_lowmem.planner.accelerator import as_with_real_tensors
 from hf_lowmem.planner.search.updates import own_temporaries
 from hf_lowmem.specs import OptimSpec
 
@@ -73,19 +73,20 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 def test_parts_give_the_bits_of_the_whole(
     codec: str, name: str, store: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: waits))
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
     whole = bits(*train(name, codec, store, bad=2))
-    monkeypatch.setattr(parts, "PART", SMALL)
+    monkeypatch.setattr(chunked, "CHUNK", SMALL)
     used = []
-    monkeypatch.setattr("hf_lowmem.optim.base.step_parts", lambda *a: (used.append(a[1]), parts.step_parts(*a)))
+    inner = slot.Slot.chunk
+    monkeypatch.setattr(slot.Slot, "chunk", lambda *a: (used.append(a[0].shape), inner(*a))[1])
     assert_same(bits(*train(name, codec, store, bad=2)), whole)
-    assert len(used) == 8  # both parameters in all steps
+    assert len(used) == 4 * (10 + 9)  # chunks of both parameters, in all steps
 
 
 def test_a_bad_gradient_in_one_part_leaves_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART", SMALL)
+    monkeypatch.setattr(chunked, "CHUNK", SMALL)
     for waits in (True, False):
-        monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p, w=waits: w))
+        monkeypatch.setattr(slot, "reads_are_free", lambda device, w=waits: w)
         model, optimizer = train("adamw", "int4", steps=3)
         before = copy.deepcopy(bits(model, optimizer))
         fill(model, 9, bad=True)
@@ -101,7 +102,7 @@ def test_a_bad_gradient_in_one_part_leaves_all_of_them(monkeypatch: pytest.Monke
 def test_parts_round_at_random_each_for_itself_and_resume_to_the_same_bits(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART", SMALL)
+    monkeypatch.setattr(chunked, "CHUNK", SMALL)
     model, optimizer = train(name, "bf16", "bf16_sr")
     with torch.no_grad():
         model.vector.fill_(1.0)
@@ -125,13 +126,13 @@ def test_parts_round_at_random_each_for_itself_and_resume_to_the_same_bits(
 def test_temporaries_are_those_of_a_part_however_long_the_parameter(
     codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART", 1 << 20)
+    monkeypatch.setattr(chunked, "CHUNK", 1 << 20)
     taken = []
     for length in (4, 8):
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            model = nn.Embedding(length * parts.PART // 1024, 1024, dtype=torch.bfloat16)
-        with with_real_constants():
+            model = nn.Embedding(length * chunked.CHUNK // 1024, 1024, dtype=torch.bfloat16)
+        with as_with_real_tensors():
             taken.append(own_temporaries(OptimSpec(name="adamw", state=codec), model, fake))
     random_bits = 2 * 4 * CPU_SPAN_PER_THREAD  # of one span: the words and a shifted copy
     flags = 16  # of what is finite
-    assert taken[0] == taken[1] <= MOST * 4 * parts.PART + random_bits + flags
+    assert taken[0] == taken[1] <= MOST * 4 * chunked.CHUNK + random_bits + flags

@@ -5,8 +5,8 @@ rates long. A NaN in a moment is in the weight after one step, for good. So a st
 is taken over, in parts, as decoding a long one whole would take four bytes a value.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.codecs.rows import RowCodec
 from hf_lowmem.distributed import local
 from hf_lowmem.kernels.codecs.blocks import code_bytes
-from hf_lowmem.optim.parts import PART
-from hf_lowmem.optim.state import BY_ROWS, CORRECTION, COUNTS, WINDOW, number
-
-if TYPE_CHECKING:
-    from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.chunked import CHUNK
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import CORRECTION, COUNTS, Group, State, encoded_in, number
 
 __all__ = ["check_counts", "check_keys", "check_values"]
 
@@ -51,64 +49,51 @@ def check_counts(label: str, raw: dict[str, Any], method: str) -> None:
             )
 
 
-def check_keys(
-    optimizer: "LowMemOptimizer",
-    p: Tensor,
-    group: dict[str, Any],
-    label: str,
-    raw: dict[str, Any],
-    coded: dict[str, Tensor],
-) -> None:
-    """Raise where a tensor of a state is missing, unknown, or of another dtype than it must have.
+def check_keys(slot: Slot, group: Group, label: str, raw: dict[str, Any], states: Mapping[str, State]) -> None:
+    """Raise where a tensor of a state is missing, unknown, or of another dtype or shape than it must have.
 
     Args:
-        coded: the tensors that the moments must be stored in, as they would be allocated; their shapes are checked by
-            who knows the layout.
+        states: those that the parameter must have, in the checkpoint's layout.
     """
-    extra = optimizer.plain_states(p.shape, group)
-    expected = {k: v.dtype for k, v in coded.items()} | dict.fromkeys(extra, torch.float32)
-    if optimizer.store_of(p, group) == "bf16_ecc":
-        expected[CORRECTION] = torch.int8
+    expected: dict[str, Tensor] = {}
+    passing: dict[str, Tensor] = {}
+    for name, state in states.items():
+        (passing if state.decl.passing else expected).update(state.empty(name, "meta"))
+    if slot.store == "bf16_ecc":
+        expected[CORRECTION] = torch.empty(slot.shape, dtype=torch.int8, device="meta")
     found = {k: v for k, v in raw.items() if k not in COUNTS}
     for key in expected.keys() - found.keys():
         raise ValueError(
             f"the checkpoint's state of {label} has no {key!r}: it would begin at zero under a step count of "
             f"{number(raw['step'])}. {REMEDY}"
         )
+    expected |= passing
     for key, value in found.items():
-        dtype = expected.get(key, torch.float32 if key == WINDOW and optimizer.ACCUMULATES else None)
-        if dtype is None:
+        if key not in expected:
             raise ValueError(
-                f"the checkpoint's state of {label} has {key!r}, which {optimizer.name} with state={group['state']!r} "
-                f"does not keep. Build the optimizer {AS_SAVED}."
+                f"the checkpoint's state of {label} has {key!r}, which {group['method']} with "
+                f"state={group['state']!r} does not keep. Build the optimizer {AS_SAVED}."
             )
+        dtype, shape = expected[key].dtype, expected[key].shape
         if not isinstance(value, Tensor) or value.dtype != dtype:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"the checkpoint's state of {label} has {key!r} in {kind}, expected {dtype}: something has converted "
                 f"it, and its values have changed. {REMEDY}"
             )
-        if key in extra and BY_ROWS not in raw and value.shape != extra[key]:
+        if value.shape != shape:
             raise ValueError(
                 f"the checkpoint's state of {label} has {key!r} of shape {tuple(value.shape)}, expected "
-                f"{tuple(extra[key])}. Build the model {AS_SAVED}."
+                f"{tuple(shape)}. Build the model {AS_SAVED}."
             )
 
 
-def check_values(label: str, raw: dict[str, Any], moments: dict[str, tuple[StateCodec, bool]]) -> None:
-    """Raise where a state holds a NaN or an Inf, or a negative value where none can be.
-
-    Args:
-        moments: of each coded state its codec, and whether it is signed.
-    """
-    for name, (codec, signed) in moments.items():
-        found = {k: local(v) for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
-        encoded = {k.removeprefix(name).removeprefix(".") or "data": v for k, v in found.items()}
-        for part in _parts(codec, encoded):
-            _check(label, name, part, signed)
-    for key, value in raw.items():
-        if key.split(".")[0] not in moments and isinstance(value, Tensor) and value.is_floating_point():
-            _check(label, key, local(value), key != "prev_norm")
+def check_values(label: str, raw: dict[str, Any], states: Mapping[str, State]) -> None:
+    """Raise where a state holds a NaN or an Inf, or a negative value where none can be."""
+    for name, state in states.items():
+        encoded = {k: local(v) for k, v in encoded_in(raw, name).items()}
+        for part in _parts(state.codec, encoded) if encoded else ():
+            _check(label, name, part, state.decl.signed)
 
 
 def _check(label: str, name: str, values: Tensor, signed: bool) -> None:
@@ -133,13 +118,13 @@ def _parts(codec: StateCodec, encoded: dict[str, Tensor]) -> Iterator[Tensor]:
     yield from (v for v in scalars.values() if v.is_floating_point())
     codes = encoded["codes"]
     if isinstance(codec, RowCodec):
-        step = max(1, PART // max(codec.length, 1))
+        step = max(1, CHUNK // max(codec.length, 1))
         for start in range(0, codes.shape[0], step):
             part = {k: v[start : start + step] for k, v in encoded.items()}
             yield codec.decode(part, torch.Size([part["codes"].shape[0], codec.length]))
         return
     assert isinstance(codec, BlockCodec)
-    size, flat = PART - PART % codec.block, codes.view(-1)
+    size, flat = CHUNK - CHUNK % codec.block, codes.view(-1)
     count = flat.numel() * 8 // codec.bits
     for start in range(0, count, size):
         stop = min(start + size, count)

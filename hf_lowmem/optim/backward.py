@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.method import METHODS
 
 
 class StepInBackward:
@@ -104,7 +105,7 @@ class StepInBackward:
             self._count(p)
             self.optimizer.step_param(p, group)
             p.grad = None
-        elif self.optimizer.fold_param(p, group):
+        elif self.optimizer.accumulate_param(p, group):
             p.grad = None
 
     @torch.no_grad()
@@ -147,10 +148,8 @@ def _remove_all(hooks: list[Any]) -> None:
 
 
 def accumulation_refused(setting: str, name: str) -> str:
-    """Why a method cannot add up gradients that it frees."""
-    from hf_lowmem.optim import OPTIMIZERS
-
-    able = [n for n, cls in OPTIMIZERS.items() if cls.ACCUMULATES]
+    """The reason why a method cannot add up gradients that it frees, with the remedy."""
+    able = [n for n, cls in METHODS.items() if cls.ACCUMULATES]
     return (
         f"{setting} with step in backward: {name!r} needs whole gradients, which are freed in each backward pass. "
         "Set gradient_accumulation_steps=1 with a larger batch, or choose a method that adds up projections: "
