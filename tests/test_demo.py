@@ -253,6 +253,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.train
 def test_demo_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     """The whole demo on a tiny model, in the demo's own processes: what it writes agrees with itself."""
     assert cli.main(["demo", "--quick", "--model", str(tiny_model), "--output_dir", str(tmp_path)]) == 0

@@ -135,6 +135,7 @@ def weights_at(folder: str | Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
 
 
+@pytest.mark.train
 def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str], tmp_path: Path) -> None:
     """A preference stage that hardly moves ends where the SFT stage ended, not where the model began."""
     model, data = model_and_data
@@ -153,6 +154,7 @@ def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str
     assert margin == 0  # the reference is the SFT stage's result
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules=["q_proj"])], ids=["all weights", "adapters"])
 def test_the_sft_stage_leaves_nothing_in_memory(
     peft: Any,
@@ -181,6 +183,7 @@ def test_the_sft_stage_leaves_nothing_in_memory(
     assert changed == (set(before) if peft is None else {n for n in before if "q_proj" in n})
 
 
+@pytest.mark.train
 def test_adapters_of_the_second_stage_are_new(model_and_data: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
     """Without its adapter the policy is the SFT stage's result, which is DPO's reference."""
     peft, args = LoraConfig(r=4, target_modules=["q_proj"]), stage_arguments(tmp_path / "out")

@@ -77,6 +77,7 @@ def test_card_with_a_plan_from_a_file(two: tuple[Path, Path], tmp_path: Path) ->
     assert "| part | foretold | measured |" in (two[0] / "README.md").read_text(), "the report keeps it"
 
 
+@pytest.mark.train
 def test_a_run_is_planned_with_its_own_settings(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
     seen: dict[str, Any] = {}
 
@@ -241,6 +242,7 @@ def test_a_run_without_settings_differs_in_none(tmp_path: Path) -> None:
     assert compared["runs"]["b"]["results"]["last_loss"] == 2.0
 
 
+@pytest.mark.train
 def test_real_runs_beside_each_other(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     sft(a, tokenizer, max_steps=1).train()
@@ -272,6 +274,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert names_of([tmp_path / "x"]) == ["x"]
 
 
+@pytest.mark.train
 def test_help_is_fast_and_names_the_commands() -> None:
     script = (
         "import sys\nfrom hf_lowmem.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"

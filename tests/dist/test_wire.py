@@ -73,6 +73,7 @@ def check(rows: list[dict[str, Any]], wire: Any) -> None:
     assert tall["step"] == PARAMETERS["tall"] * (NORM + 1)
 
 
+@pytest.mark.train
 @pytest.mark.dist
 def test_bytes_over_the_wire(wire: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "wire.jsonl"

@@ -176,12 +176,14 @@ def _loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.train
 def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = _loaded("import hf_lowmem")
     assert "hf_lowmem" in loaded
     assert not loaded & {"torch", "triton", "bitsandbytes", "trl", "transformers"}
 
 
+@pytest.mark.train
 def test_the_optimizers_need_no_trl_and_no_transformers() -> None:
     loaded = _loaded("from hf_lowmem import make_optimizer\nimport hf_lowmem.preference.losses, hf_lowmem.memory")
     assert "torch" in loaded

@@ -199,6 +199,7 @@ def run(args: LowMemTrainingArguments, resume: str | None = None) -> tuple[Any, 
     return trainer, [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", ["apollo", "galore"])
 def test_in_a_trainer_it_is_the_same_run(name: str, tmp_path: Any) -> None:
     """Same weights, same schedule, same logged norms."""
@@ -209,6 +210,7 @@ def test_in_a_trainer_it_is_the_same_run(name: str, tmp_path: Any) -> None:
     assert len(set(norms)) == 6
 
 
+@pytest.mark.train
 def test_in_a_trainer_a_killed_run_resumes_to_the_same_bits(tmp_path: Any) -> None:
     common = {"optim": "galore", "lowmem_step_in_backward": True, "gradient_accumulation_steps": 2, "max_steps": 8}
     whole, _ = run(settings(tmp_path / "whole", **common))
@@ -217,6 +219,7 @@ def test_in_a_trainer_a_killed_run_resumes_to_the_same_bits(tmp_path: Any) -> No
     assert all(torch.equal(p, q) for p, q in zip(weights(whole.model), weights(again.model), strict=True))
 
 
+@pytest.mark.train
 def test_in_a_trainer_accumulation_is_that_of_whole_gradients(tmp_path: Any) -> None:
     """Up to fp32's rounding of sums while the basis is one and the same: with `random` it comes from a seed."""
     common = {

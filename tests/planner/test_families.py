@@ -64,12 +64,14 @@ def test_foretold_parts_and_peak_are_those_of_a_real_step(name: str, dtype: torc
     assert abs(foretold.peak_bytes - real.peak) <= PEAK_WITHIN * real.peak
 
 
+@pytest.mark.train
 def test_experts_that_are_looped_over_are_refused_by_operation_and_module() -> None:
     args = arguments(model_init_kwargs={"experts_implementation": "eager"})
     with pytest.raises(CannotSimulate, match=r"aten\.nonzero.* in module 'model\.layers\.0\.mlp\.experts'"):
         plan(Qwen3MoeConfig(**FAMILIES["Qwen3MoeConfig"]), args, dtype="bfloat16")
 
 
+@pytest.mark.train
 def test_gathered_experts_take_a_copy_of_their_weights_a_token() -> None:
     config = config_of("Qwen3MoeConfig")
     grouped, gathered = (
@@ -81,6 +83,7 @@ def test_gathered_experts_take_a_copy_of_their_weights_a_token() -> None:
     assert gathered.saved_bytes > copies > grouped.saved_bytes
 
 
+@pytest.mark.train
 def test_what_model_init_kwargs_changes_of_a_config_is_planned() -> None:
     config = config_of("Olmo2Config")
     made = plan(config, arguments(model_init_kwargs={"num_hidden_layers": 1}), dtype="bfloat16")
@@ -119,6 +122,7 @@ class OddForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.train
 def test_custom_code_is_run_if_trusted_and_refused_by_operation_and_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def within(foretold: int, measured: int, tolerance: float) -> bool:
     return abs(foretold - measured) <= tolerance * measured
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("shape", "dtype", "settings", "kind", "nested"),
     [
@@ -82,6 +83,7 @@ def test_a_deep_model_is_foretold_from_shallow_ones_to_the_byte() -> None:
     assert made.settings["parameters"] - made.settings["trained"] == 2 * 512 * 64 + 64 + 8 * (43_008 - 12_288 + 128)
 
 
+@pytest.mark.train
 def test_a_model_whose_config_names_four_bits_is_planned_in_four_bits() -> None:
     config = small_config(num_hidden_layers=1)
     given = plan(

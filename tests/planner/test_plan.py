@@ -38,6 +38,7 @@ def eight_billion(implementation: str, layers: int) -> Plan:
     return plan(config, args, dtype="bfloat16", implementation=implementation)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("implementation", "layers"),
     [
@@ -77,6 +78,7 @@ def states() -> tuple[Any, ...]:
     return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
+@pytest.mark.train
 def test_nothing_is_left_behind() -> None:
     args = arguments()
     transformers.set_seed(3)
@@ -92,6 +94,7 @@ def test_nothing_is_left_behind() -> None:
     assert torch.nn.Linear(2, 2).to(torch.bfloat16).weight.tolist()  # real tensors, cast as ever
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("setting", "smaller"),
     [
@@ -114,6 +117,7 @@ def test_what_saves_memory_is_foretold_to(setting: dict[str, Any], smaller: dict
     assert full.peak_bytes > less.peak_bytes
 
 
+@pytest.mark.train
 def test_micro_batches_that_are_fetched_ahead_are_inputs() -> None:
     config = small_config(num_hidden_layers=2)
     two, nine = (plan(config, arguments(gradient_accumulation_steps=n), dtype="bfloat16") for n in (2, 9))

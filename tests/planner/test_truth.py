@@ -10,6 +10,8 @@ from hf_lowmem.planner import plan
 from hf_lowmem.training.dpo import LowMemDPOConfig
 from tests.planner.real import arguments, measure, small_config
 
+pytestmark = pytest.mark.train
+
 # Of the hooks' count and of the allocator's. The step's own tensors are exact; what is left is what the planner does
 # not see (memory that an operator takes and gives back inside) and what the hooks do not (tensors held by closures).
 PARTS_WITHIN, PEAK_WITHIN = 0.01, 0.03
