@@ -60,7 +60,7 @@ def test_the_comparison_with_cuda_runs_at_toy_size_and_goes_on_where_it_stopped(
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     assert len(rows) == len(done.stdout.splitlines()) == 3
-    assert all(-0.01 <= row["foretold"] / row["measured"] - 1 <= 0.03 for row in rows)
+    assert all(-0.01 <= row["predicted"] / row["measured"] - 1 <= 0.03 for row in rows)
     again = run("plan_vs_cuda.py", "--toy", "--record", str(record))
     assert (again.returncode, again.stdout) == (0, "")
 

@@ -67,7 +67,7 @@ def check(rows: list[dict[str, Any]], wire: Any) -> None:
     found = {(row["case"], row["method"]): row for row in rows}
     assert found["layers", "apollo"]["ratio"] <= 1.07
     assert found["layers", "adamw"]["ratio"] <= 1.0001
-    # One number a matrix, beside the byte of each that says whether its gradient is sound; no more calls than that.
+    # One number a matrix, beside the byte of each that says whether its gradient is finite; no more calls than that.
     tall = found["tall", "apollo"]
     assert tall["calls"] == {"all_reduce": PARAMETERS["tall"] + 1}
     assert tall["step"] == PARAMETERS["tall"] * (NORM + 1)
