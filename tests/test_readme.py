@@ -22,9 +22,8 @@ RECORDS = ROOT / "scripts" / "bench" / "records"
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module that makes README's tables; scripts/bench is no package, a user runs its scripts from there."""
-    monkeypatch.syspath_prepend(str(RECORDS.parent))
+def made() -> Any:
+    """The module that makes README's tables."""
     return importlib.import_module("_readme")
 
 

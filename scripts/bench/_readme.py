@@ -1,24 +1,16 @@
 """README's tables, made from the records. tests/test_readme.py holds README to them."""
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-import _quality
-import _report
-import _schedule
-from _settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
-
 from hf_lowmem.specs import TIERS
+from parts.optimizers import quality as _quality
+from parts.optimizers import report as _report
+from parts.optimizers import schedule as _schedule
+from parts.optimizers.settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
+from parts.record import RECORDS, Rows
 
-Rows = list[dict[str, Any]]
-RECORDS = Path(__file__).parent / "records"
 COLUMNS = ("bf16", "int8", "int8_softsign", "fp8", "fp8_expand", "8bit", "int8,fp8_expand", "int4")
-
-
-def records(name: str) -> Rows:
-    return [json.loads(line) for line in (RECORDS / name).read_text().splitlines()]
 
 
 def scores() -> _report.Scores:
