@@ -15,20 +15,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli.py; rea
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from parts.activations import kept, peaks, trained
 from parts.activations.report import draw, tables
-from parts.record import RECORDS, of_part, provenance, read_rows, write_rows
+from parts.record import RECORDS, Row, Rows, of_part, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "activations.jsonl"
 
-PARTS: dict[str, Callable[[bool, list[dict[str, Any]]], Any]] = {
+PARTS: dict[str, Callable[[bool, Rows], Iterator[Row]]] = {
     "bytes": kept.bytes_rows,
     "error": trained.error_rows,
     "time": kept.time_rows,

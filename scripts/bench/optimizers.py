@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("speed", "quality", "long", "report"), required=True)
     parser.add_argument("--record", type=Path, default=RECORDS / "optimizers.jsonl", help="quality runs")
-    parser.add_argument("--speed-record", type=Path, default=RECORDS / "optimizerssteps.jsonl")
+    parser.add_argument("--speed-record", type=Path, default=RECORDS / "optimizers_speed.jsonl")
     parser.add_argument("--plot", type=Path, default=RECORDS / "optimizers.png", help="written by --part report")
     parser.add_argument("--device", default="cpu", help="of --part speed")
     parser.add_argument("--only", nargs="*", help="names of settings, or methods (default: all)")

@@ -19,22 +19,19 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from parts.record import RECORDS, of_part, provenance, read_rows, write_rows
+from parts.record import RECORDS, Row, Rows, of_part, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "preference.jsonl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_lowmem" / "bench"
 PARTS = ("memory", "time", "sharing", "collapse", "cosmosqa")
 RESUMED = ("collapse", "cosmosqa")
 
-Row = dict[str, Any]
 
-
-def rows_of(part: str, smoke: bool, old: list[Row], cache: Path) -> Iterator[Row]:
+def rows_of(part: str, smoke: bool, old: Rows, cache: Path) -> Iterator[Row]:
     """What `part` yields; each is imported when it is asked for, as some take seconds to import."""
     if part == "memory":
         from parts.preference.memory import rows

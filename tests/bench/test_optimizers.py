@@ -59,6 +59,13 @@ def test_the_same_command_goes_on_where_the_record_stops(tmp_path: Path, capsys:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_shows_both_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert optimizers.main(["--part", "report", "--plot", str(tmp_path / "plot.png")]) == 0
+    shown = capsys.readouterr().out
+    for title in ("Learning rates", "Codecs, against", "Projections", "bf16 weights", "Control", "Step, on", "Refresh"):
+        assert f"### {title}" in shown
+
+
 def test_a_spent_budget_starts_no_run(tmp_path: Path) -> None:
     record = tmp_path / "optimizers.jsonl"
     flags = ["--part", "quality", "--smoke", "--only", "adamw fp32", "--record", str(record), "--budget-minutes", "0"]

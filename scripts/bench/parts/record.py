@@ -14,6 +14,7 @@ __all__ = [
     "PACKAGES",
     "RECORDS",
     "ROOT",
+    "Row",
     "Rows",
     "append_row",
     "commit",
@@ -25,7 +26,8 @@ __all__ = [
     "write_rows",
 ]
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 ROOT = Path(__file__).parents[3]
 RECORDS = ROOT / "scripts" / "bench" / "records"
@@ -37,7 +39,7 @@ def commit() -> str | None:
     return commit_of(ROOT, but="scripts/bench/records")
 
 
-def provenance(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+def provenance(packages: Sequence[str] = PACKAGES) -> Row:
     """Device, versions and commit: what every row says beside its figures."""
     return {"device": device_name(), "versions": versions_of(packages), "commit": commit()}
 
@@ -47,13 +49,13 @@ def read_rows(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a record anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: Row) -> None:
     """Add one row. Raises ValueError for a number that is not finite: JSON has none, and a row once added stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, allow_nan=False) + "\n"

@@ -16,6 +16,7 @@ from hf_lowmem.activations import undo
 from hf_lowmem.memory import measure_saved
 from hf_lowmem.specs import TIERS
 from parts.activations.models import HIDDEN, SHAPES, TOKENS, build, lora, prepared
+from parts.record import Row, Rows
 
 BUDGETS = (1.0, 0.5, 0.25)  # of torch.compile's partitioner: 1 keeps all that recomputing would cost anything
 
@@ -46,7 +47,7 @@ def kept_by(way: str, family: str, shape: dict[str, Any], hidden: int, tokens: i
     return found[1] - found[0]
 
 
-def bytes_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def bytes_rows(smoke: bool, old: Rows) -> Iterator[Row]:
     hidden, tokens = (64, 64) if smoke else (HIDDEN, TOKENS)
     names = ["Llama-3-8B"] if smoke else [*SHAPES]
     for name in names:
@@ -61,7 +62,7 @@ def bytes_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any
     yield {"case": "Llama-3-8B", "way": "TRL activation_offloading", "units": None, "why": "needs a CUDA device"}
 
 
-def time_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def time_rows(smoke: bool, old: Rows) -> Iterator[Row]:
     """Forward and backward of a whole model, as ratios to HuggingFace's; interleaved, medians."""
     hidden, tokens, repeats = (64, 64, 2) if smoke else (HIDDEN, TOKENS, 9)
     family, shape = SHAPES["Llama-3-8B"]

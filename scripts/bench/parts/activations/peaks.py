@@ -12,12 +12,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from hf_lowmem.kernels import spans
 from hf_lowmem.specs import TIERS
 from parts.activations.models import prepared
+from parts.record import Row, Rows
 from parts.tracked import total
 
 PEAK_TOKENS = (2048, 16384)
 
 
-def peak_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def peak_rows(smoke: bool, old: Rows) -> Iterator[Row]:
     """A step of a bf16 Llama-3-8B under FakeTensorMode: nothing is allocated, every tensor is counted."""
     layers, lengths = (2, (64,)) if smoke else (32, PEAK_TOKENS)
     spans.CPU_SPAN_PER_THREAD = spans.ACCELERATOR_SPAN  # fake CPU tensors stand for a device's
@@ -27,7 +28,7 @@ def peak_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]
                 yield peak_row(way, layers, tokens, smoke, freed)
 
 
-def peak_row(way: str, layers: int, tokens: int, smoke: bool, freed: bool) -> dict[str, Any]:
+def peak_row(way: str, layers: int, tokens: int, smoke: bool, freed: bool) -> Row:
     began = time.perf_counter()
     peak, at_end = weigh(way, layers, tokens, smoke, freed)
     return {

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_lowmem.specs import TIERS
 from parts.activations.models import prepared
+from parts.record import Row, Rows
 from parts.small_llama import SIZE, SMOKE, batches, build_model, clip_, heldout_loss, rate_at
 
 SIZE_5M = SIZE | {
@@ -35,7 +36,7 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> tuple[float, dict[str, tor
     return loss.item(), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def error_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def error_rows(smoke: bool, old: Rows) -> Iterator[Row]:
     """Relative error of each parameter's gradient against float64, as a norm, on text: worst and median parameter."""
     size = SMOKE_5M if smoke else SIZE_5M
     plain = build_model(size, 0, bf16=False)
@@ -67,7 +68,7 @@ def error_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any
         }
 
 
-def loss_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def loss_rows(smoke: bool, old: Rows) -> Iterator[Row]:
     """Train a Llama of five million parameters with AdamW, from the same weights on the same text."""
     size = SMOKE_5M if smoke else SIZE_5M
     done = {(row["way"], row["seed"]) for row in old if row["size"] == size}
@@ -77,7 +78,7 @@ def loss_rows(smoke: bool, old: list[dict[str, Any]]) -> Iterator[dict[str, Any]
                 yield loss_row(way, seed, size)
 
 
-def loss_row(way: str, seed: int, size: dict[str, Any]) -> dict[str, Any]:
+def loss_row(way: str, seed: int, size: dict[str, Any]) -> Row:
     model = prepared(way, build_model(size, seed, bf16=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=size["weight_decay"], fused=True)
     forward: Callable[[torch.Tensor], torch.Tensor] = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731

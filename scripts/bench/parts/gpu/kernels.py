@@ -6,7 +6,6 @@ The reference's time is that of the same torch operators on the device, what one
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -14,9 +13,10 @@ from hf_lowmem.kernels import KERNELS, use_kernels
 from hf_lowmem.kernels.compare import difference
 from hf_lowmem.kernels.large import FFN, HIDDEN, TOKENS, bytes_moved, large
 from parts.gpu.timing import copy_bandwidth, free, seconds_of
+from parts.record import Row
 
 
-def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[Row]:
     for name, kernel in KERNELS.items():
         cases = list(kernel.cases())
         if toy:
@@ -27,7 +27,7 @@ def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterat
     yield {"kernel": "device copy", "case": "1 GiB", "bandwidth": roof}
     sizes = (3, 40, 96) if toy else (TOKENS, HIDDEN, FFN)
     for (name, case), make in large(*sizes).items():
-        row: dict[str, Any] = {"kernel": name, "case": f"{case} {sizes}"}
+        row: Row = {"kernel": name, "case": f"{case} {sizes}"}
         if not in_time():
             yield row | {"note": "left out: no time"}
             continue

@@ -16,6 +16,7 @@ from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import make_optimizer
 from parts.gpu.timing import copy_bandwidth, free, peak_bytes, seconds_of
 from parts.peers import PEERS, REFERENCE, Peer
+from parts.record import Row
 
 RATE = 1e-6
 SIZE = {"width": 2048, "inner": 8192, "layers": 15, "vocabulary": 128256}
@@ -74,7 +75,7 @@ def build_ours(spec: dict[str, Any]) -> Callable[[nn.Module], Optimizer]:
     return lambda model: make_optimizer(model=model, lr=RATE, **spec)
 
 
-def measure(build: Callable[[nn.Module], Optimizer], size: dict[str, int], device: torch.device) -> dict[str, Any]:
+def measure(build: Callable[[nn.Module], Optimizer], size: dict[str, int], device: torch.device) -> Row:
     free(device)
     model = Weights(size, device)
     optimizer = build(model)
@@ -97,7 +98,7 @@ def measure(build: Callable[[nn.Module], Optimizer], size: dict[str, int], devic
     }
 
 
-def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[Row]:
     roof = copy_bandwidth(device, 1 << (16 if toy else 30))
     yield {"setting": "device copy", "bandwidth": roof}
     base: float | None = None

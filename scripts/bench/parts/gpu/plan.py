@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from parts.gpu.timing import free
-from parts.record import ROOT
+from parts.record import ROOT, Row
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 sys.path.insert(0, str(ROOT))  # tests/planner has the way of weighing a real step
@@ -101,7 +101,7 @@ TOYS = (
 )
 
 
-def row(setting: Setting, device: torch.device) -> dict[str, Any]:
+def row(setting: Setting, device: torch.device) -> Row:
     """Foretold and measured bytes of one setting."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, LlamaConfig
@@ -174,7 +174,7 @@ def _measured(
     }
 
 
-def in_own_process(name: str, toy: bool) -> dict[str, Any]:
+def in_own_process(name: str, toy: bool) -> Row:
     """The row of one setting, or a note that says why there is none. The allocator is as it comes, whatever gpu.py
     sets."""
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "plan_vs_cuda.py"), "--one", name, *(["--toy"] * toy)]
@@ -186,7 +186,7 @@ def in_own_process(name: str, toy: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[Row]:
     """For gpu.py."""
     if not find_spec("trl") or not find_spec("datasets"):
         yield {"setting": "all", "note": "ModuleNotFoundError: No module named 'trl'; what is planned is its trainer"}

@@ -16,6 +16,7 @@ from hf_lowmem.activations import convert
 from hf_lowmem.optim import StepInBackward, make_optimizer
 from hf_lowmem.specs import TIERS
 from parts.gpu.timing import free, peak_bytes, seconds_of
+from parts.record import Row
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 WAYS = ("HuggingFace", "HuggingFace + Liger", "checkpointing", "torch.compile", *TIERS)
@@ -100,7 +101,7 @@ def ids_of(model: Any, tokens: int, device: torch.device) -> torch.Tensor:
     return torch.randint(1, model.config.vocab_size, (1, tokens), device=device, generator=draw)
 
 
-def reduced(way: str, shape: dict[str, Any], layers: int, tokens: int, device: torch.device) -> dict[str, Any]:
+def reduced(way: str, shape: dict[str, Any], layers: int, tokens: int, device: torch.device) -> Row:
     """Forward and backward of a few layers and the head; the gradients are kept."""
     free(device)
     model = prepare(way, build(shape, layers, tokens, device))
@@ -113,7 +114,7 @@ def reduced(way: str, shape: dict[str, Any], layers: int, tokens: int, device: t
     return {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak": peak_bytes(device)}
 
 
-def layer(way: str, shape: dict[str, Any], tokens: int, device: torch.device) -> dict[str, Any]:
+def layer(way: str, shape: dict[str, Any], tokens: int, device: torch.device) -> Row:
     """One decoder layer alone."""
     free(device)
     model = prepare(way, build(shape | {"vocab_size": 256}, 1, tokens, device))
@@ -172,7 +173,7 @@ def whole(
     }
 
 
-def rows(device: torch.device, toy: bool, in_time: Any) -> Iterator[dict[str, Any]]:
+def rows(device: torch.device, toy: bool, in_time: Any) -> Iterator[Row]:
     from transformers.models.llama import modeling_llama
 
     shape = TOY_SHAPE if toy else LLAMA_8B
@@ -190,7 +191,7 @@ def rows(device: torch.device, toy: bool, in_time: Any) -> Iterator[dict[str, An
     base: dict[str, float] = {}
     before = dict(modeling_llama.__dict__)
     for case, way, measure in cases:
-        row: dict[str, Any] = {"case": case, "way": way, **common}
+        row: Row = {"case": case, "way": way, **common}
         if not in_time():
             yield row | {"note": "left out: no time"}
             continue

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import LowMemOptimizer, make_optimizer
 from parts.optimizers.settings import Setting
+from parts.record import Row
 from parts.small_llama import SIZE, batches, build_model, clip_, heldout_loss, rate_at
 
 LONG = SIZE | {"plays": 33, "steps": 5000}
@@ -83,7 +84,7 @@ def forward_of(model: nn.Module, weights: str) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def run(setting: Setting, *, rate: float, seed: int, size: dict[str, Any]) -> dict[str, Any]:
+def run(setting: Setting, *, rate: float, seed: int, size: dict[str, Any]) -> Row:
     """Train once; the row of the record. A loss that is not finite is recorded as None."""
     began, used = time.perf_counter(), time.process_time()
     bf16 = setting.weights != "fp32"

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from parts.optimizers.schedule import TUNING_SEED, Record, best_rate, tuning_losses
 from parts.optimizers.settings import CODECS, PAIRS, STORE_RATE_FACTOR, STORES, Setting
+from parts.record import Row
 from parts.tables import markdown
 
 # Okabe and Ito's colours and more of their kind; the marker tells the low-rank methods from the others.
@@ -61,7 +62,7 @@ class Scores:
     """Held-out losses of the scored runs of one size, by setting and seed, at the method's tuned rate."""
 
     def __init__(self, record: Record, size: dict[str, Any]) -> None:
-        self.rows: dict[str, dict[int, dict[str, Any]]] = {}
+        self.rows: dict[str, dict[int, Row]] = {}
         self.record, self.size = record, size
         rates = {method: best_rate(record, method, size) for method in CODECS}
         for row in record.rows.values():
@@ -75,7 +76,7 @@ class Scores:
         found = self.rows.get(setting.name, {})
         return {s: float("inf") if r["heldout_loss"] is None else r["heldout_loss"] for s, r in sorted(found.items())}
 
-    def first(self, setting: Setting) -> dict[str, Any]:
+    def first(self, setting: Setting) -> Row:
         return next(iter(self.rows[setting.name].values()))
 
 
@@ -163,7 +164,7 @@ def tuning_table(record: Record, size: dict[str, Any]) -> str:
     )
 
 
-def speed_tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def speed_tables(rows: Sequence[Row]) -> Iterator[str]:
     steps = [r for r in rows if r["measured"] == "step"]
     cells = [
         [r["setting"], r["note"], "", ""]

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from parts.optimizers.quality import configuration, key, run
 from parts.optimizers.settings import LADDER, MIDDLE_RATE, MOST_RATES, Setting
-from parts.record import append_row, read_rows
+from parts.record import Row, append_row, read_rows
 
 TUNING_SEED = 100
 
@@ -27,11 +27,11 @@ TUNING_SEED = 100
 class Record:
     """A JSONL file of runs, appended to; `common` (commit, versions, device, command) goes into every new line."""
 
-    def __init__(self, path: Path, common: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, common: Row | None = None) -> None:
         self.path, self.common = path, common or {}
-        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in read_rows(path)}
+        self.rows: dict[str, Row] = {row["key"]: row for row in read_rows(path)}
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         row = {"key": key({k: row[k] for k in CONFIGURED})} | row | self.common
         self.rows[row["key"]] = row
         append_row(self.path, row)
@@ -100,7 +100,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make(task: Task, size: dict[str, Any]) -> dict[str, Any]:
+def make(task: Task, size: dict[str, Any]) -> Row:
     return run(task.setting, rate=task.rate, seed=task.seed, size=size)
 
 
@@ -120,7 +120,7 @@ def work(
     """
     deadline = time.monotonic() + budget_seconds
     failed: dict[str, str] = {}
-    under_way: dict[Future[dict[str, Any]], Task] = {}
+    under_way: dict[Future[Row], Task] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
         while True:

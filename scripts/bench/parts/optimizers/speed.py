@@ -26,6 +26,7 @@ from hf_lowmem.optim.groups import linear_weights
 from parts.optimizers.settings import CODECS, METHOD_OPTIONS, PAIRS
 from parts.peers import PEERS as OTHERS
 from parts.peers import REFERENCE, Peer
+from parts.record import Rows
 
 RATE = 1e-6  # the weights hardly move, whichever optimizer steps them, and however often
 NEVER = 10**9  # steps between two refreshes
@@ -167,10 +168,10 @@ def ratio(times: list[float], others: list[float]) -> float:
 
 def installed(
     builds: dict[str, tuple[str, Build]], model: nn.Module, size: dict[str, int]
-) -> tuple[dict[str, Optimizer], list[dict[str, Any]]]:
+) -> tuple[dict[str, Optimizer], Rows]:
     """(what could be built and has stepped, rows that say why the rest has not)."""
     built: dict[str, Optimizer] = {}
-    missing: list[dict[str, Any]] = []
+    missing: Rows = []
     for name, (package, build) in track(builds.items(), description="first steps, others"):
         try:
             built[name] = warmed(build, model, size)
@@ -184,7 +185,7 @@ def installed(
 
 def measure_steps(
     size: dict[str, int], settings: dict[str, Build], peers: dict[str, tuple[str, Build]], device: torch.device
-) -> list[dict[str, Any]]:
+) -> Rows:
     """One row an optimizer: state bytes a parameter, seconds of a step, ratio to `REFERENCE`."""
     model = with_gradients(Layer(size), device)
     count = sum(p.numel() for p in model.parameters())
@@ -210,7 +211,7 @@ def galore(projection: str, gap: int) -> Build:
     )
 
 
-def measure_refresh(size: dict[str, int], projections: list[str], device: torch.device) -> list[dict[str, Any]]:
+def measure_refresh(size: dict[str, int], projections: list[str], device: torch.device) -> Rows:
     """One row a projection: seconds that a new basis of one (width, inner) weight adds to a step, ratio to `svd`."""
 
     def theirs(gap: int) -> Build:

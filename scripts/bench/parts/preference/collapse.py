@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 
 from parts.preference import sums
 from parts.preference.train import METHODS, Budget, quiet, sft, train
+from parts.record import Row, Rows
 
 SIZE: dict[str, Any] = {
     "sums": {"sft": 3000, "pairs": 2000, "validation": 600, "test": 1500},
@@ -49,8 +50,6 @@ SMOKE = SIZE | {
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 HELD_OUT = ("validation", "test")
-
-Row = dict[str, Any]
 
 
 class StopWhenGood(TrainerCallback):
@@ -140,7 +139,7 @@ def compared(after: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, f
     }
 
 
-def rows(smoke: bool, old: list[Row], cache: Path) -> Iterator[Row]:
+def rows(smoke: bool, old: Rows, cache: Path) -> Iterator[Row]:
     """The start of each seed, then every method at every rate; those of `old` are not made again."""
     size = SMOKE if smoke else SIZE
     done = {(r["seed"], r["method"], r["rate"]) for r in old if r["size"] == size}

@@ -27,9 +27,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from hf_lowmem.demo.model import prepare_model
 from hf_lowmem.losses import pair_logps
 from hf_lowmem.pairs import SharedPairs, share_prompts, unshare_prompts
-from parts.preference import qa
+from parts.preference import qa, sums
 from parts.preference.collapse import compared
 from parts.preference.train import METHODS, Budget, quiet, train
+from parts.record import Row, Rows
 
 SIZE: dict[str, Any] = {
     "prompt_tokens": 64,
@@ -47,8 +48,6 @@ COMPARED = ("SFT", "DPO", "ASFT", "ORPO", "SimPO")
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 SHARED = {"lowmem_share_prompt": True}  # exact, and less work
-
-Row = dict[str, Any]
 
 
 class Ground:
@@ -156,23 +155,17 @@ def overlap(text: str, answer: str) -> float:
 
 def toy_model(folder: Path) -> Path:
     """A random Llama with a tokenizer of characters, for runs without downloads."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     entries = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127)), "\n"]
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(entries)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     config: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(entries)}
     config |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    sums.tokenizer(entries).save_pretrained(folder)
     return folder
 
 
-def rows(smoke: bool, old: list[Row], cache: Path) -> Iterator[Row]:
+def rows(smoke: bool, old: Rows, cache: Path) -> Iterator[Row]:
     """The start; every method at every rate on the tuning seed; every method at its rate on the seeds."""
     size = SMOKE if smoke else SIZE
     made = [row for row in old if row["size"] == size]
@@ -201,7 +194,7 @@ def rows(smoke: bool, old: list[Row], cache: Path) -> Iterator[Row]:
                 yield finished(run(ground, "score", method, rates[method], seed))
 
 
-def best_rate(made: list[Row], method: str) -> float:
+def best_rate(made: Rows, method: str) -> float:
     """The rate with the best pair accuracy on validation; of equals the smaller."""
     tried = [row for row in made if row["stage"] == "tune" and row["method"] == method]
     return max(tried, key=lambda row: (row["pair_accuracy"], -row["rate"]))["rate"]

@@ -37,14 +37,13 @@ from hf_lowmem.memory import parameter_bytes
 from hf_lowmem.pairs import SharedPairs, share_prompts
 from parts.preference import sums
 from parts.preference.train import METHODS, quiet
+from parts.record import Row
 from parts.tracked import total
 
 VOCABULARIES = (49152, 128256, 151936)  # SmolLM2, Llama 3, Qwen 2.5
 SIZE: dict[str, Any] = {"hidden": 4096, "layers": 8, "pairs": 4, "prompt": 512, "answer": 512}
 SMOKE: dict[str, Any] = {"hidden": 64, "layers": 2, "pairs": 2, "prompt": 256, "answer": 256}
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # as DPOTrainer asks of its policy
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def batch_of(way: Way, size: dict[str, Any]) -> dict[str, Any]:
         mask[:, prompt:] = 1
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
         if way.shared:
-            batch = SharedPairs(lambda examples: examples)(batch)  # type: ignore[arg-type]
+            batch = SharedPairs(lambda _: batch)([])
         if not way.reference:
             batch |= {"ref_chosen_logps": torch.zeros(pairs), "ref_rejected_logps": torch.zeros(pairs)}
         return batch

@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from parts.record import Rows, of_part
+from parts.record import Row, Rows, of_part
 from parts.tables import markdown
 
-RULES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+RULES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "exact": ("exact match", lambda row: row["validation"]["exact"]),
     "margin": ("accuracy of the margin", lambda row: row["validation"]["margin_accuracy"]),
 }

@@ -29,14 +29,13 @@ from parts.preference.memory import (
     ours,
     step,
 )
+from parts.record import Row
 
 SIZE: dict[str, Any] = {"hidden": 256, "layers": 4, "pairs": 2, "prompt": 64, "answer": 64}
 SHARING: dict[str, Any] = {"hidden": 256, "layers": 4, "pairs": 4, "prompt": 512, "answer": 128}
 SHARING_VOCABULARY = 1024  # small: what is shared is the layers' work, the head scores completions either way
 REPEATS = 7
 TINY = SMOKE | {"prompt": 16, "answer": 4}
-
-Row = dict[str, Any]
 
 
 def medians(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
