@@ -171,8 +171,8 @@ def test_the_table_of_states_is_what_was_predicted() -> None:
     for name, figure in shown:
         row = rows[name]
         assert figure == f"{row['bytes_per_parameter']:.2f}"
-        if row["bytes_per_parameter_predicted"] is not None:
-            assert row["bytes_per_parameter"] == pytest.approx(row["bytes_per_parameter_predicted"], rel=1e-9)
+        if row["bytes_per_parameter_foretold"] is not None:
+            assert row["bytes_per_parameter"] == pytest.approx(row["bytes_per_parameter_foretold"], rel=1e-9)
 
 
 def test_the_promised_bytes_are_kept() -> None:
