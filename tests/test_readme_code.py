@@ -28,11 +28,13 @@ from tests.conftest import tiny_llama
 from tests.readmes import ROOT, Block, blocks, commands
 from tests.test_trainers import pair_data, token_data
 
+pytestmark = pytest.mark.train  # starts processes
+
 TRAINS = "trains in tests/test_scripts.py"
 MINUTES = "minutes to hours; at toy size in "
 # The start of a command, and why it is parsed and not run. Each command has the longest start that fits.
 COMMANDS = {
-    "bash scripts/bench/gpu.sh": "needs a CUDA device; at toy size in tests/test_bench_gpu.py",
+    "bash scripts/bench/gpu.sh": "needs a CUDA device; at toy size in tests/bench/test_gpu.py",
     "bash scripts/demo.sh": "installs, then minutes; its parts in tests/test_demo.py",
     "bash scripts/test.sh": "is what runs this test",
     "pip install -e .": "changes the environment that runs this test",
@@ -48,17 +50,17 @@ COMMANDS = {
     "hf-lowmem plan --model": "runs, slow: test_a_plan_is_made",
     "hf-lowmem sft": TRAINS,
     "python scripts/bench/_readme.py": "tests/test_readme.py",
-    "python scripts/bench/activations.py": MINUTES + "tests/test_bench_activations.py",
+    "python scripts/bench/activations.py": MINUTES + "tests/bench/test_activations.py",
     "python scripts/bench/budget.py": MINUTES + "its --toy; the search in tests/planner/test_search.py",
     "python scripts/bench/codecs.py": MINUTES + "its own flags; what it measures in tests/codecs/test_update_error.py",
     "python scripts/bench/kernel_targets.py": MINUTES + "tests/kernels/test_targets.py",
     "python scripts/bench/long_run.py": MINUTES + "its own flags; what it measures in tests/optim/test_long_runs.py",
-    "python scripts/bench/optimizers.py": MINUTES + "tests/test_bench_optimizers.py",
-    "python scripts/bench/plan_headlines.py": MINUTES + "tests/test_bench_plan.py",
-    "python scripts/bench/plan_table.py": MINUTES + "tests/test_bench_plan.py",
+    "python scripts/bench/optimizers.py": MINUTES + "tests/bench/test_optimizers.py",
+    "python scripts/bench/plan_headlines.py": MINUTES + "tests/bench/test_plan.py",
+    "python scripts/bench/plan_table.py": MINUTES + "tests/bench/test_plan.py",
     "python scripts/bench/plan_vs_cpu.py": MINUTES + "tests/planner/test_truth.py",
-    "python scripts/bench/plan_vs_cuda.py": "needs a CUDA device; at toy size in tests/test_bench_plan.py",
-    "python scripts/bench/preference.py": MINUTES + "tests/test_bench_preference.py",
+    "python scripts/bench/plan_vs_cuda.py": "needs a CUDA device; at toy size in tests/bench/test_plan.py",
+    "python scripts/bench/preference.py": MINUTES + "tests/bench/test_preference.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
     "python scripts/bench/wire.py": MINUTES + "tests/dist/test_wire.py",
     "python scripts/train_gradnormlorp.py": "tests/peers/test_gradnormlorp.py",

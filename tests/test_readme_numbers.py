@@ -222,6 +222,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "8-bit": NAME,
         "a seed of its own (100)": SETTING,
         "differ by 2^-20": SETTING,
+        "Llama-3-8B's 291 parameters made tiny": SETTING,
         "for 250 steps": SETTING,
     },
 }

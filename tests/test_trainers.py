@@ -272,8 +272,8 @@ def test_the_group_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "apollo_mini: 7 tensors" in caplog.text
     assert "bytes a parameter" in caplog.text
     trainer.train()
-    foretold = sum(optimizer.state_bytes(p, g) for g in optimizer.param_groups for p in g["params"])
-    assert optimizer_bytes(optimizer) == foretold
+    predicted = sum(optimizer.state_bytes(p, g) for g in optimizer.param_groups for p in g["params"])
+    assert optimizer_bytes(optimizer) == predicted
 
 
 def test_lora_adapters_are_trained_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:

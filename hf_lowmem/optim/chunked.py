@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_lowmem.codecs import BlockCodec
 from hf_lowmem.kernels.codecs.blocks import code_bytes
-from hf_lowmem.kernels.step.reference import is_sound
+from hf_lowmem.kernels.step.reference import is_finite_gradient
 from hf_lowmem.optim.guard import SkipCount, keep_or_take
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
@@ -50,7 +50,7 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
     if slot.draws:
         _ = slot.key  # chunks have the state's numbers, but none that is made for a chunk is kept
     chunks = list(_chunks_of(p, slot))
-    finite = torch.stack([is_sound(grad.to(torch.float32)) for _, grad, _ in chunks]).all()
+    finite = torch.stack([is_finite_gradient(grad.to(torch.float32)) for _, grad, _ in chunks]).all()
     taken = finite
     if not (slot.syncs and not finite):
         for weights, grad, part in chunks:

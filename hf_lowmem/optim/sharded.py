@@ -53,7 +53,7 @@ from torch.distributed.tensor import DTensor
 from hf_lowmem.codecs import StateCodec
 from hf_lowmem.codecs.rows import RowCodec, by_rows
 from hf_lowmem.distributed import Shards, agree, local
-from hf_lowmem.kernels.step.reference import is_sound
+from hf_lowmem.kernels.step.reference import is_finite_gradient
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import BY_ROWS, CORRECTION, WINDOW, Group, State, count
 
@@ -151,5 +151,5 @@ def _finite_here(p: Tensor, raw: dict[str, Any]) -> Tensor:
     finite = torch.ones((), dtype=torch.bool, device=p.device)
     for part in (p.grad, raw.get(WINDOW)):
         if part is not None and local(part).numel():
-            finite = finite & is_sound(local(part))
+            finite = finite & is_finite_gradient(local(part))
     return finite

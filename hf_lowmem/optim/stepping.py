@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.distributed import local
-from hf_lowmem.kernels.step.reference import is_sound
+from hf_lowmem.kernels.step.reference import is_finite_gradient
 from hf_lowmem.optim.chunked import can_chunk, step_chunks
 from hf_lowmem.optim.guard import SkipCount, keep_or_take
 from hf_lowmem.optim.method import Method
@@ -27,9 +27,9 @@ def step_by_loop(method: Method, p: Tensor, slot: Slot, group: Group, skips: Ski
         return
     raw, grad = slot.raw, local(p.grad).to(torch.float32)
     if finite is None:
-        finite = is_sound(grad)
+        finite = is_finite_gradient(grad)
         if WINDOW in raw:
-            finite &= is_sound(raw[WINDOW])
+            finite &= is_finite_gradient(raw[WINDOW])
     if slot.syncs and not finite and values_of(raw).keys() - {WINDOW}:
         raw.pop(WINDOW, None)  # and no update is made to be undone, but for the first, which allocates the states
     else:

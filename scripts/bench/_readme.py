@@ -17,11 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import _preference_report
 import _readme_optim
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
-
 from hf_lowmem.specs import TIERS
+from parts.preference import report as _preference_report
 
 __all__ = ["TABLES", "difference", "one", "readmes", "records", "rewritten", "scores", "single_figures"]
 

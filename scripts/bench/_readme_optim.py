@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-# One place for what belongs to other benchmarks.
-import _quality
-import _report
-import _schedule
-from _record import RECORDS, read_rows
-from _settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
-
 from hf_lowmem import codecs
+
+# One place for what belongs to other benchmarks.
+from parts.optimizers import quality as _quality
+from parts.optimizers import report as _report
+from parts.optimizers import schedule as _schedule
+from parts.optimizers.settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
+from parts.record import RECORDS, read_rows
 
 Rows = list[dict[str, Any]]
 NOT_YET = "not measured yet"

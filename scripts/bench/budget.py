@@ -12,9 +12,7 @@ their estimates, whose seconds are given apart; a search on its own takes both.
 """
 
 import argparse
-import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,15 +22,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from _gpu_training import LLAMA_8B, TOY_SHAPE
-from _record import RECORDS, commit, device_name, versions_of
-
 from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare
+from parts.record import RECORDS, provenance, write_rows
+from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 LLAMA_3_8B: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": 32, "max_position_embeddings": 8192}
 LLAMA_3_1B: dict[str, Any] = LLAMA_8B | {
@@ -144,20 +139,18 @@ def main() -> None:
     shape, batches, record = MODELS[options.model]
     config = LlamaConfig(**TOY if options.toy else shape)
     budgets, tokens = (TOY_BUDGETS, 128) if options.toy else (BUDGETS, 2048)
-    head = {"model": options.model, "device": device_name(), "versions": versions_of(("torch", "transformers", "trl"))}
-    head |= {"commit": commit()}
+    head = {"model": options.model} | provenance(("torch", "transformers", "trl"))
     out = options.out or (None if options.toy else RECORDS / record)
-    if out is not None:
-        out.write_text("")
+    made = []
     rows = (row for batch in batches for row in of_batch(config, batch, tokens, budgets))
     for row in rows if options.model == "1b" else _and_length(rows, config, budgets[1]):
         row |= head | {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        made.append(row)
         print(row["budget"], row["per_device_train_batch_size"], row["seconds"], row["why"], "", sep="\n", flush=True)
         if out is not None:
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            write_rows(out, made)
     if out is not None:
-        print("\n".join(table([json.loads(line) for line in out.read_text().splitlines()])))
+        print("\n".join(table(made)))
 
 
 def _and_length(rows: Iterator[dict[str, Any]], config: LlamaConfig, budget: str) -> Iterator[dict[str, Any]]:

@@ -28,13 +28,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
 from torch import Tensor, nn
 
 from hf_lowmem.activations import convert, undo
 from hf_lowmem.activations.tape import Tape
 from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from parts.record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
 
 RECORD = RECORDS / "overhead.jsonl"
 SMALLER = 64  # each side of Llama-3-8B's weights is divided by it

@@ -17,7 +17,7 @@ from hf_lowmem.runs.card import BEGIN, END, refresh, render, whole_card
 from hf_lowmem.runs.facts import plain as plain_values
 from hf_lowmem.runs.facts import public_name
 from hf_lowmem.runs.history import POINTS, history_of, results_of, speed_of
-from hf_lowmem.runs.report import REPORT, foretold_of, read_report, write_atomically
+from hf_lowmem.runs.report import REPORT, predicted_of, read_report, write_atomically
 from tests.callbacks.runs import trainer_of
 from tests.cards.runs import OURS, PLAN, SAVING, dpo, made_up, plain, reporter, sft
 from tests.conftest import tiny_llama
@@ -305,16 +305,16 @@ def test_only_rank_zero_writes(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.train
-def test_what_was_foretold_stands_beside(tmp_path: Path) -> None:
+def test_what_was_predicted_stands_beside(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
-    trainer.foretold = PLAN
+    trainer.predicted = PLAN
     trainer.train()
     card = card_of(tmp_path)
-    assert "| part | foretold | measured |" in card
+    assert "| part | predicted | measured |" in card
     assert "| gradients | 3.00 KiB |" in card, "a part's own highest, not what it is at the peak"
     assert "| saved for backward | 2.00 KiB |" in card
     assert "sampled) | 5.00 KiB |" in card
-    assert foretold_of(PLAN, "a plan")["parts"] == {"weights": 1024, "gradients": 3072, "activations": 2048}
+    assert predicted_of(PLAN, "a plan")["parts"] == {"weights": 1024, "gradients": 3072, "activations": 2048}
 
 
 def test_a_diverged_run_says_so() -> None:

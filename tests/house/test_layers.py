@@ -93,9 +93,7 @@ def offences(path: Path) -> Iterator[str]:
                 yield f"{here} must not import {there}"
         if top in HOSTS and here not in MAY_SEE_HOSTS:
             yield f"{here} must not import {top}"
-        # ahead.py and launched.py compile for GPUs that are not there; nothing that trains imports them.
-        alone = ("triton.py", "_device.py", "ahead.py", "launched.py")
-        if top == "triton" and (here != "kernels" or path.name not in alone):
+        if top == "triton" and (here != "kernels" or path.name not in ("triton.py", "_device.py", "ahead.py")):
             yield "triton is imported by kernels alone, in the files named here"
         if top in ("scripts", "integrations", "tests"):
             yield f"the package must not import {top}"

@@ -1,4 +1,4 @@
-"""A loaded state is whole, sound and of this parameter, or it is refused by the parameter's name with a remedy."""
+"""A loaded state is whole, finite and of this parameter, or it is refused by the parameter's name with a remedy."""
 
 import copy
 import math

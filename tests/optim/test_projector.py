@@ -1,4 +1,4 @@
-"""What a projection promises: orthonormal, close to the best, made of sound gradients only, small in the state."""
+"""What a projection promises: orthonormal, close to the best, made of finite gradients only, small in the state."""
 
 import math
 import time

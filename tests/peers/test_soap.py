@@ -274,7 +274,7 @@ def test_the_basis_of_a_bad_gradient_does_not_raise(bad: float) -> None:
     ],
     ids=str,
 )
-def test_bytes_are_foretold(shape: tuple[int, ...], expected: int) -> None:
+def test_bytes_are_predicted(shape: tuple[int, ...], expected: int) -> None:
     p = nn.Parameter(torch.zeros(shape))
     optimizer = Soap([p], experts=True)
     p.grad = torch.ones(shape)

@@ -1,4 +1,4 @@
-"""Models other than Llama: foretold as a real step takes, or refused by operation and module; never silently wrong."""
+"""Models other than Llama: predicted as a real step takes, or refused by operation and module; never silently wrong."""
 
 import json
 from pathlib import Path
@@ -53,15 +53,15 @@ def config_of(name: str) -> PreTrainedConfig:
 
 @pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
-def test_foretold_parts_and_peak_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
+def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
     args = arguments()
-    foretold = plan(config_of(name), args, dtype=dtype, device="cpu")
+    predicted = plan(config_of(name), args, dtype=dtype, device="cpu")
     real = measure(config_of(name), args, dtype)
-    at_update = [point for point in foretold.timeline if point.phase == "optimizer"][-1].parts
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
     assert (at_update["weights"], at_update["gradients"]) == (real.weights, real.gradients)
     assert abs(at_update["states"] - real.states) <= PARTS_WITHIN * real.states
-    assert abs(foretold.saved_bytes - real.saved) <= PARTS_WITHIN * real.saved
-    assert abs(foretold.peak_bytes - real.peak) <= PEAK_WITHIN * real.peak
+    assert abs(predicted.saved_bytes - real.saved) <= PARTS_WITHIN * real.saved
+    assert abs(predicted.peak_bytes - real.peak) <= PEAK_WITHIN * real.peak
 
 
 @pytest.mark.train

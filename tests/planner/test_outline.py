@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if "accumulation" in n or "fp8" in n else n for n in CASES]
 )
-def test_every_moment_of_a_deep_model_is_foretold_to_the_byte(name: str) -> None:
+def test_every_moment_of_a_deep_model_is_predicted_to_the_byte(name: str) -> None:
     config, settings, lora = CASES[name]
     made = plan(config, arguments(**settings), dtype="bfloat16", peft_config=lora)
     full = plan(config, arguments(**settings), dtype="bfloat16", peft_config=lora, extrapolate_depth=False)

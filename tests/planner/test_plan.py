@@ -105,7 +105,7 @@ def test_nothing_is_left_behind() -> None:
         ({"optim": "adamw_torch_fused"}, {"optim": "adamw_8bit"}),
     ],
 )
-def test_what_saves_memory_is_foretold_to(setting: dict[str, Any], smaller: dict[str, Any]) -> None:
+def test_what_saves_memory_is_predicted_to(setting: dict[str, Any], smaller: dict[str, Any]) -> None:
     config = small_config(num_hidden_layers=2)
     full, less = (plan(config, arguments(**s), dtype="bfloat16") for s in (setting, smaller))
     part = "states" if "optim" in setting else "activations"

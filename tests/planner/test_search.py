@@ -285,7 +285,7 @@ def test_a_trainer_trains_with_the_choice_to_the_bits_of_a_run_that_was_given_it
     chosen = trained(tmp_path / "chosen", lowmem_budget="14MiB")
     settings = of_choice(chosen.args)
     assert settings["lowmem_weights"] == "bf16_sr"
-    assert chosen.foretold["reserved_bytes"] <= 14 * 2**20
+    assert chosen.predicted["reserved_bytes"] <= 14 * 2**20
     given = trained(tmp_path / "given", **settings)
     assert all(map(torch.equal, bits(chosen), bits(given)))
     saved = torch.load(tmp_path / "chosen" / "checkpoint-2" / "training_args.bin", weights_only=False)
