@@ -63,17 +63,17 @@ def run(clone: Path, *flags: str, active: str = "", **variables: str) -> list[st
 def test_the_newest_environment_runs_style_types_and_tests(clone: Path) -> None:
     *_, style, lint, types, tests = run(clone, active=".venv")
     assert [style, lint, types] == ["ruff format --check .", "ruff check .", "pyright "]
-    assert tests == "python -m pytest -q -n 2 -m not slow"
+    assert tests == "python -m pytest -q -n 2 --dist worksteal -m not slow"
     assert not (clone / ".venv-oldest" / "oldest.txt").exists()
 
 
 def test_the_oldest_environment_has_the_lower_end_of_every_range_and_runs_tests_alone(clone: Path) -> None:
     """In its own folder even where another environment is active."""
     calls = run(clone, "--oldest", "-k", "adamw", active=".venv")
-    assert calls[-1] == "python -m pytest -q -n 2 -k adamw"
+    assert calls[-1] == "python -m pytest -q -n 2 --dist worksteal -k adamw"
     assert f"python -m pip install --quiet --editable {clone}[test]" in calls
     assert not any(call.startswith(("ruff", "pyright")) for call in calls)
-    assert run(clone, "--oldest")[-1] == "python -m pytest -q -n 2 -m not slow"
+    assert run(clone, "--oldest")[-1] == "python -m pytest -q -n 2 --dist worksteal -m not slow"
     pins = dict(line.split("==") for line in (clone / ".venv-oldest" / "oldest.txt").read_text().split())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ranges = [re.split(r">=|[,;]", text.replace(" ", ""))[:2] for text in project["dependencies"] if ">=" in text]

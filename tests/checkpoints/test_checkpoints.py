@@ -18,6 +18,8 @@ from hf_lowmem.checkpoints import MANIFEST, BadCheckpoint, last_complete, set_as
 from tests.conftest import tiny_llama
 from tests.test_trainers import token_data
 
+pytestmark = pytest.mark.train
+
 
 def trainer(folder: Path, **settings: Any) -> LowMemTrainer:
     asked: dict[str, Any] = {
@@ -69,7 +71,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.train
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 )
@@ -157,7 +158,6 @@ def test_members_of_enums_may_be_asked_for_by_getattr_and_nothing_else(run: Path
             verify(folder)
 
 
-@pytest.mark.train
 def test_a_save_that_was_not_finished_is_skipped_and_named(run: Path) -> None:
     remove_manifest(run / "checkpoint-6" / "x")
     found, passed = last_complete(run)
@@ -181,7 +181,6 @@ def test_without_any_manifest_each_file_is_held_to_its_own_format(name: str, run
     assert last_complete(run)[0] == run / "checkpoint-4"
 
 
-@pytest.mark.train
 def test_true_without_a_checkpoint_says_so_and_auto_starts_afresh(run: Path, tmp_path: Path) -> None:
     for path in run.glob("checkpoint-*"):
         cut(path / "optimizer.pt")
@@ -206,7 +205,6 @@ def test_a_complete_checkpoint_is_not_overwritten_in_place(run: Path) -> None:
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-@pytest.mark.train
 def test_an_older_checkpoint_goes_only_when_the_new_one_is_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_one_before_is_taken(
         verify(run / "checkpoint-6")
 
 
+@pytest.mark.train
 def test_a_sector_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = hashlib.file_digest
 
@@ -145,6 +146,7 @@ def alone(run: Path) -> Path:
     return folder
 
 
+@pytest.mark.train
 def test_a_model_alone_is_complete_but_no_run_goes_on_from_it(alone: Path, run: Path) -> None:
     verify(alone)
     with pytest.raises(BadCheckpoint, match=r"no optimizer state.*save_only_model=False.*complete checkpoint is .*-4"):
@@ -168,6 +170,7 @@ def test_models_alone_are_refused_by_true_and_begin_anew_by_auto(tmp_path: Path,
     assert "the run begins anew" in caplog.text
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("marked", [True, False], ids=["with a manifest", "plain transformers'"])
 @pytest.mark.parametrize("lacking", ["optimizer.pt", "scheduler.pt"])
 def test_transformers_would_silently_begin_moments_anew(lacking: str, marked: bool, run: Path) -> None:

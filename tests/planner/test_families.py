@@ -51,6 +51,7 @@ def config_of(name: str) -> PreTrainedConfig:
     return getattr(transformers, name)(**FAMILIES[name])
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:

@@ -48,6 +48,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if "accumulation" in n or "fp8" in n else n for n in CASES]
 )

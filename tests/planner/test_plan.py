@@ -16,6 +16,8 @@ from hf_lowmem.planner import Plan, plan
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
 from tests.planner.real import arguments, small_config
 
+pytestmark = pytest.mark.train
+
 HIDDEN, FFN, VOCABULARY, LAYERS = 4096, 14336, 128256, 32
 LLAMA_3_8B = LlamaConfig(
     hidden_size=HIDDEN,
@@ -38,7 +40,6 @@ def eight_billion(implementation: str, layers: int) -> Plan:
     return plan(config, args, dtype="bfloat16", implementation=implementation)
 
 
-@pytest.mark.train
 @pytest.mark.parametrize(
     ("implementation", "layers"),
     [
@@ -78,7 +79,6 @@ def states() -> tuple[Any, ...]:
     return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
-@pytest.mark.train
 def test_nothing_is_left_behind() -> None:
     args = arguments()
     transformers.set_seed(3)
@@ -94,7 +94,6 @@ def test_nothing_is_left_behind() -> None:
     assert torch.nn.Linear(2, 2).to(torch.bfloat16).weight.tolist()  # real tensors, cast as ever
 
 
-@pytest.mark.train
 @pytest.mark.parametrize(
     ("setting", "smaller"),
     [
@@ -117,7 +116,6 @@ def test_what_saves_memory_is_predicted_to(setting: dict[str, Any], smaller: dic
     assert full.peak_bytes > less.peak_bytes
 
 
-@pytest.mark.train
 def test_micro_batches_that_are_fetched_ahead_are_inputs() -> None:
     config = small_config(num_hidden_layers=2)
     two, nine = (plan(config, arguments(gradient_accumulation_steps=n), dtype="bfloat16") for n in (2, 9))

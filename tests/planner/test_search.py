@@ -219,6 +219,7 @@ def test_what_a_model_refuses_is_left_out_and_said() -> None:
         assert f"Left out: activations {tier}. lowmem_activations={tier!r}: no stack of decoder layers" in found.why
 
 
+@pytest.mark.train
 def test_a_no_says_what_would_fit(asked: Search) -> None:
     tokens = asked.args.max_length
     with pytest.raises(NothingFits, match=r"budget='1MiB': nothing fits in 1.00 MiB. The smallest of 4 ") as no:
