@@ -110,6 +110,8 @@ class ShardedSlot(Slot):
     def count_step(self) -> None:
         self._lay_out()
         super().count_step()
+        if self.draws:
+            _ = self.key
 
     def _lay_out(self) -> None:
         if BY_ROWS not in self.raw:

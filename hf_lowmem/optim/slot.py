@@ -64,6 +64,7 @@ class Slot:
         groups: all of the optimizer's.
 
     Attributes:
+        values: how many of the parameter's are on this process.
         states: those that the parameter has, as they lie on this process.
         whole: the same as one process would keep them all.
         low_rank: whether the low-rank rule applies.
@@ -103,7 +104,8 @@ class Slot:
         self.fusable = (
             not self.low_rank and not self.sharded and p.dtype in FLOATS and KNOWN.issuperset(self.codec_names)
         )
-        self.dithers = any(s.decl.average and s.codec.name != "fp32" for s in self.states.values())
+        # As one process would: shards of short rows are fp32 and round nothing, but torch loads a state name by name.
+        self.dithers = any(s.decl.average and s.codec.name != "fp32" for s in self.whole.values())
         projects_at_random = self.low_rank and group.get("projection") not in (None, "svd")
         self.draws = self.dithers or projects_at_random or self.store != "keep"
         self.finite: list[Tensor] | None = None

@@ -1,4 +1,4 @@
-"""APOLLO by its kernels against the loop of optim/base.py. The kernels on all their cases: test_contract.py.
+"""APOLLO by its kernels against the loop of optim/stepping.py. The kernels on all their cases: test_contract.py.
 
 The norms of both are sums in another order. Where the loop is given the kernels' factors, the rest is the same bits.
 """

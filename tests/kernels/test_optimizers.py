@@ -1,4 +1,4 @@
-"""Fused steps against the loop of optim/base.py: the same weights and states, bit for bit, through whole runs.
+"""Fused steps against the loop of optim/stepping.py: the same weights and states, bit for bit, through whole runs.
 
 The kernels alone, on all their cases, are in test_contract.py; here is what is around them: which parameters take them,
 what a bad gradient leaves, checkpoints, hooks. Both sides compute exact square roots (`use_kernels("reference")`), as
