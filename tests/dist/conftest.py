@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launch import launch_jobs
+from tests.dist.launch import launch, launch_jobs
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +30,9 @@ def passed(folder: Path) -> Callable[[str], list[str]]:
     }
     found = dict(zip(jobs, launch_jobs(2, [(task, *words) for task, words in jobs.items()]), strict=True))
     return found.__getitem__
+
+
+@pytest.fixture(scope="session")
+def trained(folder: Path) -> list[str]:
+    """What the processes printed in which trainers trained."""
+    return launch(2, str(folder / "trainer"), module="tests.dist.trainer_worker")

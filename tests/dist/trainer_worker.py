@@ -1,4 +1,4 @@
-"""LowMemTrainer under FSDP2 on gloo: `torchrun ... -m tests.dist.trainer_worker FOLDER`."""
+"""Trainers on gloo, under DDP and then under FSDP2: `torchrun ... -m tests.dist.trainer_worker FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.distributed import is_sharded
+from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.training.mixin import LowMemTrainer
 from tests.conftest import tiny_llama
-from tests.dist import fsdp_on_cpu
+from tests.dist import budget_worker, fsdp_on_cpu
+from tests.launch.cases import fresh_engine
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -62,8 +63,12 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    fsdp_on_cpu.allow()
     torch.set_num_threads(1)
+    budget_worker.main()
+    if dist.get_rank() == 0:
+        print("passed budget", flush=True)
+    fresh_engine()
+    fsdp_on_cpu.allow()
     main(Path(sys.argv[1]))
     dist.barrier()
     dist.destroy_process_group()

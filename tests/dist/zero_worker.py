@@ -22,11 +22,11 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.optim import LowMemOptimizer, from_spec
-from hf_lowmem.training.plugin import LowMemPlugin
 from hf_lowmem.specs import OptimSpec
+from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.training.mixin import LowMemTrainer
+from hf_lowmem.training.plugin import LowMemPlugin
 from tests.conftest import tiny_llama
 from tests.dist.net import Net, apart, equal_on_all, same, train_alone, weights
 
