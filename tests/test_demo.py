@@ -180,7 +180,7 @@ def test_card(tmp_path: Path) -> None:
 
 
 def test_the_templates_are_the_repositorys() -> None:
-    folder = Path(cli.__file__).parent.parent / "model_cards"
+    folder = Path(cli.__file__).parents[2] / "model_cards"
     assert template_path(TEMPLATE) == folder / "demo_template.md"
     assert template_path() == folder / "template.md", "every run's"
 

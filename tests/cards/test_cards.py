@@ -73,6 +73,7 @@ def test_report_and_card_say_what_was_measured(finished: tuple[Path, Any]) -> No
     assert cards.MISSING not in card
 
 
+@pytest.mark.train
 def test_the_card_is_trls_with_a_section(finished: tuple[Path, Any]) -> None:
     run, _ = finished
     card = load_card(run / "README.md")
@@ -93,6 +94,7 @@ def test_neither_folders_nor_tokens_are_told(tmp_path: Path, tokenizer: Any) -> 
     assert "hf_secret" not in told
 
 
+@pytest.mark.train
 def test_the_card_is_rebuilt_the_same(finished: tuple[Path, Any], run: Path) -> None:
     first = card_of(run)
     report = read_report(run)
@@ -124,6 +126,7 @@ def test_a_trainers_state_gives_the_same_memory(run: Path, tokenizer: Any) -> No
     assert f"| tokens/s | {cards.MISSING} |" in card
 
 
+@pytest.mark.train
 def test_checkpoints_are_complete_and_have_no_card_of_ours(finished: tuple[Path, Any]) -> None:
     run, _ = finished
     for step in (2, 4):
