@@ -168,6 +168,19 @@ def test_the_walk_finds_a_forbidden_import(tmp_path: Path) -> None:
     assert {"trl.trainer.dpo_trainer", "hf_lowmem.optim.base"} <= imports(bad)
 
 
+@pytest.mark.train
+def test_importing_the_package_costs_next_to_nothing() -> None:
+    """Two files of ours and, of Python, what any program has: no wall clock is needed to see that."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import collections.abc, importlib.machinery, types, typing\n"
+        "before = set(sys.modules)\nimport hf_lowmem\nprint(*(set(sys.modules) - before))"
+    )
+    # -S: without what an environment's .pth files load.
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"hf_lowmem", "hf_lowmem.moved"}
+
+
 def _loaded(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
