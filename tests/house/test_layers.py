@@ -37,7 +37,6 @@ LEVEL = {
 # What is named here may import what stands above it.
 UPWARD = {
     ("training/mixin.py", "planner"): "a trainer asks for a budget, and the planner runs the trainers themselves",
-    ("moved.py", "training"): "files of 0.1 name modules that are rooms now",
 }
 # Files of one room that import each other, each of them a group.
 CIRCLES = {
