@@ -21,6 +21,11 @@ Why not let DTensor's own operators do it: they would gather a weight's gradient
 no rule for a codec's operations on bits.
 """
 
+# torch's stubs do not say what torch.linalg and torch.distributed return, and call two names deprecated that torch 2.11
+# needs.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportDeprecated=false
+
 import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard

@@ -1,4 +1,4 @@
-"""What a user asked for, checked once, before anything is loaded.
+"""Settings as a user asks for them, checked once, before anything is loaded.
 
 A spec is a frozen dataclass of plain values. It imports nothing of ours and no torch, so the command line, the
 planner and the trainers can all build one cheaply and hand it down. Whether an option *means* something to a
@@ -7,6 +7,9 @@ method is that method's knowledge (`LowMemOptimizer.resolve`); whether a value i
 The same value reaches us under two names: `rank=` in `make_optimizer`, `lowmem_rank` in TrainingArguments. An
 error must name the one that the user typed, therefore a spec carries `labels`.
 """
+
+# A user's value may be of any type, whatever the annotation says: it is looked at.
+# pyright: reportUnnecessaryIsInstance=false
 
 import ast
 import difflib
@@ -17,6 +20,22 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+__all__ = [
+    "LABELS",
+    "OPTIMIZER_FIELDS",
+    "PROJECTIONS",
+    "TIERS",
+    "WEIGHT_STORES",
+    "ActivationSpec",
+    "LossSpec",
+    "OptimSpec",
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "parse_options",
+]
 
 WEIGHT_STORES = ("keep", "bf16_sr", "bf16_ecc")
 PROJECTIONS = ("svd", "subspace", "random")
@@ -117,11 +136,11 @@ class OptimSpec:
     rotate: bool | None = None
     target_modules: str | list[str] | None = None
     seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict[str, object])
+    labels: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
     def label(self, name: str) -> str:
-        """What the user calls the field `name`."""
+        """The name by which the user knows the field `name`."""
         return self.labels.get(name, name)
 
     def __post_init__(self) -> None:
@@ -196,7 +215,7 @@ class LossSpec:
 
     name: str
     weight: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, object])
 
     def __post_init__(self) -> None:
         check_number("loss_weights", self.weight, low=-math.inf)
@@ -208,7 +227,7 @@ _LAYERS = re.compile(r"(\d+)(-(\d*))?")
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
-    """What a converted model keeps for the backward pass, layer by layer.
+    """Activation tiers: what a converted model keeps for the backward pass, layer by layer.
 
     Args:
         tiers: one name of TIERS for every layer, or a list by layer number, counted from 0:
@@ -226,10 +245,10 @@ class ActivationSpec:
     tiers: str
     stochastic: bool = False
     seed: int | None = None
-    labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    labels: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
     def label(self, name: str) -> str:
-        """What the user calls the field `name`."""
+        """The name by which the user knows the field `name`."""
         return self.labels.get(name, {"tiers": "lowmem_activations"}.get(name, name))
 
     def __post_init__(self) -> None:
@@ -255,7 +274,7 @@ class ActivationSpec:
         """(tier, first layer, last layer or None for the model's last), as they were written."""
         if ":" not in self.tiers:
             return [(self.tiers, 0, None)]
-        found = []
+        found: list[tuple[str, int, int | None]] = []
         for part in self.tiers.split(","):
             tier, _, layers = part.strip().partition(":")
             match = _LAYERS.fullmatch(layers.strip())

@@ -1,7 +1,6 @@
 """Reads every README as its parts: prose, blocks of code, commands, tables, links."""
 
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -71,9 +70,3 @@ def by_hand(text: str) -> str:
 
 def inline_code(text: str) -> list[str]:
     return [" ".join(span.split()) for span in _CODE.findall(_FENCED.sub("", text))]
-
-
-def see_bench() -> None:
-    """scripts/bench is no package; a user runs its scripts from there."""
-    if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,6 @@ import trl
 
 from hf_lowmem import LowMemDPOConfig, LowMemSFTConfig, LowMemTrainingArguments, with_lowmem
 from hf_lowmem.moved import MOVED
-
-NOW = {
-    "hf_lowmem.training.arguments": "hf_lowmem.arguments",
-    "hf_lowmem.training.sft": "hf_lowmem.sft",
-    "hf_lowmem.training.dpo_config": "hf_lowmem.dpo_config",
-    "hf_lowmem.training.wrap": "hf_lowmem.wrap",
-}
 
 
 def as_of_0_1(value: Any, now: str, then: str) -> bytes:
@@ -48,11 +42,22 @@ def test_arguments_of_0_1_are_read(make: Any, now: str, then: str, tmp_path: Pat
 
 
 def test_the_modules_of_0_1_have_what_they_had_and_no_more() -> None:
-    assert set(MOVED) >= set(NOW.values())
     from hf_lowmem.sft import LowMemSFTConfig as old  # type: ignore[import-not-found]
 
     assert old is LowMemSFTConfig
     with pytest.raises(ImportError, match="nothing_of_that_name"):
         from hf_lowmem.arguments import nothing_of_that_name  # type: ignore[import-not-found] # noqa: F401
+
+
+def test_every_module_of_0_1_is_found() -> None:
+    for name in MOVED:
+        import_module(f"hf_lowmem.{name}")
+    assert import_module("hf_lowmem.losses").simpo is import_module("hf_lowmem.preference.losses").simpo
+    assert import_module("hf_lowmem.losses.asft").asft is import_module("hf_lowmem.preference.losses.asft").asft
+    assert import_module("hf_lowmem.cards.record").SKIPPED == "lowmem/skipped"
+
+
+@pytest.mark.parametrize("name", ["hf_lowmem.never_was", "hf_lowmem.losses.never_was", "hf_lowmem.training.sft.x"])
+def test_no_other_module_is_found(name: str) -> None:
     with pytest.raises(ModuleNotFoundError):
-        import hf_lowmem.never_was  # type: ignore[import-not-found] # noqa: F401
+        import_module(name)

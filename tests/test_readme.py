@@ -14,7 +14,7 @@ from hf_lowmem.codecs import CODECS, PAIRS
 from hf_lowmem.kernels import KERNELS
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.specs import TIERS
-from tests.readmes import READMES, RECORDS, ROOT, inline_code, see_bench
+from tests.readmes import READMES, RECORDS, ROOT, inline_code
 
 FRONT = READMES["README.md"]
 SECTIONS = [
@@ -46,7 +46,6 @@ TABLES = {
 @pytest.fixture
 def made() -> Any:
     """The module that makes the tables."""
-    see_bench()
     return importlib.import_module("_readme")
 
 
@@ -225,7 +224,7 @@ def test_the_four_rows_of_the_front_page_fit_their_cards() -> None:
 def test_what_the_records_promise(made: Any, optim_tables: Any) -> None:
     """Codecs within 0.5 % of fp32 state, `subspace` within 0.3 % of `svd`, bf16 stores within 0.3 % of fp32 masters."""
     scored = made.scores()
-    for comparison in optim_tables._report.comparisons():
+    for comparison in optim_tables.report.comparisons():
         for setting, reference in comparison.rows:
             if setting.weights == "keep" or setting.name == reference.name:
                 continue
@@ -279,7 +278,7 @@ def test_a_record_of_a_long_run_is_shown(optim_tables: Any, empty: Path) -> None
 
 def test_records_of_many_steps_are_shown(optim_tables: Any, empty: Path) -> None:
     """Seed by seed beside fp32 states; a seed without its reference does not count, a run without a loss diverged."""
-    schedule, size = optim_tables._schedule, optim_tables._quality.LONG
+    schedule, size = optim_tables.schedule, optim_tables.LONG
 
     def add(seed: int, loss: float | None, **setting: Any) -> None:
         made = optim_tables.Setting("adamw", **setting)

@@ -17,7 +17,7 @@ import torch
 from hf_lowmem.codecs import CODECS, codec_pair
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.optim import OPTIMIZERS
-from tests.readmes import READMES, RECORDS, ROOT, by_hand, see_bench
+from tests.readmes import READMES, RECORDS, ROOT, by_hand
 
 NUMBER = re.compile(r"(?<![\w.,-])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?[MB]?(?![\w]|\.\d)")
 
@@ -66,7 +66,6 @@ def bytes_of_8bit() -> list[str]:
 
 
 def optimizer_runs() -> list[str]:
-    see_bench()
     figures = importlib.import_module("_readme").single_figures()
     quality, states = records("optimizers.jsonl")[0], records("states.jsonl")[0]
     assert "--heldout 16" in states["command"]

@@ -128,7 +128,7 @@ def compress(x: Tensor, fmt: str, *, seed: int | None = None) -> tuple[Tensor, .
 
 @torch.no_grad()
 def decompress(parts: Sequence[Tensor], fmt: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What `compress` stored, with x's shape and any dtype: a fresh contiguous tensor, with "none" x itself."""
+    """Values stored by `compress`, in x's shape and any dtype: a fresh contiguous tensor, with "none" x itself."""
     return FORMATS[fmt].decompress(parts, shape, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What a conversion did, and what it is worth: handled or left alone per layer, bytes per token counted."""
+"""The outcome of a conversion, and what it is worth: handled or left alone per layer, bytes per token counted."""
 
 import itertools
 from collections.abc import Callable
@@ -24,6 +24,7 @@ class LayerReport:
     left: dict[str, str] = field(default_factory=dict)
 
     def cells(self) -> tuple[str, str, str]:
+        """Tier, what was handled and what was left alone, for a row of the table."""
         handled = ", ".join(kind if n == 1 else f"{n} {kind}" for kind, n in self.handled.items())
         left = "; ".join(f"{name}: {why}" if name else why for name, why in self.left.items())
         return self.tier or "-", handled or "-", left or "-"
@@ -31,7 +32,7 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What `convert` did. `str(report)` is a table with one row for each run of equal layers.
+    """The outcome of `convert`. `str(report)` is a table with one row for each run of equal layers.
 
     tiers:   as asked for
     others:  lists of layers that were not converted: name → why

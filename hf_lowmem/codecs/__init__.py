@@ -16,6 +16,9 @@ A second moment has other needs than a first one, so a setting may be a pair: `c
 average at random: hf_lowmem/kernels/codecs/dither.py.
 """
 
+# A user's value may be of any type, whatever the annotation says: it is looked at.
+# pyright: reportUnnecessaryIsInstance=false
+
 from hf_lowmem.codecs.base import Encoded, StateCodec
 from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound, KernelCodec, is_signed
 from hf_lowmem.codecs.fp8 import Fp8Codec

@@ -1,4 +1,4 @@
-"""What the block codecs share: a code of 8 or 4 bits a value, few scalars a block, blocks over the flattened tensor.
+"""The block codecs' common part: a code of 8 or 4 bits a value, few scalars a block, blocks over the flattened tensor.
 
 A block codec is two pure functions on a matrix whose rows are blocks; `BlockCodec` makes a `StateCodec` of them. The
 loops over spans of rows are in hf_lowmem/kernels/codecs/blocks.py, and so are, for the codecs that have a Triton
@@ -86,6 +86,7 @@ class BlockCodec:
         return [scale_key(signed), *list(self.scalars)[1:]]
 
     def scalar_types(self, signed: bool) -> dict[str, torch.dtype]:
+        """Names and dtypes of the scalars of one block."""
         return self.scalars if signed else self.unsigned_scalars or self.scalars
 
     def scalars_of(self, enc: Encoded) -> list[Tensor]:
@@ -93,6 +94,7 @@ class BlockCodec:
         return [enc[key] for key in self._keys(is_signed(enc))]
 
     def init(self, like: Tensor, *, signed: bool) -> Encoded:
+        """Encoded zeros, with the codec's tables on the device."""
         for table in self.tables(signed):
             table.on(like.device)
         rows = count_blocks(like.numel(), self.block)
@@ -107,10 +109,11 @@ class BlockCodec:
         return 0
 
     def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
-        """What encode_rows and decode_rows look up."""
+        """Tables that encode_rows and decode_rows look up."""
         raise NotImplementedError
 
     def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
+        """Overwrite a state, span by span of its blocks."""
         encode_blocks(
             value,
             enc["codes"],
@@ -123,6 +126,7 @@ class BlockCodec:
         )
 
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
+        """The stored values, span by span of their blocks."""
         return decode_blocks(
             enc["codes"],
             self.scalars_of(enc),
@@ -134,6 +138,7 @@ class BlockCodec:
         )
 
     def nbytes(self, numel: int, *, signed: bool) -> int:
+        """Bytes of the codes and of each block's scalars."""
         per_block = sum(dtype.itemsize for dtype in self.scalar_types(signed).values())
         return code_bytes(numel, self.bits) + count_blocks(numel, self.block) * per_block
 
@@ -151,10 +156,12 @@ class KernelCodec(BlockCodec):
         return CODECS[self.name].tables(signed)
 
     def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
+        """Overwrite a state by the kernel, where its operator can be called."""
         run = ENCODE_STATE if through_op(value) else encode_state
         seed, offset = (None, 0) if dither is None else dither
         run(value, enc["codes"], self.scalars_of(enc), self.name, is_signed(enc), seed, offset)
 
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
+        """The stored values by the kernel, where its operator can be called."""
         run = DECODE_STATE if through_op(enc["codes"]) else decode_state
         return run(enc["codes"], self.scalars_of(enc), self.name, is_signed(enc)).view(shape)

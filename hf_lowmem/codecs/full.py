@@ -21,19 +21,25 @@ class FullCodec:
     dtype: ClassVar[torch.dtype]
 
     def init(self, like: Tensor, *, signed: bool) -> Encoded:
+        """Zeros in the codec's dtype."""
         return {"data": torch.zeros(like.shape, dtype=self.dtype, device=like.device)}
 
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
+        """A copy in fp32."""
         return enc["data"].to(torch.float32, copy=True).view(shape)
 
     def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
+        """Overwrite the values. Nothing is rounded at random here, so `dither` is not looked at."""
         enc["data"].copy_(value)
 
     def nbytes(self, numel: int, *, signed: bool) -> int:
+        """Bytes of the values: there is nothing beside them."""
         return numel * self.dtype.itemsize
 
 
 class Fp32Codec(FullCodec):
+    """The values as they are."""
+
     name: ClassVar[str] = "fp32"
     dtype: ClassVar[torch.dtype] = torch.float32
 
@@ -49,6 +55,7 @@ class Bf16Codec(FullCodec):
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def encode_(self, enc: Encoded, value: Tensor, dither: Dither | None = None) -> None:
+        """Overwrite the values, rounded to the nearest, or at random with `dither`."""
         limits = torch.finfo(self.dtype)
         data = enc["data"]
         if dither is None:

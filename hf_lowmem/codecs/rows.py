@@ -112,7 +112,4 @@ class RowCodec:
     def _spans(self, rows: int, device: torch.device) -> list[tuple[int, int]]:
         """Ranges of rows, as large as the spans of `inner`."""
         wide = self.blocks * self.inner.block
-        found = []
-        for start, stop in spans(rows * wide, wide, device):
-            found.append((start // wide, stop // wide))
-        return found
+        return [(start // wide, stop // wide) for start, stop in spans(rows * wide, wide, device)]

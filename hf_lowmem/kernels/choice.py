@@ -12,7 +12,7 @@ _forced: list[str] = []
 
 
 def current_impl() -> str:
-    """What `use_kernels` or HF_LOWMEM_KERNELS asks for. Raises ValueError for a value that is none of IMPLS."""
+    """The choice by `use_kernels` or HF_LOWMEM_KERNELS. Raises ValueError for a value that is none of IMPLS."""
     if _forced:
         return _forced[-1]
     asked = os.environ.get(VARIABLE)

@@ -87,12 +87,14 @@ class PeakMemory:
 
     @property
     def peak(self) -> int:
+        """The highest number of bytes that was seen."""
         if not self._stop.is_set():
             self._see()
         return self._seen
 
     @property
     def added(self) -> int:
+        """Bytes of the peak above what there was at the start."""
         return self.peak - self.start
 
     def _see(self) -> None:

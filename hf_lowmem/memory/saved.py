@@ -77,12 +77,14 @@ class SavedReport:
 
     @property
     def total(self) -> int:
+        """Bytes that are kept now."""
         with self._lock:
             self._settle()
             return self._total
 
     @property
     def peak(self) -> int:
+        """The largest total so far."""
         with self._lock:
             self._settle()
             self._mark_peak()
@@ -90,10 +92,12 @@ class SavedReport:
 
     @property
     def by_module(self) -> dict[str, int]:
+        """Name → bytes, at the peak."""
         return dict(self._at_peak) if self.peak else {}
 
     @property
     def by_module_now(self) -> dict[str, int]:
+        """Name → bytes, now."""
         with self._lock:
             self._settle()
             return self._shares()

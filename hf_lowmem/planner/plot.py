@@ -8,7 +8,7 @@ from hf_lowmem.planner.simulate import Plan
 __all__ = ["draw"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too.
-COLOURS = dict(
+COLOURS: dict[str, str] = dict(
     zip(
         PARTS,
         ("#999999", "#666666", "#D55E00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#F0E442", "#0072B2"),

@@ -53,12 +53,13 @@ class Point:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes. Bytes are exact for the tensors of the step; `hf_lowmem.planner.allocations` says
+    """Memory of a training step. Bytes are exact for the tensors of the step; `hf_lowmem.planner.allocations` says
     what they are.
 
     peak_bytes:   tensors alive at once, at most
@@ -270,7 +271,7 @@ def plan(
 def config_and_dtype(
     model: str | Path | PreTrainedConfig, args: Any, dtype: torch.dtype | str | None
 ) -> tuple[PreTrainedConfig, torch.dtype]:
-    """What `plan` plans: the config, and the weights' dtype. See there for the arguments."""
+    """The config that `plan` plans, and the weights' dtype. See there for the arguments."""
     wanted = dtype if dtype is not None else (args.model_init_kwargs or {}).get("dtype", "float32")
     config = find_config(model, args.model_init_kwargs, trust_remote_code=getattr(args, "trust_remote_code", False))
     if wanted == "auto":
@@ -293,7 +294,7 @@ def _with_prefetched(moment: Moment, shape: tuple[int, int], accumulation: int) 
 
 
 def _notes(args: Any, method: Method) -> list[str]:
-    """What a plan assumes of the data, where it matters much."""
+    """Assumptions of a plan about the data, where they matter much."""
     rows, tokens = method.shape(args)
     notes = []
     if method.has_documents(args):

@@ -24,7 +24,7 @@ every method.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_lowmem.optim import elementwise
 from hf_lowmem.reasons import TO_FSDP2, needs_matrices, nothing_to_round
@@ -46,11 +46,16 @@ SETTINGS = (
 )
 
 
+def _under(value: object, key: str) -> object:
+    return cast("Mapping[str, object]", value).get(key) if isinstance(value, Mapping) else None
+
+
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    """What DeepSpeed's settings say under a dotted key; None for nothing."""
+    """The value under a dotted key of DeepSpeed's settings; None for nothing."""
+    value: object = config
     for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None  # type: ignore[assignment]
-    return None if config == "none" else config
+        value = _under(value, part)
+    return None if value == "none" else value
 
 
 def _stage(run: Run) -> Any:
@@ -121,15 +126,16 @@ def from_yaml(label: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         TypeError, ValueError, FileNotFoundError: where `deepspeed_config`, or the file that it names, cannot be read.
     """
-    values = content.get("deepspeed_config") or {}
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{label}: deepspeed_config={values!r}: expected keys with values.")
+    given: object = content.get("deepspeed_config") or {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{label}: deepspeed_config={given!r}: expected keys with values.")
+    values = cast("Mapping[str, Any]", given)
     file = values.get("deepspeed_config_file")
     if file:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        found: object = json.loads(Path(file).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError(f"{label}: deepspeed_config_file: {file} holds no JSON object.")
-        return found
+        return cast("Mapping[str, Any]", found)
     stage = values.get("zero_stage", 2)  # accelerate's default
     device = values.get("offload_optimizer_device") or "none"
     return {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": device}}}

@@ -1,14 +1,15 @@
 """Rule: when it holds for a run, and what it says then."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from hf_lowmem.rules.run import Run
 
 Words = str | Callable[[Run], str]
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:
     """One thing that is refused.
 
     Args:
@@ -26,7 +27,7 @@ class Rule(NamedTuple):
     remedy: Words
 
     def refusal(self, run: Run) -> str | None:
-        """What is said of a run, or None."""
+        """The text with which a run is refused, or None."""
         if any(getattr(run, fact) is None for fact in self.facts) or not self.when(run):
             return None
         said = [words if isinstance(words, str) else words(run) for words in (self.message, self.remedy)]

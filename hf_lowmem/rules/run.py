@@ -4,11 +4,15 @@ Each door knows some: an accelerate YAML knows the engine and not the clipping, 
 perhaps not the engine, a trainer knows all. What is not known is None, and no rule is applied to it.
 """
 
+# accelerate's commands have no stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+
 import os
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.specs import OPTIMIZER_FIELDS, OptimSpec
@@ -67,7 +71,7 @@ class Run:
     offload: bool | None = None
     liger: bool | None = None
     max_grad_norm: float | None = None
-    said: Mapping[str, str] = field(default_factory=dict)
+    said: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def ours(self) -> bool:
@@ -109,7 +113,7 @@ class Run:
 
     @classmethod
     def from_fields(cls, args: Any) -> Self:
-        """What fields say by themselves, before HuggingFace's own checks have run. Of any config, or a LowMemPlugin."""
+        """Facts that fields of any config or a LowMemPlugin say, before HuggingFace's own checks have run."""
         named = {f"lowmem_{name}": getattr(args, f"lowmem_{name}", None) for name in OPTIMIZER_FIELDS}
         in_backward = bool(getattr(args, "lowmem_step_in_backward", False))
         named["lowmem_step_in_backward"] = in_backward or None
@@ -139,13 +143,13 @@ class Run:
 
     @classmethod
     def from_arguments(cls, args: Any) -> Self:
-        """What training arguments say, once HuggingFace has settled its own. Without its fields: as `from_fields`."""
+        """Facts of training arguments, once HuggingFace has settled its own. Without its fields: as `from_fields`."""
         run = cls.from_fields(args)
         spec = args.lowmem_optim_spec() if run.ours and hasattr(args, "lowmem_optim_spec") else None
         if not hasattr(args, "world_size"):  # no TrainingArguments
             return run.knowing(spec=spec)
         fsdp, engine = fsdp_asked(args), run.engine
-        sharded = getattr(args, "fsdp_config", None) or {}
+        sharded: Mapping[str, object] = getattr(args, "fsdp_config", None) or {}
         if engine is None:
             engine = "fsdp" if fsdp else "ddp" if args.world_size > 1 else "single"
         version, wrote = _fsdp_version(args) if engine == "fsdp" else (None, "")
@@ -162,6 +166,7 @@ class Run:
                 checkpointing=True, said={"checkpointing": "fsdp_config['activation_checkpointing']=True"}
             )
         plugin = getattr(args, "deepspeed_plugin", None)
+        kwargs: Mapping[str, object] = args.gradient_checkpointing_kwargs or {}
         return run.knowing(
             said,
             spec=spec,
@@ -173,12 +178,12 @@ class Run:
             precision="fp16" if args.fp16 else "bf16" if args.bf16 else "no",
             accumulation=args.gradient_accumulation_steps,
             compile=bool(args.torch_compile),
-            reentrant=bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")),
+            reentrant=bool(kwargs.get("use_reentrant")),
             max_grad_norm=args.max_grad_norm,
         )
 
     def with_accelerator(self, accelerator: Any) -> Self:
-        """What an Accelerator has set up, which counts where the fields say something else."""
+        """The facts that an Accelerator has set up, which counts where the fields say something else."""
         kind = accelerator.distributed_type.value
         engine = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed", "NO": "single"}.get(kind, "ddp")
         precision = accelerator.mixed_precision
@@ -201,14 +206,14 @@ class Run:
         return run.knowing(said, engine=engine, zero=zero, processes=accelerator.num_processes, precision=precision)
 
     def with_model(self, model: Any) -> Self:
-        """What the model that will be trained says of itself."""
+        """The facts that the model says of itself."""
         compiled = getattr(model, "_orig_mod", None)  # of torch.compile
         if compiled is None:
             return self
         return self.knowing({"compile": f"torch.compile({type(compiled).__name__})"}, compile=True)
 
     def with_yaml(self, settings: Mapping[str, Any], zero: Mapping[str, Any] | None = None) -> Self:
-        """What accelerate's launcher is told. `settings`: its options by name; `zero`: DeepSpeed's."""
+        """The facts that accelerate's launcher is told. `settings`: its options by name; `zero`: DeepSpeed's."""
         kind = str(settings.get("distributed_type") or "NO").upper()
         processes = settings.get("num_processes", 1)
         fallback = "ddp" if processes > 1 else "single"
@@ -239,7 +244,7 @@ class Run:
         )
 
     def with_plan(self, world_size: int, parallel: str | None) -> Self:
-        """What a plan supposes of the processes; see `hf_lowmem.planner.plan`."""
+        """The processes that a plan supposes; see `hf_lowmem.planner.plan`."""
         if parallel is None:
             return self
         said = {"processes": f"world_size={world_size!r}", "fsdp_version": f"parallel={parallel!r}"}
@@ -253,7 +258,7 @@ def fsdp_asked(args: Any) -> bool:
 
 
 def deepspeed_asked(args: Any) -> str:
-    """What asks for DeepSpeed, as the user wrote it: the field, or accelerate's launcher. Empty: nothing does."""
+    """The field or the launcher that asks for DeepSpeed, as the user wrote it. Empty: nothing does."""
     value = getattr(args, "deepspeed", None)
     if value:
         return f"deepspeed={value!r}"
@@ -266,7 +271,8 @@ def default_fsdp_version() -> str:
     """FSDP's version where accelerate is not told one."""
     from accelerate.commands.launch import launch_command_parser
 
-    return str(launch_command_parser().get_default("fsdp_version"))
+    parser = cast(ArgumentParser, launch_command_parser())
+    return str(parser.get_default("fsdp_version"))
 
 
 def _fsdp_version(args: Any) -> tuple[int | str, str]:
@@ -274,10 +280,11 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     if not getattr(args, "fsdp", None):
         version = os.environ.get("FSDP_VERSION") or default_fsdp_version()
         return version, f"FSDP_VERSION={version}"
-    config = args.fsdp_config or {}
+    config: Mapping[str, Any] = args.fsdp_config or {}
     if config.get("xla"):
         return "XLA", "fsdp_config['xla']=True"
-    version = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") or config.get("version", 2)
+    plugin_args: Mapping[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
+    version: int | str = plugin_args.get("fsdp_version") or config.get("version", 2)
     return version, f"fsdp_config['version']={version!r}"
 
 

@@ -217,7 +217,7 @@ class LowMemArguments:
         rules.check(self._facts(rules.Run.from_arguments(self)))
 
     def _facts(self, run: rules.Run) -> rules.Run:
-        """What the class of these arguments adds to what their fields say."""
+        """Facts that the class of these arguments adds to those of the fields."""
         return run
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -252,7 +252,7 @@ class LowMemArguments:
         return made
 
     def lowmem_settle(self, **values: Any) -> Self:
-        """As `lowmem_replace`, the answer to a search: nothing is open any more."""
+        """Like `lowmem_replace`, but every field then counts as chosen, so that a later search leaves it."""
         made = self.lowmem_replace(**values)
         made._lowmem_open = frozenset()
         return made
@@ -287,7 +287,7 @@ class LowMemArguments:
             self.gradient_checkpointing = default if self.lowmem_activations is None else False
 
     def lowmem_activation_spec(self) -> ActivationSpec | None:
-        """What these arguments ask of the model's layers."""
+        """The activation tiers that these arguments ask for; None for none."""
         check_flag("lowmem_activations_stochastic", self.lowmem_activations_stochastic)
         if self.lowmem_activations is None:
             return None
@@ -300,7 +300,7 @@ class LowMemArguments:
         )
 
     def lowmem_optim_spec(self) -> OptimSpec:
-        """What these arguments ask of our optimizer; checked again, since fields may have been assigned."""
+        """The optimizer that these arguments ask for, checked again, since fields may have been assigned."""
         asked: dict[str, Any] = {f: getattr(self, f"lowmem_{f}") for f in OPTIMIZER_FIELDS}
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
         if hasattr(self, "learning_rate"):
@@ -319,7 +319,7 @@ class LowMemArguments:
         return OptimSpec(name=self.optim, labels=LABELS, **given)
 
     def set_optimizer(self, name: str | OptimizerNames = "adamw_torch", *args: Any, **kwargs: Any) -> "LowMemArguments":
-        """As TrainingArguments.set_optimizer, for our names too."""
+        """TrainingArguments.set_optimizer, for our names too."""
         keywords = list(inspect.signature(TrainingArguments.set_optimizer).parameters)[2:]
         given = dict(zip(keywords, args, strict=False)) | kwargs
         ours = name in OPTIMIZERS

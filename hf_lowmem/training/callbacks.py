@@ -54,7 +54,7 @@ class LowMemCallback(MemoryReportCallback):
         return super().__getstate__() | {"_tiers": None}  # the model is not the copy's
 
     def add_to(self, trainer: Trainer) -> "LowMemCallback":
-        """As the parent; and an exception in `trainer.train()` takes the tiers off, too."""
+        """Adds the callback; and an exception in `trainer.train()` takes the tiers off, too."""
         super().add_to(trainer)
         self._close_after_training(trainer)
         return self

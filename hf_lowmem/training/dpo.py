@@ -163,7 +163,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         self._prepare_pairs()
 
     def _prepare_pairs(self) -> None:
-        """What is done to the collator and the models, once they exist."""
+        """Prepare the collator and the models, once they exist."""
         self.data_collator = PairCollator(
             self.data_collator,
             refuse_empty=bool(self.lowmem_losses),
@@ -173,12 +173,12 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         share_batches(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent; shared batches are for the models while this runs."""
+        """Train as the parent does; shared batches are for the models while this runs."""
         with sharing(self):
             return super().train(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, with shared batches if training has them."""
+        """Predict as the parent does, with shared batches if training has them."""
         with sharing(self):
             return super().predict(*args, **kwargs)
 
@@ -205,7 +205,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """As the parent, in eval mode, for a batch that has what our collator adds."""
+        """The reference's log-probabilities, in eval mode, for a batch that has what our collator adds."""
         if not isinstance(self.args, LowMemDPOConfig):
             return super().compute_ref_log_probs(model, inputs)
         inputs = {k: v for k, v in inputs.items() if k not in (MARGINS, KEYS)}
@@ -218,8 +218,8 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         return computed
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the parent; an iterable dataset can be evaluated under every reference, and a dataset for which there is
-        no reference any more is refused before it is read."""
+        """Evaluate as the parent does; an iterable dataset too, under every reference. A dataset for which there is no
+        reference any more is refused before it is read."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             self._check_reference()
         with sharing(self):
@@ -244,7 +244,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             )
 
     def _load_callback_state(self) -> None:
-        """As the parent, once the reference is known to be that of the run which is resumed."""
+        """Check first that the reference is that of the run which is resumed."""
         records: Any = self.state.stateful_callbacks
         saved = records.get(ReferenceRecord.__name__)
         if isinstance(saved, dict) and self.reference_kind == "precomputed":

@@ -154,7 +154,7 @@ class LowMemTrainerMixin:
             self._tiers = None
 
     def _check_rules(self) -> None:
-        """What accelerate's launcher has set up shows here first, and fields may have been assigned since."""
+        """Check the rules again: the launcher's set-up shows here first, and fields may have been assigned since."""
         if isinstance(self.args, LowMemArguments):
             others = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
             passed = None if self._made else next((f"{n}=" for n, value in others.items() if value is not None), None)
@@ -162,7 +162,7 @@ class LowMemTrainerMixin:
             rules.check(run.knowing(passed=passed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the parent; step in backward first finds the sharded parameters that FSDP2 has put in."""
+        """One training step; step in backward first finds the sharded parameters that FSDP2 has put in."""
         if self.stepping is not None:
             self.stepping.follow()
         if self._tiers is not None:
@@ -189,7 +189,7 @@ class LowMemTrainerMixin:
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, from a checkpoint that is known to be whole.
+        """Train as the parent does, from a checkpoint that is known to be whole.
 
         What the fields put on the model (tiers, hooks of step in backward) is there while this runs, and gone when it
         ends, also by an exception; `evaluate` and `predict` have no need of it.
@@ -228,7 +228,7 @@ class LowMemTrainerMixin:
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the parent; from a checkpoint at the last step no epoch is left, where the parent trains on."""
+        """Leave no epoch for a checkpoint at the last step, where the parent trains on."""
         begin = super()._init_training_state(  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
@@ -283,7 +283,7 @@ class LowMemTrainerMixin:
         return None if last is None else str(last)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the parent; then, when every process has written, a manifest that says that it is complete.
+        """Save as the parent does; then, when every process has written, a manifest that says that it is complete.
 
         Older checkpoints are deleted after that, not before.
         """
@@ -314,7 +314,7 @@ class LowMemTrainerMixin:
         self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, with what the training takes; a README.md that no trainer has made stays as it is."""
+        """Write the parent's card with what the training takes; a README.md that no trainer has made stays as it is."""
         write_card(self, super().create_model_card, *args, **kwargs)  # type: ignore[misc]
 
     def _window_ends(self) -> bool:
@@ -322,8 +322,8 @@ class LowMemTrainerMixin:
         return self.accelerator.sync_gradients
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the parent, with the true `grad_norm` where gradients were freed before it could look, and with the number
-        of steps that have left out updates, if there are any."""
+        """Log as the parent does, with the true `grad_norm` where gradients were freed before it could look, and with
+        the number of steps that have left out updates, if there are any."""
         self._told = add_skipped(logs, self.optimizer, self._told)
         if self.stepping is not None and "grad_norm" in logs:
             norm = self.stepping.grad_norm()
@@ -343,7 +343,7 @@ def mean_loss(rows: list[dict[str, Any]]) -> float:
 
 
 def library_versions() -> dict[str, str]:
-    """Of what a checkpoint's files are made by."""
+    """Versions of the libraries that write a checkpoint's files."""
     return {name: version(name) for name in ("torch", "transformers", "accelerate")}
 
 

@@ -121,7 +121,7 @@ class LowMemPlugin(LowMemArguments):
 
     @classmethod
     def from_env(cls) -> "LowMemPlugin":
-        """What `hf-lowmem launch` hands to its workers, or HF_LOWMEM_CONFIG set by hand; without it all defaults."""
+        """The plugin that `hf-lowmem launch` hands to workers, or HF_LOWMEM_CONFIG set by hand; else all defaults."""
         return cls.from_section(section.VARIABLE, section.from_env())
 
     @classmethod
@@ -148,7 +148,7 @@ class LowMemPlugin(LowMemArguments):
         return from_spec(self.lowmem_optim_spec(), model, flat=flat)
 
     def _taken(self) -> None:
-        """From here on, somebody applies these fields."""
+        """Note that somebody applies these fields from here on."""
         _waiting.pop(id(self), None)
         section.state.taken = True
 

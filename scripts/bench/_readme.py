@@ -8,7 +8,6 @@ replaced as a whole; all else in a README is written by hand. tests/test_readme.
 """
 
 import argparse
-import importlib
 import json
 import re
 import statistics
@@ -17,14 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import _readme_optim
+import plan_table as plans
+import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
-from parts.preference import report as _preference_report
+from parts.preference import report as preferences
+from parts.record import RECORDS, ROOT
 
 __all__ = ["TABLES", "difference", "one", "readmes", "records", "rewritten", "scores", "single_figures"]
 
-ROOT = Path(__file__).parents[2]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 # Front page: (budget, record, sequences) of one line each.
 WHICH = (("24GiB", "1B", 8), ("24GiB", "8B", 1), ("48GiB", "8B", 1), ("80GiB", "8B", 1))
@@ -90,7 +90,7 @@ def budget() -> list[str]:
 
 def _peaks(names: dict[str, str]) -> list[str]:
     """Peaks at every length by setting, and what is known of its cost in loss, part by part."""
-    rows, costs_of = records("plan_table.jsonl"), importlib.import_module("plan_table").loss_costs
+    rows, costs_of = records("plan_table.jsonl"), plans.loss_costs
     lengths = sorted({row["tokens"] for row in rows})
     lines = []
     for name, label in names.items():
@@ -113,7 +113,7 @@ def plan_table() -> list[str]:
 def plan_fields() -> list[str]:
     """The fields of each setting; those that all of ours have are said in the text."""
     fields = {row["setting"]: row["fields"] for row in records("plan_table.jsonl")}
-    common = importlib.import_module("plan_table").EIGHT_BIT
+    common = plans.EIGHT_BIT
     lines = []
     for name, values in fields.items():
         of_all = {} if not name.startswith("ours") else {k: v for k, v in common.items() if k != "optim"}
@@ -157,7 +157,7 @@ def activations() -> list[str]:
 
 def demo() -> list[str]:
     """The four trainings of the recorded demo."""
-    record = json.loads((_readme_optim.RECORDS / "demo.json").read_text())
+    record = json.loads((RECORDS / "demo.json").read_text())
     assert record["mode"] == "full"
     lines = []
     for row in record["training"]:
@@ -171,10 +171,10 @@ def collapse() -> list[str]:
     """What preference losses do to answers that were right; the learning rate by exact match on validation."""
     rows = [row for row in records("preference.jsonl") if row["part"] == "collapse"]
     lines = []
-    for method in ("start", *_preference_report.methods_of(rows)):
+    for method in ("start", *preferences.methods_of(rows)):
         cells = []
         for measure in ("exact", "margin_accuracy", "chosen"):
-            values = _preference_report.collapse_scores(rows, method, "exact", measure)
+            values = preferences.collapse_scores(rows, method, "exact", measure)
             cells.append("" if (method, measure) == ("start", "margin_accuracy") else f"{statistics.fmean(values):.2f}")
         lines.append([method, *cells])
     return table(["", "exact match", "accuracy of the margin", "mean log p, chosen"], lines)
@@ -213,7 +213,7 @@ def preference_time() -> list[str]:
 
 def wire() -> list[str]:
     """Bytes that a process sends, by method."""
-    return importlib.import_module("wire").table(records("wire.jsonl"), "layers")
+    return sent.table(records("wire.jsonl"), "layers")
 
 
 def targets() -> list[str]:

@@ -4,15 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_lowmem import codecs
-
-# One place for what belongs to other benchmarks.
-from parts.optimizers import quality as _quality
-from parts.optimizers import report as _report
-from parts.optimizers import schedule as _schedule
+from parts.optimizers import report, schedule
+from parts.optimizers.quality import LONG
 from parts.optimizers.settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
-from parts.record import RECORDS, read_rows
+from parts.record import RECORDS, Rows, read_rows
+from parts.small_llama import SIZE
 
-Rows = list[dict[str, Any]]
 NOT_YET = "not measured yet"
 COLUMNS = ("bf16", "int8", "int8_softsign", "fp8", "fp8_expand", "8bit", "int8,fp8_expand", "int4")
 STATES = ("torch-adamw", "adamw-int8", "adamw-fp8_expand", "apollo-r256-int8", "apollo_mini-int8")
@@ -50,15 +47,15 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def scores() -> _report.Scores:
-    return _report.Scores(_schedule.Record(RECORDS / "optimizers.jsonl"), _quality.SIZE)
+def scores() -> report.Scores:
+    return report.Scores(schedule.Record(RECORDS / "optimizers.jsonl"), SIZE)
 
 
-def difference(scored: _report.Scores, setting: Setting, reference: Setting) -> tuple[float, float]:
+def difference(scored: report.Scores, setting: Setting, reference: Setting) -> tuple[float, float]:
     """Per cent by which the loss exceeds the reference's, and its standard error, over three seeds."""
-    found = _report.against(scored.losses(setting), scored.losses(reference))
+    found = report.against(scored.losses(setting), scored.losses(reference))
     assert len(found) == 3, setting
-    mean, error = _report.mean_and_error(found)
+    mean, error = report.mean_and_error(found)
     assert error is not None
     return mean, error
 
@@ -190,13 +187,13 @@ def long_steps() -> list[str]:
     if not lines:
         return [f"{NOT_YET.capitalize()}."]
     heads = ["states, AdamW", "held-out loss, %", "training loss, %"]
-    return [f"{_quality.LONG['steps']:,} steps, against fp32 states.", "", *table(heads, lines)]
+    return [f"{LONG['steps']:,} steps, against fp32 states.", "", *table(heads, lines)]
 
 
 def _long_difference(setting: Setting, loss: str) -> str | None:
     """None where no seed has both runs; "diverged" where one of them did."""
-    rows = _schedule.Record(RECORDS / "optimizers.jsonl").rows.values()
-    runs = {(row["setting"], row["seed"]): row.get(loss) for row in rows if row["size"] == _quality.LONG}
+    rows = schedule.Record(RECORDS / "optimizers.jsonl").rows.values()
+    runs = {(row["setting"], row["seed"]): row.get(loss) for row in rows if row["size"] == LONG}
     reference = Setting("adamw").name
     pairs = [
         (x, runs[reference, seed])
@@ -208,7 +205,7 @@ def _long_difference(setting: Setting, loss: str) -> str | None:
     found = [100 * (x / y - 1) for x, y in pairs if x is not None and y is not None]
     if len(found) < len(pairs):
         return "diverged"
-    mean, error = _report.mean_and_error(found)
+    mean, error = report.mean_and_error(found)
     seeds = f"{len(found)} seed{'s' if len(found) > 1 else ''}"
     return f"{mean:+.2f} ({seeds})" if error is None else f"{mean:+.2f} ± {error:.2f} ({seeds})"
 
@@ -226,7 +223,7 @@ def long_line() -> list[str]:
     loss = short if short == "diverged" else NOT_YET if short is None else f"{short} %"
     return [
         f"Long runs with `8bit`: on synthetic gradients {update}; loss of a small Llama after "
-        f"{_quality.LONG['steps']:,} steps, against fp32 states: {loss}."
+        f"{LONG['steps']:,} steps, against fp32 states: {loss}."
     ]
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _readme
+import _readme_optim as measured
 from parts.optimizers.settings import STORE_RATE_FACTOR, Setting
 from parts.record import RECORDS, of_part, provenance, read_rows, write_rows
 from parts.shapes import LLAMA_8B, TOY_SHAPE
@@ -86,15 +86,15 @@ def row(name: str, shape: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 def loss_costs(settings: dict[str, Any]) -> str:
     """What was measured of a setting's cost: per cent of held-out loss, mean and standard error over three seeds."""
-    scored = _readme.scores()
+    scored = measured.scores()
     costs = []
     masters = Setting("adamw", weights="masters", rate_factor=STORE_RATE_FACTOR)
     store = settings.get("lowmem_weights", "keep")
     stored = Setting("adamw", weights=store, rate_factor=STORE_RATE_FACTOR)
-    costs.append("weights {:+.2f} ± {:.2f}".format(*_readme.difference(scored, stored, masters)))
+    costs.append("weights {:+.2f} ± {:.2f}".format(*measured.difference(scored, stored, masters)))
     if "lowmem_state" in settings:
         method = settings["optim"]
-        found = _readme.difference(scored, Setting(method, settings["lowmem_state"]), Setting(method))
+        found = measured.difference(scored, Setting(method, settings["lowmem_state"]), Setting(method))
         costs.append("states {:+.2f} ± {:.2f}".format(*found))
     elif settings["optim"] == "adamw_8bit":
         costs.append(f"states {NOT_MEASURED}")

@@ -19,4 +19,4 @@ y: dict[str, Any] = {}  # noqa: E1  # fmt: skip
 # pyright: reportAttributeAccessIssue=false
 # pyright: strict
 """
-    assert count(code) == {"Any": 2, "type: ignore": 2, "noqa": 1, "fmt: skip": 1}
+    assert count(code) == {"Any": 2, "type: ignore": 1, "pyright: off": 1, "noqa": 1, "fmt: skip": 1}

@@ -9,3 +9,9 @@ cost       how long a combination takes on a nominal device
 explain    the answer in sentences
 budget     `lowmem_budget` in a trainer
 """
+
+from hf_lowmem.planner.search.explain import NothingFits
+from hf_lowmem.planner.search.fastest import longest, prepare, search
+from hf_lowmem.planner.search.ranking import Found
+
+__all__ = ["Found", "NothingFits", "longest", "prepare", "search"]

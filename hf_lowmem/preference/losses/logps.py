@@ -13,6 +13,9 @@ Nothing here reads a value on the host. All checks are on shapes, dtypes and dev
 to wait.
 """
 
+# A user's value may be of any type, whatever the annotation says: it is looked at.
+# pyright: reportUnnecessaryIsInstance=false
+
 import inspect
 import math
 import numbers

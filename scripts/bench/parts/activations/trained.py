@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,7 +81,10 @@ def loss_rows(smoke: bool, old: Rows) -> Iterator[Row]:
 def loss_row(way: str, seed: int, size: dict[str, Any]) -> Row:
     model = prepared(way, build_model(size, seed, bf16=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=size["weight_decay"], fused=True)
-    forward: Callable[[torch.Tensor], torch.Tensor] = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
     losses = []
     began = time.perf_counter()
     for step, ids in enumerate(batches(size, seed)):
