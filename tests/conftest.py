@@ -1,7 +1,13 @@
 """Shared by all tests: no hub, one thread (two workers share two cores), small models and data made on the spot."""
 
+import functools
+import multiprocessing.process
 import os
-from typing import Any
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -16,6 +22,33 @@ torch.set_num_threads(1)
 # imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class _Popen(subprocess.Popen):
+    def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
+        words = [args] if isinstance(args, str | os.PathLike) else list(args)
+        if Path(words[0]).name.startswith("python"):
+            _needs_the_marker()
+        super().__init__(args, *rest, **options)
+
+
+def _needs_the_marker(*args: Any, **kwargs: Any) -> NoReturn:
+    pytest.fail("runs a trainer or starts a process: mark it `train`, as -m 'not train and not slow' is to be quick")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What is not marked `train` or `slow` neither trains nor starts another Python."""
+    if item.get_closest_marker("train") or item.get_closest_marker("slow"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", _Popen)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", _needs_the_marker)
+        if found := sys.modules.get("transformers.trainer"):
+            train = found.Trainer.train
+            # With its signature, which a test compares with our overrides'.
+            patch.setattr(found.Trainer, "train", functools.wraps(train)(functools.partial(_needs_the_marker)))
+        return (yield)
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

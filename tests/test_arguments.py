@@ -94,6 +94,7 @@ class TestEveryConfig:
             assert word in text
 
 
+@pytest.mark.train
 def test_all_survive_training_args_bin(tmp_path: Path) -> None:
     """Loaded in another process, which knows nothing but the files."""
     paths = []

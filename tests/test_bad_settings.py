@@ -20,7 +20,6 @@ from hf_lowmem import (
     make_optimizer,
     with_lowmem,
 )
-from hf_lowmem.codecs import get_codec
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward
 from tests.conftest import tiny_llama
 
@@ -193,7 +192,6 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("bad group", lambda: OPTIMIZERS["adamw"]([{"params": [nn.Parameter(torch.zeros(2))], "betas": (2, 0)}]), ValueError, ("betas[0]=2",)),
     ("rank in a group of adamw", lambda: OPTIMIZERS["adamw"]([{"params": [nn.Parameter(torch.zeros(2))], "rank": 2}]), ValueError, ("rank=2", "no effect")),
     ("complex parameter", lambda: OPTIMIZERS["adamw"]([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), TypeError, ("complex64", "view_as_real")),
-    ("unknown codec by name", lambda: get_codec("int9"), ValueError, ("int9", "int8")),
     # with_lowmem and trainers
     ("no config class", lambda: with_lowmem(nn.Module), TypeError, ("with_lowmem", "TrainingArguments")),  # type: ignore[type-var]
     ("no class", lambda: with_lowmem("SFTConfig"), TypeError, ("with_lowmem('SFTConfig')",)),  # type: ignore[arg-type]

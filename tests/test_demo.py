@@ -180,7 +180,7 @@ def test_card(tmp_path: Path) -> None:
 
 
 def test_the_templates_are_the_repositorys() -> None:
-    folder = Path(cli.__file__).parent.parent / "model_cards"
+    folder = Path(cli.__file__).parents[2] / "model_cards"
     assert template_path(TEMPLATE) == folder / "demo_template.md"
     assert template_path() == folder / "template.md", "every run's"
 
@@ -253,6 +253,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.train
 def test_demo_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     """The whole demo on a tiny model, in the demo's own processes: what it writes agrees with itself."""
     assert cli.main(["demo", "--quick", "--model", str(tiny_model), "--output_dir", str(tmp_path)]) == 0

@@ -77,6 +77,7 @@ def train(folder: Path, model: Any = None, error: Any = None, **fields: Any) -> 
     return trainer, spy
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize(
     "fields",
@@ -92,6 +93,7 @@ def test_a_model_is_as_it_was_after_training(error: BaseException | None, fields
     assert "model.layers" in str(trainer.activations), "the report stays"
 
 
+@pytest.mark.train
 def test_a_trainer_trains_twice_as_on_a_model_of_its_own(tmp_path: Path) -> None:
     """The optimizer goes on, as HuggingFace's does; and between the two the model can be used and judged."""
     runs = []
@@ -110,6 +112,7 @@ def test_a_trainer_trains_twice_as_on_a_model_of_its_own(tmp_path: Path) -> None
     assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
+@pytest.mark.train
 def test_each_model_of_model_init_is_left_plain(tmp_path: Path) -> None:
     trainer, spy = train(tmp_path, **EVERYTHING)
     first = trainer.model
@@ -120,6 +123,7 @@ def test_each_model_of_model_init_is_left_plain(tmp_path: Path) -> None:
     assert not on_it(trainer.model)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("fields", [{}, {"lowmem_step_in_backward": True, "max_grad_norm": 0.0}], ids=["", "backward"])
 def test_states_are_freed_with_the_trainer(fields: Any, tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2)
@@ -130,6 +134,7 @@ def test_states_are_freed_with_the_trainer(fields: Any, tmp_path: Path) -> None:
     assert optimizer() is None
 
 
+@pytest.mark.train
 def test_a_second_training_is_that_of_a_model_that_never_had_a_first(tmp_path: Path) -> None:
     """Another optimizer, and gradients that nobody rounds or frees."""
     model = tiny_llama(num_hidden_layers=2)
@@ -151,6 +156,7 @@ def kinds(model: nn.Module) -> list[str]:
     return [type(patch).__name__ for patch in patches(model)]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("error", [None, RuntimeError("no")], ids=repr)
 def test_a_conversion_by_hand_is_kept(
     error: BaseException | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -235,6 +241,7 @@ def plain_trainer(folder: Path, model: Any, *callbacks: Any) -> Trainer:
     return Trainer(model, args, train_dataset=token_data(8), callbacks=list(callbacks))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("late", [False, True], ids=["callbacks=", "add_to"])
 def test_the_callback_takes_its_tiers_off(error: BaseException | None, late: bool, tmp_path: Path) -> None:
@@ -257,6 +264,7 @@ def test_the_callback_takes_its_tiers_off(error: BaseException | None, late: boo
     copy.deepcopy(ours)
 
 
+@pytest.mark.train
 def test_the_callback_alone_goes_with_its_trainer(tmp_path: Path) -> None:
     """Added late and by no other way, it does not hear of an exception."""
     model = tiny_llama(num_hidden_layers=2)
@@ -296,6 +304,7 @@ def test_the_plugin_removes_what_it_has_put_on() -> None:
     optimizer.step()
 
 
+@pytest.mark.train
 def test_a_trainer_says_whose_tiers_it_keeps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(num_hidden_layers=2)
     plugin = LowMemPlugin(lowmem_activations="fp8")
@@ -381,6 +390,7 @@ def ends(error: BaseException | None, run: Callable[[], Any]) -> None:
             run()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()], ids=repr)
 def test_shared_prompts_are_for_training_and_evaluation(error: Any, tmp_path: Path, tokenizer: Any) -> None:
     model, spy = tiny_llama(num_hidden_layers=2), Spy(error)
@@ -394,6 +404,7 @@ def test_shared_prompts_are_for_training_and_evaluation(error: Any, tmp_path: Pa
         assert not shared(model)
 
 
+@pytest.mark.train
 def test_prompts_that_a_user_shares_stay_shared(tmp_path: Path, tokenizer: Any) -> None:
     model = tiny_llama(num_hidden_layers=2)
     share_prompts(model)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer, LowMemSFTTrainer
 from hf_lowmem.cli import dpo as command
 from hf_lowmem.cli.dpo import FirstStage
+from hf_lowmem.cli.main import main
 from hf_lowmem.codecs import codec_pair
 from tests.conftest import tiny_llama
 from tests.test_trainers import pair_data
@@ -52,18 +53,24 @@ def script_of(config: Path) -> str:
     return "train_preference.py" if "loss_type" in yaml.safe_load(config.read_text()) else "train_sft.py"
 
 
-def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A script of ours, or a command of the wheel."""
-    program = [str(ROOT / "scripts" / script)] if script.endswith(".py") else ["-m", "hf_lowmem.cli.main", script]
-    return subprocess.run(
-        [sys.executable, *program, *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+# The first of each script; what follows the script's own line is the command.
+AS_SCRIPTS = list({script_of(config): config for config in reversed(CONFIGS)}.values())
 
 
+def run(script: str, *flags: str) -> None:
+    """A script of ours, in a process of its own."""
+    program = [sys.executable, str(ROOT / "scripts" / script)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*program, *flags], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_here(command: str, *flags: str) -> None:
+    """A command of the wheel, in this process."""
+    assert main([command, *flags]) == 0
+
+
+@pytest.mark.train
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_runs_from_its_configuration(config: Path, model_and_data: tuple[str, str], tmp_path: Path) -> None:
     model, data = model_and_data
@@ -71,11 +78,14 @@ def test_runs_from_its_configuration(config: Path, model_and_data: tuple[str, st
     if script == "train_sft.py":
         as_text(data)
     out = tmp_path / "out"
-    done = run(
-        script, "--config", str(config), "--model_name_or_path", model, "--dataset_name", data,
+    flags = [
+        "--config", str(config), "--model_name_or_path", model, "--dataset_name", data,
         "--output_dir", str(out), *FEW, "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    ]  # fmt: skip
+    if config in AS_SCRIPTS:
+        run(script, *flags)
+    else:
+        run_here("dpo" if script == "train_preference.py" else "sft", *flags)
     AutoModelForCausalLM.from_pretrained(out)
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert any("eval_loss" in row for row in state["log_history"])
@@ -87,22 +97,20 @@ def test_runs_from_its_configuration(config: Path, model_and_data: tuple[str, st
 
 def test_an_unknown_key_is_refused(model_and_data: tuple[str, str], tmp_path: Path) -> None:
     model, data = model_and_data
-    done = run(
-        "sft", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "o"),
-        *SMALL, "--lowmem_stat", "int8",
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "lowmem_stat" in done.stderr
+    with pytest.raises(ValueError, match="lowmem_stat"):
+        run_here(
+            "sft", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "o"),
+            *SMALL, "--lowmem_stat", "int8",
+        )  # fmt: skip
 
 
 def test_a_missing_split_is_named(model_and_data: tuple[str, str], tmp_path: Path) -> None:
     model, data = model_and_data
-    done = run(
-        "train_preference.py", "--model_name_or_path", model, "--dataset_name", data, "--output_dir",
-        str(tmp_path / "o"), *SMALL, "--dataset_train_split", "trian",
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "dataset_train_split='trian': " in done.stderr
+    with pytest.raises(ValueError, match="dataset_train_split='trian': "):
+        run_here(
+            "dpo", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "o"),
+            *SMALL, "--dataset_train_split", "trian",
+        )  # fmt: skip
 
 
 def stage_arguments(out: Path, **more: Any) -> LowMemDPOConfig:
@@ -127,16 +135,16 @@ def weights_at(folder: str | Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
 
 
+@pytest.mark.train
 def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str], tmp_path: Path) -> None:
     """A preference stage that hardly moves ends where the SFT stage ended, not where the model began."""
     model, data = model_and_data
     out = tmp_path / "out"
-    done = run(
+    run_here(
         "dpo", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(out), *SMALL,
         "--sft_first", "--sft_epochs", "2", "--sft_learning_rate", "1e-3", "--learning_rate", "1e-9", "--loss_type",
         "sigmoid", "--save_steps", "1", "--logging_steps", "1", "--optim", "apollo_mini",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     first, between, last = weights_at(model), weights_at(out / "sft"), weights_at(out)
     assert all((between[n] - first[n]).abs().max() > 1e-4 for n in first)
     # Two steps of a normed update of at most 1e-9 an entry times APOLLO-Mini's scale of 128.
@@ -146,6 +154,7 @@ def test_sft_first_then_preference_in_one_command(model_and_data: tuple[str, str
     assert margin == 0  # the reference is the SFT stage's result
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules=["q_proj"])], ids=["all weights", "adapters"])
 def test_the_sft_stage_leaves_nothing_in_memory(
     peft: Any,
@@ -174,6 +183,7 @@ def test_the_sft_stage_leaves_nothing_in_memory(
     assert changed == (set(before) if peft is None else {n for n in before if "q_proj" in n})
 
 
+@pytest.mark.train
 def test_adapters_of_the_second_stage_are_new(model_and_data: tuple[str, str], tokenizer: Any, tmp_path: Path) -> None:
     """Without its adapter the policy is the SFT stage's result, which is DPO's reference."""
     peft, args = LoraConfig(r=4, target_modules=["q_proj"]), stage_arguments(tmp_path / "out")

@@ -53,6 +53,7 @@ def logged(trainer: Any) -> list[int | None]:
     return [row.get(KEY) for row in trainer.state.log_history]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("optim", ["adamw", "apollo_mini", "soap"])
 def test_a_run_of_bad_gradients_does_not_end_without_a_word(
     optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -71,6 +72,7 @@ def test_a_run_of_bad_gradients_does_not_end_without_a_word(
     assert "| steps that left out updates | 8 |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.train
 def test_a_good_run_says_nothing_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = trainer_of(tmp_path, rows())
     trainer.train()
@@ -80,6 +82,7 @@ def test_a_good_run_says_nothing_of_it(tmp_path: Path, caplog: pytest.LogCapture
     assert "skipped" not in trainer.optimizer.state_dict()["param_groups"][0]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("bad", "limit", "end"),
     [
@@ -101,6 +104,7 @@ def test_it_ends_after_so_many_in_a_row(
     assert stopped == (end < 8 or bad == (5, 6, 7))
 
 
+@pytest.mark.train
 def test_the_device_is_asked_no_more_often_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tmp_path, rows(1, 2), lowmem_max_skipped_steps=5, logging_strategy="no")
     asked = []
@@ -112,6 +116,7 @@ def test_the_device_is_asked_no_more_often_than_it_must(tmp_path: Path, monkeypa
     assert 0 < len(asked) <= 4  # at steps 1 and 6, and in the last row of the log
 
 
+@pytest.mark.train
 def test_the_count_survives_a_resume(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "lowmem_max_skipped_steps": 5}
     first = trainer_of(tmp_path, rows(2, 3), max_steps=4, **fields)
@@ -122,6 +127,7 @@ def test_the_count_survives_a_resume(tmp_path: Path) -> None:
     assert [n for n in logged(again) if n] == [2, 4, 5]
 
 
+@pytest.mark.train
 def test_step_in_backward_counts_too(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"lowmem_step_in_backward": True, "max_grad_norm": 0.0, "lowmem_max_skipped_steps": 2}
     trainer = trainer_of(tmp_path, rows(1, 3, 4, 5), **fields)
@@ -130,6 +136,7 @@ def test_step_in_backward_counts_too(tmp_path: Path) -> None:
     assert trainer.optimizer.optimizer.skipped() == (6, 3, 2)
 
 
+@pytest.mark.train
 def test_an_unmodified_trainer_with_a_callback_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen = []
 

@@ -43,6 +43,7 @@ def losses(trainer: Any) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_exact_is_the_same_training(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     """Bit for bit, beside a plain run without checkpointing; and it keeps less."""
@@ -59,6 +60,7 @@ def test_exact_is_the_same_training(kind: str, tmp_path: Path, tokenizer: Any) -
     assert reports[1] < 0.8 * reports[0]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("tier", [t for t in TIERS if t != "exact"])
 def test_every_tier_trains_and_keeps_less(tier: str, tmp_path: Path, tokenizer: Any) -> None:
     plain, lossy = LowMemCallback(verbose=False), LowMemCallback(verbose=False)
@@ -82,6 +84,7 @@ def test_checkpointing_is_off_unless_it_was_asked_for() -> None:
     assert again.gradient_checkpointing is False
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", ["adamw", "soap", "apollo", "natural_galore"])  # one of each kind of state
 def test_it_stacks_with_optimizers_and_resumes_to_the_same_bits(name: str, tmp_path: Path, tokenizer: Any) -> None:
     settings: dict[str, Any] = {
@@ -108,6 +111,7 @@ def test_it_stacks_with_optimizers_and_resumes_to_the_same_bits(name: str, tmp_p
     assert all(torch.equal(p, q) for p, q in zip(weights(whole.model), weights(resumed.model), strict=True))
 
 
+@pytest.mark.train
 def test_what_is_saved_is_the_plain_model(tmp_path: Path, tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -123,6 +127,7 @@ def test_what_is_saved_is_the_plain_model(tmp_path: Path, tokenizer: Any) -> Non
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
 
 
+@pytest.mark.train
 def test_a_model_of_model_init_is_converted(tmp_path: Path) -> None:
     made: list[Any] = []
 
@@ -140,6 +145,7 @@ def test_a_model_of_model_init_is_converted(tmp_path: Path) -> None:
     assert callback.report["saved"] < 0.75 * plain.report["saved"]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("late", [False, True])
 def test_the_callback_does_it_for_a_plain_trainer(late: bool, tmp_path: Path) -> None:
     plain, ours = LowMemCallback(verbose=False), LowMemCallback("fp8", verbose=False)
@@ -183,6 +189,7 @@ def test_evaluation_is_that_of_the_plain_model(tmp_path: Path, tokenizer: Any) -
     convert(model, "fp8")
 
 
+@pytest.mark.train
 def test_auto_find_batch_size_goes_on_with_the_converted_model(tmp_path: Path) -> None:
     """Out of memory at the first batch size: the loop is entered again, with the same tiers and a new optimizer."""
     sizes: list[int] = []

@@ -30,8 +30,8 @@ from hf_lowmem import (
 )
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.optim.base import SMALLEST_COMPRESSED
 from hf_lowmem.optim.lowrank.apollo import ApolloMini
+from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.preference.losses import PairLogps, asft
 from tests.conftest import tiny_llama
 
@@ -80,6 +80,7 @@ def weights(model: Any) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.train
 def test_three_ways_in_are_one_optimizer(tmp_path: Path) -> None:
     """The field, `optimizers=` of an unmodified Trainer, and a raw loop end in the same bits."""
     args = settings(LowMemTrainingArguments, tmp_path, optim="apollo_mini", lowmem_state="int8", max_grad_norm=0.0)
@@ -114,6 +115,7 @@ def test_three_ways_in_are_one_optimizer(tmp_path: Path) -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.train
 def test_a_plain_name_is_the_plain_trainer(tmp_path: Path) -> None:
     runs = []
     for trainer_class, config in ((Trainer, TrainingArguments), (LowMemTrainer, LowMemTrainingArguments)):
@@ -123,6 +125,7 @@ def test_a_plain_name_is_the_plain_trainer(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.train
 def test_our_trainers_take_plain_arguments(tmp_path: Path, tokenizer: Any) -> None:
     trainer = LowMemSFTTrainer(
         tiny_llama(), settings(SFTConfig, tmp_path), train_dataset=token_data(), processing_class=tokenizer
@@ -131,6 +134,7 @@ def test_our_trainers_take_plain_arguments(tmp_path: Path, tokenizer: Any) -> No
     assert len(losses(trainer)) == 4
 
 
+@pytest.mark.train
 def test_any_other_trl_trainer(tmp_path: Path, tokenizer: Any) -> None:
     from trl import GRPOTrainer
 
@@ -201,7 +205,7 @@ class TestReachesTheGroupsOf:
         for group in optimizer.param_groups:
             assert (group["lr"], group["betas"], group.get("eps")) == (5e-3, (0.25, 0.75), eps.get("adam_epsilon"))
             big = [p for p in group["params"] if p.numel() >= SMALLEST_COMPRESSED]
-            assert all({c.name for c in optimizer.codecs(p, group)} == {"fp8"} for p in big)
+            assert all({c.name for c in optimizer.slot(p, group).codecs} == {"fp8"} for p in big)
         assert any(p.numel() >= SMALLEST_COMPRESSED for g in optimizer.param_groups for p in g["params"])
 
     def test_an_eps_that_has_no_effect_is_refused(self, optim: str, tmp_path: Path) -> None:
@@ -221,6 +225,7 @@ class TestReachesTheGroupsOf:
 
 @pytest.mark.parametrize("optim", FAMILIES)
 class TestReaches:
+    @pytest.mark.train
     @pytest.mark.parametrize("changed", CHANGES, ids=lambda c: next(iter(c)))
     def test_by_its_effect(self, optim: str, changed: dict[str, Any], tmp_path: Path, unchanged: Any) -> None:
         if "adam_epsilon" in changed and "eps" not in OPTIMIZERS[optim].DEFAULTS:
@@ -228,6 +233,7 @@ class TestReaches:
         pairs = zip(unchanged(optim), ended(optim, tmp_path, **changed), strict=True)
         assert any((p - q).abs().max() > 1e-6 for p, q in pairs)
 
+    @pytest.mark.train
     def test_max_grad_norm(self, optim: str, tmp_path: Path) -> None:
         norms: list[float] = []
 
@@ -239,6 +245,7 @@ class TestReaches:
         assert len(norms) == 4
         assert norms == pytest.approx([1e-3] * 4, rel=1e-2)  # torch divides by the norm and 1e-6
 
+    @pytest.mark.train
     def test_a_schedule_reaches_every_group_and_the_gradient_norm_is_logged(self, optim: str, tmp_path: Path) -> None:
         trainer = trainer_of(optim, tmp_path, lr_scheduler_type="linear", weight_decay=0.1)
         trainer.train()
@@ -249,6 +256,7 @@ class TestReaches:
         assert min(row["grad_norm"] for row in rows) > 0
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("optim", [*FAMILIES, "lamb"])
 def test_a_clipped_step_is_shorter(optim: str, tmp_path: Path) -> None:
     """Adam undoes a clipping but for eps: with a large one, steps get shorter. Lion's and LAMB's never do."""
@@ -264,6 +272,7 @@ def test_a_clipped_step_is_shorter(optim: str, tmp_path: Path) -> None:
     assert (clipped > 0.9 * plain) if optim in own_length else (clipped < 0.5 * plain)
 
 
+@pytest.mark.train
 def test_the_group_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = settings(LowMemTrainingArguments, tmp_path, optim="apollo_mini", lowmem_state="int8")
     trainer = LowMemTrainer(tiny_llama(), args, train_dataset=token_data())
@@ -272,10 +281,11 @@ def test_the_group_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "apollo_mini: 7 tensors" in caplog.text
     assert "bytes a parameter" in caplog.text
     trainer.train()
-    foretold = sum(optimizer.state_bytes(p, g) for g in optimizer.param_groups for p in g["params"])
-    assert optimizer_bytes(optimizer) == foretold
+    predicted = sum(optimizer.state_bytes(p, g) for g in optimizer.param_groups for p in g["params"])
+    assert optimizer_bytes(optimizer) == predicted
 
 
+@pytest.mark.train
 def test_lora_adapters_are_trained_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
     model = tiny_llama()
     start = copy.deepcopy(model.state_dict())
@@ -302,6 +312,7 @@ def asft_trainer(tmp_path: Path, tokenizer: Any, model: Any = None, **kwargs: An
     )  # fmt: skip
 
 
+@pytest.mark.train
 def test_asft_loads_no_reference_model(tmp_path: Path, tokenizer: Any) -> None:
     """Counted: exactly one model is ever made, also when it is given by its path, where TRL would load a second."""
     folder = tmp_path / "model"
@@ -351,6 +362,7 @@ def test_asft_in_the_trainer_is_the_formula(
         torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.train
 def test_asft_learns_and_logs_under_trl_s_names(tmp_path: Path, tokenizer: Any) -> None:
     trainer = asft_trainer(tmp_path, tokenizer, max_steps=40, optim="adamw", lowmem_state="int8")
     before = trainer.evaluate()
@@ -366,6 +378,7 @@ def test_asft_learns_and_logs_under_trl_s_names(tmp_path: Path, tokenizer: Any) 
     assert {"logps_mean/chosen", "logps_mean/rejected"} <= set(trainer.state.log_history[1])
 
 
+@pytest.mark.train
 def test_asft_with_lora(tmp_path: Path, tokenizer: Any) -> None:
     args = settings(LowMemDPOConfig, tmp_path, loss_type="asft")
     trainer = LowMemDPOTrainer(
@@ -390,6 +403,7 @@ def test_an_empty_completion_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         trainer.data_collator([row, row | {"rejected_ids": []}])
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"], ["sigmoid", "sft"]], ids="-".join)
 def test_trl_s_losses_are_trl_s(loss_type: list[str], tmp_path: Path, tokenizer: Any) -> None:
     runs = []
@@ -403,6 +417,7 @@ def test_trl_s_losses_are_trl_s(loss_type: list[str], tmp_path: Path, tokenizer:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.train
 def test_sft_loss_is_trl_s(tmp_path: Path, tokenizer: Any) -> None:
     runs = []
     for trainer_class, config in ((SFTTrainer, SFTConfig), (LowMemSFTTrainer, LowMemSFTConfig)):

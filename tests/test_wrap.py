@@ -66,6 +66,7 @@ TRAINERS: dict[str, tuple[Any, Any, Any, Any, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", list(TRAINERS))
 def test_a_trainer_of_others_applies_every_field(name: str, tmp_path: Path, tokenizer: Any) -> None:
     trainer_class, config, model, data, ours = TRAINERS[name]
@@ -98,6 +99,7 @@ def test_a_trainer_of_others_applies_every_field(name: str, tmp_path: Path, toke
         assert trainer.seen == 2
 
 
+@pytest.mark.train
 def test_it_trains_as_ours_to_the_bit(tmp_path: Path, tokenizer: Any) -> None:
     found = []
     for trainer_class in (SFTTrainer, LowMemSFTTrainer):
@@ -183,6 +185,7 @@ class TestPlugin:
             LowMemPlugin(lowmem_activations="exact", **fields)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", ["optimizer", "optimizer_cls_and_kwargs"])
 def test_an_optimizer_that_is_assigned_to_a_trainer_is_refused(name: str, tmp_path: Path) -> None:
     trainer = Trainer(tiny_llama(), settings(LowMemTrainingArguments, tmp_path), train_dataset=token_data())

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_lowmem.runs.card import CARD, UsersCard, refresh, whole_card
 from hf_lowmem.runs.compare import compare, names_of, table
-from hf_lowmem.runs.report import BadReport, foretold_of, read_report, write_atomically, write_report
+from hf_lowmem.runs.report import BadReport, predicted_of, read_report, write_atomically, write_report
 
 __all__ = ["card", "compare_runs", "plan_of_run"]
 
@@ -20,7 +20,7 @@ def card(options: argparse.Namespace) -> int:
         report = read_report(options.run)
         if options.plan is not None:
             made = _read_plan(Path(options.plan)) if options.plan else plan_of_run(report)
-            report["foretold"] = foretold_of(made, options.plan or "this run's settings")
+            report["predicted"] = predicted_of(made, options.plan or "this run's settings")
         if options.output is not None:
             write_atomically(options.output, whole_card(report))
         else:
@@ -52,7 +52,7 @@ def compare_runs(options: argparse.Namespace) -> int:
 
 
 def plan_of_run(report: dict[str, Any]) -> dict[str, Any]:
-    """Foretell a run's memory from the settings in its report, on the machine's CPU; half a minute for a large model.
+    """Predict a run's memory from the settings in its report, on the machine's CPU; half a minute for a large model.
 
     Raises:
         ValueError: where the report does not say enough, or the planner cannot plan such a run.

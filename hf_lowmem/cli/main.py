@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "launch", add_help=False, help="accelerate launch, with a section hf_lowmem_config in the --config_file"
     )
     launch.set_defaults(run_command=_launch)
-    plan = commands.add_parser("plan", add_help=False, help="foretell what a training step takes, without a GPU")
+    plan = commands.add_parser("plan", add_help=False, help="predict what a training step takes, without a GPU")
     plan.set_defaults(run_command=_plan)
     doctor = commands.add_parser(
         "doctor",
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "card",
         help="write a run's model card again",
         description="Write README.md of a run from its lowmem_report.json, or where there is none from a "
-        "trainer_state.json: settings, versions, foretold and measured memory, loss, speed.",
+        "trainer_state.json: settings, versions, predicted and measured memory, loss, speed.",
     )
     card.add_argument("run", metavar="RUN", type=Path, help="the run's folder, the output_dir of a training")
     card.add_argument(
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="add what memory was foretold: from a file of `hf-lowmem plan ... --json`; without FILE, plan the run's "
+        help="add what memory was predicted: from a file of `hf-lowmem plan ... --json`; without FILE, plan the run's "
         "own settings now",
     )
     card.add_argument("--output", type=Path, metavar="FILE", help="write the card there, and leave the run as it is")

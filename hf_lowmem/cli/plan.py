@@ -88,7 +88,7 @@ def _parse(arguments: Sequence[str]) -> tuple[PlanArguments, Any, ModelConfig]:
     early.add_argument("--method", choices=METHODS, default="sft")
     method = early.parse_known_args(arguments)[0].method
     classes: Any = (PlanArguments, METHODS[method].config, ModelConfig, ScriptArguments)
-    parser = TrlParser(classes, prog="hf-lowmem plan", description="Foretell the memory of a training step.")
+    parser = TrlParser(classes, prog="hf-lowmem plan", description="Predict the memory of a training step.")
     if not torch.cuda.is_available():
         # transformers refuses bf16 where there is no GPU. The plan is for another machine; see `--device`.
         parser.set_defaults(use_cpu=True)

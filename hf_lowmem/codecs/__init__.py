@@ -47,7 +47,6 @@ __all__ = [
     "SoftsignCodec",
     "StateCodec",
     "codec_pair",
-    "get_codec",
     "is_signed",
 ]
 
@@ -67,12 +66,6 @@ CODECS: dict[str, StateCodec] = {codec.name: codec for codec in _ALL}
 # second moment whose worst error is the smallest. (int8_softsign for both has a mean error that is up to a fifth lower,
 # but a value far below its block's largest is raised, and its update lost.)
 PAIRS: dict[str, tuple[str, str]] = {"8bit": ("int8_softsign", "fp8_expand")}
-
-
-def get_codec(name: str) -> StateCodec:
-    """The codec called `name`. Raises ValueError, with the nearest names first, if there is none."""
-    check_choice("codec", name, CODECS)
-    return CODECS[name]
 
 
 def codec_pair(name: str, *, label: str = "state") -> tuple[StateCodec, StateCodec]:

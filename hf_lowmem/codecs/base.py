@@ -6,7 +6,7 @@ over tensors. A tensor subclass (torchao's way) would hide the same bytes behind
 DTensor, `torch.load` and `Optimizer.load_state_dict` must be taught; a dict needs no teaching.
 
 Blocks run over the flattened tensor, so the size of an encoded tensor depends on its number of values alone and
-can be foretold by `nbytes` without allocating anything.
+can be predicted by `nbytes` without allocating anything.
 """
 
 from typing import ClassVar, Protocol, runtime_checkable

@@ -11,7 +11,6 @@ Expect little from (b) in a few minutes: thirty pairs are not a preference data 
 
 import json
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -104,9 +103,9 @@ def run_demo(*, model: str | None, output_dir: Path, quick: bool, seed: int, com
         "after": report.stage_rows(results),
         "against_control": report.against_control(results),
         "sample": sample,
-        "versions": versions(),
-        "device": device(),
-        "commit": commit(),
+        "versions": facts.versions_of(PACKAGES),
+        "device": facts.device_name(),
+        "commit": facts.commit_of(Path(hf_lowmem.__file__).parent.parent),
         "runs": [asdict(result) for result in results],
         "seconds": time.perf_counter() - began,
     }
@@ -114,7 +113,7 @@ def run_demo(*, model: str | None, output_dir: Path, quick: bool, seed: int, com
     draw(
         results,
         output_dir / "demo.png",
-        title=f"{public_name(model)} on Shakespeare, all weights trained, {device()}",
+        title=f"{public_name(model)} on Shakespeare, all weights trained, {facts.device_name()}",
     )
     card(final, record, results, demo_model=model is None)
 
@@ -246,27 +245,3 @@ def public_name(model: str | None) -> str:
 def saved_bytes(results: Sequence[Result]) -> str:
     """Optimizer state of the first run less that of the second."""
     return human_bytes(results[0].memory["optimizer"] - results[1].memory["optimizer"])
-
-
-def versions() -> dict[str, str]:
-    return facts.versions_of(PACKAGES)
-
-
-def device() -> str:
-    return facts.device_name()
-
-
-def commit() -> str | None:
-    """The commit of the clone this runs from, marked where files differ from it; None outside of a clone."""
-    root = Path(hf_lowmem.__file__).parent.parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
-            return None  # installed inside somebody else's repository
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_lowmem.optim.adamw import AdamW
-from hf_lowmem.optim.base import SMALLEST_COMPRESSED, LowMemOptimizer, check_store
-from hf_lowmem.optim.flat import small_apart
+from hf_lowmem.optim.backward import StepInBackward
+from hf_lowmem.optim.base import LowMemOptimizer, check_store
 from hf_lowmem.optim.groups import parameter_groups
 from hf_lowmem.optim.lamb import Lamb
 from hf_lowmem.optim.lion import Lion
@@ -19,23 +19,16 @@ from hf_lowmem.optim.lowrank.apollo import Apollo, ApolloMini
 from hf_lowmem.optim.lowrank.fira import Fira
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
-from hf_lowmem.optim.release import StepInBackward
+from hf_lowmem.optim.method import METHODS, elementwise, methods_with
+from hf_lowmem.optim.placement import small_apart
+from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.soap import Soap
 from hf_lowmem.specs import OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
     cls.name: cls for cls in (AdamW, Lion, Lamb, Soap, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
 }
-
-
-def methods_with(option: str) -> list[str]:
-    """Names of the methods to which an option of `OptimSpec` means something."""
-    return [name for name, cls in OPTIMIZERS.items() if option in cls.DEFAULTS]
-
-
-def elementwise() -> list[str]:
-    """Names of the methods that work on weights an engine has flattened and cut."""
-    return [name for name, cls in OPTIMIZERS.items() if cls.ELEMENTWISE]
+METHODS.update(OPTIMIZERS)
 
 
 def from_spec(
@@ -178,6 +171,7 @@ __all__ = [
     "Soap",
     "StepInBackward",
     "check_spec",
+    "elementwise",
     "from_spec",
     "group_table",
     "make_optimizer",

@@ -7,7 +7,9 @@ from torch import Tensor
 from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import adamw_
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.state import ParamState, StateDecl
+from hf_lowmem.optim.fused import FusedStep
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, StateDecl
 
 
 class AdamW(LowMemOptimizer):
@@ -33,10 +35,10 @@ class AdamW(LowMemOptimizer):
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
     ELEMENTWISE = True
-    FUSED = ADAMW_STEP
+    FUSED = FusedStep(ADAMW_STEP, lambda g, steps: (steps, "adamw", g["lr"], *g["betas"], g["eps"], g["weight_decay"]))
 
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
+    def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+        exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
         adamw_(
             p,
             grad,
@@ -46,10 +48,7 @@ class AdamW(LowMemOptimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=state.step,
+            step=slot.step,
         )
-        state.store("exp_avg", exp_avg)
-        state.store("exp_avg_sq", exp_avg_sq)
-
-    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
-        return steps, "adamw", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        slot.save("exp_avg", exp_avg)
+        slot.save("exp_avg_sq", exp_avg_sq)

@@ -1,60 +1,50 @@
-"""The loop that every optimizer shares: state, codecs, checkpoints, bad gradients. No mathematics of any method.
+"""The torch optimizer that every method is: parameters, groups, checkpoints, counts. No mathematics of any method.
 
-`step()` does with each parameter what `step_param(p, group)` does with one, which is what a backward hook calls. A
-method implements `update` on plain fp32 tensors and never sees a codec's bytes, a bf16 weight or a NaN. It may also
-name a kernel that does the whole step, see optim/fused.py.
+`step()` does with each parameter what `step_param(p, group)` does with one, which is what a backward hook calls. Either
+asks for the parameter's slot, in which all decisions are taken already, and hands both to the loop or to a kernel.
 
 Why not torchao's tensor subclasses, where `exp_avg` is an 8-bit tensor that decodes itself: every subclass has to be
 taught to DTensor, to `torch.load(weights_only=True)` and to `Optimizer.load_state_dict`. Here the state of a parameter
 is a flat dict of plain tensors: `{"step": int64, "exp_avg.codes": uint8, "exp_avg.scale": fp32, ...}`.
 
-    options    what a parameter group holds, from a spec and a method's defaults
-    load       checkpoints, without torch's casts
-    fused      kernels that do a whole step
-    sharded    states of weights that FSDP2 has cut
-    flat       groups that DeepSpeed makes one vector of
-    parts      long parameters, a part at a time
+    method      what a method says of itself
+    state       declarations of states, and their whole numbers
+    slot        what is decided once for a parameter
+    sharded     the same, of weights that FSDP2 has cut
+    stepping    a step by decoding, `update` and encoding
+    chunked     the same of long parameters, a chunk at a time
+    fused       kernels that do a whole step
+    guard       what is not finite is left out, and counted
+    checkpoint  states loaded without torch's casts
+    options     what a parameter group holds, from a spec and a method's defaults
+    placement   engines that flatten weights
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lowmem.codecs import StateCodec, codec_pair
 from hf_lowmem.distributed import is_sharded, local
-from hf_lowmem.kernels import Kernel
-from hf_lowmem.kernels.step.reference import is_sound, load_weight, save_weight
-from hf_lowmem.optim.flat import check_flattened
-from hf_lowmem.optim.fused import FLOATS, can_store, kernels_run_on, step_fused
-from hf_lowmem.optim.guard import SkipCount, Skipped, keep_or_take
-from hf_lowmem.optim.load import load
-from hf_lowmem.optim.names import stream_name, without_wrappers
+from hf_lowmem.optim.checkpoint import load
+from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused
+from hf_lowmem.optim.guard import SkipCount, Skipped
+from hf_lowmem.optim.method import Method
+from hf_lowmem.optim.names import without_wrappers
 from hf_lowmem.optim.options import plain, resolve, with_rate
-from hf_lowmem.optim.parts import can_part, step_parts
-from hf_lowmem.optim.sharded import ShardedState, agreed, agreed_for, coded_bytes
-from hf_lowmem.optim.state import (
-    CORRECTION,
-    COUNT_BYTES,
-    WINDOW,
-    ParamState,
-    StateDecl,
-    count_step,
-    stream_key,
-    values_of,
-)
-from hf_lowmem.reasons import flattened
+from hf_lowmem.optim.placement import check_flattened, check_placement
+from hf_lowmem.optim.sharded import ShardedSlot, agreed
+from hf_lowmem.optim.slot import FLOATS, Slot
+from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.stepping import step_by_loop
 from hf_lowmem.specs import OptimSpec
 
-# Decided from a parameter's whole size, never from a shard's: one model has one layout on any number of devices.
-SMALLEST_COMPRESSED = 4096
 
-
-class LowMemOptimizer(Optimizer):
-    """Base of every optimizer of the house.
+class LowMemOptimizer(Method, Optimizer):
+    """Base class of all optimizers: encoded states, stored weights, one step per parameter.
 
     ```python
     optimizer = AdamW(model.named_parameters(), lr=1e-4, state="int8")
@@ -76,26 +66,8 @@ class LowMemOptimizer(Optimizer):
         TypeError, ValueError: naming the option, its value, the reason and the remedy.
     """
 
-    name: ClassVar[str]
-    STATES: ClassVar[dict[str, StateDecl]]
-    # Options whose default is the method's own. An option that is absent here means nothing to the method.
-    DEFAULTS: ClassVar[dict[str, Any]]
-    # Of those, the ones that OptimSpec does not know, each with a function (label, value) that raises if it is bad.
-    CHECKS: ClassVar[dict[str, Callable[[str, Any], None]]] = {}
-    # The projections that make sense for the method, if it projects.
-    PROJECTIONS: ClassVar[tuple[str, ...]] = ()
-    # Whether gradients can be added up without keeping them; see `fold`.
-    ACCUMULATES: ClassVar[bool] = False
-    # Whether the update of each value needs that value alone, so that weights may be flattened; see rules/deepspeed.py.
-    ELEMENTWISE: ClassVar[bool] = False
-    # The kernel that makes a whole step of a parameter, for those that `fuses` names; see optim/fused.py.
-    FUSED: ClassVar[Kernel | None] = None
-    # Options that decide what the state looks like: a checkpoint made with others cannot be continued.
-    STRUCTURAL: ClassVar[tuple[str, ...]] = ("method", "state", "weights", "rank", "projection", "seed")
-
-    # Of the parameters that it was made for; a copy or an unpickled one does not know them.
+    # Shapes of the parameters that it was made for; a copy or an unpickled one does not know them.
     _shapes: set[torch.Size] | None = None
-    _skip_count: SkipCount | None = None
 
     def __init__(
         self,
@@ -131,12 +103,13 @@ class LowMemOptimizer(Optimizer):
             seed=seed,
             options=options,
         )
+        self._slots, self._skip_count = {}, None
         super().__init__(params, self.resolve(spec) | {"lr": lr})
         for group in self.param_groups:
             check_store(spec.label("weights"), group["weights"], (p for g in self.param_groups for p in g["params"]))
 
     @classmethod
-    def resolve(cls, spec: OptimSpec) -> dict[str, Any]:
+    def resolve(cls, spec: OptimSpec) -> Group:
         """The options of a parameter group: what the spec says, the method's defaults for the rest.
 
         Raises:
@@ -144,8 +117,14 @@ class LowMemOptimizer(Optimizer):
         """
         return resolve(cls, spec)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group's own options are checked like the constructor's."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, an unpickled optimizer, or one that a checkpoint is loaded into: nothing decided is left."""
+        self._slots: dict[int, Slot] = {}
+        self._skip_count: SkipCount | None = None  # it begins anew with what the first group says
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group as in torch; its own options are checked like the constructor's."""
         fields = {f.name for f in dataclasses.fields(OptimSpec)} - {"name", "options", "labels"}
         merged = {**self.defaults, **param_group}
         merged["lr"] = plain(merged["lr"])
@@ -163,7 +142,7 @@ class LowMemOptimizer(Optimizer):
             group["param_names"] = without_wrappers(group["param_names"])
         self._shapes = {p.shape for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
-            self.check_placement(p, group)
+            check_placement(self, p, group)
             if p.is_complex():
                 raise TypeError(f"a parameter of dtype {p.dtype}: {self.name} needs real ones; use torch.view_as_real.")
             if p.requires_grad and p.dtype not in (*FLOATS, torch.float64):
@@ -171,6 +150,36 @@ class LowMemOptimizer(Optimizer):
                     f"a parameter of dtype {p.dtype}: {self.name} trains bfloat16, float16, float32 and float64. Load "
                     "the model in one of them, or set requires_grad=False."
                 )
+
+    def slot(self, p: Tensor, group: Group) -> Slot:
+        """The slot of a parameter: what is decided for it, and its state as it is now, to read between steps.
+
+        It is made anew where the parameter or the group's options are not what they were. Looking at a state that does
+        not exist yet makes none.
+        """
+        slot = self._slot(p, group)
+        slot.open(self.state.get(p, {}))
+        return slot
+
+    def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
+        """See `slot`. `options`: `_options(group)`, where it is known."""
+        cut = (p.device_mesh, p.placements) if is_sharded(p) else None
+        facts = p.shape, p.dtype, p.device, cut, self._options(group) if options is None else options
+        known = self._slots.get(id(p))
+        if known is not None and known.group is group and known.facts == facts:
+            return known
+        check_placement(self, p, group)
+        check_flattened(self, p, group, self._shapes)
+        kind = Slot if cut is None else ShardedSlot
+        valuewise = self.ELEMENTWISE or self.FUSED is not None
+        new = kind(p, group, self.STATES, elementwise=valuewise, groups=self.param_groups)
+        new.facts = facts
+        self._slots[id(p)] = new
+        return new
+
+    def _options(self, group: Group) -> tuple[Any, ...]:
+        """The options of a group on which the decisions of its slots depend."""
+        return group.get("experts"), *map(group.get, self.STRUCTURAL)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,19 +194,71 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sound = agreed(self)
-        for group in self.param_groups:
-            check_flattened(self, self._shapes, group)
-            together = []
-            for p in group["params"]:
-                if p.grad is not None:
-                    if self.fuses(p, group):
-                        together.append(p)
-                    else:
-                        self._step_loop(p, group, sound.get(p))
-            step_fused(self, together, group)
+        self._update([(group, self._entries(group, group["params"])) for group in self.param_groups])
         self._skips.end_step()
         return loss
+
+    @torch.no_grad()
+    def step_param(self, p: Tensor, group: Group) -> None:
+        """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this.
+
+        Of a sharded parameter all processes call it, in the same order of parameters.
+        """
+        self._update([(group, self._entries(group, [p]))])
+
+    @torch.no_grad()
+    def accumulate_param(self, p: Tensor, group: Group) -> bool:
+        """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
+        assert p.grad is not None
+        slot = self._slot(p, group)
+        if not (self.ACCUMULATES and slot.low_rank):
+            return False
+        slot.open(self.state[p])
+        self.accumulate(local(p.grad).to(torch.float32), slot, group)
+        return True
+
+    def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:
+        """Those of a group's parameters that have values and a gradient, and their slots, for an update."""
+        options, found = self._options(group), []
+        for p in params:
+            grad = p.grad
+            if grad is not None and grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{self.name} needs dense gradients, got {grad.layout}. Use nn.Embedding(sparse=False)."
+                )
+            if grad is not None and p.numel():
+                slot = self._slot(p, group, options)
+                slot.open(self.state[p])
+                found.append((p, slot))
+        return found
+
+    def _update(self, work: list[tuple[Group, list[tuple[Tensor, Slot]]]]) -> None:
+        """One step of all these, each by the kernel or by the loop."""
+        work = [(with_rate(group), entries) for group, entries in work if entries]
+        cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
+        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True))
+        runs: dict[torch.device, bool] = {}
+        for group, entries in work:
+            together = []
+            for p, slot in entries:
+                if self._fuses(p, slot, runs):
+                    together.append((p, slot))
+                else:
+                    step_by_loop(self, p, slot, group, self._skips, finite.get(p))
+            if self.FUSED is not None:
+                step_fused(self.FUSED, together, group, self._skips.on)
+
+    def _fuses(self, p: Tensor, slot: Slot, runs: dict[torch.device, bool]) -> bool:
+        """Whether `FUSED` makes this parameter's step. `runs`: on which devices the kernel runs, filled here."""
+        if self.FUSED is None or not slot.fusable or not is_plain(p):
+            return False
+        if slot.device not in runs:
+            runs[slot.device] = kernel_runs(self.FUSED.kernel, p)
+        return runs[slot.device]
+
+    def state_bytes(self, p: Tensor, group: Group) -> int:
+        """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""
+        return self._slot(p, group).nbytes()
 
     @property
     def _skips(self) -> SkipCount:
@@ -206,211 +267,27 @@ class LowMemOptimizer(Optimizer):
         return self._skip_count
 
     def skipped(self) -> Skipped:
-        """How many updates and steps were left out, because of a bad gradient or of an update that was not finite.
+        """Counts of updates and steps that were left out: a bad gradient, or an update that was not finite.
 
         Asks the device. Under FSDP2 it is this process's number, which may differ by updates that were not finite.
         """
         return self._skips.read()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; updates that were left out are counted in the first group, as `skipped`."""
+        """The state as in torch; updates that were left out are counted in the first group, as `skipped`."""
         found = self.skipped()
         if any(found):
             self.param_groups[0]["skipped"] = list(found)
         return super().state_dict()
 
-    @torch.no_grad()
-    def fold_param(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
-        assert p.grad is not None
-        return self.fold(local(p.grad).to(torch.float32), self._state_of(p, group), group)
-
-    def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
-        """Add to `state.raw[WINDOW]` what `update` needs of a gradient that is not the last of its window."""
-        return False
-
-    @torch.no_grad()
-    def step_param(self, p: Tensor, group: dict[str, Any], sound: Tensor | None = None) -> None:
-        """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this.
-
-        Of a sharded parameter all processes call it, in the same order of parameters. `sound`: whether the gradient is
-        good on all of them, where that is known already.
-        """
-        if self.fuses(p, group):
-            step_fused(self, [p], group)
-        else:
-            self._step_loop(p, group, sound)
-
-    def _step_loop(self, p: Tensor, group: dict[str, Any], sound: Tensor | None) -> None:
-        """A step by decoding the state, `update`, and encoding it again."""
-        assert p.grad is not None
-        if p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{self.name} needs dense gradients, got {p.grad.layout}. Use nn.Embedding(sparse=False)."
-            )
-        if p.numel() == 0:
-            return
-        self.check_placement(p, group)
-        group = with_rate(group)
-        raw, waits = self.state[p], self._waits_for_the_device(p)
-        count_step(raw)
-        if not is_sharded(p) and self.elementwise(p, group) and can_part(p, self.codecs(p, group)):
-            step_parts(self, p, group)
-            return
-        grad = local(p.grad).to(torch.float32)
-        if sound is None and is_sharded(p):
-            sound = agreed_for(p, raw)
-        elif sound is None:
-            sound = is_sound(grad)
-            if WINDOW in raw:
-                sound &= is_sound(raw[WINDOW])
-        if waits and not sound and values_of(raw).keys() - {WINDOW}:
-            raw.pop(WINDOW, None)  # and no update is made to be undone, but for the first, which allocates the states
-        else:
-            sound = keep_or_take(self, sound, p, grad, self._state_of(p, group), group)
-        self._skips.add(sound, waits=waits)
-
-    def elementwise(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the update of each of this parameter's values needs that value alone."""
-        return self.ELEMENTWISE
-
-    def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether `FUSED` makes this parameter's step."""
-        return self.FUSED is not None and kernels_run_on(p, self.FUSED) and can_store(self.codecs(p, group))
-
-    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
-        """The last arguments of `FUSED`, after tensors, codecs, store and seeds. `steps`: of each parameter."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _waits_for_the_device(p: Tensor) -> bool:
-        """Whether reading a number from `p`'s device costs nothing, so that a bad gradient can simply be skipped."""
-        return p.device.type == "cpu"
-
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> ParamState:
-        make_key, waits = (lambda: self._stream_key(p, group)), self._waits_for_the_device(p)
-        if is_sharded(p):
-            batch = p.ndim == 3 and bool(group.get("experts") or group.get("rank"))
-            return ShardedState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits, p, batch)
-        return ParamState(self.state[p], self.codecs(p, group), self.STATES, make_key, waits)
-
-    def check_placement(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Raise for a parameter of FSDP1 or DeepSpeed, and for a sharded one that the method cannot treat."""
-        if getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id"):
-            engine = "DeepSpeed ZeRO" if hasattr(p, "ds_id") else "FSDP1"
-            raise ValueError(f"{self.name} got a flattened parameter: {flattened(engine)}.")
-        reason = self.unsharded_only(p.shape, group) if is_sharded(p) else None
-        if reason is not None:
-            raise ValueError(reason)
-
-    @classmethod
-    def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
-        """Why a parameter of this shape cannot be cut by rows (FSDP2), with the remedy. `None`: it can."""
-        return None
-
-    def _apply(self, p: Tensor, grad: Tensor, sound: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        """Update `p` from a gradient that is sound, or will be undone. The one place where weights are read and written
-        but for the kernels."""
-        store = self.store_of(p, group)
-        correction = seed = None
-        if store == "bf16_ecc":
-            correction = state.tensor(CORRECTION, lambda: torch.zeros_like(local(p), dtype=torch.int8))
-        if store != "keep":
-            seed = self.weight_seed(state)
-        if self.writes_weights(p, group):
-            self.update_weights(p, correction, seed, grad, sound, state, group)
-            return
-        p = local(p)
-        weights = p if p.dtype == torch.float64 else load_weight(p, correction)
-        first = state.first(p)
-        self.update(weights, grad, state, group)
-        save_weight(p, weights, correction, seed, first)
-
-    @staticmethod
-    def store_of(p: Tensor, group: dict[str, Any]) -> str:
-        """How this parameter's weights are written: the stores are for bf16."""
-        return group["weights"] if p.dtype == torch.bfloat16 else "keep"
-
-    @staticmethod
-    def weight_seed(state: ParamState) -> int:
-        """Seed of this step's random rounding. Which of its numbers a value takes is its place in the parameter."""
-        return stream_key(state.key, "weights", state.step)
-
-    def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether `update_weights`, a kernel that reads and writes the weights, takes the place of `update`."""
-        return False
-
-    def update_weights(
-        self,
-        p: Tensor,
-        correction: Tensor | None,
-        seed: int | None,
-        grad: Tensor,
-        sound: Tensor,
-        state: ParamState,
-        group: dict[str, Any],
-    ) -> None:
-        """As `update`, on the stored weights, which must stay as they are where `sound`, on the device, is false."""
-        raise NotImplementedError
-
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        """Update `p` in place. `p` (fp32, or a parameter in fp64) and `grad` (fp32, finite) are of one shape."""
-        raise NotImplementedError
-
-    @staticmethod
-    def codecs(p: Tensor, group: dict[str, Any]) -> tuple[StateCodec, StateCodec]:
-        """What stores the signed and the unsigned states of this parameter."""
-        return codec_pair(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
-
-    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        """Shapes of the coded states of a parameter of `shape`."""
-        return dict.fromkeys(self.STATES, shape)
-
-    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        """Shapes of the states of a parameter of `shape` that no codec stores: fp32, from its first update on."""
-        return {}
-
-    def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether this parameter's updates draw random numbers, so that its state has a `key`."""
-        return self.store_of(p, group) != "keep" or any(codec.name != "fp32" for codec in self.codecs(p, group))
-
-    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
-        """Bytes of the tensors that the state of `p` takes here (foretold: nothing is allocated)."""
-        if is_sharded(p):
-            moments = coded_bytes(self, p, group)
-        else:
-            codecs, shapes = self.codecs(p, group), self.state_shapes(p.shape, group)
-            signed = {k: self.STATES[k].signed for k in shapes}
-            moments = sum(codecs[0 if signed[k] else 1].nbytes(s.numel(), signed=signed[k]) for k, s in shapes.items())
-        corrected = self.store_of(p, group) == "bf16_ecc"
-        counts = 1 + self.draws(p, group) + is_sharded(p)
-        return moments + (local(p).numel() if corrected else 0) + COUNT_BYTES * counts
-
-    def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
-        """A whole state of a parameter of `shape` with what is cut in front, as shards keep it."""
-        return value
-
-    def from_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
-        """The inverse of `to_rows`."""
-        return value
-
-    def _stream_key(self, p: Tensor, group: dict[str, Any]) -> int:
-        """Start of a parameter's random stream, 63 bits: a hash of the seed and its name (without names: its place)."""
-        place = next(i for i, q in enumerate(group["params"]) if q is p)
-        names = group.get("param_names")
-        if not names:
-            return stream_key(group["seed"], f"{tuple(p.shape)}#{place}")
-        every = [name for g in self.param_groups for name in g["param_names"]]  # all groups have names, or none
-        return stream_key(group["seed"], stream_name(names[place], every))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that each state keeps its own dtype.
+        """Load a state as in torch, except that each tensor keeps its own dtype.
 
         Raises:
             ValueError: where the checkpoint was made by another method, codec, rank, projection or seed, or with the
                 parameters in another order; and where a state does not fit its parameter.
         """
-        load(self, state_dict, super().load_state_dict)
+        load(self, self._slot, self.STRUCTURAL, state_dict, super().load_state_dict)
 
 
 def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:

@@ -1,34 +1,44 @@
 """Steps made by one kernel a parameter, or one for many, in place of decode, update, encode and select.
 
-A method names its kernel (`FUSED`) and gives it its numbers (`fused_settings`). Which parameters take it is decided
-here, by what the kernel supports: 8-bit codecs or fp32, contiguous weights and gradients, a GPU with Triton. All others
-take the loop of optim/base.py, which is what the kernel's reference is made of, so the results are the same.
+A method names its kernel and how it gets the method's numbers (`FusedStep`). Which parameters take it is decided here,
+by what the kernel supports: 8-bit codecs or fp32, contiguous weights and gradients, a GPU with Triton. All others take
+the loop of optim/stepping.py, which is what the kernel's reference is made of, so the results are the same.
 
 Kernels are told of a bad gradient by a flag on the device, so nothing is copied to be undone.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs import StateCodec
 from hf_lowmem.kernels import Kernel, current_impl
-from hf_lowmem.kernels.codecs.reference import CODECS
-from hf_lowmem.optim.options import with_rate
-from hf_lowmem.optim.state import CORRECTION, count_step
+from hf_lowmem.optim.slot import FLOATS, Slot
+from hf_lowmem.optim.state import Group
 
-if TYPE_CHECKING:
-    from hf_lowmem.optim.base import LowMemOptimizer
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["FusedStep", "is_plain", "kernel_runs", "step_fused"]
 
 
-def kernels_run_on(p: Tensor, kernel: Kernel) -> bool:
-    """Whether the kernel's Triton is wanted and can run for a contiguous parameter with such a gradient."""
+class FusedStep(NamedTuple):
+    """A kernel for whole steps.
+
+    Args:
+        settings: its last arguments, after tensors, codecs, store and seeds; from the group and each parameter's step.
+    """
+
+    kernel: Kernel
+    settings: Callable[[Group, list[int]], tuple[Any, ...]]
+
+
+def kernel_runs(kernel: Kernel, p: Tensor) -> bool:
+    """Whether the kernel's Triton is wanted, and can run where the parameter is."""
     impl = current_impl()
-    if impl == "reference" or (impl == "auto" and p.device.type == "cpu"):
-        return False
+    return impl != "reference" and not (impl == "auto" and p.device.type == "cpu") and not kernel.unsupported(p)
+
+
+def is_plain(p: Tensor) -> bool:
+    """Whether a parameter and its gradient are whole, dense, contiguous and of a dtype that kernels read."""
     grad = p.grad
     return (
         grad is not None
@@ -39,52 +49,49 @@ def kernels_run_on(p: Tensor, kernel: Kernel) -> bool:
         and grad.dtype in FLOATS
         and p.is_contiguous()
         and grad.is_contiguous()
-        and not kernel.unsupported(p)
     )
 
 
-def can_store(codecs: tuple[StateCodec, StateCodec]) -> bool:
-    """Whether the kernels know both codecs."""
-    return all(codec.name == "fp32" or codec.name in CODECS for codec in codecs)
+def step_fused(
+    fused: FusedStep,
+    entries: Sequence[tuple[Tensor, Slot]],
+    group: Group,
+    skipped_on: Callable[[torch.device], Tensor],
+) -> None:
+    """One step of parameters of one group, all of which it can fuse: one call for all that are alike.
 
-
-def step_fused(optimizer: "LowMemOptimizer", params: list[Tensor], group: dict[str, Any]) -> None:
-    """One step of parameters of one group, all of which the optimizer `fuses`: one call for all that are alike."""
-    if not params:
-        return
-    group = with_rate(group)
-    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
-    for p in params:
+    Args:
+        skipped_on: for a device the number of updates that were left out there; the kernel adds to it.
+    """
+    kinds: dict[tuple[Any, ...], list[tuple[Tensor, Slot]]] = {}
+    for p, slot in entries:
         assert p.grad is not None
-        names = tuple(codec.name for codec in optimizer.codecs(p, group))
-        kinds.setdefault((p.device, p.dtype, p.grad.dtype, names), []).append(p)
-    for (*_, names), members in kinds.items():
-        _step_alike(optimizer, members, names, group)
+        kinds.setdefault((slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
+    for (device, _, _, codecs), members in kinds.items():
+        _step_alike(fused, members, codecs, group, skipped_on(device))
 
 
 def _step_alike(
-    optimizer: "LowMemOptimizer", params: list[Tensor], codecs: tuple[str, str], group: dict[str, Any]
+    fused: FusedStep, members: list[tuple[Tensor, Slot]], codecs: tuple[str, ...], group: Group, skipped: Tensor
 ) -> None:
-    assert optimizer.FUSED is not None
-    store = optimizer.store_of(params[0], group)
-    moments: dict[str, list[Tensor]] = {}
+    first = members[0][1]
+    moments: dict[str, list[Tensor]] = {name: [] for name in first.states}
     corrections: list[Tensor] = []
     seeds: list[int] = []
     state_seeds: list[int] = []
     steps: list[int] = []
-    for p in params:
-        steps.append(count_step(optimizer.state[p]))
-        state = optimizer._state_of(p, group)
-        for name in optimizer.state_shapes(p.shape, group):
-            moments.setdefault(name, []).extend(state.parts(name, p))
-        if store == "bf16_ecc":
-            corrections.append(state.tensor(CORRECTION, lambda p=p: torch.zeros_like(p, dtype=torch.int8)))
-        if store != "keep":
-            seeds.append(optimizer.weight_seed(state))
-        if codecs != ("fp32", "fp32"):
-            state_seeds.append(state.state_seed)
-    used = [codecs[0 if optimizer.STATES[name].signed else 1] for name in moments]
-    grads, skipped = [p.grad for p in params], optimizer._skips.on(params[0].device)
-    settings = optimizer.fused_settings(group, steps)
-    seeds_of = seeds, state_seeds
-    optimizer.FUSED(params, grads, skipped, corrections, *moments.values(), *used, store, *seeds_of, *settings)
+    for p, slot in members:
+        slot.count_step()
+        steps.append(slot.step)
+        for name, tensors in moments.items():
+            tensors.extend(slot.tensors(name))
+        if first.store == "bf16_ecc":
+            corrections.append(slot.correction(p))
+        if first.store != "keep":
+            seeds.append(slot.weight_seed)
+        if first.dithers:
+            state_seeds.append(slot.state_seed)
+    params, grads = [p for p, _ in members], [p.grad for p, _ in members]
+    settings = fused.settings(group, steps)
+    stored = *moments.values(), *codecs, first.store
+    fused.kernel(params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings)

@@ -12,68 +12,60 @@ so on a CPU, which may be asked first, only their states are judged, before the 
 How often that happened is counted where it is known (`SkipCount`), and read when somebody asks.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lowmem.distributed import local
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
-from hf_lowmem.optim.state import CORRECTION, ParamState, is_finite, values_of
-
-if TYPE_CHECKING:
-    from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.method import Method
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import CORRECTION, Group, is_finite, values_of
+from hf_lowmem.optim.weights import Weights
 
 __all__ = ["SkipCount", "Skipped", "keep_or_take"]
 
 LARGEST_UPDATE = 1e36  # far from the end of fp32
 
 
-def is_bounded(optimizer: "LowMemOptimizer", p: Tensor, group: dict[str, Any]) -> bool:
+def is_bounded(p: Tensor, slot: Slot, group: Group) -> bool:
     """Whether finite numbers are sure to give a finite update.
 
     Lion moves by the rate. Adam moves by lr / (1 - beta1) * |m| / eps at most, and |m| is no larger than a gradient may
     be. fp16 is left out, whose weights end at 65504.
     """
     largest = LARGEST_GRADIENT / group["eps"] / (1 - group["betas"][0]) if "eps" in group else 1.0
-    return (
-        optimizer.elementwise(p, group)
-        and p.dtype != torch.float16
-        and abs(group["lr"]) * max(largest, 1.0) < LARGEST_UPDATE
-    )
+    return slot.elementwise and p.dtype != torch.float16 and abs(group["lr"]) * max(largest, 1.0) < LARGEST_UPDATE
 
 
-def keep_or_take(
-    optimizer: "LowMemOptimizer", sound: Tensor, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]
-) -> Tensor:
-    """Update `p` and its state if `sound` and if the result is finite; else all stays as it was.
+def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: Slot, group: Group) -> Tensor:
+    """Update `p` and its state if the gradient is `finite` and the result is; else all stays as it was.
 
-    Returns whether it was taken, on the device. Of a sharded parameter `sound` is what all processes agree on, and the
+    Returns whether it was taken, on the device. Of a sharded parameter `finite` is what all processes agree on, and the
     result is judged by each for the rows it has.
     """
-    if state.waits and is_bounded(optimizer, p, group):
-        floats = [v for v in values_of(state.raw).values() if v.is_floating_point()]
-        if sound and all(bool(is_finite(local(v))) for v in floats):
-            optimizer._apply(p, grad, sound, state, group)
-            return sound
-    state.finite = []
-    raw, guarded = state.raw, optimizer.writes_weights(p, group)  # by a kernel that reads the flag itself
-    mine = {k: local(v) for k, v in values_of(raw).items() if not (guarded and k == CORRECTION)}
-    before = {k: v.clone() for k, v in mine.items()}
-    weights = None if guarded else local(p).clone()
-    optimizer._apply(p, grad, sound, state, group)
-    after = {k: local(v) for k, v in values_of(raw).items() if not (guarded and k == CORRECTION)}
-    taken = sound
-    for flag in state.finite:
+    raw = slot.raw
+    if slot.syncs and is_bounded(p, slot, group):
+        floats = [v for v in values_of(raw).values() if v.is_floating_point()]
+        if finite and all(bool(is_finite(local(v))) for v in floats):
+            method.apply(Weights(p, slot, finite, keep=False), grad, slot, group)
+            return finite
+    slot.finite = []
+    weights = Weights(p, slot, finite, keep=True)
+    before = {k: local(v).clone() for k, v in values_of(raw).items() if k != CORRECTION}
+    method.apply(weights, grad, slot, group)
+    after = {k: local(v) for k, v in values_of(raw).items() if k != CORRECTION}
+    taken = finite
+    for flag in slot.finite:
         taken = taken & flag
-    state.finite = None
-    results = [v for k, v in after.items() if k in optimizer.plain_states(p.shape, group)]
-    for result in results if weights is None else [local(p), *results]:
+    slot.finite = None
+    results = [v for k, v in after.items() if k in slot.states and not slot.states[k].decl.coded]
+    for result in [weights.here, *results] if weights.before else results:
         taken = taken & is_finite(result)
-    if state.waits and taken:
+    if slot.syncs and taken:
         return taken
-    if weights is not None:
-        local(p).copy_(torch.where(taken, local(p), weights))
+    weights.undo(taken)
     for k, v in after.items():
         # A state that this very update allocated was zero before it.
         v.copy_(torch.where(taken, v, before[k] if k in before else torch.zeros_like(v)))
@@ -115,9 +107,9 @@ class SkipCount:
             self._devices[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._devices[device]
 
-    def add(self, taken: Tensor, *, waits: bool) -> None:
-        """Count an update, unless it was taken. `waits`: whether asking its device costs nothing."""
-        if not waits:
+    def add(self, taken: Tensor, *, syncs: bool) -> None:
+        """Count an update, unless it was taken. `syncs`: whether asking its device costs nothing."""
+        if not syncs:
             self.on(taken.device).add_(~taken)
         elif not taken:
             self._open += 1

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.state import ParamState, StateDecl
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, StateDecl
 from hf_lowmem.specs import check_flag
 
 LARGEST_NORM = 10.0  # phi(z) = min(max(z, 0), 10)
@@ -105,8 +106,8 @@ class Lamb(LowMemOptimizer):
     }
     CHECKS = {"adapt_vectors": check_flag, "experts": check_flag}
 
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
+    def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+        exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
         lamb_(
             p,
             grad,
@@ -116,10 +117,10 @@ class Lamb(LowMemOptimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=state.step,
+            step=slot.step,
             adapt=p.ndim >= 2 or group["adapt_vectors"],
             experts=group["experts"],
-            shards=state.shards,
+            shards=slot.shards,
         )
-        state.store("exp_avg", exp_avg)
-        state.store("exp_avg_sq", exp_avg_sq)
+        slot.save("exp_avg", exp_avg)
+        slot.save("exp_avg_sq", exp_avg_sq)

@@ -15,7 +15,9 @@ from torch import Tensor
 from hf_lowmem.kernels.lion import LION_STEP
 from hf_lowmem.kernels.lion.reference import lion_
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.state import ParamState, StateDecl
+from hf_lowmem.optim.fused import FusedStep
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, StateDecl
 
 
 class Lion(LowMemOptimizer):
@@ -45,12 +47,9 @@ class Lion(LowMemOptimizer):
     STATES = {"exp_avg": StateDecl(signed=True)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
     ELEMENTWISE = True
-    FUSED = LION_STEP
+    FUSED = FusedStep(LION_STEP, lambda g, steps: (g["lr"], *g["betas"], g["weight_decay"]))
 
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        exp_avg = state.load("exp_avg", grad)
+    def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+        exp_avg = slot.load("exp_avg")
         lion_(p, grad, exp_avg, lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"])
-        state.store("exp_avg", exp_avg)
-
-    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
-        return group["lr"], *group["betas"], group["weight_decay"]
+        slot.save("exp_avg", exp_avg)

@@ -1,26 +1,23 @@
 """What a parameter group holds: the user's options, a method's defaults for the rest, and no option without effect."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hf_lowmem.codecs import codec_pair
+from hf_lowmem.optim.method import Method, methods_with
+from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import OptimSpec, check_choice
-
-if TYPE_CHECKING:
-    from hf_lowmem.optim.base import LowMemOptimizer
 
 __all__ = ["plain", "resolve", "with_rate"]
 
 
-def resolve(cls: "type[LowMemOptimizer]", spec: OptimSpec) -> dict[str, Any]:
+def resolve(cls: type[Method], spec: OptimSpec) -> Group:
     """See `LowMemOptimizer.resolve`."""
-    from hf_lowmem.optim import methods_with  # the table is built from classes that need this file
-
     codecs = codec_pair(spec.state, label=spec.label("state"))
     names = [c.name for c in codecs]
-    group: dict[str, Any] = {"method": cls.name, "lr": spec.lr}
+    group: Group = {"method": cls.name, "lr": spec.lr}
     for option in ("betas", "eps", "rank", "update_gap", "scale", "projection", "rotate"):
         value = getattr(spec, option)
         if option in cls.DEFAULTS:
@@ -34,6 +31,11 @@ def resolve(cls: "type[LowMemOptimizer]", spec: OptimSpec) -> dict[str, Any]:
     if "projection" in group:
         check_choice(
             f"{spec.label('name')}={cls.name!r} with {spec.label('projection')}", group["projection"], cls.PROJECTIONS
+        )
+    if group.get("rotate") and group["projection"] == "random":
+        raise ValueError(
+            f"{spec.label('rotate')}=True has no effect with {spec.label('projection')}='random': two random bases "
+            "have nothing in common, so there is nothing to rotate. Leave it unset, or choose 'subspace'."
         )
     for option, value in spec.options.items():
         if option not in cls.CHECKS:
@@ -58,7 +60,7 @@ def plain(lr: Any) -> Any:
     return lr.item()
 
 
-def with_rate(group: dict[str, Any]) -> dict[str, Any]:
+def with_rate(group: Group) -> Group:
     """A group whose learning rate is a number that can be multiplied with.
 
     Raises:

@@ -20,10 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem.distributed import local
 from hf_lowmem.kernels.adamw.reference import adam_direction, corrected_lr
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.state import ParamState, StateDecl
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, Shape, StateDecl
 from hf_lowmem.specs import check_flag, check_number
 
 LARGEST_SIDE = 10_000  # a dimension above it is not preconditioned (the authors' max_precond_dim)
@@ -46,12 +46,12 @@ def rotate(x: Tensor, sides: Sequence[Side], *, back: bool = False) -> Tensor:
     return x
 
 
-def eigenbasis(factor: Tensor, *, waits: bool = True) -> Tensor:
+def eigenbasis(factor: Tensor, *, syncs: bool = True) -> Tensor:
     """Eigenvectors of (..., d, d), by falling eigenvalue; the identity for a matrix that no solver has solved.
 
     A factor of low rank, which every first gradient of an embedding has, fails LAPACK's fp32 solver in two ways: it
     raises, or it returns NaN without a word. Then fp64 is asked. A device that is not to be asked whether it returned
-    NaN (`waits` is False) selects the identity instead: SOAP is Adam until the first refresh, which is a QR and needs
+    NaN (`syncs` is False) selects the identity instead: SOAP is Adam until the first refresh, which is a QR and needs
     no solver.
 
     Of a bad gradient's factor the vectors do not matter, for its step is undone, but the solver must not raise.
@@ -59,7 +59,7 @@ def eigenbasis(factor: Tensor, *, waits: bool = True) -> Tensor:
     factor = factor.nan_to_num(0.0, 0.0, 0.0)
     factor = factor / factor.abs().amax((-2, -1), keepdim=True).clamp_(min=torch.finfo(factor.dtype).tiny)
     vectors = solved(factor)
-    if waits and not bool(vectors.isfinite().all()):
+    if syncs and not bool(vectors.isfinite().all()):
         vectors = solved(factor.double()).to(factor.dtype)
     good = vectors.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
@@ -106,7 +106,7 @@ def soap_(
     weight_decay: float,
     step: int,
     refresh: bool,
-    waits: bool = True,
+    syncs: bool = True,
 ) -> None:
     """One SOAP step in place, all tensors fp32 (arXiv 2409.11321, algorithm 3).
 
@@ -117,7 +117,7 @@ def soap_(
         step: how many gradients the moments hold, this one included. 0: none; the weights take Adam's first step, which
             leaves no moments, and the basis comes from this gradient.
         refresh: whether the basis is refreshed after the weights were updated.
-        waits: whether the device may be asked for a number.
+        syncs: whether reading a number from the device is free.
     """
     if step == 0:
         direction = adam_direction(grad, torch.zeros_like(grad), torch.zeros_like(grad), betas, eps)
@@ -129,7 +129,7 @@ def soap_(
         g = grad if side.dim == -2 else grad.mT
         side.factor.lerp_(g @ g.mT, 1 - shampoo_beta)
         if step == 0:
-            side.basis.copy_(eigenbasis(side.factor, waits=waits))
+            side.basis.copy_(eigenbasis(side.factor, syncs=syncs))
     if refresh and step > 0:
         refresh_(sides, exp_avg, exp_avg_sq)
 
@@ -138,6 +138,32 @@ def check_shampoo_beta(label: str, value: Any) -> None:
     """Raise unless `value` is None or in [0, 1)."""
     if value is not None:
         check_number(label, value, low=0.0, high=1.0)
+
+
+def preconditioned(shape: Shape, group: Group) -> list[int]:
+    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or of experts."""
+    matrices = len(shape) == 2 or (len(shape) == 3 and group["experts"])
+    return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if matrices else []
+
+
+def _of_side(dim: int) -> StateDecl:
+    """The factor, or the basis, of one dimension: (..., d, d) where it is preconditioned."""
+
+    def shape(shape: Shape, group: Group) -> Shape | None:
+        return Shape([*shape[:-2], shape[dim], shape[dim]]) if dim in preconditioned(shape, group) else None
+
+    return StateDecl(signed=True, shape=shape, coded=False)
+
+
+def _side(dim: int, slot: Slot) -> Side:
+    """The stored factor and basis of one dimension; a basis that is zero is none yet and becomes the identity.
+
+    It is zero when it is made, and again where a bad first gradient was undone. No row of a basis is zero, so one row
+    tells, and no device has to be asked.
+    """
+    factor, basis = (slot.load(f"{name}_{NAMES[dim]}") for name in ("factor", "basis"))
+    basis.diagonal(dim1=-2, dim2=-1).add_((basis[..., 0, :] == 0).all(-1, keepdim=True))
+    return Side(dim, factor, basis)
 
 
 class Soap(LowMemOptimizer):
@@ -185,7 +211,11 @@ class Soap(LowMemOptimizer):
     """
 
     name = "soap"
-    STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
+    STATES = {
+        "exp_avg": StateDecl(signed=True),
+        "exp_avg_sq": StateDecl(signed=False),
+        **{f"{name}_{NAMES[dim]}": _of_side(dim) for dim in NAMES for name in ("factor", "basis")},
+    }
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "betas": (0.95, 0.95),
         "eps": 1e-8,
@@ -195,10 +225,10 @@ class Soap(LowMemOptimizer):
     }
     CHECKS = {"shampoo_beta": check_shampoo_beta, "experts": check_flag}
 
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        exp_avg, exp_avg_sq = state.load("exp_avg", grad), state.load("exp_avg_sq", grad)
-        sides = [self.side(dim, grad, state) for dim in preconditioned(grad.shape, group)]
-        step = state.step - bool(sides)
+    def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+        exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
+        sides = [_side(dim, slot) for dim in preconditioned(grad.shape, group)]
+        step = slot.step - bool(sides)
         soap_(
             p,
             grad,
@@ -212,29 +242,13 @@ class Soap(LowMemOptimizer):
             weight_decay=group["weight_decay"],
             step=step,
             refresh=step % group["update_gap"] == 0,
-            waits=state.waits,
+            syncs=slot.syncs,
         )
-        state.store("exp_avg", exp_avg)
-        state.store("exp_avg_sq", exp_avg_sq)
-
-    @staticmethod
-    def side(dim: int, grad: Tensor, state: ParamState) -> Side:
-        """The stored factor and basis of one dimension; a basis that is zero is none yet and becomes the identity.
-
-        It is zero when it is made, and again where a bad first gradient was undone. No row of a basis is zero, so one
-        row tells, and no device has to be asked.
-        """
-        shape = (*grad.shape[:-2], grad.shape[dim], grad.shape[dim])
-
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=grad.device)
-
-        factor, basis = (state.tensor(f"{name}_{NAMES[dim]}", zeros) for name in ("factor", "basis"))
-        basis.diagonal(dim1=-2, dim2=-1).add_((basis[..., 0, :] == 0).all(-1, keepdim=True))
-        return Side(dim, factor, basis)
+        slot.save("exp_avg", exp_avg)
+        slot.save("exp_avg_sq", exp_avg_sq)
 
     @classmethod
-    def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
+    def unsharded_only(cls, shape: Shape, group: Group) -> str | None:
         if len(shape) == 2 and preconditioned(shape, group):
             return (
                 f"{cls.name!r} under FSDP2: the factor of a weight's rows needs the whole gradient, which no process "
@@ -242,21 +256,3 @@ class Soap(LowMemOptimizer):
                 "'adamw', 'fira' or 'galore'."
             )
         return None
-
-    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        return {
-            f"{name}_{NAMES[dim]}": torch.Size([*shape[:-2], shape[dim], shape[dim]])
-            for dim in preconditioned(shape, group)
-            for name in ("factor", "basis")
-        }
-
-    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
-        batch = local(p).shape[:-2].numel() if p.numel() else 0
-        sides = sum(8 * batch * p.shape[dim] ** 2 for dim in preconditioned(p.shape, group))
-        return super().state_bytes(p, group) + sides
-
-
-def preconditioned(shape: torch.Size, group: dict[str, Any]) -> list[int]:
-    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or of experts."""
-    matrices = len(shape) == 2 or (len(shape) == 3 and group["experts"])
-    return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if matrices else []

@@ -1,4 +1,4 @@
-"""One parameter's state as a method and as a fused kernel see it, and where random streams start.
+"""States: their declarations, the whole numbers beside them, and where random streams start.
 
 The whole numbers of a state, `step` and `key`, are tensors without a dimension on the CPU, as torch's `step` is: a
 distributed checkpoint is loaded into a state's tensors in place, and a Python number has no place. Reading one asks no
@@ -6,16 +6,17 @@ accelerator. They are real tensors also in a step on fake ones, which are planne
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from hf_lowmem.codecs import BlockCodec, Dither, StateCodec
-from hf_lowmem.distributed import WHOLE, Whole
-from hf_lowmem.kernels.codecs.dither import seed_of
+from hf_lowmem.codecs import CODECS, StateCodec
+
+Shape = torch.Size
+Group = dict[str, Any]
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"
@@ -46,8 +47,11 @@ def count_step(raw: dict[str, Any]) -> int:
     step = raw.get("step")
     if not isinstance(step, Tensor) or step.device.type != "cpu":
         raw["step"] = step = count(0 if step is None else number(step))
-    _really(step.add_, 1)
-    return number(step)
+    return _really(_one_more, step)
+
+
+def _one_more(step: Tensor) -> int:
+    return int(step.add_(1).item())
 
 
 def _really(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,134 +67,83 @@ def values_of(raw: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in raw.items() if isinstance(v, Tensor) and k not in COUNTS}
 
 
-class StateDecl(NamedTuple):
-    """One state of a method. `signed=False` promises values >= 0, such as a second moment.
+def as_parameter(shape: Shape, group: Group) -> Shape:
+    """Shape of a state with one value for each of a parameter's."""
+    return shape
 
-    `replicated`: each process keeps the whole of it where a matrix is cut by rows. `average`: it moves a little in each
-    step, so its codes are rounded at random; else it is written once, or carried along, and to the nearest.
+
+def first_dimension(shape: Shape, group: Group) -> int:
+    """Place of a parameter's rows in a state that has them in front."""
+    return 0
+
+
+class StateDecl(NamedTuple):
+    """One state of a method: all that is to say of it, for every parameter.
+
+    Args:
+        signed: False promises values >= 0, such as a second moment's.
+        shape: of the state, from a parameter's shape and group; None where that parameter has no such state.
+        coded: whether the group's codec stores it, that of signed or that of unsigned states; else it is fp32.
+        rows: the dimension of the state that is cut where a matrix is cut by rows; None: each process keeps all of it.
+        average: it moves a little in each step, so its codes are rounded at random; else it is written once, or carried
+            along, and rounded to the nearest.
+        passing: it is there only between the backward passes of one accumulation window.
     """
 
     signed: bool
-    replicated: bool = False
+    shape: Callable[[Shape, Group], Shape | None] = as_parameter
+    coded: bool = True
+    rows: Callable[[Shape, Group], int] | None = first_dimension
     average: bool = True
+    passing: bool = False
 
 
-class ParamState:
-    """One parameter's state as its method sees it: fp32 tensors by name, whatever codec stores them.
+class State(NamedTuple):
+    """One state of one parameter: a codec that stores so many values.
 
-    Of a sharded parameter a method sees the part that is here; `shards` sums over the others, and `rows`, of a matrix
-    that is cut, is how many rows the states loaded next have on all processes together.
+    Args:
+        codec: of its tensors.
+        shape: of its values.
+        cut: where `shape` has rows in front: whether shards divide them.
     """
 
-    shards: Whole = WHOLE
-    rows: int | None = None
-    start = 0  # of a part of a parameter, its first value's place in the whole
+    decl: StateDecl
+    codec: StateCodec
+    shape: Shape
+    cut: bool = False
 
-    def __init__(
-        self,
-        raw: dict[str, Any],
-        codecs: tuple[StateCodec, StateCodec],
-        decls: dict[str, StateDecl],
-        make_key: Callable[[], int],
-        waits: bool,
-    ) -> None:
-        self.raw = raw
-        self.codecs = codecs
-        self.decls = decls
-        self.make_key = make_key
-        # Whether a method may ask for a number on the device: on a CPU the answer costs nothing.
-        self.waits = waits
-        # Of what an update computes and stores, whether it is finite; None: nobody asks.
-        self.finite: list[Tensor] | None = None
+    def empty(self, name: str, device: torch.device | str) -> dict[str, Tensor]:
+        """The tensors of this state under the names that an optimizer's state has for them, encoded zeros."""
+        like = torch.zeros((), dtype=torch.float32, device=device).expand(self.shape)  # a shape: nothing is allocated
+        return named(name, self.codec.init(like, signed=self.decl.signed))
 
-    @property
-    def step(self) -> int:
-        """How many updates this parameter has had, this one included."""
-        return number(self.raw["step"])
+    def nbytes(self) -> int:
+        """Bytes of those tensors."""
+        return self.codec.nbytes(self.shape.numel(), signed=self.decl.signed)
 
-    @property
-    def key(self) -> int:
-        """Start of this parameter's random streams; kept in the state, so that a resumed run draws the same numbers."""
-        if "key" not in self.raw:
-            self.raw["key"] = count(self.make_key())
-        return number(self.raw["key"])
 
-    @property
-    def state_seed(self) -> int:
-        """Seed of this step's random rounding of the states."""
-        step = self.step if "step" in self.raw else 0
-        return seed_of(stream_key(self.key, "states", step // 2), step)
-
-    def first(self, value: Tensor) -> int:
-        """Place of the first value of a state, of which this may be a part, in the whole."""
-        return self.start
-
-    def _codec(self, name: str) -> StateCodec:
-        return self.codecs[0 if self.decls[name].signed else 1]
-
-    def _encoded(self, name: str) -> dict[str, Tensor] | None:
-        if name in self.raw:
-            return {"data": self.raw[name]}
-        prefix = name + "."
-        return {k.removeprefix(prefix): v for k, v in self.raw.items() if k.startswith(prefix)} or None
-
-    def _ensure(self, name: str, like: Tensor) -> dict[str, Tensor]:
-        encoded = self._encoded(name)
-        if encoded is None:
-            self._allocate(name, like)
-            encoded = self._encoded(name)
-            assert encoded is not None
-        return encoded
-
-    def _allocate(self, name: str, like: Tensor) -> None:
-        self.raw.update(named(name, self._codec(name).init(like, signed=self.decls[name].signed)))
-
-    def load(self, name: str, like: Tensor) -> Tensor:
-        """The state `name` as an fp32 tensor of `like`'s shape; zeros, now allocated, the first time.
-
-        A state that is stored as fp32 is handed out itself, to be changed in place: a copy would cost a pass over
-        memory each way, and a temporary.
-        """
-        encoded = self._ensure(name, like)
-        data = encoded.get("data")
-        if data is not None and data.dtype == torch.float32:
-            return data
-        return self._codec(name).decode(encoded, like.shape)
-
-    def store(self, name: str, value: Tensor) -> None:
-        """Encode `value` over the state `name`."""
-        encoded = self._encoded(name)
-        assert encoded is not None, f"state {name!r} is stored before it was loaded"
-        self.judge(value)
-        if encoded.get("data") is value:
-            return
-        codec, dither = self._codec(name), None
-        if self.decls[name].average and codec.name != "fp32":
-            dither = Dither(self.state_seed, self.first(value))
-        codec.encode_(encoded, value, dither)
-
-    def judge(self, value: Tensor) -> None:
-        """Note whether a result is finite: an update with one that is not is taken back."""
-        if self.finite is not None:
-            self.finite.append(is_finite(value))
-
-    def parts(self, name: str, like: Tensor) -> list[Tensor]:
-        """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""
-        encoded, codec = self._ensure(name, like), self._codec(name)
-        if isinstance(codec, BlockCodec):
-            return [encoded["codes"], *codec.scalars_of(encoded)]
-        return [encoded["data"]]
-
-    def tensor(self, name: str, init: Callable[[], Tensor]) -> Tensor:
-        """A small uncompressed state, in place."""
-        if name not in self.raw:
-            self.raw[name] = init()
-        return self.raw[name]
+def whole_layout(
+    decls: Mapping[str, StateDecl], codecs: tuple[StateCodec, StateCodec], shape: Shape, group: Group
+) -> dict[str, State]:
+    """The states of a parameter of `shape` as one process keeps them."""
+    found = {}
+    for name, decl in decls.items():
+        own = decl.shape(shape, group)
+        if own is not None:
+            codec = codecs[0 if decl.signed else 1] if decl.coded else CODECS["fp32"]
+            found[name] = State(decl, codec, own)
+    return found
 
 
 def named(name: str, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
     """A codec's tensors under the names that a state has for them."""
     return {name if k == "data" else f"{name}.{k}": v for k, v in encoded.items()}
+
+
+def encoded_in(raw: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The inverse of `named`: a codec's tensors of one state among all of a parameter."""
+    found = {k: v for k, v in raw.items() if k.split(".")[0] == name and isinstance(v, Tensor)}
+    return {k.removeprefix(name).removeprefix(".") or "data": v for k, v in found.items()}
 
 
 def stream_key(*parts: object) -> int:

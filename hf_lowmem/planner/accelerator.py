@@ -34,7 +34,7 @@ from trl.trainer import utils as trl_utils
 
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
-from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim import slot
 from hf_lowmem.planner.four_bit import parameter_like
 
 __all__ = ["as_on_accelerator", "as_with_real_tensors", "outside_of_modes"]
@@ -57,7 +57,7 @@ def as_on_accelerator() -> Iterator[None]:
             patch(chunked_logprob, name, _nothing)
         patch(trl_utils, "_use_triton", lambda device: True)  # scores a copy of the positions that have a label
         patch(spans, "CPU_SPAN_PER_THREAD", spans.ACCELERATOR_SPAN)
-        patch(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+        patch(slot, "reads_are_free", lambda device: False)
         patch(Kernel, "unsupported", lambda self, *args: self.supports(*args))  # as if they were on a GPU with Triton
         stack.enter_context(use_kernels("triton"))
         yield

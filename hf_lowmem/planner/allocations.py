@@ -212,7 +212,7 @@ class Live(TorchDispatchMode):
 
     def _invent(self, tensor: Tensor) -> bool | int | float:
         """A number for code that only reports it. True is also what makes the trainer's tests pass: the loss is
-        finite, the batch is not padded, a gradient is sound."""
+        finite, the batch is not padded, a gradient is finite."""
         frame = _caller()
         module = frame.f_globals.get("__name__", "") if frame is not None else ""
         seeds = module.startswith(SEEDS) and tensor.dtype is not torch.bool

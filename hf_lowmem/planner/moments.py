@@ -7,7 +7,7 @@ Depth. Layers of one kind add the same bytes each time, so the bytes at "the las
 function of the depth, and those at the j-th of the inner layers one of j, too. A *peak* is not linear in depth: it may
 move from the loss's head to the optimizer as the model grows. Therefore every moment is extrapolated by itself and
 the highest is taken afterwards. Two shallow models give each moment's line; a third, deeper one must lie on it to the
-byte, and the weights of the whole model, which cost nothing to count, must be foretold to the byte as well. If either
+byte, and the weights of the whole model, which cost nothing to count, must be predicted to the byte as well. If either
 fails, the model is simulated in full.
 """
 

@@ -179,7 +179,7 @@ def plan(
     extrapolate_depth: bool = True,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Plan:
-    """Foretell the memory of a training step, by running it on tensors without memory.
+    """Predict the memory of a training step, by running it on tensors without memory.
 
     ```python
     args = LowMemSFTConfig("out", max_length=2048, optim="apollo_mini", lowmem_state="8bit")
@@ -196,8 +196,8 @@ def plan(
             `peft_config`; None for `model_init_kwargs["quantization_config"]`, else what the model's config says.
         world_size, parallel: number of processes and how they share the work: "ddp" or "fsdp2". See `parallel`.
         implementation: of torch's AdamW: "for-loop", "foreach" or "fused"; None for the one that `optim` takes.
-        device: "cuda", or "cpu" to foretell a run on a CPU, where other implementations run.
-        extrapolate_depth: whether a deep model may be foretold from shallow ones, where that is exact.
+        device: "cuda", or "cpu" to predict a run on a CPU, where other implementations run.
+        extrapolate_depth: whether a deep model may be predicted from shallow ones, where that is exact.
         progress: called with a line of text before each simulation.
 
     Raises:

@@ -3,7 +3,7 @@
 from torch import Size
 
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.optim.release import accumulation_refused
+from hf_lowmem.optim.backward import accumulation_refused
 from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, flattened
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.rule import Rule, apart

@@ -25,7 +25,7 @@ from hf_lowmem.memory.forward import ForwardSaved
 from hf_lowmem.memory.peak import CUDA_SOURCE
 from hf_lowmem.runs.parts import PARTS
 from hf_lowmem.runs.record import RunRecord
-from hf_lowmem.runs.report import foretold_of
+from hf_lowmem.runs.report import predicted_of
 from hf_lowmem.runs.skips import KEY, add_skipped
 
 __all__ = ["MemoryReportCallback"]
@@ -90,7 +90,7 @@ class MemoryReportCallback(TrainerCallback):
         self.report: dict[str, Any] = {}
         self.record: RunRecord | None = None  # of rank 0
         self.trainer_name: str | None = None
-        self.foretold: dict[str, Any] | None = None  # a plan's `to_dict()`, for the report
+        self.predicted: dict[str, Any] | None = None  # a plan's `to_dict()`, for the report
         self._due = False  # measured, and not logged yet
         self._told = 0  # the number of skipped steps that was warned of
         self._last: int | None = None
@@ -214,8 +214,8 @@ class MemoryReportCallback(TrainerCallback):
         model, trainer = event.get("model"), self.trainer_name
         try:
             record = RunRecord.begin(args, state, model=model, dataset=data, trainer=trainer, before=self.record)
-            if self.foretold is not None:
-                record.foretold = foretold_of(self.foretold, "what was foretold")
+            if self.predicted is not None:
+                record.predicted = predicted_of(self.predicted, "what was predicted")
         except Exception as error:  # models, data and arguments are anybody's, and no report is worth a training
             logger.warning("no report of the run in %s: %s: %s", args.output_dir, type(error).__name__, error)
             return None

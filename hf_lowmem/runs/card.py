@@ -164,7 +164,7 @@ def _values(report: dict[str, Any]) -> dict[str, Any]:
         "intro": f"{fine}, trained on {where} with hf_lowmem.",
         "how": f"Trained with {kind} on {where}{rows}{count}{stored}, on {machines}.{unfinished}",
         "settings": [{"name": safe(k), "value": safe(v)} for k, v in sorted(report["settings"].items())],
-        "plan": report["foretold"] is not None,
+        "plan": report["predicted"] is not None,
         "memory": memory,
         "memory_notes": _memory_notes(report, source),
         "results": _results(report, last["speed"]),
@@ -180,15 +180,15 @@ def _values(report: dict[str, Any]) -> dict[str, Any]:
 
 def _memory(report: dict[str, Any]) -> tuple[list[dict[str, str]], str | None]:
     measured = report["trainings"][-1]["memory"] if report["trainings"] else {}
-    foretold = report["foretold"] or {}
+    predicted = report["predicted"] or {}
     source = measured.get("peak_source")
-    parts = foretold.get("parts") or {}
+    parts = predicted.get("parts") or {}
     rows = [(part.label, parts.get(part.planned), measured.get(name)) for name, part in PARTS.items()]
-    rows.append((f"peak ({source})" if source else "peak", foretold.get("peak_bytes"), measured.get("peak")))
+    rows.append((f"peak ({source})" if source else "peak", predicted.get("peak_bytes"), measured.get("peak")))
     if "peak_added" in measured:
         rows.append(("of which since the start", None, measured["peak_added"]))
     return [
-        {"part": safe(label), "foretold": "" if plan is None else human_bytes(plan), "measured": size(taken)}
+        {"part": safe(label), "predicted": "" if plan is None else human_bytes(plan), "measured": size(taken)}
         for label, plan, taken in rows
     ], source
 
@@ -199,9 +199,9 @@ def _memory_notes(report: dict[str, Any], source: str | None) -> str:
         notes.append(f"What is saved for backward was measured in step {step}.")
     if source is not None and source.startswith("process"):
         notes.append("The peak is of the whole process, Python and its libraries included.")
-    if report["foretold"] is not None:
+    if report["predicted"] is not None:
         notes.append(
-            f"Foretold by `hf-lowmem plan` for {safe(report['foretold'].get('device') or 'a GPU')}, for full rows of "
+            f"Predicted by `hf-lowmem plan` for {safe(report['predicted'].get('device') or 'a GPU')}, for full rows of "
             "the longest length; its peak is of tensors alone, each part's figure is that part's own highest."
         )
     return " ".join(notes)

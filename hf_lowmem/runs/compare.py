@@ -51,7 +51,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         last = report["trainings"][-1] if report["trainings"] else {"memory": {}, "speed": {}, "finished": None}
         found["runs"][name] = {
             "memory": {part: last["memory"].get(part) for part in (*PARTS, "peak", "peak_added", "peak_source")},
-            "foretold_peak": (report["foretold"] or {}).get("peak_bytes"),
+            "predicted_peak": (report["predicted"] or {}).get("peak_bytes"),
             "results": {key: report["results"].get(key) for key in RESULTS},
             "speed": {key: last["speed"].get(key) for key in SPEEDS},
             "trainings": len(report["trainings"]),
@@ -87,10 +87,13 @@ def table(compared: dict[str, Any]) -> str:
         rows.append([f"peak ({safe(source)})" if source else "peak", *(size(memory.get("peak")) for memory in mine)])
         if source and source.startswith("process"):
             rows.append(["of which since the start", *(size(memory.get("peak_added")) for memory in mine)])
-    if any(run["foretold_peak"] is not None for run in runs.values()):
+    if any(run["predicted_peak"] is not None for run in runs.values()):
         rows.append(
-            ["peak, foretold"]
-            + ["not asked for" if run["foretold_peak"] is None else size(run["foretold_peak"]) for run in runs.values()]
+            ["peak, predicted"]
+            + [
+                "not asked for" if run["predicted_peak"] is None else size(run["predicted_peak"])
+                for run in runs.values()
+            ]
         )
     for kind, names in (("results", RESULTS), ("speed", SPEEDS)):
         rows += [[label, *(number(run[kind][key]) for run in runs.values())] for key, label in names.items()]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import platform
 import re
+import subprocess
 from collections.abc import Iterable, Mapping, Sized
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,7 @@ import torch
 
 import hf_lowmem
 
-__all__ = ["PACKAGES", "describe", "device_name", "plain", "public_name", "settings_of", "versions_of"]
+__all__ = ["PACKAGES", "commit_of", "describe", "device_name", "plain", "public_name", "settings_of", "versions_of"]
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "triton")
 
@@ -134,6 +135,27 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def commit_of(root: Path, *, but: str | None = None) -> str | None:
+    """Commit of the clone at `root`, marked where its files differ from it; None where there is no clone.
+
+    Args:
+        root: the clone's top folder. One inside somebody else's repository is no clone.
+        but: a folder under it whose files do not count, such as one that runs write their records to.
+    """
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
+            return None
+        changes = git("status", "--porcelain", "--", ".", *([f":(exclude){but}"] if but else []))
+        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _model(model: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def facts_of_state(state: Any, folder: Path, manifest: dict[str, Any]) -> dict[s
         "device": None,
         "processes": manifest.get("processes"),
         "versions": versions if isinstance(versions, dict) else {},
-        "foretold": None,
+        "predicted": None,
         "trainings": [{**training, "memory": plain(memory), "speed": speed_of(rows)}],
         "results": results_of(rows),
         "history": history_of(rows),

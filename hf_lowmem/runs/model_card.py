@@ -42,7 +42,7 @@ def reporter_of(trainer: Any) -> MemoryReportCallback | None:
         found = [_Automatic()]
     for callback in reversed(found):
         callback.add_to(trainer)
-    found[0].foretold = trainer.foretold or found[0].foretold
+    found[0].predicted = trainer.predicted or found[0].predicted
     return found[0]
 
 

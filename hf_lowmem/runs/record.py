@@ -22,7 +22,7 @@ class RunRecord:
     trainings: {"from_step", "to_step", "finished", "memory", "speed"}; the last is the one under way
     results:   of the latest: losses, steps, epochs
     history:   {"step", "epoch", "loss" or "eval_loss"}
-    foretold:  as of `foretold_of`
+    predicted:  as of `predicted_of`
     frame:     the card that the trainer's own class has made, to put the section into
     """
 
@@ -30,7 +30,7 @@ class RunRecord:
     trainings: list[dict[str, Any]]
     results: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    foretold: dict[str, Any] | None = None
+    predicted: dict[str, Any] | None = None
     frame: str | None = None
     tokens_before: float = 0  # TRL counts on from one `train()` of a trainer to the next
     tokens: float = 0
@@ -45,20 +45,20 @@ class RunRecord:
         before: the record of the same trainer's training before this one
         """
         earlier: list[dict[str, Any]] = []
-        foretold = None
+        predicted = None
         step = state.global_step
         if step and Path(args.output_dir).is_dir():
             try:
                 report = read_report(args.output_dir)
                 earlier = [t for t in report["trainings"] if t["from_step"] < step]
-                foretold = report["foretold"]
+                predicted = report["predicted"]
             except (BadReport, OSError) as error:
                 logger.warning("the report begins at step %d: %s", step, error)
         now = {"from_step": step, "to_step": step, "finished": False, "memory": {}, "speed": {}}
         return cls(
             describe(args, model=model, dataset=dataset, trainer=trainer),
             [*earlier, now],
-            foretold=foretold,
+            predicted=predicted,
             tokens_before=before.tokens if before is not None else 0,
             rows_before=len(state.log_history),
         )
@@ -78,7 +78,7 @@ class RunRecord:
         return {
             "format": FORMAT,
             **self.facts,
-            "foretold": self.foretold,
+            "predicted": self.predicted,
             # One that came after the end of the run, and trained nothing, tells nothing.
             "trainings": plain([t for t in self.trainings if t["to_step"] > t["from_step"]] or self.trainings[-1:]),
             "results": self.results,

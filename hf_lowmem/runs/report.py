@@ -13,10 +13,10 @@ from typing import Any
 from hf_lowmem import checkpoints
 from hf_lowmem.runs.history import facts_of_state
 
-__all__ = ["FORMAT", "REPORT", "BadReport", "foretold_of", "read_report", "write_atomically", "write_report"]
+__all__ = ["FORMAT", "REPORT", "BadReport", "predicted_of", "read_report", "write_atomically", "write_report"]
 
 REPORT = "lowmem_report.json"
-FORMAT = 1
+FORMAT = 2
 
 # Each key of a report, and what it may be.
 KEYS: dict[str, tuple[type, ...]] = {
@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "device": (str, type(None)),
     "processes": (int, type(None)),
     "versions": (dict,),
-    "foretold": (dict, type(None)),
+    "predicted": (dict, type(None)),
     "trainings": (list,),
     "results": (dict,),
     "history": (list,),
@@ -73,7 +73,7 @@ def read_report(run: str | os.PathLike[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give the run's folder, the output_dir of a training.")
     if (path := folder / REPORT).exists():
-        report = _parse(path)
+        report = _present(_parse(path))
         check_report(report, path)
         return report
     if (path := _newest_state(folder)) is not None:
@@ -93,7 +93,7 @@ def read_report(run: str | os.PathLike[str]) -> dict[str, Any]:
     )
 
 
-def foretold_of(plan: Any, source: str) -> dict[str, Any]:
+def predicted_of(plan: Any, source: str) -> dict[str, Any]:
     """What a report keeps of a plan (`Plan.to_dict()`, or what `hf-lowmem plan --json` prints): each part at its own
     highest, the activations that wait for backward, and the peak.
 
@@ -150,11 +150,11 @@ def check_report(report: Any, path: Path) -> None:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise BadReport(f"{path} is damaged: 'history' holds {row!r}. {remedy}")
         numbers.append(("history", row))
-    foretold = report["foretold"]
-    if foretold is not None:
-        if not isinstance(foretold.get("parts"), dict):
-            raise BadReport(f"{path} is damaged: 'foretold' is no plan. {remedy}")
-        numbers += [("foretold", foretold["parts"]), ("foretold", {"peak": foretold.get("peak_bytes")})]
+    predicted = report["predicted"]
+    if predicted is not None:
+        if not isinstance(predicted.get("parts"), dict):
+            raise BadReport(f"{path} is damaged: 'predicted' is no plan. {remedy}")
+        numbers += [("predicted", predicted["parts"]), ("predicted", {"peak": predicted.get("peak_bytes")})]
     for key, values in numbers:
         for name, value in values.items():
             if not isinstance(value, int | float) and value not in ("nan", "inf", "-inf"):
@@ -166,6 +166,13 @@ def _parse(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSON's error and a wrong encoding are both the first
         raise BadReport(f"{path} is damaged ({error}). Delete it, or train again.") from error
+
+
+def _present(report: Any) -> Any:
+    """A report as this version writes it: in format 1 the plan was called "foretold"."""
+    if not isinstance(report, dict) or report.get("format") != 1 or "foretold" not in report:
+        return report
+    return {"predicted" if key == "foretold" else key: value for key, value in report.items()} | {"format": FORMAT}
 
 
 def _newest_state(folder: Path) -> Path | None:

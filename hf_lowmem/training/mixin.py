@@ -46,7 +46,7 @@ class LowMemTrainerMixin:
     _tiers: OwnedTiers | None = None
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
     CONFIG: type = LowMemArguments  # the config that the parent needs
-    foretold: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
+    predicted: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
     _run: dict[str, Any] | None = None  # who writes the checkpoints, for their manifests; rank 0 alone knows
     _was_finished = False  # the training went on from the end of a run, and there was nothing to do
     _told: int = 0  # the number of skipped steps that was warned of
@@ -64,7 +64,7 @@ class LowMemTrainerMixin:
 
     def _check_budget(self) -> None:
         asked = getattr(self.args, "lowmem_budget", None)
-        if asked is not None and self.foretold is None:
+        if asked is not None and self.predicted is None:
             raise ValueError(
                 f"lowmem_budget={asked!r} has no effect: {type(self).__name__} has made its arguments itself, after "
                 "the search would have run. Pass args=, or leave lowmem_budget unset."
@@ -90,13 +90,13 @@ class LowMemTrainerMixin:
         """The constructor's arguments with what `lowmem_budget` asks for: in a copy of the TrainingArguments, the
         settings that were left open are the fastest that fit."""
         asked = next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None)
-        if asked is None or asked.lowmem_budget is None or self.foretold is not None:
+        if asked is None or asked.lowmem_budget is None or self.predicted is not None:
             return args, kwargs
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         # The planner runs this very trainer, and so stands above it.
         from hf_lowmem.planner.search.budget import within_budget
 
-        chosen, self.foretold = within_budget(self, asked, {**given, **given.get("kwargs", {})})
+        chosen, self.predicted = within_budget(self, asked, {**given, **given.get("kwargs", {})})
         swap = lambda value: chosen if value is asked else value  # noqa: E731
         return tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
 

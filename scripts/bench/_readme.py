@@ -1,41 +1,144 @@
-"""README's tables, made from the records. tests/test_readme.py holds README to them."""
+"""Tables of every README, made from the records.
 
+    python scripts/bench/_readme.py            # says which README does not show what the records say; status 1 if any
+    python scripts/bench/_readme.py --write    # rewrites them
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a key of `TABLES`. What is there is
+replaced as a whole; all else in a README is written by hand. tests/test_readme.py compares both.
+"""
+
+import argparse
 import json
+import re
 import statistics
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import _quality
-import _report
-import _schedule
-from _settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
-
+import plan_table as plans
+import wire as sent
+from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
+from parts.preference import report as preferences
+from parts.record import RECORDS, ROOT
 
-Rows = list[dict[str, Any]]
-RECORDS = Path(__file__).parent / "records"
-COLUMNS = ("bf16", "int8", "int8_softsign", "fp8", "fp8_expand", "8bit", "int8,fp8_expand", "int4")
+__all__ = ["TABLES", "difference", "one", "readmes", "records", "rewritten", "scores", "single_figures"]
+
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+# Front page: (budget, record, sequences) of one line each.
+WHICH = (("24GiB", "1B", 8), ("24GiB", "8B", 1), ("48GiB", "8B", 1), ("80GiB", "8B", 1))
+BUDGETS = {"8B": "budget.jsonl", "1B": "budget_1b.jsonl"}
+CHOICES = ["`optim`", "`lowmem_state`", "`lowmem_weights`", "`lowmem_activations`", "`lowmem_step_in_backward`"]
+MEMORY = {
+    "HF AdamW, fused, checkpointing": "HuggingFace's AdamW, checkpointing",
+    "ours: AdamW, checkpointing": "`adamw` with `8bit` states, checkpointing",
+    "ours: APOLLO, checkpoint_fp8": "`apollo` with `8bit` states, `checkpoint_fp8`",
+    "ours: APOLLO, checkpoint_fp8, step in backward": "the same, step in backward",
+}
 
 
-def records(name: str) -> Rows:
-    return [json.loads(line) for line in (RECORDS / name).read_text().splitlines()]
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
-def scores() -> _report.Scores:
-    return _report.Scores(_schedule.Record(RECORDS / "optimizers.jsonl"), _quality.SIZE)
+def cells_of(chosen: dict[str, Any]) -> list[str]:
+    """A choice of the budget's search, one cell a field of CHOICES; what is left at its default is named so."""
+    tier = chosen.get("lowmem_activations")
+    if tier is None:
+        tier = "no checkpointing" if chosen.get("gradient_checkpointing") is False else "checkpointing"
+    cells = [chosen.get(name) for name in ("optim", "lowmem_state", "lowmem_weights")]
+    coded = [f"`{cell}`" if cell else "" for cell in cells]
+    coded[0] = coded[0] or "HuggingFace's"
+    kept = tier.replace(",", ", ") if " " in tier or tier == "checkpointing" else f"`{tier}`"
+    return [*coded, kept, f"`{chosen['lowmem_step_in_backward']}`" if "lowmem_step_in_backward" in chosen else ""]
 
 
-def one(rows: Rows, **wanted: Any) -> dict[str, Any]:
-    (found,) = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
-    return found
+def asked(row: dict[str, Any]) -> str:
+    """Sequences of a step, and the micro-batch and accumulation into which the search has split them."""
+    chosen = row["chosen"] or {}
+    batch = row["per_device_train_batch_size"]
+    micro = chosen.get("per_device_train_batch_size", batch)
+    return str(batch) if micro == batch else f"{batch} as {micro} × {chosen['gradient_accumulation_steps']}"
 
 
-def activation_rows(rows: Rows) -> list[str]:
+def which() -> list[str]:
+    """Four cards and models, the settings that `lowmem_budget` chooses for them, and what they need."""
+    lines = []
+    for budget, model, batch in WHICH:
+        row = one(records(BUDGETS[model]), budget=budget, per_device_train_batch_size=batch, max_length=2048)
+        lines.append([f"{budget[:2]} GiB", model, asked(row), *cells_of(row["chosen"]), gib(row["reserved_bytes"])])
+    return table(["card", "Llama", "sequences a step", *CHOICES, "needs"], lines)
+
+
+def budget() -> list[str]:
+    """Every search of the two records."""
+    lines = []
+    for model, name in BUDGETS.items():
+        for row in records(name):
+            length = "longest" if row["max_length"] == "auto" else f"{row['max_length']:,}"
+            chosen = row["chosen"] or row["smallest"]
+            need = gib(row["reserved_bytes"]) + ("" if row["chosen"] else ", no fit")
+            if "longest" in row:
+                need += f" at {row['longest']:,}"
+            following = gib(row["next"]["reserved_bytes"]) if row["chosen"] and row["next"] else ""
+            cells = cells_of(chosen | ({"optim": row["optim"]} if "optim" in row else {}))
+            lines.append([row["budget"], model, asked(row), length, *cells, need, following])
+    heads = ["budget", "Llama", "sequences", "tokens", *(c.replace("lowmem_", "") for c in CHOICES[:-1]), "in backward"]
+    return table([*heads, "needs", "next"], lines)
+
+
+def _peaks(names: dict[str, str]) -> list[str]:
+    """Peaks at every length by setting, and what is known of its cost in loss, part by part."""
+    rows, costs_of = records("plan_table.jsonl"), plans.loss_costs
+    lengths = sorted({row["tokens"] for row in rows})
+    lines = []
+    for name, label in names.items():
+        found = {row["tokens"]: row for row in rows if row["setting"] == name}
+        costs = dict(re.findall(r"(\w+) ([^,]+)", costs_of(found[lengths[0]]["fields"])))
+        cells = [gib(found[tokens]["peak_bytes"]) for tokens in lengths]
+        lines.append([label, *cells, *(costs.get(part, "") for part in ("weights", "states", "activations"))])
+    heads = [f"{tokens:,} tokens" for tokens in lengths]
+    return table(["", *heads, "loss, %: weights", "states", "activations"], lines)
+
+
+def memory() -> list[str]:
+    return _peaks(MEMORY)
+
+
+def plan_table() -> list[str]:
+    return _peaks({name: name for name in dict.fromkeys(row["setting"] for row in records("plan_table.jsonl"))})
+
+
+def plan_fields() -> list[str]:
+    """The fields of each setting; those that all of ours have are said in the text."""
+    fields = {row["setting"]: row["fields"] for row in records("plan_table.jsonl")}
+    common = plans.EIGHT_BIT
+    lines = []
+    for name, values in fields.items():
+        of_all = {} if not name.startswith("ours") else {k: v for k, v in common.items() if k != "optim"}
+        assert values.items() >= of_all.items(), name
+        implied = {*of_all, "max_grad_norm"}
+        lines.append([name, " ".join(f"`{k}={v}`" for k, v in values.items() if k not in implied)])
+    return table(["", "fields"], lines)
+
+
+def plan_vs_cpu() -> list[str]:
+    """What a step was planned to take, and took, on a CPU."""
+    lines = []
+    for row in records("plan_vs_cpu.jsonl"):
+        planned, took = (f"{row[k]['peak'] / 2**20:,.1f}" for k in ("foretold", "measured"))
+        lines.append([row["setting"], planned, took, f"{100 * (row['ratio']['peak'] - 1):+.3f} %"])
+    return table(["setting", "planned peak, MiB", "measured peak, MiB", "difference"], lines)
+
+
+def activations() -> list[str]:
     """A line a tier: bytes of two shapes, gradient error, loss, peak."""
+    rows = records("activations.jsonl")
     lines = []
     for way in ("HuggingFace", "checkpointing", *TIERS):
         kept = [f"{one(rows, part='bytes', case=case, way=way)['units']:.2f}" for case in ("Llama-2-7B", "Llama-3-8B")]
-        peak = one(rows, part="peaks", case="16,384 tokens, gradients freed in backward", way=way)["peak"] / 2**30
+        peak = one(rows, part="peaks", case="16,384 tokens, gradients freed in backward", way=way)["peak"]
         error = loss = ""
         if way != "checkpointing":
             errors = one(rows, part="error", way=way)
@@ -47,54 +150,128 @@ def activation_rows(rows: Rows) -> list[str]:
             off = statistics.fmean(100 * (ours[seed] / theirs[seed] - 1) for seed in (0, 1, 2))
             loss = f"{statistics.fmean(ours.values()):.3f} ({off:+.2f} %)"
         name = way if way in ("HuggingFace", "checkpointing") else f"`{way}`"
-        lines.append(f"| {name} | {kept[0]} | {kept[1]} | {error} | {loss} | {peak:.1f} GiB |")
-    return lines
+        lines.append([name, *kept, error, loss, gib(peak)])
+    heads = ["", "kept by a layer of Llama-2-7B's shape", "of Llama-3-8B's", "gradient error", "held-out loss"]
+    return table([*heads, "peak, Llama-3-8B, 16,384 tokens"], lines)
 
 
-def difference(scored: _report.Scores, setting: Setting, reference: Setting) -> tuple[float, float]:
-    """Per cent by which the loss exceeds the reference's, and its standard error, over three seeds."""
-    found = _report.against(scored.losses(setting), scored.losses(reference))
-    assert len(found) == 3, setting
-    mean, error = _report.mean_and_error(found)
-    assert error is not None
-    return mean, error
-
-
-def quality_table(scored: _report.Scores) -> list[str]:
-    """A line a method, a column a codec."""
-    lines = ["| | " + " | ".join(f"`{c}`" for c in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for method in CODECS:
-        cells = []
-        for codec in COLUMNS:
-            setting = Setting(method, codec)
-            shown = scored.losses(setting)
-            cells.append("{:+.2f} ± {:.2f}".format(*difference(scored, setting, Setting(method))) if shown else "")
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return lines
-
-
-def quality_figures(scored: _report.Scores) -> dict[str, str]:
-    """Single figures of README's text."""
-    masters, *others = [Setting("adamw", weights=store, rate_factor=STORE_RATE_FACTOR) for store in STORES]
-    stores = {f"STORE_{s.weights} ": "{:+.2f} ± {:.2f} ".format(*difference(scored, s, masters)) for s in others}
-    subspace = difference(scored, Setting("galore"), Setting("galore", extra={"projection": "svd"}))
-    control = difference(scored, Setting("adamw", control=True), Setting("adamw"))
-    return stores | {"SUBSPACE": "{:+.2f} ± {:.2f}".format(*subspace), "CONTROL": f"{abs(control[0]):.2f}"}
-
-
-def speed_rows(rows: Rows) -> list[str]:
-    """A line an optimizer that keeps AdamW's moments in fewer bytes, ours beside others'."""
-    names = (
-        "torch AdamW fused",
-        "bitsandbytes AdamW8bit",
-        "torchao AdamW8bit",
-        "torchao AdamWFp8",
-        "torchao AdamW4bit",
-    )
-    ours = ("adamw int8", "adamw 8bit", "adamw fp8", "adamw int4", "apollo_mini 8bit")
+def demo() -> list[str]:
+    """The four trainings of the recorded demo."""
+    record = json.loads((RECORDS / "demo.json").read_text())
+    assert record["mode"] == "full"
     lines = []
-    for name in (*names, *ours):
-        row = one(rows, setting=name)
-        shown = f"hf_lowmem `{name}`" if name in ours else name
-        lines.append(f"| {shown} | {row['state_bytes_per_parameter']:.2f} | {row['step_ratio']:.1f} |")
-    return lines
+    for row in record["training"]:
+        parts = [f"{row[part] / 2**20:,.0f}" for part in ("weights", "gradients", "optimizer", "saved", "peak")]
+        lines.append([row["run"], *parts, f"{row['heldout_loss']:.3f}", f"{row['relative_speed']:.2f}"])
+    heads = ["run", "weights, MiB", "gradients", "optimizer state", "saved activations", "peak RSS"]
+    return table([*heads, "held-out loss", "relative tokens/s"], lines)
+
+
+def collapse() -> list[str]:
+    """What preference losses do to answers that were right; the learning rate by exact match on validation."""
+    rows = [row for row in records("preference.jsonl") if row["part"] == "collapse"]
+    lines = []
+    for method in ("start", *preferences.methods_of(rows)):
+        cells = []
+        for measure in ("exact", "margin_accuracy", "chosen"):
+            values = preferences.collapse_scores(rows, method, "exact", measure)
+            cells.append("" if (method, measure) == ("start", "margin_accuracy") else f"{statistics.fmean(values):.2f}")
+        lines.append([method, *cells])
+    return table(["", "exact match", "accuracy of the margin", "mean log p, chosen"], lines)
+
+
+def preference_memory() -> list[str]:
+    """Peaks of forward and backward by vocabulary, gradients freed in backward; ways of equal peaks are one column."""
+    rows = [row for row in records("preference.jsonl") if row["part"] == "memory" and row["freed"]]
+    ours = [row["way"] for row in rows if row["way"].startswith("hf_lowmem")]
+    columns = {
+        "TRL DPO": ["TRL DPO"],
+        "TRL ORPO, CPO": ["TRL ORPO", "TRL CPO"],
+        "ours: DPO precomputed, ASFT, ORPO, SimPO, CPO": [way for way in ours if not way.endswith("shared")],
+        "ours, prompts shared": [way for way in ours if way.endswith("shared")],
+    }
+    lines = []
+    for vocabulary in dict.fromkeys(row["vocabulary"] for row in rows):
+        cells = []
+        for ways in columns.values():
+            (cell,) = {f"{one(rows, way=way, vocabulary=vocabulary)['peak'] / 2**30:.2f} GiB" for way in ways}
+            cells.append(cell)
+        lines.append([f"{vocabulary:,}", *cells])
+    return table(["vocabulary", *columns], lines)
+
+
+def preference_time() -> list[str]:
+    """Time of a pair as a ratio to TRL's ORPO, by vocabulary."""
+    rows = [row for row in records("preference.jsonl") if row["part"] == "time"]
+    vocabularies = list(dict.fromkeys(row["vocabulary"] for row in rows))
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        ratios = [one(rows, way=way, vocabulary=vocabulary)["ratio"] for vocabulary in vocabularies]
+        lines.append([way, *(f"{ratio:.2f}" for ratio in ratios)])
+    return table(["time of a pair, × TRL's ORPO", *(f"vocabulary {v:,}" for v in vocabularies)], lines)
+
+
+def wire() -> list[str]:
+    """Bytes that a process sends, by method."""
+    return sent.table(records("wire.jsonl"), "layers")
+
+
+def targets() -> list[str]:
+    """How many kernels compile for each GPU target, and how many of them spill registers."""
+    rows = records("kernels_targets.jsonl")
+    lines = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        found = [row for row in rows if row["target"] == target]
+        spilling = [row for row in found if row["spills"]]
+        most = f", at most {max(row['spills'] for row in spilling)} bytes a thread" if spilling else ""
+        lines.append([f"`{target}`", str(len(found)), f"{len(spilling)}{most}"])
+    return table(["target", "kernels and shapes compiled", "of them with spilled registers"], lines)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
+    "which": which,
+    "memory": memory,
+    "budget": budget,
+    "plan_table": plan_table,
+    "plan_fields": plan_fields,
+    "plan_vs_cpu": plan_vs_cpu,
+    "activations": activations,
+    "demo": demo,
+    "collapse": collapse,
+    "preference_memory": preference_memory,
+    "preference_time": preference_time,
+    "wire": wire,
+    "targets": targets,
+}
+
+
+def readmes() -> list[Path]:
+    """Every README of this clone, and CONTRIBUTING."""
+    rooms = sorted([*ROOT.glob("hf_lowmem/*/README.md"), *ROOT.glob("scripts/*/README.md")])
+    return [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", ROOT / "integrations" / "README.md", *rooms]
+
+
+def rewritten(text: str) -> str:
+    """The text with its tables made anew. Raises KeyError for a name that is not in TABLES."""
+    return MARKED.sub(lambda match: f"{match[1]}" + "\n".join(TABLES[match[2]]()) + f"\n{match[4]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="rewrite the files")
+    options = parser.parse_args(arguments)
+    differ = 0
+    for path in readmes():
+        text = path.read_text(encoding="utf-8")
+        made = rewritten(text)
+        if made == text:
+            continue
+        differ += 1
+        print(f"{path.relative_to(ROOT)}: {'rewritten' if options.write else 'differs from the records'}")
+        if options.write:
+            path.write_text(made, encoding="utf-8")
+    return 0 if options.write else int(differ > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,26 +15,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import _activation_parts as parts
 import torch
-from _activation_report import draw, tables
-from _record import RECORDS, commit, read_rows, write_rows
 from rich.console import Console
 
-from hf_lowmem.demo.run import device, versions
+from parts.activations import kept, peaks, trained
+from parts.activations.report import draw, tables
+from parts.record import RECORDS, Row, Rows, of_part, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "activations.jsonl"
 
-PARTS: dict[str, Callable[[bool, list[dict[str, Any]]], Any]] = {
-    "bytes": parts.bytes_rows,
-    "error": parts.error_rows,
-    "time": parts.time_rows,
-    "peaks": parts.peak_rows,
-    "loss": parts.loss_rows,
+PARTS: dict[str, Callable[[bool, Rows], Iterator[Row]]] = {
+    "bytes": kept.bytes_rows,
+    "error": trained.error_rows,
+    "time": kept.time_rows,
+    "peaks": peaks.peak_rows,
+    "loss": trained.loss_rows,
 }
 
 
@@ -47,18 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     for part in [p for p in options.part if p != "report"]:
-        common = {
-            "command": f"python scripts/bench/activations.py --part {part}",
-            "device": device(),
-            "versions": versions(),
-            "commit": commit(),
-        }
+        common = {"command": f"python scripts/bench/activations.py --part {part}"} | provenance()
         rows = read_rows(options.record)
-        old = [row for row in rows if row["part"] == part]
-        kept = [row for row in rows if row["part"] != part or part == "loss"]
+        old = of_part(rows, part)
+        every = [row for row in rows if row["part"] != part or part == "loss"]
         for row in PARTS[part](options.smoke, old):
-            kept.append({"part": part} | row | common)
-            write_rows(options.record, kept)
+            every.append({"part": part} | row | common)
+            write_rows(options.record, every)
             console.print(row, highlight=False, soft_wrap=True)
     if "report" in options.part:
         rows = read_rows(options.record)

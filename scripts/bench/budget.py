@@ -1,7 +1,8 @@
 """What fits in 16, 24, 48 and 80 GiB: the settings that `lowmem_budget` chooses for Llama-3-8B, and how long it takes.
 
-    python scripts/bench/budget.py            # writes records/budget.jsonl; about seven minutes of a quiet core
-    python scripts/bench/budget.py --toy      # a tiny model, printed
+    python scripts/bench/budget.py               # writes records/budget.jsonl; about seven minutes of a quiet core
+    python scripts/bench/budget.py --model 1b    # Llama-3.2-1B's shape, eight sequences: records/budget_1b.jsonl
+    python scripts/bench/budget.py --toy         # a tiny model, printed
 
 bf16 weights, 2,048 tokens, on a GPU that need not be there. A row for each micro-batch (1, and 8, which the search may
 split) and budget: the choice or the reason why there is none, its need (planned again here, by a plan of its own, from
@@ -11,9 +12,7 @@ their estimates, whose seconds are given apart; a search on its own takes both.
 """
 
 import argparse
-import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,17 +22,22 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from _gpu_training import LLAMA_8B, TOY_SHAPE
-from _record import RECORDS, commit, device_name, versions_of
-
 from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare
+from parts.record import RECORDS, provenance, write_rows
+from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 LLAMA_3_8B: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": 32, "max_position_embeddings": 8192}
+LLAMA_3_1B: dict[str, Any] = LLAMA_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+MODELS = {"8b": (LLAMA_3_8B, (1, 8), "budget.jsonl"), "1b": (LLAMA_3_1B, (8,), "budget_1b.jsonl")}
 BUDGETS = ("16GiB", "24GiB", "48GiB", "80GiB")
 TOY: dict[str, Any] = TOY_SHAPE | {"num_hidden_layers": 4, "max_position_embeddings": 256}
 TOY_BUDGETS = ("601MiB", "660MiB")  # 600 of them are the context
@@ -127,25 +131,26 @@ def _fields(values: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RECORDS / "budget.jsonl")
+    parser.add_argument("--model", choices=MODELS, default="8b", help="1b: no longest sequence")
+    parser.add_argument("--out", type=Path, help="default: the model's record")
     parser.add_argument("--toy", action="store_true", help="a tiny model; nothing is written unless --out says where")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = LlamaConfig(**TOY if options.toy else LLAMA_3_8B)
+    shape, batches, record = MODELS[options.model]
+    config = LlamaConfig(**TOY if options.toy else shape)
     budgets, tokens = (TOY_BUDGETS, 128) if options.toy else (BUDGETS, 2048)
-    head = {"device": device_name(), "versions": versions_of(("torch", "transformers", "trl")), "commit": commit()}
-    write = not options.toy or options.out != RECORDS / "budget.jsonl"
-    if write:
-        options.out.write_text("")
-    rows = (row for batch in (1, 8) for row in of_batch(config, batch, tokens, budgets))
-    for row in _and_length(rows, config, budgets[1]):
+    head = {"model": options.model} | provenance(("torch", "transformers", "trl"))
+    out = options.out or (None if options.toy else RECORDS / record)
+    made = []
+    rows = (row for batch in batches for row in of_batch(config, batch, tokens, budgets))
+    for row in rows if options.model == "1b" else _and_length(rows, config, budgets[1]):
         row |= head | {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        made.append(row)
         print(row["budget"], row["per_device_train_batch_size"], row["seconds"], row["why"], "", sep="\n", flush=True)
-        if write:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    if write:
-        print("\n".join(table([json.loads(line) for line in options.out.read_text().splitlines()])))
+        if out is not None:
+            write_rows(out, made)
+    if out is not None:
+        print("\n".join(table(made)))
 
 
 def _and_length(rows: Iterator[dict[str, Any]], config: LlamaConfig, budget: str) -> Iterator[dict[str, Any]]:

@@ -22,10 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ from hf_lowmem.codecs import CODECS, PAIRS, StateCodec
 from hf_lowmem.codecs.int8 import dynamic_map
 from hf_lowmem.demo import data
 from hf_lowmem.demo.model import load, prepare_model
-from hf_lowmem.demo.run import commit, device, versions
+from parts.record import RECORDS, provenance, write_rows
 
-RECORD = Path(__file__).parent / "records" / "codecs.jsonl"
+RECORD = RECORDS / "codecs.jsonl"
 TOKENS, SEED, BETAS = 128, 0, (0.9, 0.999)
 LAYERS, EMBEDDING_ROWS = (0, 15, 29), 4096
 SMALLEST = 4096  # values; a smaller parameter keeps fp32 states
@@ -207,7 +207,10 @@ def speed() -> Iterator[dict[str, Any]]:
     for (name, codec), signed in itertools.product(CODECS.items(), (True, False)):
         value = noise if signed else noise.square()
         enc = codec.init(value, signed=signed)
-        jobs = {"encode_ns": lambda: codec.encode_(enc, value), "decode_ns": lambda: codec.decode(enc, value.shape)}  # noqa: B023
+        jobs: dict[str, Callable[[], object]] = {
+            "encode_ns": partial(codec.encode_, enc, value),
+            "decode_ns": partial(codec.decode, enc, value.shape),
+        }
         row: dict[str, Any] = {"kind": "speed", "codec": name, "signed": signed}
         for key, job in jobs.items():
             seconds = []
@@ -252,17 +255,12 @@ def main() -> None:
     common = {
         "command": f"python scripts/bench/codecs.py --steps {options.steps} --tuning-steps {options.tuning_steps}",
         "seed": SEED,
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
     }
     with torch.no_grad():
         rows = [row for name, moments in sets.items() for row in of_set(name, moments)]
         rows += speed()
-    options.record.parent.mkdir(parents=True, exist_ok=True)
-    with options.record.open("w") as record:
-        for row in rows:
-            record.write(json.dumps(row | common) + "\n")
+    write_rows(options.record, [row | common for row in rows])
     show(rows)
 
 

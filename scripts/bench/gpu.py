@@ -24,23 +24,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import _gpu_kernels
-import _gpu_optimizer
-import _gpu_plan
-import _gpu_report
-import _gpu_training
 import torch
-from _record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
+
+from parts.gpu import kernels, optimizer, plan, report, training
+from parts.record import RECORDS, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "gpu.jsonl"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "bitsandbytes", "torchao", "flashoptim")
 
 Part = Callable[[torch.device, bool, Callable[[], bool]], Iterator[dict[str, Any]]]
 PARTS: dict[str, Part] = {
-    "kernels": _gpu_kernels.rows,
-    "optimizer": _gpu_optimizer.rows,
-    "training": _gpu_training.rows,
-    "plan": _gpu_plan.rows,
+    "kernels": kernels.rows,
+    "optimizer": optimizer.rows,
+    "training": training.rows,
+    "plan": plan.rows,
 }
 
 
@@ -61,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in [p for p in options.part if p != "report"]:
         common = {
             "command": f"bash scripts/bench/gpu.sh --part {part}" + (" --toy" if options.toy else ""),
-            "device": device_name(),
-            "versions": versions_of(PACKAGES),
-            "commit": commit(),
+            **provenance(PACKAGES),
         }
         kept = [row for row in read_rows(path) if (row["part"], row["device"]) != (part, common["device"])]
         deadline = math.inf if options.toy else time.monotonic() + 60 * options.minutes
@@ -73,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             failed += bool(row.get("wrong"))
     if "report" in options.part:
-        print(_gpu_report.tables(read_rows(path)))
+        print(report.tables(read_rows(path)))
         if not options.toy:
-            _gpu_report.draw(read_rows(path), path.with_suffix(".png"))
+            report.draw(read_rows(path), path.with_suffix(".png"))
     return 1 if failed else 0
 
 

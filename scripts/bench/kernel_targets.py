@@ -22,11 +22,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from _record import RECORDS, commit, versions_of, write_rows
 from rich.console import Console
 
-from hf_lowmem.kernels.ahead import TARGETS, Weight, table
-from hf_lowmem.kernels.launched import Failure, weigh_hot, weigh_launched, weigh_ones
+from parts.kernel_targets.ahead import TARGETS, Weight, table
+from parts.kernel_targets.launched import Failure, weigh_hot, weigh_launched, weigh_ones
+from parts.record import RECORDS, commit, versions_of, write_rows
 
 RECORD = RECORDS / "kernels_targets"
 

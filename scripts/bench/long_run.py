@@ -20,7 +20,6 @@ All kinds of gradients are parts of one parameter, in blocks of their own:
 """
 
 import argparse
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,22 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import RECORDS, commit, read_rows, versions_of, write_rows
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from parts.peers import PEERS
+from parts.record import RECORDS, commit, read_rows, versions_of, write_rows
 
 RECORD = RECORDS / "long_run.jsonl"
 KINDS = ("stationary", "falling", "rising", "rare", "channels")
 SHAPE = (32, 96)  # of each kind: 12 of the largest blocks
 OURS = ("bf16", "int8", "int8_softsign", "fp8", "fp8_expand", "8bit", "int8,fp8_expand", "int4")
-PEERS = {
-    "bitsandbytes AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
-    "torchao AdamW8bit": ("torchao.optim", "AdamW8bit"),
-    "torchao AdamW4bit": ("torchao.optim", "AdamW4bit"),
-}
+THEIRS = ("bitsandbytes AdamW8bit", "torchao AdamW8bit", "torchao AdamW4bit")
 LIMITS = {"int4": 0.03}
 LIMIT = 0.01
 SAMPLED = 50  # steps from one look at the second moment to the next
@@ -67,17 +63,16 @@ def gradients(steps: int) -> Iterator[Tensor]:
 def build(name: str, beta2: float) -> tuple[Optimizer, nn.Parameter]:
     p = nn.Parameter(torch.zeros(len(KINDS), *SHAPE))
     settings: dict[str, Any] = {"lr": 1.0, "betas": (0.9, beta2), "weight_decay": 0.0}
-    if name not in PEERS:
-        return OPTIMIZERS["adamw"]([("w", p)], state=name, **settings), p
-    module, cls = PEERS[name]
-    return getattr(importlib.import_module(module), cls)([p], **settings), p
+    if name in THEIRS:
+        return PEERS[name].load()([p], **settings), p
+    return OPTIMIZERS["adamw"]([("w", p)], state=name, **settings), p
 
 
 def second_moment(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
     """It in fp32, of our optimizers, bitsandbytes' and torchao's."""
     state = optimizer.state[p]
     if isinstance(optimizer, LowMemOptimizer):
-        return optimizer._state_of(p, optimizer.param_groups[0]).load("exp_avg_sq", p)
+        return optimizer.slot(p, optimizer.param_groups[0]).load("exp_avg_sq")
     if "state2" in state:
         from bitsandbytes.functional import dequantize_blockwise
 
@@ -143,7 +138,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=1000)
     parser.add_argument("--betas2", type=float, nargs="+", default=[0.999, 0.99, 0.95])
-    parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], default=[*OURS, *THEIRS])
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--report", action="store_true", help="only print the table of the record")
     args = parser.parse_args()

@@ -20,23 +20,22 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py; read when torch is imported
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _quality
-import _report
-import _schedule
-import _speed
 import torch
-from _record import RECORDS, commit
-from _settings import SETTINGS, Setting
 from rich.console import Console
 
-from hf_lowmem.demo.run import device, versions
 from hf_lowmem.specs import PROJECTIONS
+from parts.optimizers import quality as runs
+from parts.optimizers import report as reports
+from parts.optimizers import schedule
+from parts.optimizers import speed as steps
+from parts.optimizers.settings import SETTINGS, Setting
+from parts.record import RECORDS, device_name, provenance, read_rows, write_rows
+from parts.small_llama import SIZE, SMOKE
 
 
 def leave_out(faults: dict[str, str], *, available: bool, console: Console) -> None:
@@ -58,24 +57,22 @@ def chosen(only: Sequence[str] | None, size: dict[str, Any], *, available: bool,
         raise SystemExit(
             f"--only {only}: no such setting or method; settings are: {', '.join(s.name for s in SETTINGS)}"
         )
-    faults = {s.name: fault for s in settings if (fault := _quality.unavailable(s, size))}
+    faults = {s.name: fault for s in settings if (fault := runs.unavailable(s, size))}
     leave_out(faults, available=available, console=console)
     return [s for s in settings if s.name not in faults]
 
 
 def quality(options: argparse.Namespace, console: Console) -> int:
     torch.set_num_threads(1)  # as the workers have; the device's description says so
-    size = _quality.SMOKE if options.smoke else _quality.SIZE
+    size = SMOKE if options.smoke else SIZE
     settings = chosen(options.only, size, available=options.available, console=console)
     common = {
         "command": f"python scripts/bench/optimizers.py --part quality --jobs {options.jobs}",
         "jobs": options.jobs,
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
     }
-    failed = _schedule.work(
-        _schedule.Record(options.record, common),
+    failed = schedule.work(
+        schedule.Record(options.record, common),
         settings,
         options.seeds,
         size,
@@ -90,66 +87,59 @@ def quality(options: argparse.Namespace, console: Console) -> int:
 
 def long(options: argparse.Namespace, console: Console) -> int:
     torch.set_num_threads(1)
-    short, size = (_quality.SMOKE, _quality.SMOKE | {"steps": 6}) if options.smoke else (_quality.SIZE, _quality.LONG)
-    common = {
-        "command": "python scripts/bench/optimizers.py --part long",
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
-    }
-    record = _schedule.Record(options.record, common)
-    rate = _schedule.best_rate(record, "adamw", short)
+    short, size = (SMOKE, SMOKE | {"steps": 6}) if options.smoke else (SIZE, runs.LONG)
+    common = {"command": "python scripts/bench/optimizers.py --part long"} | provenance()
+    record = schedule.Record(options.record, common)
+    rate = schedule.best_rate(record, "adamw", short)
     if rate is None:
         raise SystemExit("no rate was tuned for adamw: run --part quality first")
     for seed in options.seeds:
         for setting in (Setting("adamw"), Setting("adamw", "8bit"), Setting("adamw", control=True)):
-            task = _schedule.Task(setting, rate, seed)
+            task = schedule.Task(setting, rate, seed)
             if record.loss(task.config(size)) is None:
-                row = _schedule.make(task, size)
+                row = schedule.make(task, size)
                 record.add(row)
                 console.print(f"{row['setting']}, seed {seed}: {row['heldout_loss']} ({row['seconds']:.0f} s)")
-    console.print(_report.long_table(record, size), highlight=False, markup=False, soft_wrap=True)
+    console.print(reports.long_table(record, size), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def speed(options: argparse.Namespace, console: Console) -> int:
-    size = _speed.SMOKE if options.smoke else _speed.SIZE
-    settings = {n: b for n, b in _speed.OURS.items() if not options.only or {n, n.split()[0]} & set(options.only)}
-    projections = {p: _speed.galore(p, 1) for p in PROJECTIONS}
+    size = steps.SMOKE if options.smoke else steps.SIZE
+    settings = {n: b for n, b in steps.OURS.items() if not options.only or {n, n.split()[0]} & set(options.only)}
+    projections = {p: steps.galore(p, 1) for p in PROJECTIONS}
     for builds in (settings, projections):
-        faults = {name: fault for name, build in builds.items() if (fault := _speed.fault(build, _speed.SMOKE))}
+        faults = {name: fault for name, build in builds.items() if (fault := steps.fault(build, steps.SMOKE))}
         leave_out(faults, available=options.available, console=console)
         for name in faults:
             del builds[name]
     where = torch.device(options.device)
-    rows = _speed.measure_steps(size, settings, _speed.PEERS, where) + _speed.measure_refresh(
+    rows = steps.measure_steps(size, settings, steps.PEERS, where) + steps.measure_refresh(
         size, list(projections), where
     )
     common = {
         "command": "python scripts/bench/optimizers.py --part speed",
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else device(),
+        **provenance(),
+        "device": device_name(where),
         "size": size,
-        "versions": versions(),
-        "commit": commit(),
     }
-    options.speed_record.parent.mkdir(parents=True, exist_ok=True)
-    with options.speed_record.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | common) + "\n" for row in rows)
-    for text in _report.speed_tables([row | common for row in rows]):
+    rows = [row | common for row in rows]
+    write_rows(options.speed_record, rows)
+    for text in reports.speed_tables(rows):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def report(options: argparse.Namespace, console: Console) -> int:
-    size = _quality.SMOKE if options.smoke else _quality.SIZE
-    record = _schedule.Record(options.record)
-    scores = _report.Scores(record, size)
-    tables = [_report.tuning_table(record, size), *_report.quality_tables(scores)]
-    if speed_rows := _report.read_jsonl(options.speed_record):
-        tables += _report.speed_tables(speed_rows)
+    size = SMOKE if options.smoke else SIZE
+    record = schedule.Record(options.record)
+    scores = reports.Scores(record, size)
+    tables = [reports.tuning_table(record, size), *reports.quality_tables(scores)]
+    if speed_rows := read_rows(options.speed_record):
+        tables += reports.speed_tables(speed_rows)
     for text in tables:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    _report.draw(scores, options.plot)
+    reports.draw(scores, options.plot)
     return 0
 
 

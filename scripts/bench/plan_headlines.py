@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_training import LLAMA_8B, TOY_SHAPE
-from _record import RECORDS, commit, device_name, versions_of, write_rows
+from parts.record import RECORDS, provenance, write_rows
+from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 RECORD = RECORDS / "plan_headlines.jsonl"
 SECONDS, RSS = 60, 4 * 2**30
@@ -99,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     toy = parser.parse_args(arguments).toy
     common = {
         "command": "python scripts/bench/plan_headlines.py",
-        "device": device_name(),
-        "versions": versions_of(PACKAGES),
-        "commit": commit(),
+        **provenance(PACKAGES),
     }
     rows, over = [], False
     for name, (config, flags) in (TOY_CASES if toy else CASES).items():

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _readme
-from _gpu_training import LLAMA_8B, TOY_SHAPE
-from _record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
-from _settings import STORE_RATE_FACTOR, Setting
+import _readme_optim as measured
+from parts.optimizers.settings import STORE_RATE_FACTOR, Setting
+from parts.record import RECORDS, of_part, provenance, read_rows, write_rows
+from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 RECORD = RECORDS / "plan_table.jsonl"
 LENGTHS = (2048, 8192, 32768)
@@ -86,15 +86,15 @@ def row(name: str, shape: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 def loss_costs(settings: dict[str, Any]) -> str:
     """What was measured of a setting's cost: per cent of held-out loss, mean and standard error over three seeds."""
-    scored = _readme.scores()
+    scored = measured.scores()
     costs = []
     masters = Setting("adamw", weights="masters", rate_factor=STORE_RATE_FACTOR)
     store = settings.get("lowmem_weights", "keep")
     stored = Setting("adamw", weights=store, rate_factor=STORE_RATE_FACTOR)
-    costs.append("weights {:+.2f} ± {:.2f}".format(*_readme.difference(scored, stored, masters)))
+    costs.append("weights {:+.2f} ± {:.2f}".format(*measured.difference(scored, stored, masters)))
     if "lowmem_state" in settings:
         method = settings["optim"]
-        found = _readme.difference(scored, Setting(method, settings["lowmem_state"]), Setting(method))
+        found = measured.difference(scored, Setting(method, settings["lowmem_state"]), Setting(method))
         costs.append("states {:+.2f} ± {:.2f}".format(*found))
     elif settings["optim"] == "adamw_8bit":
         costs.append(f"states {NOT_MEASURED}")
@@ -102,10 +102,9 @@ def loss_costs(settings: dict[str, Any]) -> str:
         costs.append(f"method {NOT_MEASURED}")
     tier = settings.get("lowmem_activations")
     if tier is not None:
-        rows = _readme.records("activations.jsonl")
+        rows = of_part(read_rows(RECORDS / "activations.jsonl"), "loss")
         ours, theirs = (
-            {r["seed"]: r["heldout_loss"] for r in rows if r["part"] == "loss" and r["way"] == way}
-            for way in (tier, "HuggingFace")
+            {r["seed"]: r["heldout_loss"] for r in rows if r["way"] == way} for way in (tier, "HuggingFace")
         )
         costs.append(f"activations {statistics.fmean(100 * (ours[s] / theirs[s] - 1) for s in theirs):+.2f}")
     return ", ".join(costs)
@@ -137,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     common = {
         "command": "python scripts/bench/plan_table.py",
-        "device": device_name(),
-        "versions": versions_of(PACKAGES),
-        "commit": commit(),
+        **provenance(PACKAGES),
     }
     names = [*SETTINGS][:: len(SETTINGS) - 1] if options.toy else [*SETTINGS]
     path = options.record or (None if options.toy else RECORD)

@@ -14,15 +14,15 @@ import argparse
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from _record import RECORDS, commit, device_name, versions_of, write_rows
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/planner has the way of weighing a real step
+from parts.record import RECORDS, ROOT, provenance, write_rows
+
+sys.path.insert(0, str(ROOT))  # tests/planner has the way of weighing a real step
 
 from hf_lowmem.planner import plan
 from hf_lowmem.training.dpo import LowMemDPOConfig
@@ -147,9 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     common = {
         "command": "python scripts/bench/plan_vs_cpu.py",
-        "device": device_name(),
-        "versions": versions_of(PACKAGES),
-        "commit": commit(),
+        **provenance(PACKAGES),
     }
     rows = []
     for name, dtype, settings in SETTINGS[:: len(SETTINGS) - 2] if smoke else SETTINGS:

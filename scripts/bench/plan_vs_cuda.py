@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_plan import ABOVE, BELOW, SETTINGS, TOYS, in_own_process, row
-from _record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
+
+from parts.gpu.plan import ABOVE, BELOW, SETTINGS, TOYS, in_own_process, row
+from parts.record import RECORDS, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "plan_vs_cuda.jsonl"
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
@@ -46,12 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = SETTINGS[options.one].toy() if options.toy else SETTINGS[options.one]
         print(json.dumps(row(setting, torch.device("cpu" if options.toy else "cuda"))))
         return 0
-    common = {
-        "command": "python scripts/bench/plan_vs_cuda.py" + (" --toy" if options.toy else ""),
-        "device": "CPU" if options.toy else device_name(),
-        "versions": versions_of(PACKAGES),
-        "commit": commit(),
-    }
+    common = {"command": "python scripts/bench/plan_vs_cuda.py" + (" --toy" if options.toy else "")}
+    common |= provenance(PACKAGES) | ({"device": "CPU"} if options.toy else {})
     path = options.record or (None if options.toy else RECORD)
     same = ("device", "commit", "command")
     before = read_rows(path) if path else []

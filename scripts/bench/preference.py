@@ -19,37 +19,33 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from _record import RECORDS, commit, read_rows, write_rows
 from rich.console import Console
 
-from hf_lowmem.demo.run import device, versions
+from parts.record import RECORDS, Row, Rows, of_part, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "preference.jsonl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_lowmem" / "bench"
 PARTS = ("memory", "time", "sharing", "collapse", "cosmosqa")
 RESUMED = ("collapse", "cosmosqa")
 
-Row = dict[str, Any]
 
-
-def rows_of(part: str, smoke: bool, old: list[Row], cache: Path) -> Iterator[Row]:
+def rows_of(part: str, smoke: bool, old: Rows, cache: Path) -> Iterator[Row]:
     """What `part` yields; each is imported when it is asked for, as some take seconds to import."""
     if part == "memory":
-        from _preference_memory import rows
+        from parts.preference.memory import rows
 
         return rows(smoke)
     if part in ("time", "sharing"):
-        from _preference_time import sharing_rows, time_rows
+        from parts.preference.timing import sharing_rows, time_rows
 
         return time_rows(smoke) if part == "time" else sharing_rows(smoke)
     if part == "collapse":
-        from _preference_collapse import rows as collapse_rows
+        from parts.preference.collapse import rows as collapse_rows
 
         return collapse_rows(smoke, old, cache)
-    from _preference_cosmosqa import rows as cosmosqa_rows
+    from parts.preference.cosmosqa import rows as cosmosqa_rows
 
     return cosmosqa_rows(smoke, old, cache)
 
@@ -64,21 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     console = Console()
     for part in [part for part in options.part if part != "report"]:
-        common = {
-            "command": f"python scripts/bench/preference.py --part {part}",
-            "device": device(),
-            "versions": versions(),
-            "commit": commit(),
-        }
+        common = {"command": f"python scripts/bench/preference.py --part {part}"} | provenance()
         rows = read_rows(options.record)
-        old = [row for row in rows if row["part"] == part]
+        old = of_part(rows, part)
         kept = [row for row in rows if row["part"] != part or part in RESUMED]
         for row in rows_of(part, options.smoke, old, options.cache):
             kept.append({"part": part} | row | common)
             write_rows(options.record, kept)
             console.print(row, highlight=False, soft_wrap=True)
     if "report" in options.part:
-        from _preference_report import draw, tables
+        from parts.preference.report import draw, tables
 
         rows = read_rows(options.record)
         for table in tables(rows):

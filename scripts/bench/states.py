@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py; read when torch is imported
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -27,12 +26,13 @@ from rich.table import Table
 
 from hf_lowmem.demo import data
 from hf_lowmem.demo.model import load, prepare_model
-from hf_lowmem.demo.run import HELD_OUT_PLAYS, RATES, commit, device, public_name, versions
+from hf_lowmem.demo.run import HELD_OUT_PLAYS, RATES, public_name
 from hf_lowmem.demo.score import Referee
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import LowMemOptimizer, make_optimizer
+from parts.record import RECORDS, provenance, write_rows
 
-RECORD = Path(__file__).parent / "records" / "states.jsonl"
+RECORD = RECORDS / "states.jsonl"
 TOKENS, BATCH, SEED = 128, 2, 0
 
 # name → (method, options); `torch` is torch.optim.AdamW itself
@@ -115,28 +115,24 @@ def main() -> None:
         "steps": options.steps,
         "tokens_a_step": TOKENS * BATCH,
         "seed": SEED,
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
     }
     with tempfile.TemporaryDirectory() as cache:
         source = prepare_model(options.model, Path(cache))
         rows = [run(name, source, options.steps, options.heldout) for name in options.only]
     theirs = next((r["optimizer_step_seconds"] for r in rows if r["setting"] == "torch-adamw"), None)
     table = Table("setting", "bytes/parameter", "train loss", "held-out loss", "step, × torch fused AdamW")
-    options.record.parent.mkdir(parents=True, exist_ok=True)
-    with options.record.open("w") as record:
-        for row in rows:
-            row["step_ratio"] = row["optimizer_step_seconds"] / theirs if theirs else None
-            record.write(json.dumps(row | common) + "\n")
-            ratio = f"{row['step_ratio']:.1f}" if theirs else ""
-            table.add_row(
-                row["setting"],
-                f"{row['bytes_per_parameter']:.3f}",
-                f"{row['train_loss']:.4f}",
-                f"{row['heldout_loss']:.4f}",
-                ratio,
-            )
+    for row in rows:
+        row["step_ratio"] = row["optimizer_step_seconds"] / theirs if theirs else None
+        ratio = f"{row['step_ratio']:.1f}" if theirs else ""
+        table.add_row(
+            row["setting"],
+            f"{row['bytes_per_parameter']:.3f}",
+            f"{row['train_loss']:.4f}",
+            f"{row['heldout_loss']:.4f}",
+            ratio,
+        )
+    write_rows(options.record, [row | common for row in rows])
     Console().print(table)
 
 

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_lowmem.optim import OPTIMIZERS, make_optimizer
 from hf_lowmem.specs import OptimSpec
+from parts.record import RECORDS, provenance, read_rows, write_rows
 
 LAYERS = 2
 SIZES = (1024, 2752, 64)  # m, n, rank
@@ -176,9 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = {
         "command": "python scripts/bench/wire.py",
         "processes": PROCESSES,
-        "device": device_name(),
-        "versions": versions_of(("torch",)),
-        "commit": commit(),
+        **provenance(("torch",)),
     }
     write_rows(options.record, [row | common for row in count(*options.sizes)])
     rows = read_rows(options.record)

@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.train
 @pytest.mark.dist
 def test_ddp_and_fsdp2() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", __name__]

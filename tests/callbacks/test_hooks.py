@@ -50,6 +50,7 @@ def boom() -> None:
     raise RuntimeError("CUDA out of memory. (pretended)")
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_exceptions_leave_nothing_measuring_and_the_next_training_measures(tmp_path, where):
     callback, expected = LowMemCallback(verbose=False), LowMemCallback(verbose=False)
@@ -66,6 +67,7 @@ def test_exceptions_leave_nothing_measuring_and_the_next_training_measures(tmp_p
     assert nothing_is_left(trainer.model)
 
 
+@pytest.mark.train
 def test_an_interrupted_forward_pass_measures_until_the_next_training(tmp_path):
     # torch runs `always_call` hooks after an Exception only, and KeyboardInterrupt is none.
     def interrupt(*_: Any) -> None:
@@ -84,6 +86,7 @@ def test_an_interrupted_forward_pass_measures_until_the_next_training(tmp_path):
     assert nothing_is_left(trainer.model)
 
 
+@pytest.mark.train
 def test_auto_find_batch_size_reports_the_batch_size_it_found(tmp_path):
     callback, expected = LowMemCallback(verbose=False), LowMemCallback(verbose=False)
     trainer = trainer_of(tmp_path, callback, cls=Boom, auto_find_batch_size=True)
@@ -94,6 +97,7 @@ def test_auto_find_batch_size_reports_the_batch_size_it_found(tmp_path):
     assert nothing_is_left(trainer.model)
 
 
+@pytest.mark.train
 def test_two_callbacks(tmp_path):
     a, b = LowMemCallback(verbose=False), LowMemCallback(every=1, verbose=False)
     trainer = trainer_of(tmp_path, a, b)
@@ -103,6 +107,7 @@ def test_two_callbacks(tmp_path):
     assert nothing_is_left(trainer.model)
 
 
+@pytest.mark.train
 def test_the_first_batch_is_not_kept_alive(tmp_path):
     batches: list[weakref.ref] = []
     alive: list[int] = []

@@ -35,6 +35,7 @@ class Logger(TrainerCallback):
         return [(step, {k: v for k, v in row.items() if k.startswith("memory/")}) for step, row in self.rows]
 
 
+@pytest.mark.train
 def test_loggers_of_an_unmodified_trainer_get_parts_and_peak_in_gib(tmp_path):
     logger = Logger()
     trainer = trainer_of(tmp_path, logger)
@@ -52,6 +53,7 @@ def test_loggers_of_an_unmodified_trainer_get_parts_and_peak_in_gib(tmp_path):
     assert all("loss" in row or "train_runtime" in row for _, row in logger.rows), "no row of our own"
 
 
+@pytest.mark.train
 def test_a_logger_before_the_callback_sees_nothing_and_the_history_has_it_anyway(tmp_path):
     early, late = Logger(), Logger()
     trainer = trainer_of(tmp_path, early, LowMemCallback(verbose=False), late)
@@ -70,6 +72,7 @@ def test_add_to_moves_a_callback_and_adds_none_twice(tmp_path):
     assert FromCallbacks is MemoryReportCallback
 
 
+@pytest.mark.train
 def test_every_and_parts_go_together(tmp_path):
     logger = Logger()
     trainer = trainer_of(tmp_path, logger, max_steps=5, logging_steps=1)
@@ -78,6 +81,7 @@ def test_every_and_parts_go_together(tmp_path):
     assert [step for step, row in logger.memory() if "memory/saved_gib" in row] == [1, 3, 5, 5]
 
 
+@pytest.mark.train
 def test_a_measured_step_is_told_with_the_next_row(tmp_path):
     logger = Logger()
     trainer = trainer_of(tmp_path, logger, max_steps=3, logging_steps=2)
@@ -98,6 +102,7 @@ def test_without_any_row_the_history_gets_one(tmp_path):
     assert state.log_history[-1]["lowmem/weights"] == callback.report["weights"]
 
 
+@pytest.mark.train
 def test_evaluation_returns_its_own_metrics_alone(tmp_path):
     trainer = trainer_of(tmp_path)
     MemoryReportCallback(verbose=False).add_to(trainer)
@@ -105,6 +110,7 @@ def test_evaluation_returns_its_own_metrics_alone(tmp_path):
     assert not [name for name in trainer.evaluate() if "memory" in name]
 
 
+@pytest.mark.train
 def test_the_states_file_loads_with_the_numbers(tmp_path):
     trainer = trainer_of(tmp_path, LowMemCallback(verbose=False))
     trainer.train()
@@ -133,6 +139,7 @@ def reporters(trainer: Any) -> list[MemoryReportCallback]:
     return [c for c in trainer.callback_handler.callbacks if isinstance(c, MemoryReportCallback)]
 
 
+@pytest.mark.train
 def test_our_trainers_report_unasked_and_leave_the_logs_alone(tmp_path, capsys):
     logger = Logger()
     trainer = ours(tmp_path, logger)
@@ -147,6 +154,7 @@ def test_our_trainers_report_unasked_and_leave_the_logs_alone(tmp_path, capsys):
     assert "kept in memory" not in capsys.readouterr().out
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("late", [False, True])
 def test_the_users_callback_takes_the_place_of_ours(tmp_path, late):
     mine, logger = LowMemCallback(every=1, verbose=False), Logger()
@@ -159,6 +167,7 @@ def test_the_users_callback_takes_the_place_of_ours(tmp_path, late):
     assert logger.memory()[-1][1]["memory/saved_gib"] == mine.report["saved"] / 2**30
 
 
+@pytest.mark.train
 def test_reports_can_be_switched_off(tmp_path):
     trainer = ours(tmp_path)
     trainer.reports = False

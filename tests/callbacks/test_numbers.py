@@ -23,6 +23,8 @@ from tests.callbacks.runs import (
 )
 from tests.conftest import tiny_llama
 
+pytestmark = pytest.mark.train
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _imports_are_not_garbage():

@@ -24,6 +24,7 @@ def _imports_are_not_garbage():
     gc.unfreeze()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(("every", "steps"), [(None, [1]), (1, [1, 2, 3, 4, 5]), (2, [1, 3, 5])])
 def test_every(tmp_path, every, steps):
     trainer = trainer_of(tmp_path, LowMemCallback(every=every, verbose=False), max_steps=5)
@@ -41,6 +42,7 @@ def test_every_is_checked_at_construction(every):
         LowMemCallback(every=every)
 
 
+@pytest.mark.train
 def test_records_are_plain_numbers_and_reach_trainer_state_json(tmp_path):
     trainer = trainer_of(tmp_path, LowMemCallback(verbose=False), save_strategy="steps", save_steps=1)
     trainer.train()
@@ -53,6 +55,7 @@ def test_records_are_plain_numbers_and_reach_trainer_state_json(tmp_path):
     assert [r for r in written if "lowmem/saved" in r] == records(trainer)
 
 
+@pytest.mark.train
 def test_several_trainings_each_have_their_report(tmp_path):
     callback = LowMemCallback(verbose=False)
     trainer = trainer_of(tmp_path, callback)
@@ -65,6 +68,7 @@ def test_several_trainings_each_have_their_report(tmp_path):
     assert [r["step"] for r in records(trainer)] == [1, 3]
 
 
+@pytest.mark.train
 def test_resume_keeps_the_records_and_measures_again(tmp_path):
     trainer_of(tmp_path, LowMemCallback(verbose=False), save_strategy="steps", save_steps=2).train()
     callback = LowMemCallback(verbose=False)
@@ -76,6 +80,7 @@ def test_resume_keeps_the_records_and_measures_again(tmp_path):
     assert optimizer_bytes(trainer.optimizer) == callback.report["optimizer"] > 0  # type: ignore[arg-type]
 
 
+@pytest.mark.train
 def test_added_after_the_trainer_was_made(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.add_callback(callback := LowMemCallback(verbose=False))
@@ -83,6 +88,7 @@ def test_added_after_the_trainer_was_made(tmp_path):
     assert callback.report["saved"] > 0
 
 
+@pytest.mark.train
 def test_added_while_training(tmp_path):
     callback = LowMemCallback(verbose=False)
 
@@ -97,6 +103,7 @@ def test_added_while_training(tmp_path):
     assert callback.report["peak"] > 0
 
 
+@pytest.mark.train
 def test_the_class_itself_can_be_given(tmp_path):
     trainer = trainer_of(tmp_path, LowMemCallback)
     (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, LowMemCallback)]
@@ -105,6 +112,7 @@ def test_the_class_itself_can_be_given(tmp_path):
     assert callback.report["saved"] > 0
 
 
+@pytest.mark.train
 def test_copies_and_pickles_carry_the_report(tmp_path):
     callback = LowMemCallback(every=2, verbose=False)
     copies: list[LowMemCallback] = []
@@ -123,6 +131,7 @@ def test_copies_and_pickles_carry_the_report(tmp_path):
     assert copies[0].report["saved_step"] == 3  # of steps 1 and 3
 
 
+@pytest.mark.train
 def test_the_table(tmp_path, capsys, caplog):
     callback = LowMemCallback()
     trainer = trainer_of(tmp_path, callback)
@@ -137,6 +146,7 @@ def test_the_table(tmp_path, capsys, caplog):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.train
 def test_not_verbose_prints_nothing_of_its_own(tmp_path, capsys):
     trainer_of(tmp_path, LowMemCallback(verbose=False)).train()
     assert "optimizer state" not in capsys.readouterr().out

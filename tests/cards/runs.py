@@ -45,7 +45,7 @@ def reporter(trainer: Any) -> MemoryReportCallback:
 
 
 _REPORT: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "run": "made-up",
     "trainer": "LowMemSFTTrainer",
     "config": "LowMemSFTConfig",
@@ -55,7 +55,7 @@ _REPORT: dict[str, Any] = {
     "device": "a GPU",
     "processes": 2,
     "versions": {"torch": "2.13.0"},
-    "foretold": None,
+    "predicted": None,
     "trainings": [
         {
             "from_step": 0,

@@ -17,7 +17,7 @@ from hf_lowmem.runs.card import BEGIN, END, refresh, render, whole_card
 from hf_lowmem.runs.facts import plain as plain_values
 from hf_lowmem.runs.facts import public_name
 from hf_lowmem.runs.history import POINTS, history_of, results_of, speed_of
-from hf_lowmem.runs.report import REPORT, foretold_of, read_report, write_atomically
+from hf_lowmem.runs.report import REPORT, predicted_of, read_report, write_atomically
 from tests.callbacks.runs import trainer_of
 from tests.cards.runs import OURS, PLAN, SAVING, dpo, made_up, plain, reporter, sft
 from tests.conftest import tiny_llama
@@ -46,6 +46,7 @@ def run(finished: tuple[Path, Any], tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
+@pytest.mark.train
 def test_report_and_card_say_what_was_measured(finished: tuple[Path, Any]) -> None:
     run, trainer = finished
     measured = reporter(trainer).report
@@ -72,6 +73,7 @@ def test_report_and_card_say_what_was_measured(finished: tuple[Path, Any]) -> No
     assert cards.MISSING not in card
 
 
+@pytest.mark.train
 def test_the_card_is_trls_with_a_section(finished: tuple[Path, Any]) -> None:
     run, _ = finished
     card = load_card(run / "README.md")
@@ -83,6 +85,7 @@ def test_the_card_is_trls_with_a_section(finished: tuple[Path, Any]) -> None:
         assert sign not in card.text
 
 
+@pytest.mark.train
 def test_neither_folders_nor_tokens_are_told(tmp_path: Path, tokenizer: Any) -> None:
     run = tmp_path / "some" / "where"
     sft(run, tokenizer, max_steps=1, hub_token="hf_secret", push_to_hub=False, deepspeed=None).train()
@@ -91,6 +94,7 @@ def test_neither_folders_nor_tokens_are_told(tmp_path: Path, tokenizer: Any) -> 
     assert "hf_secret" not in told
 
 
+@pytest.mark.train
 def test_the_card_is_rebuilt_the_same(finished: tuple[Path, Any], run: Path) -> None:
     first = card_of(run)
     report = read_report(run)
@@ -101,6 +105,7 @@ def test_the_card_is_rebuilt_the_same(finished: tuple[Path, Any], run: Path) -> 
     assert card_of(run) == first
 
 
+@pytest.mark.train
 def test_a_trainers_state_gives_the_same_memory(run: Path, tokenizer: Any) -> None:
     """Where a MemoryReportCallback has written it there; a trainer's own report leaves logs alone."""
     trainer = sft(run, tokenizer, **SAVING)
@@ -121,6 +126,7 @@ def test_a_trainers_state_gives_the_same_memory(run: Path, tokenizer: Any) -> No
     assert f"| tokens/s | {cards.MISSING} |" in card
 
 
+@pytest.mark.train
 def test_checkpoints_are_complete_and_have_no_card_of_ours(finished: tuple[Path, Any]) -> None:
     run, _ = finished
     for step in (2, 4):
@@ -129,6 +135,7 @@ def test_checkpoints_are_complete_and_have_no_card_of_ours(finished: tuple[Path,
         assert not (run / f"checkpoint-{step}" / "README.md").exists()
 
 
+@pytest.mark.train
 def test_a_resumed_run_tells_of_both_trainings_and_a_new_one_does_not(run: Path, tokenizer: Any) -> None:
     first = read_report(run)["trainings"][0]
     trainer = sft(run, tokenizer, **SAVING)
@@ -146,6 +153,7 @@ def test_a_resumed_run_tells_of_both_trainings_and_a_new_one_does_not(run: Path,
     assert "### Resumed" not in card_of(run)
 
 
+@pytest.mark.train
 def test_a_resumed_run_with_a_damaged_report_begins_one(run: Path, tokenizer: Any, caplog: Any) -> None:
     (run / REPORT).write_text("{")
     sft(run, tokenizer).train(resume_from_checkpoint=str(run / "checkpoint-2"))
@@ -154,6 +162,7 @@ def test_a_resumed_run_with_a_damaged_report_begins_one(run: Path, tokenizer: An
     assert "the report begins at step 2" in caplog.text
 
 
+@pytest.mark.train
 def test_tokens_of_a_second_training_are_its_own(tmp_path: Path, tokenizer: Any) -> None:
     trainer = sft(tmp_path, tokenizer, max_steps=2)
     counts = []
@@ -163,6 +172,7 @@ def test_tokens_of_a_second_training_are_its_own(tmp_path: Path, tokenizer: Any)
     assert counts == [2 * 2 * 12, 2 * 2 * 12]  # steps, rows, tokens, as `token_data` has them
 
 
+@pytest.mark.train
 def test_lora_and_preferences(tmp_path: Path, tokenizer: Any) -> None:
     trainer = dpo(tmp_path, tokenizer)
     trainer.train()
@@ -185,6 +195,7 @@ def test_lora_and_preferences(tmp_path: Path, tokenizer: Any) -> None:
     assert str(again).count(END) == 1
 
 
+@pytest.mark.train
 def test_transformers_trainer_gets_the_templates_card(tmp_path: Path) -> None:
     plain(tmp_path).train()
     card = load_card(tmp_path / "README.md")
@@ -195,6 +206,7 @@ def test_transformers_trainer_gets_the_templates_card(tmp_path: Path) -> None:
     assert "| eval loss, last | not measured |" in card.text
 
 
+@pytest.mark.train
 def test_an_unmodified_trainer_with_the_callback_leaves_a_report(tmp_path: Path) -> None:
     callback = LowMemCallback(verbose=False)
     trainer_of(tmp_path, callback).train()
@@ -207,12 +219,14 @@ def test_an_unmodified_trainer_with_the_callback_leaves_a_report(tmp_path: Path)
     assert "hf-lowmem" in load_card(tmp_path / "README.md").data.tags
 
 
+@pytest.mark.train
 def test_with_plain_arguments_everything_is_as_the_parent_has_it(tmp_path: Path, tokenizer: Any) -> None:
     args = settings(SFTConfig, tmp_path, max_steps=1)
     LowMemSFTTrainer(tiny_llama(), args=args, train_dataset=token_data(), processing_class=tokenizer).train()
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.train
 def test_a_card_that_a_person_wrote_stays(tmp_path: Path, tokenizer: Any, caplog: Any) -> None:
     mine = "---\ntags:\n- mine\n---\n# My model\n"
     (tmp_path / "README.md").write_text(mine)
@@ -222,6 +236,7 @@ def test_a_card_that_a_person_wrote_stays(tmp_path: Path, tokenizer: Any, caplog
     assert read_report(tmp_path)["trainings"][0]["finished"]
 
 
+@pytest.mark.train
 def test_what_a_person_adds_to_a_card_stays(run: Path, tokenizer: Any) -> None:
     text = card_of(run).replace("## Citations", "## Intended use\n\nOnly for tests.\n\n## Citations")
     (run / "README.md").write_text(text.replace("# Model Card for", "# My own title:"))
@@ -237,6 +252,7 @@ def test_what_a_person_adds_to_a_card_stays(run: Path, tokenizer: Any) -> None:
     assert card_of(run) == card, "the report keeps the text around the section"
 
 
+@pytest.mark.train
 def test_a_generated_card_without_our_section_gets_it_and_keeps_its_text(tmp_path: Path, tokenizer: Any) -> None:
     theirs = "---\ntags:\n- generated_from_trainer\n---\n\n# Tuned\n\nI have edited this.\n"
     (tmp_path / "README.md").write_text(theirs)
@@ -245,6 +261,7 @@ def test_a_generated_card_without_our_section_gets_it_and_keeps_its_text(tmp_pat
     assert "## Training, memory and speed" in card_of(tmp_path)
 
 
+@pytest.mark.train
 def test_pushing_extends_transformers_own_card(tmp_path: Path, monkeypatch: Any) -> None:
     trainer = plain(tmp_path)
     trainer.train()
@@ -255,6 +272,7 @@ def test_pushing_extends_transformers_own_card(tmp_path: Path, monkeypatch: Any)
     assert "## Training, memory and speed" in card.text
 
 
+@pytest.mark.train
 def test_a_card_that_cannot_be_written_ends_no_training(tmp_path: Path, tokenizer: Any, monkeypatch: Any, caplog: Any):
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -280,6 +298,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch
     assert path.read_text() == "old"
 
 
+@pytest.mark.train
 def test_only_rank_zero_writes(tmp_path: Path, tokenizer: Any) -> None:
     trainer = sft(tmp_path, tokenizer, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.is_world_process_zero = lambda: False
@@ -288,16 +307,17 @@ def test_only_rank_zero_writes(tmp_path: Path, tokenizer: Any) -> None:
     assert not [p.name for p in tmp_path.iterdir() if p.is_file()]
 
 
-def test_what_was_foretold_stands_beside(tmp_path: Path) -> None:
+@pytest.mark.train
+def test_what_was_predicted_stands_beside(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
-    trainer.foretold = PLAN
+    trainer.predicted = PLAN
     trainer.train()
     card = card_of(tmp_path)
-    assert "| part | foretold | measured |" in card
+    assert "| part | predicted | measured |" in card
     assert "| gradients | 3.00 KiB |" in card, "a part's own highest, not what it is at the peak"
     assert "| saved for backward | 2.00 KiB |" in card
     assert "sampled) | 5.00 KiB |" in card
-    assert foretold_of(PLAN, "a plan")["parts"] == {"weights": 1024, "gradients": 3072, "activations": 2048}
+    assert predicted_of(PLAN, "a plan")["parts"] == {"weights": 1024, "gradients": 3072, "activations": 2048}
 
 
 def test_a_diverged_run_says_so() -> None:
@@ -341,6 +361,7 @@ def test_models_are_named_without_paths(name: str, public: str) -> None:
     assert plain_values({"model": name}) == {"model": public}
 
 
+@pytest.mark.train
 def test_settings_are_those_that_matter(tmp_path: Path, tokenizer: Any) -> None:
     report = reporter_after(plain(tmp_path, run_name="x", logging_steps=7, weight_decay=0.0))
     assert OURS.items() <= report["settings"].items()
@@ -353,6 +374,7 @@ def reporter_after(trainer: Any) -> dict[str, Any]:
     return read_report(trainer.args.output_dir)
 
 
+@pytest.mark.train
 def test_a_dataset_that_cannot_be_described_ends_no_training(tmp_path: Path, caplog: Any) -> None:
     class Odd(list):
         @property

@@ -74,9 +74,10 @@ def test_card_with_a_plan_from_a_file(two: tuple[Path, Path], tmp_path: Path) ->
     assert cli.main(["card", str(two[0]), "--plan", str(tmp_path / "plan.json")]) == 0
     assert "| peak (cuda allocator) | 5.00 KiB | 4.00 KiB |" in (two[0] / "README.md").read_text()
     assert cli.main(["card", str(two[0])]) == 0
-    assert "| part | foretold | measured |" in (two[0] / "README.md").read_text(), "the report keeps it"
+    assert "| part | predicted | measured |" in (two[0] / "README.md").read_text(), "the report keeps it"
 
 
+@pytest.mark.train
 def test_a_run_is_planned_with_its_own_settings(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
     seen: dict[str, Any] = {}
 
@@ -101,7 +102,7 @@ def test_a_run_is_planned_with_its_own_settings(tmp_path: Path, tokenizer: Any, 
     assert (seen["dtype"], seen["device"], seen["world_size"]) == ("float32", "cpu", 1)
     assert seen["peft_config"].r == 2
     assert set(seen["peft_config"].target_modules) == {"q_proj", "v_proj"}
-    assert "foretold" in (tmp_path / "README.md").read_text()
+    assert "predicted" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -142,7 +143,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("trainer_state.json", b'{"a":' * 100_000, "is damaged"),
     (REPORT, [], "is not a report of hf_lowmem"),
     (REPORT, {"hello": 1}, "is not a report of hf_lowmem"),
-    (REPORT, made_up(format=2), "has format 2, and this version of hf_lowmem reads 1. Upgrade"),
+    (REPORT, made_up(format=3), "has format 3, and this version of hf_lowmem reads 2. Upgrade"),
     (REPORT, made_up(extra=1), "has keys that no report has: 'extra'"),
     (REPORT, {k: v for k, v in made_up().items() if k != "results"}, "'results' is missing"),
     (REPORT, made_up(settings=[]), "'settings' is []"),
@@ -151,7 +152,7 @@ BAD: list[tuple[str, Any, str]] = [
     (REPORT, made_up(trainings=[{"memory": {}, "speed": {}}]), "'from_step' in 'trainings' is None"),
     (REPORT, made_up(history=[{"loss": 1.0}]), "'history' holds"),
     (REPORT, made_up(model={"parameters": "many"}), "'parameters' in 'model' is 'many'"),
-    (REPORT, made_up(foretold={}), "'foretold' is no plan"),
+    (REPORT, made_up(predicted={}), "'predicted' is no plan"),
     ("trainer_state.json", "{}", "is not the state of a trainer"),
     ("trainer_state.json", STATE | {"log_history": [{"loss": 1}]}, "is not the state of a trainer"),
     ("trainer_state.json", STATE | {"log_history": [{"step": 1, "lowmem/saved": {}}]}, "no number"),
@@ -241,6 +242,7 @@ def test_a_run_without_settings_differs_in_none(tmp_path: Path) -> None:
     assert compared["runs"]["b"]["results"]["last_loss"] == 2.0
 
 
+@pytest.mark.train
 def test_real_runs_beside_each_other(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     sft(a, tokenizer, max_steps=1).train()
@@ -272,6 +274,17 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert names_of([tmp_path / "x"]) == ["x"]
 
 
+@pytest.mark.train
+def test_a_report_of_0_1_is_read(tmp_path: Path) -> None:
+    """Format 1 has the plan under another name."""
+    plan = {"peak_bytes": 5, "parts": {"weights": 3}, "device": "cuda"}
+    now = made_up(predicted=plan)
+    then = {"foretold" if key == "predicted" else key: value for key, value in now.items()} | {"format": 1}
+    (tmp_path / REPORT).write_text(json.dumps(then))
+    assert read_report(tmp_path) == now
+
+
+@pytest.mark.train
 def test_help_is_fast_and_names_the_commands() -> None:
     script = (
         "import sys\nfrom hf_lowmem.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)"

@@ -18,6 +18,8 @@ from hf_lowmem.checkpoints import MANIFEST, BadCheckpoint, last_complete, set_as
 from tests.conftest import tiny_llama
 from tests.test_trainers import token_data
 
+pytestmark = pytest.mark.train
+
 
 def trainer(folder: Path, **settings: Any) -> LowMemTrainer:
     asked: dict[str, Any] = {

@@ -86,6 +86,7 @@ def test_a_manifest_that_cannot_be_used_is_named_and_the_one_before_is_taken(cas
         verify(tmp_path / "checkpoint-4")
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOENT])
 @pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json", MANIFEST])
 def test_a_file_that_cannot_be_read_is_named_and_the_one_before_is_taken(
@@ -107,6 +108,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_one_before_is_taken(
         verify(run / "checkpoint-6")
 
 
+@pytest.mark.train
 def test_a_sector_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = hashlib.file_digest
 
@@ -144,12 +146,14 @@ def alone(run: Path) -> Path:
     return folder
 
 
+@pytest.mark.train
 def test_a_model_alone_is_complete_but_no_run_goes_on_from_it(alone: Path, run: Path) -> None:
     verify(alone)
     with pytest.raises(BadCheckpoint, match=r"no optimizer state.*save_only_model=False.*complete checkpoint is .*-4"):
         trainer(run).train(resume_from_checkpoint=str(alone))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("resume", [True, "auto"])
 def test_a_model_alone_is_passed_over_in_words(resume: Any, alone: Path, run: Path, caplog: Any) -> None:
     trainer(run).train(resume_from_checkpoint=resume)
@@ -157,6 +161,7 @@ def test_a_model_alone_is_passed_over_in_words(resume: Any, alone: Path, run: Pa
     check_resumable(alone)  # saved again, from step 4 on
 
 
+@pytest.mark.train
 def test_models_alone_are_refused_by_true_and_begin_anew_by_auto(tmp_path: Path, caplog: Any) -> None:
     trainer(tmp_path, max_steps=2, save_only_model=True).train()
     with pytest.raises(ValueError, match=r"there is no complete checkpoint in .*\n- .*has a model and no optimizer"):
@@ -165,6 +170,7 @@ def test_models_alone_are_refused_by_true_and_begin_anew_by_auto(tmp_path: Path,
     assert "the run begins anew" in caplog.text
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("marked", [True, False], ids=["with a manifest", "plain transformers'"])
 @pytest.mark.parametrize("lacking", ["optimizer.pt", "scheduler.pt"])
 def test_transformers_would_silently_begin_moments_anew(lacking: str, marked: bool, run: Path) -> None:
@@ -273,6 +279,7 @@ def test_a_run_that_is_not_one_counts_as_none(tmp_path: Path) -> None:
     assert begin_run(tmp_path)["order"] == 1
 
 
+@pytest.mark.train
 def test_trainers_write_who_they_are(run: Path, caplog: Any) -> None:
     first = read_manifest(run / "checkpoint-2")["run"]  # type: ignore[index]
     assert first == read_manifest(run / "checkpoint-6")["run"]  # type: ignore[index]
@@ -293,6 +300,7 @@ def history(made: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in timed} for row in made.state.log_history]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("resume", ["auto", True, "checkpoint-6"])
 def test_a_finished_run_ends_as_it_did(resume: Any, finished: tuple[Path, Any], run: Path, caplog: Any) -> None:
     _, whole = finished
@@ -311,6 +319,7 @@ def test_a_finished_run_ends_as_it_did(resume: Any, finished: tuple[Path, Any], 
     assert (training["from_step"], training["to_step"], training["finished"]) == (0, 6, True)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "settings",
     [
@@ -329,12 +338,14 @@ def test_neither_does_a_run_of_other_lengths_train_on(settings: dict[str, Any], 
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.train
 def test_a_finished_run_without_any_row_has_no_loss(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2, logging_strategy="no").train()
     result = trainer(tmp_path, max_steps=2, logging_strategy="no").train(resume_from_checkpoint="auto")
     assert result.training_loss != result.training_loss
 
 
+@pytest.mark.train
 def test_a_finished_run_trains_on_with_more_steps(run: Path) -> None:
     longer = trainer(run, max_steps=8)
     result = longer.train(resume_from_checkpoint="auto")
@@ -349,6 +360,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("fields", FIELDS)
 def test_a_resumed_runs_history_is_the_uninterrupted_ones(fields: str, tmp_path: Path) -> None:
     rows = []
@@ -360,6 +372,7 @@ def test_a_resumed_runs_history_is_the_uninterrupted_ones(fields: str, tmp_path:
     assert not [name for row in rows[0] for name in row if name.startswith(("lowmem/", "memory/"))]
 
 
+@pytest.mark.train
 def test_with_every_field_at_its_default_the_history_is_the_plain_trainers(tmp_path: Path) -> None:
     rows = []
     for cls, config in ((Trainer, TrainingArguments), (LowMemTrainer, LowMemTrainingArguments)):

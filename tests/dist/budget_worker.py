@@ -16,7 +16,7 @@ from tests.planner.real import arguments, small_config
 
 def train(budget: str) -> Any:
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(small_config(num_hidden_layers=2))
+    model: Any = LlamaForCausalLM(small_config(num_hidden_layers=1))
     args = arguments(optim="lion", lowmem_activations="fp8", lowmem_weights="bf16_sr", lowmem_budget=budget)
     rows = torch.randint(3, 500, (8, 48), generator=torch.Generator().manual_seed(1)).tolist()
     data = Dataset.from_dict({"input_ids": rows})
@@ -27,11 +27,11 @@ def train(budget: str) -> Any:
 
 def main() -> None:
     trainer = train("64MiB")
-    assert trainer.foretold["settings"]["parallel"] == "ddp"
+    assert trainer.predicted["settings"]["parallel"] == "ddp"
     assert os.environ["WORLD_SIZE"] == "2"
     assert trainer.args.world_size == dist.get_world_size() == 2
     choices: list[Any] = [None, None]
-    dist.all_gather_object(choices, (trainer.args.lowmem_state, trainer.foretold["reserved_bytes"]))
+    dist.all_gather_object(choices, (trainer.args.lowmem_state, trainer.predicted["reserved_bytes"]))
     assert choices[0] == choices[1]
     assert trainer.args.lowmem_state is not None
     for p in trainer.model.parameters():

@@ -4,27 +4,19 @@ The record that README's figures come from is held to the same arithmetic at its
 anew at small ones.
 """
 
-import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import wire
 from hf_lowmem.optim import OPTIMIZERS
+from parts.record import RECORDS, read_rows
 
-BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 LAYERS, PARAMETERS = 2, {"layers": 6, "tall": 4}
 HALF = 0.5  # of what is summed (twice) or gathered, a process of two sends a half
 NORM, VALUE = 8, 4  # squares are summed in float64, projections in fp32
 SUBSPACE = ("galore", "fira", "natural_galore")
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """scripts/bench is no package, a user runs its scripts from there."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("wire")
 
 
 def passes(row: dict[str, Any]) -> float:
@@ -56,7 +48,7 @@ def basis(row: dict[str, Any], rounds: int) -> float:
     return HALF * VALUE * (rounds * values + 2 * 2 * parameters)
 
 
-def check(rows: list[dict[str, Any]], wire: Any) -> None:
+def check(rows: list[dict[str, Any]]) -> None:
     assert [(row["case"], row["method"]) for row in rows] == [(c, name) for c in wire.CASES for name in wire.METHODS]
     for row in rows:
         assert row["passes"] == passes(row), row
@@ -67,24 +59,25 @@ def check(rows: list[dict[str, Any]], wire: Any) -> None:
     found = {(row["case"], row["method"]): row for row in rows}
     assert found["layers", "apollo"]["ratio"] <= 1.07
     assert found["layers", "adamw"]["ratio"] <= 1.0001
-    # One number a matrix, beside the byte of each that says whether its gradient is sound; no more calls than that.
+    # One number a matrix, beside the byte of each that says whether its gradient is finite; no more calls than that.
     tall = found["tall", "apollo"]
     assert tall["calls"] == {"all_reduce": PARAMETERS["tall"] + 1}
     assert tall["step"] == PARAMETERS["tall"] * (NORM + 1)
 
 
+@pytest.mark.train
 @pytest.mark.dist
-def test_bytes_over_the_wire(wire: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_over_the_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "wire.jsonl"
     assert wire.main(["--sizes", "256", "688", "16", "--record", str(record)]) == 0
-    rows = [json.loads(line) for line in record.read_text().splitlines()]
-    check(rows, wire)
+    rows = read_rows(record)
+    check(rows)
     assert all(row["commit"] and row["device"] and row["versions"] for row in rows)
     assert "| `apollo` |" in capsys.readouterr().out
 
 
-def test_the_record_is_of_the_methods_that_there_are(wire: Any) -> None:
-    rows = [json.loads(line) for line in (BENCH / "records" / "wire.jsonl").read_text().splitlines()]
-    check(rows, wire)
+def test_the_record_is_of_the_methods_that_there_are() -> None:
+    rows = read_rows(RECORDS / "wire.jsonl")
+    check(rows)
     assert set(wire.METHODS) == {"torch AdamW", *OPTIMIZERS} - {"soap"}, "soap is refused, by name"
     assert all(row["m"] == 16 * row["rank"] for row in rows if (row["rank"] or 0) > 1)

@@ -1,6 +1,7 @@
-"""What runs on each of several gloo processes: `torchrun ... -m tests.dist.worker TASK WORDS...`."""
+"""What runs on each of several gloo processes: `torchrun ... -m tests.dist.worker TASK WORDS... -- TASK WORDS...`."""
 
 import copy
+import itertools
 import math
 import re
 import sys
@@ -26,8 +27,9 @@ from torch.distributed.fsdp import fully_shard
 from hf_lowmem.distributed import local
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import StepInBackward
-from hf_lowmem.optim.base import SMALLEST_COMPRESSED
+from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.state import values_of
+from tests.dist.launch import BETWEEN
 from tests.dist.net import (
     Net,
     apart,
@@ -382,6 +384,8 @@ def main(task: str, *words: str) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    for _, job in itertools.groupby(sys.argv[1:], key=lambda word: word == BETWEEN):
+        if (words := list(job)) != [BETWEEN]:
+            main(*words)
     dist.barrier()
     dist.destroy_process_group()

@@ -144,6 +144,7 @@ def test_what_is_missing_or_old_says_what_it_costs(
     assert row_of(text, "peft") == ["peft", "-", "no LoRA and other adapters"]
 
 
+@pytest.mark.train
 def test_it_needs_no_triton_no_trl_and_no_host() -> None:
     missing = ("triton", "trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "rich")
     code = (

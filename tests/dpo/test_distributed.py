@@ -10,32 +10,28 @@ from typing import Any
 import pytest
 
 from tests.dpo.runs import data
-from tests.dpo.worker import RUNS
+from tests.dpo.worker import RUNS, main
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.train]
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
-    """What each process found, of a run of one and a run of two."""
+    """What each process found, of a run of one, which is this process, and a run of two."""
     base = tmp_path_factory.mktemp("distributed")
     tokenizer.save_pretrained(base / "tokenizer")
     data(12).save_to_disk(base / "rows")
-    got = {}
-    for world, launch in (
-        (1, [sys.executable]),
-        (2, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
-    ):
-        folder = base / str(world)
-        folder.mkdir()
-        command = [*launch, "-m", "tests.dpo.worker", str(folder), "4"]
-        done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=3600)
-        files = [folder / f"found-{rank}.json" for rank in range(world)]
-        # gloo may complain when the processes end, after everything has passed: the files say what counts.
-        assert all(f.exists() for f in files), done.stderr[-3000:]
-        got[str(world)] = [json.loads(f.read_text()) for f in files]
-    return got
+    for world in ("1", "2"):
+        (base / world).mkdir()
+    main(base / "1", 4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "tests.dpo.worker", str(base / "2"), "4"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=3600)
+    files = {"1": ["found-0.json"], "2": ["found-0.json", "found-1.json"]}
+    # gloo may complain when the processes end, after everything has passed: the files say what counts.
+    assert all((base / "2" / name).exists() for name in files["2"]), done.stderr[-3000:]
+    return {world: [json.loads((base / world / name).read_text()) for name in names] for world, names in files.items()}
 
 
 @pytest.mark.parametrize("name", list(RUNS))

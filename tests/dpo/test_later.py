@@ -33,6 +33,7 @@ def stream(rows: int = 6) -> IterableDataset:
     return data(rows).to_iterable_dataset()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("train", [data, stream], ids=["map", "iterable"])
 @pytest.mark.parametrize("way", ["precomputed", "full", "auto"])
 def test_evaluate_takes_what_the_constructor_takes(train: Any, way: str, tmp_path: Path, tokenizer: Any) -> None:
@@ -63,6 +64,7 @@ def after_a_change_by_hand(made: Any) -> None:
         made.model.model.embed_tokens.weight[3] += 1
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("then", "says"),
     [
@@ -82,6 +84,7 @@ def test_without_a_reference_no_row_is_read(then: Any, says: str, late: Any, tmp
     assert READ == []
 
 
+@pytest.mark.train
 def test_a_freed_reference_is_missed_before_a_row_is_read(tmp_path: Path, tokenizer: Any) -> None:
     lora = {"peft_config": LoraConfig(**LORA)}
     for extra in ({}, lora):
@@ -95,6 +98,7 @@ def test_a_freed_reference_is_missed_before_a_row_is_read(tmp_path: Path, tokeni
         assert READ == []
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["a config", "a PEFT model"])
 def test_after_training_an_adapter_s_reference_is_still_there(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     """And is that of the start: the same loss as with the dataset in the constructor."""
@@ -123,6 +127,7 @@ def test_predict_reads_a_prepared_dataset_and_refuses_another_in_words(tmp_path:
         other.predict(bare)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("train", [data, stream], ids=["map", "iterable"])
 def test_a_resumed_run_has_the_reference_of_its_start(train: Any, tmp_path: Path, tokenizer: Any) -> None:
     def run(model: Any, resume: str | None = None) -> Any:

@@ -22,6 +22,7 @@ def stream() -> IterableDataset:
     return with_margins().to_iterable_dataset()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(("w", "k"), [(None, None), (0.2, 2.0)])
 @pytest.mark.parametrize("reference", [None, "precomputed"])
 @pytest.mark.parametrize("train", [with_margins, stream], ids=["map", "iterable"])

@@ -136,6 +136,7 @@ def test_beta_is_each_loss_s_own_or_everybody_s(tmp_path: Path, tokenizer: Any) 
     assert trainer(tmp_path, tokenizer, ["sigmoid", "cpo"], ref_model=policy(1)).args.beta == 0.1
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "types", [["asft"], ["orpo"], ["simpo"], ["cpo"], ["sft"], ["sft", "asft", "orpo"]], ids="-".join
 )
@@ -169,6 +170,7 @@ def test_a_passed_reference_is_refused_where_none_is_needed(tmp_path: Path, toke
             trainer(tmp_path, tokenizer, types, ref_model=policy(1))
 
 
+@pytest.mark.train
 def test_no_copy_of_an_earlier_adapter_is_kept(tmp_path: Path, tokenizer: Any) -> None:
     """For a PEFT model TRL adds a frozen copy of its adapter as the reference; a loss that needs none drops it."""
     lora = LoraConfig(r=4, target_modules="all-linear")

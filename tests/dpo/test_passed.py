@@ -33,6 +33,7 @@ def trained(folder: Path) -> Any:
     return model
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("share", [False, True], ids=["plain", "shared prompts"])
 @pytest.mark.parametrize("way", [None, "full", "precomputed", "auto", "adapter", "a PEFT model"])
 def test_at_the_first_step_the_loss_is_log_2(way: str | None, share: bool, tmp_path: Path, tokenizer: Any) -> None:
@@ -57,6 +58,7 @@ def test_a_quantized_reference_is_of_the_model_that_was_passed(tmp_path: Path, t
     assert made.ref_model.model.norm.weight is not model.model.norm.weight
 
 
+@pytest.mark.train
 def test_after_a_supervised_stage_in_the_same_process(tmp_path: Path, tokenizer: Any) -> None:
     """Which leaves TRL's fused head on the model, whose copy must not call the original."""
     policy().save_pretrained(tmp_path / "model")
@@ -69,6 +71,7 @@ def test_after_a_supervised_stage_in_the_same_process(tmp_path: Path, tokenizer:
     assert not {id(m) for m in model.modules()} & {id(m) for m in made.ref_model.modules()}
 
 
+@pytest.mark.train
 def test_what_is_changed_later_is_not_the_reference(tmp_path: Path, tokenizer: Any) -> None:
     """Between the constructor and `train()`: every way holds on to what the constructor was given."""
     first = []
@@ -97,6 +100,7 @@ def by_a_lock(model: Any) -> None:
     model.lock = threading.Lock()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [

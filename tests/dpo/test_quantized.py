@@ -31,6 +31,7 @@ def bytes_of(model: nn.Module) -> int:
     return total
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("given", ["a path", "a model", "a reference"])
 def test_each_way_to_it(given: str, tmp_path: Path, tokenizer: Any) -> None:
     folder = tmp_path / "model"

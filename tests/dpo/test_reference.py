@@ -26,6 +26,7 @@ def stream(rows: int = 16) -> IterableDataset:
     return data(rows).to_iterable_dataset()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("train", [data, stream], ids=["map", "iterable"])
 @pytest.mark.parametrize(
     ("reference", "kind"), [("precomputed", "precomputed"), ("auto", "precomputed"), (None, "full")]
@@ -93,6 +94,7 @@ def test_the_policy_is_its_own_reference_before_training(tmp_path: Path, tokeniz
         made.clear()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("train", [data, stream], ids=["map", "iterable"])
 def test_a_passed_reference_is_freed(train: Any, tmp_path: Path, tokenizer: Any) -> None:
     alive = weakref.ref(passed := policy(1))
@@ -140,6 +142,7 @@ def test_the_table_is_read_again(tmp_path: Path, tokenizer: Any) -> None:
     assert len(list(tmp_path.glob("reference_logps_*.safetensors"))) == 3
 
 
+@pytest.mark.train
 def test_only_what_training_reads_is_computed(tmp_path: Path, tokenizer: Any) -> None:
     made = trainer(
         tmp_path, tokenizer, ref_model=policy(1), train=stream(16), lowmem_reference="precomputed", max_steps=2,
@@ -159,6 +162,7 @@ def test_a_stream_that_changes_is_noticed(tmp_path: Path, tokenizer: Any) -> Non
         made.compute_loss(made.model, batch)
 
 
+@pytest.mark.train
 def test_a_dataset_that_comes_later(tmp_path: Path, tokenizer: Any) -> None:
     """Before training the policy is still the reference; after it TRL says what to do."""
     made = trainer(tmp_path, tokenizer, train=stream(8), lowmem_reference="precomputed")
@@ -232,6 +236,7 @@ def test_is_refused(fields: dict[str, Any], says: str, tmp_path: Path, tokenizer
         trainer(tmp_path, tokenizer, **fields)
 
 
+@pytest.mark.train
 def test_auto_is_full_where_the_reference_moves(tmp_path: Path, tokenizer: Any) -> None:
     made = trainer(
         tmp_path, tokenizer, ref_model=policy(1), lowmem_reference="auto", sync_ref_model=True, ref_model_sync_steps=2

@@ -17,6 +17,7 @@ OURS = list(PREFERENCE_LOSSES)
 MIXED = ["sigmoid", "orpo"]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("types", [*OURS, MIXED], ids=str)
 def test_accumulated_gradients_are_those_of_one_large_batch(types: Any, tmp_path: Path, tokenizer: Any) -> None:
     """A pair's loss does not depend on the batch that it comes in: one step of plain SGD ends in the same weights."""
@@ -36,6 +37,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(types: Any, tmp_path
         torch.testing.assert_close(p, q, rtol=0, atol=8 * 2.4e-7)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("types", "fields"),
     [
@@ -102,16 +104,17 @@ def test_activation_tiers(types: Any, tmp_path: Path, tokenizer: Any) -> None:
     assert any(not torch.equal(runs["fp8"][1][n], g) for n, g in runs[None][1].items())
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("optim", list(OPTIMIZERS))
 def test_every_optimizer_lowers_a_mixture(optim: str, tmp_path: Path, tokenizer: Any) -> None:
     rank: dict[str, Any] = {"lowmem_rank": 4} if OPTIMIZERS[optim].DEFAULTS.get("rank", 0) > 4 else {}
     made = trainer(
-        tmp_path, tokenizer, ["sigmoid", "asft"], optim=optim, lowmem_reference="auto", max_steps=12,
+        tmp_path, tokenizer, ["sigmoid", "asft"], optim=optim, lowmem_reference="auto", max_steps=8,
         lowmem_state="fp8", per_device_train_batch_size=8, learning_rate=2e-3, **rank,
     )  # fmt: skip
     made.train()
     got = losses(made)
-    assert len(got) == 12
+    assert len(got) == 8
     assert min(got[-3:]) < got[0]
 
 
@@ -125,6 +128,7 @@ def mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("types", [["asft"], ["orpo", "sft"]], ids=str)
 def test_the_router_s_loss_is_added_once(types: list[str], tmp_path: Path, tokenizer: Any) -> None:
     with_router = trainer(tmp_path, tokenizer, types, model=mixtral())
@@ -137,6 +141,7 @@ def test_the_router_s_loss_is_added_once(types: list[str], tmp_path: Path, token
     assert "aux_loss" in with_router.state.log_history[0]
 
 
+@pytest.mark.train
 def test_collapse_can_be_seen(tmp_path: Path, tokenizer: Any) -> None:
     """DPO's margin grows while both answers become unlikely; the log says so, in training and in evaluation."""
     made = trainer(

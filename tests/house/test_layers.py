@@ -93,9 +93,7 @@ def offences(path: Path) -> Iterator[str]:
                 yield f"{here} must not import {there}"
         if top in HOSTS and here not in MAY_SEE_HOSTS:
             yield f"{here} must not import {top}"
-        # ahead.py and launched.py compile for GPUs that are not there; nothing that trains imports them.
-        alone = ("triton.py", "_device.py", "ahead.py", "launched.py")
-        if top == "triton" and (here != "kernels" or path.name not in alone):
+        if top == "triton" and (here != "kernels" or path.name not in ("triton.py", "_device.py", "ahead.py")):
             yield "triton is imported by kernels alone, in the files named here"
         if top in ("scripts", "integrations", "tests"):
             yield f"the package must not import {top}"
@@ -132,8 +130,7 @@ def circles(graph: dict[str, set[str]]) -> set[tuple[str, ...]]:
 
 
 def test_files_of_a_room_do_not_import_each_other_in_a_circle() -> None:
-    found = {c for c in circles(graph()) if not c[0].startswith("optim")}
-    assert found == set(CIRCLES)
+    assert circles(graph()) == set(CIRCLES)
 
 
 def test_a_circle_is_found() -> None:
@@ -171,6 +168,7 @@ def test_the_walk_finds_a_forbidden_import(tmp_path: Path) -> None:
     assert {"trl.trainer.dpo_trainer", "hf_lowmem.optim.base"} <= imports(bad)
 
 
+@pytest.mark.train
 def test_importing_the_package_costs_next_to_nothing() -> None:
     """Two files of ours and, of Python, what any program has: no wall clock is needed to see that."""
     code = (
@@ -189,12 +187,14 @@ def _loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.train
 def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = _loaded("import hf_lowmem")
     assert "hf_lowmem" in loaded
     assert not loaded & {"torch", "triton", "bitsandbytes", "trl", "transformers"}
 
 
+@pytest.mark.train
 def test_the_optimizers_need_no_trl_and_no_transformers() -> None:
     loaded = _loaded("from hf_lowmem import make_optimizer\nimport hf_lowmem.preference.losses, hf_lowmem.memory")
     assert "torch" in loaded

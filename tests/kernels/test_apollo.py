@@ -1,4 +1,4 @@
-"""APOLLO by its kernels against the loop of optim/base.py. The kernels on all their cases: test_contract.py.
+"""APOLLO by its kernels against the loop of optim/stepping.py. The kernels on all their cases: test_contract.py.
 
 The norms of both are sums in another order. Where the loop is given the kernels' factors, the rest is the same bits.
 """
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_lowmem.kernels import use_kernels
+from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.kernels.apollo import APOLLO_FACTORS, UNIT
 from hf_lowmem.kernels.apollo.reference import apollo_factors, apollo_update, growth_, update_by_factors
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
 from hf_lowmem.optim.state import number, values_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +71,7 @@ def test_all_but_the_norms_is_the_same_bits(
     results = []
     for impl in ("reference", "triton"):
         if impl == "triton":
-            monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: waits))
+            monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
         params = parameters(torch.bfloat16)
         results.append((params, run(name, impl, params, weights=store)))
     (ours, one), (theirs, other) = results
@@ -111,7 +111,7 @@ def test_the_norms_are_within_their_bound(name: str) -> None:
 
 
 def test_a_bad_first_gradient_leaves_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: False)
     params = parameters(torch.bfloat16)
     before = [p.detach().clone() for p in params]
     optimizer = OPTIMIZERS["apollo"](params, lr=0.1, rank=4, weights="bf16_ecc")
@@ -149,10 +149,9 @@ def test_both_ways_to_the_update_are_one(per_channel: bool) -> None:
 
 
 def test_no_step_asks_the_device_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_lowmem.optim.base.kernels_run_on", lambda p, kernel: True)
-    monkeypatch.setattr("hf_lowmem.optim.lowrank.apollo.kernels_run_on", lambda p, kernel: True)
-    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: False))
-    with FakeTensorMode():
+    monkeypatch.setattr(Kernel, "unsupported", lambda self, *args: "")
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: False)
+    with use_kernels("triton"), FakeTensorMode():
         params = [nn.Parameter(torch.zeros(80, 60)), nn.Parameter(torch.zeros(3))]
         optimizer = OPTIMIZERS["apollo"](params, lr=0.01, rank=4)
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Fused steps against the loop of optim/base.py: the same weights and states, bit for bit, through whole runs.
+"""Fused steps against the loop of optim/stepping.py: the same weights and states, bit for bit, through whole runs.
 
 The kernels alone, on all their cases, are in test_contract.py; here is what is around them: which parameters take them,
 what a bad gradient leaves, checkpoints, hooks. Both sides compute exact square roots (`use_kernels("reference")`), as
@@ -20,8 +20,8 @@ from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import root
 from hf_lowmem.kernels.exact import sqrt
 from hf_lowmem.kernels.lion import LION_STEP
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
-from hf_lowmem.optim.release import StepInBackward
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
+from hf_lowmem.optim.backward import StepInBackward
 from hf_lowmem.optim.state import number, values_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 @pytest.fixture(autouse=True)
 def _small_ones_are_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those from 4096 values on are: in the interpreter a step of so many takes a second."""
-    monkeypatch.setattr("hf_lowmem.optim.base.SMALLEST_COMPRESSED", 500)
+    monkeypatch.setattr(slot, "SMALLEST_COMPRESSED", 500)
 
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -254,8 +254,8 @@ def test_automatic_roots_are_torch_s_and_forced_ones_exact() -> None:
 @pytest.mark.parametrize(("kernel", "name"), [(ADAMW_STEP, "adamw"), (LION_STEP, "lion")])
 def test_no_step_asks_the_device_for_a_number(kernel: Kernel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no numbers. The operator is called, and a fake of it, which does nothing."""
-    monkeypatch.setattr("hf_lowmem.optim.base.kernels_run_on", lambda p, kernel: True)
-    with FakeTensorMode():
+    monkeypatch.setattr(Kernel, "unsupported", lambda self, *args: "")
+    with use_kernels("triton"), FakeTensorMode():
         params = [nn.Parameter(torch.zeros(80, 60)), nn.Parameter(torch.zeros(3))]
         optimizer = make(name, params, state="8bit")
         for _ in range(2):

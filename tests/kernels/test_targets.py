@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lowmem.kernels.ahead import TARGETS, CompileCase, Weight, compile_cases, inexact, table, weigh
+from parts.kernel_targets.ahead import TARGETS, CompileCase, Weight, compile_cases, inexact, table, weigh
+
+pytestmark = pytest.mark.train  # starts processes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench" / "kernel_targets.py"
@@ -82,7 +84,7 @@ def test_whatever_is_launched_is_compiled_ahead(path: Path) -> None:
 
 # What a training with the recommended settings launches, and rows of one value, which were once a constant too many.
 HOT = """
-from hf_lowmem.kernels.launched import Failure, weigh_hot, weigh_launched
+from parts.kernel_targets.launched import Failure, weigh_hot, weigh_launched
 labels = (
     "check", "adamw int8_softsign,fp8_expand bf16_sr", "lion int8_softsign keep", "scale of rows",
     "step by rows bf16_sr", "encode int8_softsign signed", "decode fp8_expand unsigned", "glu_save silu bf16",
@@ -98,8 +100,8 @@ for label in ("rmsnorm (1, 1)", "rmsnorm_backward (1, 1)"):
 
 def test_the_hot_ones_compile_with_the_triton_that_is_installed() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", HOT]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)})
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, SCRIPT.parent)))
+    done = subprocess.run([sys.executable, "-c", HOT], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert not done.stdout.strip()
 

@@ -18,6 +18,7 @@ from hf_lowmem.training import section
 
 ROOT = Path(__file__).parents[2]
 WORKER = ["-m", "hf_lowmem.cli.worker"]
+WITHOUT_A_FILE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 FILES = sorted((ROOT / "integrations" / "accelerate").glob("*.yaml"))
 
 SCRIPT = """
@@ -90,10 +91,30 @@ def test_one_gpu_starts_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_without_a_file_the_variable_serves_and_a_failure_is_a_status(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT + "\nsys.exit(3)\n")
-    done = run("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               str(script), str(tmp_path), HF_LOWMEM_CONFIG='{"optim": "lion"}')  # fmt: skip
+    done = run(*WITHOUT_A_FILE, str(script), str(tmp_path), HF_LOWMEM_CONFIG='{"optim": "lion"}')
     assert done.returncode != 0
     assert json.loads((tmp_path / "0.json").read_text())[:2] == [1, "lion"]
+
+
+def test_without_a_file_the_variable_reaches_the_process_and_its_failure_is_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As above, up to the moment when the process would be started."""
+    started: list[dict[str, str]] = []
+
+    def open_process(words: list[str], env: dict[str, str]) -> mock.Mock:
+        assert words[1:] == [*WORKER, "script.py"]
+        started.append(env)
+        return mock.Mock(returncode=3)
+
+    processes = mock.Mock(Popen=open_process, CalledProcessError=subprocess.CalledProcessError)
+    monkeypatch.setattr(accelerate_launch, "subprocess", processes)
+    monkeypatch.setenv(section.VARIABLE, '{"optim": "lion"}')
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        main(["launch", *WITHOUT_A_FILE, "script.py"])
+    assert failed.value.returncode == 3
+    assert json.loads(started[0][section.VARIABLE]) == {"optim": "lion"}

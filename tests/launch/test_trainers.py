@@ -1,7 +1,8 @@
 """SFT, DPO and a plugin's loop under `hf-lowmem launch`: two processes, DDP and FSDP2, train as one process does.
 
 A launch costs more than the trainings in it, so each starts the processes once, for many cases: see train_cases.py. By
-default two of the ready files run, with every kind of trainer and every tier between them; the whole product is slow.
+default FSDP2's file runs, with every kind of trainer and every tier; DDP's and the whole product are slow, and DDP
+without this launcher trains in tests/dpo/test_distributed.py.
 FSDP2 on a CPU takes a patch of accelerate, tests/dist/fsdp_on_cpu.py, inside the processes.
 """
 
@@ -34,16 +35,13 @@ from tests.launch.cases import (
 from tests.launch.test_launch import ROOT, run
 
 FILES = {"ddp": "cpu.yaml", "fsdp2": "fsdp2.yaml"}
-CASES = {
-    "ddp": ["sft-fp8-full", "sigmoid-exact-full"],
-    "fsdp2": ["asft-checkpoint_fp8-lora", "plugin-none-full"],
-}
+CASES = ["sft-fp8-full", "sigmoid-exact-full", "asft-checkpoint_fp8-lora", "plugin-none-full"]
 # Of a weight, as a part of the way that it went. A forward and a backward pass through two layers of seven linear ones
 # and the head are 45 matrix products in a row, each a sum of up to 128 terms, which in another order is off by
 # sqrt(128) roundings of 2**-24; and there are four steps.
 SUMMATION = STEPS * 45 * math.sqrt(128) * 2.0**-24
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.train]
 Alone = Callable[[Case], dict[str, Any]]
 
 
@@ -110,10 +108,10 @@ def check(case: Case, folder: Path, alone: Alone) -> None:
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=0, abs=bound)
 
 
-@pytest.mark.parametrize("engine", list(FILES))
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_launched_processes_train_as_one(engine: str, base: Path, alone: Alone) -> None:
     """The section of the file is in each process, too, and decides where nothing else is set."""
-    cases = [Case.named(name) for name in CASES[engine]]
+    cases = [Case.named(name) for name in CASES]
     folder = launched(base, engine, ROOT / "integrations" / "accelerate" / FILES[engine], cases)
     for case in cases:
         check(case, folder, alone)
@@ -134,7 +132,7 @@ def test_every_trainer_with_every_tier_trains_as_one(file: str, base: Path, tmp_
 
 
 def test_the_default_cases_cover_what_there_is() -> None:
-    chosen = [Case.named(name) for names in CASES.values() for name in names]
+    chosen = [Case.named(name) for name in CASES]
     assert {c.kind for c in chosen} == set(KINDS)
     assert {c.tier for c in chosen} == set(TIERS)
     assert {c.lora for c in chosen} == {False, True}

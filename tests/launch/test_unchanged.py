@@ -33,6 +33,11 @@ from tests.test_trainers import token_data
 from tests.conftest import word_tokenizer
 
 assert __name__ == "__main__"
+try:
+    conflict = str(TrainingArguments("unused", use_cpu=True, optim="sgd"))
+except ValueError as error:
+    conflict = str(error)
+agreed = TrainingArguments("unused", use_cpu=True, optim="adamw").lowmem_state
 said = []
 for name in ("sft", "parsed", "plain"):
     common = {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
@@ -52,7 +57,7 @@ for name in ("sft", "parsed", "plain"):
                  args.gradient_checkpointing, args.adam_beta2, isinstance(args, TrainingArguments)])
 if int(os.environ.get("RANK", "0")) == 0:
     with open(f"{sys.argv[1]}/said.json", "w") as file:
-        json.dump([said, sys.argv, sys.path[0], __file__], file)
+        json.dump([said, conflict, agreed, sys.argv, sys.path[0], __file__], file)
 """
 
 LOOP = """
@@ -65,14 +70,18 @@ print("trained")
 
 
 def check(folder: Path, script: Path) -> None:
-    said, argv, path, file = json.loads((folder / "said.json").read_text())
+    said, conflict, agreed, argv, path, file = json.loads((folder / "said.json").read_text())
+    assert "optim='adamw', and the script sets optim='sgd'. Take one of the two out." in conflict
+    assert agreed == "8bit"
     assert said == [["hf_lowmem.optim.adamw", "8bit", True, False, 0.999, True]] * 3
     assert (argv, path, file) == ([str(script), str(folder), "--flag"], str(folder), str(script))
 
 
 @pytest.mark.dist
+@pytest.mark.train
 @pytest.mark.parametrize("content", [ONE, pytest.param(DDP, marks=pytest.mark.slow)], ids=["one", "ddp"])
 def test_an_unchanged_script_trains_with_the_section(content: dict[str, Any], tmp_path: Path) -> None:
+    """And where it says something else than the section, it is stopped."""
     script = tmp_path / "train.py"
     script.write_text(TRAINS)
     file = written(tmp_path, content | {section.KEY: SECTION})
@@ -90,6 +99,7 @@ def worker(folder: Path, code: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
+@pytest.mark.train
 def test_a_loop_that_applies_nothing_is_stopped_at_its_first_gradient(tmp_path: Path) -> None:
     done = worker(tmp_path, LOOP, HF_LOWMEM_CONFIG=json.dumps(SECTION))
     assert done.returncode != 0
@@ -102,23 +112,6 @@ def test_a_process_that_the_section_does_not_reach_is_stopped(monkeypatch: pytes
     monkeypatch.delenv(section.VARIABLE, raising=False)
     with pytest.raises(SystemExit, match="HF_LOWMEM_CONFIG did not reach this process"):
         main(["script.py"])
-
-
-SCRIPT_AND_FILE = """
-from transformers import TrainingArguments
-try:
-    TrainingArguments("unused", use_cpu=True, optim="sgd")
-except ValueError as error:
-    print(error)
-print(TrainingArguments("unused", use_cpu=True, optim="adamw").lowmem_state)
-"""
-
-
-def test_a_script_that_says_something_else_than_the_section_is_stopped(tmp_path: Path) -> None:
-    done = worker(tmp_path, SCRIPT_AND_FILE, HF_LOWMEM_CONFIG=json.dumps(SECTION))
-    first, *_, last = done.stdout.strip().splitlines()
-    assert "optim='adamw', and the script sets optim='sgd'. Take one of the two out." in first, done.stderr[-2000:]
-    assert last == "8bit"
 
 
 def options(*words: str) -> argparse.Namespace:

@@ -133,6 +133,7 @@ def test_human_bytes(n, text):
     assert human_bytes(n) == text
 
 
+@pytest.mark.train
 def test_memory_needs_torch_alone():
     unwanted = {"transformers", "trl", "triton", "bitsandbytes", "psutil"}
     code = f"import sys, hf_lowmem.memory; print(sorted({unwanted} & set(sys.modules)))"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_lowmem.codecs import CODECS
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
 from hf_lowmem.optim.state import COUNTS
 
 SHAPE = (96, 64)
@@ -66,7 +66,7 @@ DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float16, "cp
 def test_no_state_follows_the_defaults(
     name: str, options: dict[str, Any], dtype: torch.dtype, device: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: waits))
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
     for codec in ("fp32", "8bit"):
         chosen = options | {"state": codec}
         right, made = run(name, chosen, restore=False)

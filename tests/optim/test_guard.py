@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
 from hf_lowmem.optim.guard import SkipCount, Skipped
 from hf_lowmem.optim.soap import eigenbasis
 from hf_lowmem.optim.state import COUNTS
@@ -20,7 +20,7 @@ SHAPE = (80, 64)
 @pytest.fixture(autouse=True)
 def _as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = request.node.callspec.params.get("waits", True) if hasattr(request.node, "callspec") else True
-    monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p: waits))
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Parameter, LowMemOptimizer]:
@@ -55,15 +55,16 @@ def test_an_update_that_is_not_finite_is_taken_back(
     update = type(optimizer).update
 
     def broken(self: Any, weights: Any, grad: Any, state: Any, group: Any) -> None:
-        store = state.store
+        save = state.save
 
         def spoiled(key: str, value: torch.Tensor) -> None:
             if key == what:
                 value.view(-1)[-1] = bad
-            store(key, value)
+            save(key, value)
 
-        state.store = spoiled
+        state.save = spoiled
         update(self, weights, grad, state, group)
+        del state.save
         if what == "weight":
             weights.view(-1)[-1] = bad
 
@@ -149,7 +150,7 @@ def low_rank_factors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("kind", low_rank_factors())
 def test_an_eigenbasis_is_one_whatever_the_factor(kind: str, waits: bool) -> None:
-    basis = eigenbasis(low_rank_factors()[kind], waits=waits)
+    basis = eigenbasis(low_rank_factors()[kind], syncs=waits)
     eye = torch.eye(basis.shape[-1]).expand_as(basis)
     torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-5)
 
@@ -167,7 +168,7 @@ def test_an_eigenbasis_survives_a_solver_that_returns_nan(waits: bool, monkeypat
 
     right = eigenbasis(factor)
     monkeypatch.setattr(torch.linalg, "eigh", broken)
-    basis = eigenbasis(factor, waits=waits)
+    basis = eigenbasis(factor, syncs=waits)
     if waits:
         top = (basis[:, :3].T @ right[:, :3]).abs()
         torch.testing.assert_close(top, torch.eye(3), rtol=0, atol=1e-3)
@@ -225,8 +226,8 @@ def test_steps_are_counted_across_devices() -> None:
     skips = SkipCount(Skipped(2, 1, 1))
     good, bad = torch.tensor(True), torch.tensor(False)
     for here, there in ((bad, good), (good, bad), (good, good), (bad, bad)):
-        skips.add(here, waits=True)
-        skips.add(there, waits=False)
+        skips.add(here, syncs=True)
+        skips.add(there, syncs=False)
         skips.end_step()
     assert skips.read() == (6, 4, 1)
 

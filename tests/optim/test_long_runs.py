@@ -1,4 +1,4 @@
-"""States over a thousand steps stay beside fp32's. scripts/bench/long_run.py has 20,000 steps and more kinds."""
+"""States over hundreds of steps stay beside fp32's. scripts/bench/long_run.py has 20,000 steps and more kinds."""
 
 import copy
 from typing import Any
@@ -46,7 +46,7 @@ def updates(state: str, beta2: float, grads: list[Tensor], window: int) -> Tenso
     return (total / window).sqrt()
 
 
-@pytest.mark.parametrize(("beta2", "steps"), [(0.95, 200), (0.999, 1000)])
+@pytest.mark.parametrize(("beta2", "steps"), [(0.95, 200), (0.999, 500)])
 def test_the_update_keeps_its_size(beta2: float, steps: int) -> None:
     grads, window = gradients(steps, (24, 64)), steps // 3
     want = updates("fp32", beta2, grads, window)
@@ -85,9 +85,8 @@ def test_second_moments_of_the_other_methods_fall_with_the_gradients(name: str, 
     found = []
     for state in ("fp32", "8bit"):
         optimizer, p = run(name, state, 500, **options)
-        states = optimizer._state_of(p, optimizer.param_groups[0])
-        low = optimizer.state_shapes(p.shape, optimizer.param_groups[0])["exp_avg_sq"]
-        v = states.load("exp_avg_sq", torch.empty(low))
+        states = optimizer.slot(p, optimizer.param_groups[0])
+        v = states.load("exp_avg_sq")
         found.append((v.double().rsqrt().mean(), p.detach().norm(), optimizer.state[p]))
     (want, length, plain), (got, other, coded) = found
     assert got / want == pytest.approx(1, abs=0.02)
@@ -107,11 +106,11 @@ def test_a_window_of_many_small_gradients_is_summed_in_fp32() -> None:
     draw = torch.Generator().manual_seed(0)
     first = torch.randn(64, 72, generator=draw).bfloat16()
     p.grad = first
-    optimizer.fold_param(p, group)
+    optimizer.accumulate_param(p, group)
     alone = optimizer.state[p][WINDOW].clone()
     for _ in range(1000):
         p.grad = first * 2.0**-10
-        optimizer.fold_param(p, group)
+        optimizer.accumulate_param(p, group)
     window = optimizer.state[p][WINDOW]
     assert window.dtype == torch.float32
     assert torch.allclose(window, alone * (1 + 1000 * 2.0**-10), rtol=1e-3, atol=1e-5)
@@ -170,7 +169,7 @@ def test_checkpoints_of_the_old_format_are_read(state: str) -> None:
     fresh = OPTIMIZERS["adamw"]([("w", p)], lr=1e-3, state=state, betas=(0.9, 0.999))
     fresh.load_state_dict(saved)
     assert {k: v.dtype for k, v in values_of(fresh.state[p]).items()} == layout
-    before, after = (o._state_of(p, group).load("exp_avg_sq", p) for o in (optimizer, fresh))
+    before, after = (o.slot(p, group).load("exp_avg_sq") for o in (optimizer, fresh))
     assert torch.allclose(before, after, rtol=2.0**-7)
     p.grad = torch.ones_like(p)
     fresh.step()

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from hf_lowmem.codecs import CODECS, codec_pair
 from hf_lowmem.memory import optimizer_bytes
-from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.optim.base import WINDOW, LowMemOptimizer
+from hf_lowmem.optim import OPTIMIZERS, slot
+from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.lowrank.apollo import Apollo, ApolloMini
 from hf_lowmem.optim.lowrank.family import LowRankOptimizer
 from hf_lowmem.optim.lowrank.fira import Fira
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
 from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
-from hf_lowmem.optim.lowrank.projector import SubspaceProjector, basis_shape, low_shape
+from hf_lowmem.optim.lowrank.projector import SubspaceProjector, basis_shape, projected_shape
+from hf_lowmem.optim.state import WINDOW
 from tests.peers.gradients import gradient, start
 
 METHODS: dict[str, type[LowRankOptimizer]] = {m.name: m for m in (GaLore, Fira, NaturalGaLore, Apollo, ApolloMini)}
-LIFTING = [name for name, cls in METHODS.items() if cls.LIFTS]
+LIFTING = [name for name, cls in METHODS.items() if cls.PROJECTS_BACK]
 TABLE = [(n, p, r) for n, p, r in itertools.product(METHODS, ("svd", "subspace", "random"), (False, True))]
 TABLE = [(n, p, r) for n, p, r in TABLE if not r or (n in LIFTING and p != "random")]
 combinations = pytest.mark.parametrize(("name", "projection", "rotate"), TABLE, ids=str)
@@ -100,7 +101,7 @@ def test_a_first_gradient_that_is_bad_costs_one_step(
     """And the same steps are taken on a device that is not asked whether it was bad."""
     results = []
     for waits in (True, False):
-        monkeypatch.setattr(LowMemOptimizer, "_waits_for_the_device", staticmethod(lambda p, waits=waits: waits))
+        monkeypatch.setattr(slot, "reads_are_free", lambda device, waits=waits: waits)
         p = nn.Parameter(start(SHAPE))
         optimizer = make(name, [p], projection, rotate, update_gap=100)
         p.grad = torch.full(SHAPE, torch.nan)
@@ -176,8 +177,8 @@ def test_a_new_basis_of_the_same_space_changes_no_step_if_the_moments_turn(
     """A constant gradient, and a refresh that reorders and flips columns. Without rotation the step is thrown about."""
     find = SubspaceProjector.find
 
-    def other_coordinates(self: SubspaceProjector, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
-        return old.flip(-1) * torch.tensor([1.0, -1.0]) if old.any() else find(self, grad, old, sound)
+    def other_coordinates(self: SubspaceProjector, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
+        return old.flip(-1) * torch.tensor([1.0, -1.0]) if old.any() else find(self, grad, old, usable)
 
     monkeypatch.setattr(SubspaceProjector, "find", other_coordinates)
     jumps = {}
@@ -210,7 +211,7 @@ def test_projections_are_added_up_as_gradients_would_be(name: str, projection: s
             parts[1:] = [0 * parts[0]] * 2  # a sum that has the first gradient's basis
         for part in parts[:-1]:
             p.grad = part
-            assert folded.fold_param(p, folded.param_groups[0])
+            assert folded.accumulate_param(p, folded.param_groups[0])
         assert WINDOW in folded.state[p]
         p.grad = parts[-1]
         folded.step()
@@ -226,8 +227,8 @@ def test_what_needs_whole_gradients_does_not_add_up(name: str) -> None:
     p, small = nn.Parameter(start(SHAPE)), nn.Parameter(start((8,)))
     optimizer = make(name, [p, small], "subspace")
     p.grad, small.grad = gradient(SHAPE, 0), gradient((8,), 0)
-    assert optimizer.fold_param(p, optimizer.param_groups[0]) == (name in ("galore", "natural_galore"))
-    assert not optimizer.fold_param(small, optimizer.param_groups[0]), "no projection, no saving"
+    assert optimizer.accumulate_param(p, optimizer.param_groups[0]) == (name in ("galore", "natural_galore"))
+    assert not optimizer.accumulate_param(small, optimizer.param_groups[0]), "no projection, no saving"
 
 
 def test_a_bad_gradient_inside_a_window_leaves_no_trace() -> None:
@@ -237,7 +238,7 @@ def test_a_bad_gradient_inside_a_window_leaves_no_trace() -> None:
         run(optimizer, weight, range(3))
         if optimizer is disturbed:  # at a refresh
             weight.grad = torch.full(SHAPE, torch.inf)
-            assert optimizer.fold_param(weight, optimizer.param_groups[0])
+            assert optimizer.accumulate_param(weight, optimizer.param_groups[0])
             weight.grad = gradient(SHAPE, 3)
         else:
             weight.grad = torch.full(SHAPE, torch.inf)
@@ -281,8 +282,8 @@ def test_a_history_of_another_length_cannot_be_continued() -> None:
 
 def test_shapes_of_basis_and_projection() -> None:
     assert basis_shape(torch.Size([5, 30, 20]), 4) == (5, 20, 4)
-    assert low_shape(torch.Size([30, 20]), 4) == (30, 4)
-    assert low_shape(torch.Size([20, 30]), 4) == (4, 30)
+    assert projected_shape(torch.Size([30, 20]), 4) == (30, 4)
+    assert projected_shape(torch.Size([20, 30]), 4) == (4, 30)
 
 
 @pytest.mark.parametrize("codec", [*CODECS, "8bit"])

@@ -1,4 +1,4 @@
-"""What a projection promises: orthonormal, close to the best, made of sound gradients only, small in the state."""
+"""What a projection promises: orthonormal, close to the best, made of finite gradients only, small in the state."""
 
 import math
 import time
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import codec_pair
-from hf_lowmem.optim.base import ParamState, StateDecl
+from hf_lowmem.optim import slot
+from hf_lowmem.optim.lowrank.family import LowRankOptimizer
 from hf_lowmem.optim.lowrank.projector import (
     COLD_STEPS,
     PROJECTORS,
@@ -19,6 +20,7 @@ from hf_lowmem.optim.lowrank.projector import (
     power_basis,
     svd_basis,
 )
+from hf_lowmem.optim.state import count
 
 SHAPES = [(40, 24), (24, 40), (31, 7), (3, 20, 36), (2, 36, 20)]
 
@@ -47,17 +49,19 @@ class Stepper:
     """A projector's life: one state, a projector for each step."""
 
     def __init__(
-        self, projection: str, *, rank: int = 4, gap: int = 3, codec: str = "fp32", lifts: bool = True
+        self, projection: str, *, rank: int = 4, gap: int = 3, codec: str = "fp32", projects_back: bool = True
     ) -> None:
-        self.raw: dict[str, Any] = {}
-        self.group = {"rank": rank, "update_gap": gap}
-        self.cls, self.codec, self.lifts = PROJECTORS[projection], codec, lifts
+        self.raw: dict[str, Any] = {"key": count(42)}
+        self.group = {"rank": rank, "update_gap": gap, "projection": projection, "state": codec, "weights": "keep"}
+        self.cls, self.projects_back = PROJECTORS[projection], projects_back
         self.rotation: Tensor | None = None
         self.waits = True
 
     def __call__(self, grad: Tensor, step: int) -> Projector:
-        state = ParamState(self.raw, codec_pair(self.codec), {"basis": StateDecl(signed=True)}, lambda: 42, self.waits)
-        projector = self.cls(grad, state, self.group, step, lifts=self.lifts)
+        mine = slot.Slot(grad, self.group, {"basis": LowRankOptimizer.STATES["basis"]})
+        mine.open(self.raw)
+        mine.syncs = self.waits
+        projector = self.cls(grad, mine, self.group, step, projects_back=self.projects_back)
         self.rotation = projector.refresh_(grad)
         return projector
 
@@ -70,10 +74,10 @@ def test_a_basis_is_orthonormal_and_goes_down_and_up(projection: str, shape: tup
     tall = shape[-2] >= shape[-1]
     assert projector.basis.shape == (*shape[:-2], min(shape[-2:]), 4)
     assert distance_from_orthonormal(projector.basis) < 1e-5  # 40 products of fp32 numbers below 1 round to 40 * 2**-24
-    low = projector.down(grad)
+    low = projector.project(grad)
     assert low.shape == ((*shape[:-1], 4) if tall else (*shape[:-2], 4, shape[-1]))
-    assert projector.up(low).shape == shape
-    torch.testing.assert_close(projector.down(projector.up(low)), low, rtol=1e-5, atol=1e-6)
+    assert projector.project_back(low).shape == shape
+    torch.testing.assert_close(projector.project(projector.project_back(low)), low, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -226,18 +230,18 @@ def test_random_keeps_nothing_and_draws_the_same_again() -> None:
 @pytest.mark.parametrize("shape", [(900, 800), (800, 900)], ids=str)
 def test_random_projections_have_the_size_that_the_docstring_says(shape: tuple[int, int]) -> None:
     grad, small, rank = normal(*shape), 800, 32
-    lifting, reading = (Stepper("random", rank=rank, lifts=lifts)(grad, 0) for lifts in (True, False))
+    lifting, reading = (Stepper("random", rank=rank, projects_back=back)(grad, 0) for back in (True, False))
     assert isinstance(lifting, RandomProjector)
     # A mean over 900 channels of chi-squared variables with 32 degrees of freedom is off by 0.8 %; five times that.
-    assert reading.down(grad).square().sum() / grad.square().sum() == pytest.approx(1, rel=0.04)
-    assert lifting.down(grad).square().sum() / grad.square().sum() == pytest.approx(rank / small, rel=0.04)
+    assert reading.project(grad).square().sum() / grad.square().sum() == pytest.approx(1, rel=0.04)
+    assert lifting.project(grad).square().sum() / grad.square().sum() == pytest.approx(rank / small, rel=0.04)
     values = torch.linalg.svdvals(lifting.basis @ lifting.basis.mT)[:rank]
     spread = math.sqrt(rank / small)
     # The edges of the spectrum fluctuate by about small**(-2/3), a hundredth.
     assert (1 - spread) ** 2 - 0.03 < values.min()
     assert values.max() < (1 + spread) ** 2 + 0.03
-    direction = torch.sign(lifting.down(grad))
-    assert lifting.up(direction).norm() / direction.norm() == pytest.approx(1, rel=0.04)
+    direction = torch.sign(lifting.project(grad))
+    assert lifting.project_back(direction).norm() / direction.norm() == pytest.approx(1, rel=0.04)
 
 
 @pytest.mark.slow

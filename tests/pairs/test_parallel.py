@@ -16,6 +16,8 @@ from hf_lowmem.preference.sharing.layout import SOURCE
 from tests.pairs.families import batch, both, examples, gradients, tiny
 from tests.pairs.test_exact import assert_close
 
+pytestmark = pytest.mark.train
+
 BUDGETS = (24, 64)
 
 

@@ -35,7 +35,7 @@ def trainer(tmp_path: Path, tokenizer: Any, **kwargs: Any) -> Any:
     """`kwargs` of the trainer, and fields."""
     own = {k: kwargs.pop(k) for k in ("ref_model", "peft_config", "eval_dataset", "compute_metrics") if k in kwargs}
     data, model = kwargs.pop("train_dataset", None), kwargs.pop("model", None)
-    fields = {"max_length": 32, "optim": "sgd", "lowmem_reference": None} | kwargs
+    fields = {"max_length": 32, "optim": "sgd", "lowmem_reference": None, "max_steps": 2} | kwargs
     return LowMemDPOTrainer(
         tiny_llama(num_hidden_layers=2) if model is None else model,
         args=settings(LowMemDPOConfig, tmp_path, **fields),
@@ -70,6 +70,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(("way", "sharing"), [*((way, PACKED) for way in WAYS), ("asft", SHARED)], ids=str)
 def test_training_is_the_same(tmp_path: Path, tokenizer: Any, way: str, sharing: dict[str, Any]) -> None:
     fields, objects = WAYS[way]
@@ -91,6 +92,7 @@ def test_training_is_the_same(tmp_path: Path, tokenizer: Any, way: str, sharing:
     torch.testing.assert_close(weights[1], weights[0], atol=ROUNDING, rtol=0)
 
 
+@pytest.mark.train
 def test_the_reference_model_shares_too(tmp_path: Path, tokenizer: Any) -> None:
     counts = []
     for extra in ({}, SHARED):
@@ -139,6 +141,7 @@ def test_evaluation_is_the_same(tmp_path: Path, tokenizer: Any) -> None:
     assert plain == pytest.approx(shared, abs=ROUNDING, rel=ROUNDING)
 
 
+@pytest.mark.train
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path, tokenizer: Any) -> None:
     weights = []
     for rows, steps in ((4, 1), (2, 2), (1, 4)):
@@ -161,6 +164,7 @@ def test_batches_are_the_same_pairs_and_bring_the_layout(tmp_path: Path, tokeniz
     assert batch[KEYS[0]].shape[1] % 8 == 0
 
 
+@pytest.mark.train
 def test_a_dataset_whose_completions_are_one_token(tmp_path: Path, tokenizer: Any) -> None:
     data = Dataset.from_dict({"prompt": ["w1 w2 "] * 4, "chosen": ["w3"] * 4, "rejected": ["w4"] * 4})
     made = trainer(tmp_path, tokenizer, **SHARED, loss_type="asft", max_steps=1, train_dataset=data)
@@ -186,6 +190,7 @@ def test_a_model_that_is_not_exact_is_refused(tmp_path: Path, tokenizer: Any, wh
         assert "forward" not in vars(backbone_of(model)), "nothing is patched before everything is checked"
 
 
+@pytest.mark.train
 def test_a_saved_model_is_a_plain_one(tmp_path: Path, tokenizer: Any) -> None:
     made = trainer(tmp_path, tokenizer, loss_type="asft", **SHARED, max_steps=1)
     made.train()

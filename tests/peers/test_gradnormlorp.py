@@ -161,6 +161,7 @@ def test_takes_less_than_adapters_under_adamw() -> None:
 FLAGS = ["--use_peft", "--use_dora", "--lora_target_modules", "all-linear", "--lora_r", "8", "--optim", "galore"]
 
 
+@pytest.mark.train
 def test_the_script_trains_adapters_with_projected_gradients(model_and_data: tuple[str, str], tmp_path: Path) -> None:
     model, folder = model_and_data
     as_text(folder)

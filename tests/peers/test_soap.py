@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory import optimizer_bytes
+from hf_lowmem.optim import slot
 from hf_lowmem.optim import soap as module
 from hf_lowmem.optim.soap import Side, Soap, eigenbasis, refresh_, rotate, soap_
 
@@ -234,7 +235,7 @@ def test_a_solver_that_does_not_converge_in_fp32_is_asked_again_in_fp64(monkeypa
 def test_a_bad_first_gradient_leaves_adam_until_the_first_refresh(
     asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Soap, "_waits_for_the_device", staticmethod(lambda p: not asynchronous))
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: not asynchronous)
     shape = (2, 12, 9)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     p, flat = nn.Parameter(start.clone()), nn.Parameter(start.flatten())
@@ -273,7 +274,7 @@ def test_the_basis_of_a_bad_gradient_does_not_raise(bad: float) -> None:
     ],
     ids=str,
 )
-def test_bytes_are_foretold(shape: tuple[int, ...], expected: int) -> None:
+def test_bytes_are_predicted(shape: tuple[int, ...], expected: int) -> None:
     p = nn.Parameter(torch.zeros(shape))
     optimizer = Soap([p], experts=True)
     p.grad = torch.ones(shape)

@@ -25,6 +25,7 @@ def flags(model: Path, *more: str) -> list[str]:
     return ["plan", "--model", str(model), "--dtype", "bfloat16", *shape, *more]
 
 
+@pytest.mark.train
 def test_json_is_the_one_thing_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(folder, "--optim", "adamw_torch", "--json")) == 0
     shown = capsys.readouterr()
@@ -39,6 +40,7 @@ def test_json_is_the_one_thing_on_stdout(folder: Path, capsys: pytest.CaptureFix
     assert "simulating all 2 layers" in shown.err
 
 
+@pytest.mark.train
 def test_a_table_and_a_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "plan.png"
     assert main(flags(folder / "config.json", "--optim", "lion", "--lowmem_state", "8bit", "--plot", str(picture))) == 0
@@ -47,6 +49,7 @@ def test_a_table_and_a_picture(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.train
 def test_a_training_run_s_yaml_is_planned_as_it_is(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +65,7 @@ def test_a_training_run_s_yaml_is_planned_as_it_is(
     assert (settings["dtype"], settings["tokens"]) == ("bfloat16", 32)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -93,6 +97,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "'no_such_model' is not one of transformers'" in capsys.readouterr().err
 
 
+@pytest.mark.train
 def test_pairs_have_their_own_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(folder, "--method", "dpo", "--loss_type", "sigmoid", "--json")) == 0
     with_reference = json.loads(capsys.readouterr().out)

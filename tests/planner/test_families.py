@@ -1,4 +1,4 @@
-"""Models other than Llama: foretold as a real step takes, or refused by operation and module; never silently wrong."""
+"""Models other than Llama: predicted as a real step takes, or refused by operation and module; never silently wrong."""
 
 import json
 from pathlib import Path
@@ -51,25 +51,28 @@ def config_of(name: str) -> PreTrainedConfig:
     return getattr(transformers, name)(**FAMILIES[name])
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
-def test_foretold_parts_and_peak_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
+def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
     args = arguments()
-    foretold = plan(config_of(name), args, dtype=dtype, device="cpu")
+    predicted = plan(config_of(name), args, dtype=dtype, device="cpu")
     real = measure(config_of(name), args, dtype)
-    at_update = [point for point in foretold.timeline if point.phase == "optimizer"][-1].parts
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
     assert (at_update["weights"], at_update["gradients"]) == (real.weights, real.gradients)
     assert abs(at_update["states"] - real.states) <= PARTS_WITHIN * real.states
-    assert abs(foretold.saved_bytes - real.saved) <= PARTS_WITHIN * real.saved
-    assert abs(foretold.peak_bytes - real.peak) <= PEAK_WITHIN * real.peak
+    assert abs(predicted.saved_bytes - real.saved) <= PARTS_WITHIN * real.saved
+    assert abs(predicted.peak_bytes - real.peak) <= PEAK_WITHIN * real.peak
 
 
+@pytest.mark.train
 def test_experts_that_are_looped_over_are_refused_by_operation_and_module() -> None:
     args = arguments(model_init_kwargs={"experts_implementation": "eager"})
     with pytest.raises(CannotSimulate, match=r"aten\.nonzero.* in module 'model\.layers\.0\.mlp\.experts'"):
         plan(Qwen3MoeConfig(**FAMILIES["Qwen3MoeConfig"]), args, dtype="bfloat16")
 
 
+@pytest.mark.train
 def test_gathered_experts_take_a_copy_of_their_weights_a_token() -> None:
     config = config_of("Qwen3MoeConfig")
     grouped, gathered = (
@@ -81,6 +84,7 @@ def test_gathered_experts_take_a_copy_of_their_weights_a_token() -> None:
     assert gathered.saved_bytes > copies > grouped.saved_bytes
 
 
+@pytest.mark.train
 def test_what_model_init_kwargs_changes_of_a_config_is_planned() -> None:
     config = config_of("Olmo2Config")
     made = plan(config, arguments(model_init_kwargs={"num_hidden_layers": 1}), dtype="bfloat16")
@@ -119,6 +123,7 @@ class OddForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.train
 def test_custom_code_is_run_if_trusted_and_refused_by_operation_and_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

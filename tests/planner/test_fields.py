@@ -195,6 +195,7 @@ def check(kind: str, name: str, value: Any) -> None:
     assert is_in_words(refusal, [name, str(value)]), refusal
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(("kind", "name", "value"), cases(True))
 def test_a_field_is_planned_or_refused_in_words(kind: str, name: str, value: Any) -> None:
     check(kind, name, value)
@@ -286,6 +287,7 @@ def weigh(name: str) -> None:
     assert abs(saved - real.saved) <= 0.01 * real.saved
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", QUICKLY_WEIGHED)
 def test_a_batch_is_planned_as_the_trainer_lays_it_out(name: str) -> None:
     weigh(name)
@@ -297,6 +299,7 @@ def test_each_other_batch_is_planned_as_the_trainer_lays_it_out(name: str) -> No
     weigh(name)
 
 
+@pytest.mark.train
 def test_the_mask_of_documents_is_in_the_plan_and_flash_attention_has_none() -> None:
     def kept(attention: str | None, **values: Any) -> int:
         init = {"model_init_kwargs": {"attn_implementation": attention}} if attention else {}
@@ -307,6 +310,7 @@ def test_the_mask_of_documents_is_in_the_plan_and_flash_attention_has_none() -> 
     assert abs(flash - plain) < 64 * 1024
 
 
+@pytest.mark.train
 def test_an_evaluation_that_is_the_peak_is_found() -> None:
     values: dict[str, Any] = {"max_length": 64, "gradient_checkpointing": True, "optim": "sgd"}
     without = plan(tiny(), arguments(**values, per_device_eval_batch_size=64), dtype="float32")

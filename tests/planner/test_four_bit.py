@@ -1,4 +1,4 @@
-"""QLoRA: 4-bit base weights under adapters, foretold as bitsandbytes holds them in a real step."""
+"""QLoRA: 4-bit base weights under adapters, predicted as bitsandbytes holds them in a real step."""
 
 from typing import Any
 
@@ -26,10 +26,11 @@ def lora() -> LoraConfig:
     return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def within(foretold: int, measured: int, tolerance: float) -> bool:
-    return abs(foretold - measured) <= tolerance * measured
+def within(predicted: int, measured: int, tolerance: float) -> bool:
+    return abs(predicted - measured) <= tolerance * measured
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("shape", "dtype", "settings", "kind", "nested"),
     [
@@ -55,23 +56,23 @@ def within(foretold: int, measured: int, tolerance: float) -> bool:
         ),
     ],
 )
-def test_foretold_parts_and_peak_are_those_of_a_real_step(
+def test_predicted_parts_and_peak_are_those_of_a_real_step(
     shape: dict[str, int], dtype: torch.dtype, settings: dict[str, Any], kind: str, nested: bool
 ) -> None:
     config, args, base = small_config(**shape), arguments(**settings), four_bits(dtype, kind, nested)
-    foretold = plan(config, args, dtype=dtype, device="cpu", peft_config=lora(), quantization_config=base)
+    predicted = plan(config, args, dtype=dtype, device="cpu", peft_config=lora(), quantization_config=base)
     real = measure(config, args, dtype, peft_config=lora(), quantization=base)
-    at_update = [point for point in foretold.timeline if point.phase == "optimizer"][-1].parts
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
     assert (at_update["weights"], at_update["gradients"]) == (real.weights, real.gradients)
     assert within(at_update["states"], real.states, PARTS_WITHIN)
-    assert within(foretold.saved_bytes, real.saved, PARTS_WITHIN)
-    assert within(foretold.peak_bytes, real.peak, PEAK_WITHIN)
+    assert within(predicted.saved_bytes, real.saved, PARTS_WITHIN)
+    assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)
     if shape is WIDE:
-        assert foretold.parts["temporaries"] > WIDE["hidden_size"] * WIDE["intermediate_size"] * dtype.itemsize
+        assert predicted.parts["temporaries"] > WIDE["hidden_size"] * WIDE["intermediate_size"] * dtype.itemsize
 
 
 @pytest.mark.slow
-def test_a_deep_model_is_foretold_from_shallow_ones_to_the_byte() -> None:
+def test_a_deep_model_is_predicted_from_shallow_ones_to_the_byte() -> None:
     config = small_config(hidden_size=64, intermediate_size=96, num_hidden_layers=8)
     options: dict[str, Any] = {"peft_config": lora(), "quantization_config": four_bits(torch.bfloat16)}
     made = plan(config, arguments(), dtype="bfloat16", **options)
@@ -82,6 +83,7 @@ def test_a_deep_model_is_foretold_from_shallow_ones_to_the_byte() -> None:
     assert made.settings["parameters"] - made.settings["trained"] == 2 * 512 * 64 + 64 + 8 * (43_008 - 12_288 + 128)
 
 
+@pytest.mark.train
 def test_a_model_whose_config_names_four_bits_is_planned_in_four_bits() -> None:
     config = small_config(num_hidden_layers=1)
     given = plan(

@@ -75,6 +75,7 @@ def has_an_operator_without_a_rule(self: Any, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.grouped_mm(x[0], weights, offs=ends)[None]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("forward", "operation"),
     [

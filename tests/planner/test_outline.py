@@ -48,10 +48,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if "accumulation" in n or "fp8" in n else n for n in CASES]
 )
-def test_every_moment_of_a_deep_model_is_foretold_to_the_byte(name: str) -> None:
+def test_every_moment_of_a_deep_model_is_predicted_to_the_byte(name: str) -> None:
     config, settings, lora = CASES[name]
     made = plan(config, arguments(**settings), dtype="bfloat16", peft_config=lora)
     full = plan(config, arguments(**settings), dtype="bfloat16", peft_config=lora, extrapolate_depth=False)
@@ -61,16 +62,18 @@ def test_every_moment_of_a_deep_model_is_foretold_to_the_byte(name: str) -> None
     assert (made.peak_bytes, made.reserved_bytes) == (full.peak_bytes, full.reserved_bytes)
 
 
+@pytest.mark.train
 def test_tiers_by_layer_are_simulated_in_full() -> None:
     args = arguments(lowmem_activations="fp8:0-3,checkpoint_fp8:4-")
     assert plan(narrow(), args, dtype="bfloat16").depths == (DEEP,)
 
 
+@pytest.mark.train
 def test_layers_that_are_larger_further_up_are_simulated_in_full() -> None:
-    config = gemma()
-    config.layer_types = ["sliding_attention"] * 7 + ["full_attention"] * 8
-    assert period_of(config) == 15
-    assert plan(config, arguments(), dtype="bfloat16").depths == (15,)
+    config = with_depth(gemma(), DEEP)
+    config.layer_types = ["sliding_attention"] * 4 + ["full_attention"] * 4
+    assert period_of(config) == DEEP
+    assert plan(config, arguments(), dtype="bfloat16").depths == (DEEP,)
 
 
 def test_a_shallower_config_has_the_first_layers() -> None:

@@ -28,6 +28,7 @@ def fsdp2(*moments: Moment, mixed: bool = False, accumulates: bool = False) -> l
     return [m.parts() for m in made]
 
 
+@pytest.mark.train
 def test_ddp_holds_the_gradients_twice() -> None:
     config = small_config(num_hidden_layers=2)
     one = plan(config, arguments(), dtype="bfloat16")

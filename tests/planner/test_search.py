@@ -155,6 +155,7 @@ def asked() -> Search:
     return prepare(CONFIG, args, dtype="bfloat16", device="cpu")
 
 
+@pytest.mark.train
 def test_estimates_are_plans_but_for_what_may_not_meet(asked: Search) -> None:
     """An estimate lets the largest gradient meet the largest temporary, and does not round gradients and states up to
     blocks of 512 bytes: a weight has one gradient, and at most four tensors of state. All else is exact here, where all
@@ -168,6 +169,7 @@ def test_estimates_are_plans_but_for_what_may_not_meet(asked: Search) -> None:
         assert -rounding <= estimate - asked.really(choice, tokens) <= largest
 
 
+@pytest.mark.train
 def test_an_estimate_leaves_nothing_behind() -> None:
     args = open_arguments(optim="lion", gradient_checkpointing=False)
     values = dict(vars(args))
@@ -183,6 +185,7 @@ def test_an_estimate_leaves_nothing_behind() -> None:
     assert vars(args) == values
 
 
+@pytest.mark.train
 def test_between_two_needs_the_faster_that_fits_is_chosen_and_fits(asked: Search) -> None:
     tokens = asked.args.max_length
     order, _ = asked.in_order(tokens)
@@ -199,21 +202,24 @@ def test_between_two_needs_the_faster_that_fits_is_chosen_and_fits(asked: Search
     assert plan(CONFIG, found.args, dtype="bfloat16", device="cpu").reserved_bytes <= found.budget
 
 
+@pytest.mark.train
 def test_a_layer_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match=r"lowmem_activations='fp8:0-9': the model has layers 0 to 1"):
         search(CONFIG, open_arguments(lowmem_activations="fp8:0-9"), budget="1GiB", dtype="float32", device="cpu")
 
 
+@pytest.mark.train
 def test_what_a_model_refuses_is_left_out_and_said() -> None:
     """The tiers know decoder layers of attention; a state-space model has none."""
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
-    args = open_arguments(optim="lion", lowmem_state="fp32", lowmem_step_in_backward=False, max_length=16)
+    args = open_arguments(optim="lion", lowmem_state="fp32", lowmem_step_in_backward=False, max_length=4)
     found = search(config, args, budget="1GiB", dtype="float32", device="cpu")
     assert found.chosen.get("lowmem_activations") is None
     for tier in ("exact", "fp8", "fp8_recompute"):
         assert f"Left out: activations {tier}. lowmem_activations={tier!r}: no stack of decoder layers" in found.why
 
 
+@pytest.mark.train
 def test_a_no_says_what_would_fit(asked: Search) -> None:
     tokens = asked.args.max_length
     with pytest.raises(NothingFits, match=r"budget='1MiB': nothing fits in 1.00 MiB. The smallest of 4 ") as no:
@@ -275,11 +281,12 @@ def of_choice(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("lowmem_state", "lowmem_weights")}
 
 
+@pytest.mark.train
 def test_a_trainer_trains_with_the_choice_to_the_bits_of_a_run_that_was_given_it(tmp_path: Path) -> None:
     chosen = trained(tmp_path / "chosen", lowmem_budget="14MiB")
     settings = of_choice(chosen.args)
     assert settings["lowmem_weights"] == "bf16_sr"
-    assert chosen.foretold["reserved_bytes"] <= 14 * 2**20
+    assert chosen.predicted["reserved_bytes"] <= 14 * 2**20
     given = trained(tmp_path / "given", **settings)
     assert all(map(torch.equal, bits(chosen), bits(given)))
     saved = torch.load(tmp_path / "chosen" / "checkpoint-2" / "training_args.bin", weights_only=False)
@@ -294,6 +301,7 @@ def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tmp_path: Path
     assert all(map(torch.equal, bits(resumed), bits(whole)))
 
 
+@pytest.mark.train
 def test_the_command_line_searches_for_the_longest_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     CONFIG.save_pretrained(tmp_path)
     given = ["--optim", "lion", "--lowmem_state", "8bit", "--lowmem_weights", "bf16_sr", "--device", "cpu"]

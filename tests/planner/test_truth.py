@@ -1,4 +1,4 @@
-"""What is foretold is what a real step takes: part by part, and the peak by the allocator's own trace."""
+"""What is predicted is what a real step takes: part by part, and the peak by the allocator's own trace."""
 
 from typing import Any
 
@@ -9,6 +9,8 @@ from peft import LoraConfig
 from hf_lowmem.planner import plan
 from hf_lowmem.training.dpo import LowMemDPOConfig
 from tests.planner.real import arguments, measure, small_config
+
+pytestmark = pytest.mark.train
 
 # Of the hooks' count and of the allocator's. The step's own tensors are exact; what is left is what the planner does
 # not see (memory that an operator takes and gives back inside) and what the hooks do not (tensors held by closures).
@@ -30,51 +32,51 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def within(foretold: int, measured: int, tolerance: float) -> bool:
-    return abs(foretold - measured) <= tolerance * measured
+def within(predicted: int, measured: int, tolerance: float) -> bool:
+    return abs(predicted - measured) <= tolerance * measured
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_foretold_parts_and_peak_are_those_of_a_real_step(name: str) -> None:
+def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str) -> None:
     dtype, settings = SETTINGS[name]
     args = arguments(**settings)
-    foretold = plan(small_config(), args, dtype=dtype, device="cpu")
+    predicted = plan(small_config(), args, dtype=dtype, device="cpu")
     real = measure(small_config(), args, getattr(torch, dtype))
-    at_update = [point for point in foretold.timeline if point.phase == "optimizer"][-1].parts
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
     assert at_update["weights"] == real.weights
     assert at_update.get("gradients", 0) == real.gradients
     # A step in backward leaves nothing to the optimizer's own phase; the states are there all the same.
     assert within(at_update["states"], real.states, PARTS_WITHIN)
-    assert within(foretold.saved_bytes, real.saved, PARTS_WITHIN)
-    assert within(foretold.peak_bytes, real.peak, PEAK_WITHIN)
+    assert within(predicted.saved_bytes, real.saved, PARTS_WITHIN)
+    assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)
 
 
 def test_checkpointing_keeps_the_layers_inputs_and_what_their_closures_hold() -> None:
     args, config = arguments(gradient_checkpointing=True, max_length=128), small_config()
-    foretold = plan(config, args, dtype="float32", device="cpu")
+    predicted = plan(config, args, dtype="float32", device="cpu")
     real = measure(config, args, torch.float32)
-    assert within(foretold.saved_bytes, real.saved, PARTS_WITHIN)
-    assert within(foretold.peak_bytes, real.peak, PEAK_WITHIN)
+    assert within(predicted.saved_bytes, real.saved, PARTS_WITHIN)
+    assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)
 
 
 def test_adapters() -> None:
     args, lora = arguments(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    foretold = plan(small_config(), args, dtype="bfloat16", device="cpu", peft_config=lora)
+    predicted = plan(small_config(), args, dtype="bfloat16", device="cpu", peft_config=lora)
     real = measure(small_config(), args, torch.bfloat16, peft_config=lora)
-    at_update = [point for point in foretold.timeline if point.phase == "optimizer"][-1].parts
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
     assert (at_update["weights"], at_update["gradients"]) == (real.weights, real.gradients)
     assert within(at_update["states"], real.states, PARTS_WITHIN)
-    assert within(foretold.saved_bytes, real.saved, PARTS_WITHIN)
-    assert within(foretold.peak_bytes, real.peak, PEAK_WITHIN)
+    assert within(predicted.saved_bytes, real.saved, PARTS_WITHIN)
+    assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)
 
 
 @pytest.mark.parametrize(("loss", "reference"), [("sigmoid", True), ("asft", False)])
 def test_pairs_with_a_reference_model_and_without(loss: str, reference: bool) -> None:
     args = arguments(LowMemDPOConfig, loss_type=loss, max_length=32)
-    foretold = plan(small_config(), args, dtype="bfloat16", device="cpu")
+    predicted = plan(small_config(), args, dtype="bfloat16", device="cpu")
     real = measure(small_config(), args, torch.bfloat16, reference=reference)
-    at_update = [point for point in foretold.timeline if point.phase == "optimizer"][-1].parts
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
     assert (at_update["weights"], at_update["gradients"]) == (real.weights, real.gradients)
     assert at_update.get("reference", 0) == (real.weights if reference else 0)
-    assert within(foretold.saved_bytes, real.saved, PARTS_WITHIN)
-    assert within(foretold.peak_bytes, real.peak, PEAK_WITHIN)
+    assert within(predicted.saved_bytes, real.saved, PARTS_WITHIN)
+    assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)

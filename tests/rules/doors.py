@@ -22,10 +22,10 @@ from hf_lowmem import (
     LowMemSFTTrainer,
     LowMemTrainer,
     LowMemTrainingArguments,
-    section,
 )
 from hf_lowmem.cli.launch import prepare
 from hf_lowmem.planner import plan
+from hf_lowmem.training import section
 from hf_lowmem.training.plugin import LowMemPlugin
 from tests.conftest import tiny_llama, word_tokenizer
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.exact import sqrt
 from hf_lowmem.kernels.registry import current_impl
-from hf_lowmem.kernels.step.reference import States, each_sound, on_the_cpu
+from hf_lowmem.kernels.step.reference import States, each_finite, on_the_cpu
 
 RULES = ("adamw", "family")
 
@@ -138,7 +138,7 @@ def adamw_step(
     """
     update = adamw_ if rule == "adamw" else adam_family_
     moments = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
-    for i, weights, grad in each_sound(params, grads, skipped, corrections, store, seeds):
+    for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds):
         m, v = (states.load(i) for states in moments)
         update(weights, grad, m, v, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=steps[i])
         for states, value in zip(moments, (m, v), strict=True):

@@ -39,7 +39,7 @@ def factor_cases() -> Iterator[Case]:
 
 def step_cases() -> Iterator[Case]:
     def make(
-        device: torch.device, shape: tuple[int, ...], per_channel: bool, store: str, sound: bool
+        device: torch.device, shape: tuple[int, ...], per_channel: bool, store: str, finite: bool
     ) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(2)
         dtype = torch.float32 if store == "fp32" else torch.bfloat16
@@ -47,7 +47,7 @@ def step_cases() -> Iterator[Case]:
         s, factor = reference.apollo_factors(grad, low, direction, last, per_channel)
         param = torch.randn(shape, generator=generator).to(dtype)
         fine = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
-        tensors = param, grad, fine if store == "bf16_ecc" else None, torch.tensor(sound), s, factor
+        tensors = param, grad, fine if store == "bf16_ecc" else None, torch.tensor(finite), s, factor
         seed = 2**41 + 3 if store in ("bf16_sr", "bf16_ecc") else None
         on_device = (t if t is None else t.to(device) for t in tensors)
         return (*on_device, 32.0, 1e-2, 0.9, 0.999, 0.1, 3, seed)

@@ -98,7 +98,7 @@ def apollo_step(
     param: Tensor,
     grad: Tensor,
     correction: Tensor | None,
-    sound: Tensor,
+    finite: Tensor,
     s: Tensor,
     factor: Tensor,
     scale: float,
@@ -109,19 +109,19 @@ def apollo_step(
     step: int,
     seed: int | None,
 ) -> None:
-    """Step the weight by its rescaled gradient, in place; leave it where not `sound`.
+    """Step the weight by its rescaled gradient, in place; leave it where not `finite`.
 
     Args:
         param: (..., m, n), contiguous, of bf16, fp16 or fp32.
         grad: of its shape, contiguous, of any of these dtypes.
         correction: int8 of its shape, for a bf16 weight of 24 bits.
-        sound: one bool.
+        finite: one bool.
         s, factor: from `apollo_factors`.
         scale: the authors' `scale`; its root multiplies the update.
         step: number of this update, from 1.
         seed: rounds a bf16 weight at random.
     """
-    if sound:
+    if finite:
         weights = load_weight(param, correction)
         update = update_by_factors(grad.to(torch.float32), s, factor, scale)
         descend_(weights, update, lr, (beta1, beta2), weight_decay, step)

@@ -102,11 +102,11 @@ def growth_kernel(parts, prev_norm, factor_ptr, count, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["k0", "k1"])
 def apollo_kernel(
-    param, grad, correction, sound_ptr, s_ptr, factor_ptr, m, n, root, step, decay, k0, k1,
+    param, grad, correction, finite_ptr, s_ptr, factor_ptr, m, n, root, step, decay, k0, k1,
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one matrix: w -= ... as in reference.apollo_step, whose operations are these one by one."""
-    if tl.load(sound_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)) != 0:
+    if tl.load(finite_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)) != 0:
         batch = tl.program_id(1).to(tl.int64)
         across = tl.cdiv(n, COLUMNS)
         row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
@@ -154,7 +154,7 @@ def apollo_step(
     param: Tensor,
     grad: Tensor,
     correction: Tensor | None,
-    sound: Tensor,
+    finite: Tensor,
     s: Tensor,
     factor: Tensor,
     scale: float,
@@ -170,7 +170,7 @@ def apollo_step(
     per_channel = s.shape[-2:].numel() > 1
     tiles = triton.cdiv(m, ROWS.value) * triton.cdiv(n, COLUMNS.value)
     apollo_kernel[(tiles, param.shape[:-2].numel())](
-        param, grad, param if correction is None else correction, sound, s, factor, m, n,
+        param, grad, param if correction is None else correction, finite, s, factor, m, n,
         math.sqrt(scale), -corrected_lr(lr, (beta1, beta2), step), -lr * weight_decay, *seed_keys(seed or 0),
         **_axes(param.shape, per_channel), STORE=WEIGHT_STORES.index(store),
         num_warps=NUM_WARPS, enable_fp_fusion=False,
@@ -193,7 +193,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
         cases.append((f"norm by {label}", norm_kernel, reads, axes, NUM_WARPS))
         for store in WEIGHT_STORES:
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
-            factors = {"sound_ptr": "*i1", "s_ptr": "*fp32", "factor_ptr": "*fp32"}
+            factors = {"finite_ptr": "*i1", "s_ptr": "*fp32", "factor_ptr": "*fp32"}
             numbers = {"root": "fp32", "step": "fp32", "decay": "fp32", "k0": "i32", "k1": "i32"}
             constants = axes | {"STORE": WEIGHT_STORES.index(store)}
             signature = weights | factors | sizes | numbers

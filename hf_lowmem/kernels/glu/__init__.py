@@ -1,7 +1,7 @@
 """SwiGLU and GeGLU whose backward pass keeps gate and up in 8 bits, and computes act(gate) and the product again.
 
-    h = glu(gate, up, "silu")               # or "gelu_tanh"; keeps E4M3 codes of both
-    h = glu(gate, up, "silu", save=False)   # keeps gate and up themselves: for a caller that can have them again
+    h, *codes = glu_rows(gate, up, "silu", (None, None))    # or "gelu_tanh"; keeps E4M3 codes of both
+    h = GLU(gate, up, None, None, "silu", gate.dtype)       # keeps gate and up themselves: they can be had again
 
 torch keeps gate, act(gate), up and the product, and passes over memory a dozen times; this is one pass forward and one
 back, with 2 x (1 + 2/128) bytes kept a value.
@@ -17,9 +17,8 @@ from hf_lowmem.kernels.glu.cases import backward_cases, glu_cases, save_cases
 from hf_lowmem.kernels.glu.reference import ACTIVATIONS
 from hf_lowmem.kernels.quantize.reference import GROUPS
 from hf_lowmem.kernels.registry import Kernel
-from hf_lowmem.specs import check_choice
 
-__all__ = ["ACTIVATIONS", "GLU", "GLU_BACKWARD", "GLU_SAVE", "glu", "glu_rows"]
+__all__ = ["ACTIVATIONS", "GLU", "GLU_BACKWARD", "GLU_SAVE", "glu_rows"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -110,38 +109,19 @@ GLU_SAVE.op.register_autograd(_save_backward, setup_context=_save_setup)
 GLU.op.register_autograd(_backward, setup_context=_setup)
 
 
-def glu(
-    gate: Tensor, up: Tensor, act: str, *, save: bool = True, seeds: tuple[int | None, int | None] = (None, None)
-) -> Tensor:
-    """act(gate) * up, rounded as torch rounds it: the activation, then the product.
+def glu_rows(
+    gate: Tensor, up: Tensor, act: str, seeds: tuple[int | None, int | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """act(gate) * up, rounded as torch rounds it, with codes and scales of gate, and of up. Differentiable in both.
 
     Args:
-        gate, up: of one shape (..., F) and dtype, bf16, fp16 or fp32; rows may be strided, as halves of one matrix are.
+        gate, up: (M, F) of one dtype, bf16, fp16 or fp32; rows may be strided, as halves of one matrix are.
         act: "silu" or "gelu_tanh".
-        save: keep E4M3 codes of gate and up for backward; else gate and up themselves.
         seeds: of gate's and up's codes, for stochastic rounding.
 
     The activation's relative error is at most 4 * 2**-24 for silu, and (4 + 4 |z|) * 2**-24 for gelu_tanh, as
     z = 2 sqrt(2 / pi) (x + 0.044715 x**3) is rounded before the exponential is taken; then it is rounded to the dtype.
-    Backward is that of the decoded gate and up. Not for double backward. Raises TypeError or ValueError for arguments
-    that do not fit together.
+    Backward is that of the decoded gate and up. Not for double backward. The caller has made sure that the arguments
+    fit together.
     """
-    check_choice("act", act, ACTIVATIONS)
-    for name, t in (("gate", gate), ("up", up)):
-        if t.dtype not in FLOATS:
-            raise TypeError(f"glu: {name} is {t.dtype}; it takes bf16, fp16 and fp32.")
-    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.dim():
-        raise ValueError(
-            f"glu: gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} must be of one shape and "
-            "dtype, with a last dimension."
-        )
-    rows = [t.reshape(-1, t.shape[-1]) for t in (gate, up)]
-    out = GLU_SAVE(*rows, act, *seeds)[0] if save else GLU(*rows, None, None, act, gate.dtype)
-    return out.view(gate.shape)
-
-
-def glu_rows(
-    gate: Tensor, up: Tensor, act: str, seeds: tuple[int | None, int | None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For a caller that keeps the books of what is saved: (M, F) -> product, codes and scales of gate, and of up."""
     return GLU_SAVE(gate, up, act, *seeds)

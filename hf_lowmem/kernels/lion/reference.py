@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hf_lowmem.kernels.step.reference import States, each_sound, on_the_cpu
+from hf_lowmem.kernels.step.reference import States, each_finite, on_the_cpu
 
 
 def lion_(
@@ -38,7 +38,7 @@ def lion_step(
 ) -> None:
     """One step for each of `params`, from its encoded momentum and back, in place; see `adamw_step`."""
     momenta = States(first_codec, first, True, state_seeds)
-    for i, weights, grad in each_sound(params, grads, skipped, corrections, store, seeds):
+    for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds):
         m = momenta.load(i)
         lion_(weights, grad, m, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
         momenta.save(i, m)

@@ -1,13 +1,12 @@
 """RMSNorm whose backward pass keeps its input in 8 bits: one pass over memory forward, one back.
 
-    y = rmsnorm(x, weight, eps)                                         # Llama, Qwen, Mistral
-    y = rmsnorm(x, weight, eps, plus_one=True, cast_first=False)        # Gemma
-    y, total = rmsnorm(x, weight, eps, residual=residual)               # the norm of x + residual, and that sum
+    y, codes, scales = rmsnorm_rows(x, weight, eps, False, True, None)      # Llama, Qwen, Mistral
+    y, codes, scales = rmsnorm_rows(x, weight, eps, True, False, None)      # Gemma
 
 What is kept for backward is the E4M3 codes of the input, 1 + 2/128 bytes a value, and the weight.
 """
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from hf_lowmem.kernels.registry import Kernel
 from hf_lowmem.kernels.rmsnorm import reference
 from hf_lowmem.kernels.rmsnorm.cases import again_cases, backward_cases, forward_cases
 
-__all__ = ["RMSNORM", "RMSNORM_AGAIN", "RMSNORM_BACKWARD", "rmsnorm", "rmsnorm_rows"]
+__all__ = ["RMSNORM", "RMSNORM_AGAIN", "RMSNORM_BACKWARD", "rmsnorm_rows"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LONGEST = 16384  # a row is held in registers
@@ -107,82 +106,26 @@ def _backward(ctx: Any, dy: Tensor, _codes: Any, _scales: Any, d_total: Tensor |
 RMSNORM.op.register_autograd(_backward, setup_context=_setup)
 
 
-@overload
-def rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: None = None,
-    plus_one: bool = False,
-    cast_first: bool = True,
-    seed: int | None = None,
-) -> Tensor: ...
-@overload
-def rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor,
-    plus_one: bool = False,
-    cast_first: bool = True,
-    seed: int | None = None,
-) -> tuple[Tensor, Tensor]: ...
-def rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    plus_one: bool = False,
-    cast_first: bool = True,
-    seed: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dimension; of its input only E4M3 codes are kept for backward.
+def rmsnorm_rows(
+    x: Tensor, weight: Tensor, eps: float, plus_one: bool, cast_first: bool, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x / sqrt(mean(x**2) + eps) * weight of each row, with the codes and scales of x. Differentiable in x and weight.
 
     ```python
-    total = x + residual                                        # x, without a residual
-    x_hat = total.float() / sqrt(mean(total.float() ** 2) + eps)
+    x_hat = x.float() / sqrt(mean(x.float() ** 2) + eps)
     y = weight * x_hat.to(x.dtype) if cast_first else (weight * x_hat).to(x.dtype)      # 1 + weight with plus_one
     ```
     Args:
-        x: (..., n) of bf16, fp16 or fp32, n <= 16384 where Triton runs.
+        x: (M, n) of bf16, fp16 or fp32, n <= 16384 where Triton runs.
         weight: (n,) of any of these. Its gradient is summed in fp32, in one order on every device.
         eps: added to the mean square; the model's.
-        residual: of x's shape and dtype; the sum is returned as well.
         plus_one: the weight is stored as its difference from 1 (Gemma).
         cast_first: round x_hat to x's dtype before the weight is multiplied (Llama); the output then has the wider
             dtype of both. Not together with plus_one.
         seed: round the codes stochastically (hf_lowmem.activations.formats says when).
 
     The forward pass is exact. Backward is that of the decoded input: an error of 2.6 % of each value, rms, as tier
-    `fp8` has. Not for double backward. Raises TypeError or ValueError for arguments that do not fit together.
+    `fp8` has. Not for double backward. The caller has made sure that the arguments fit together.
     """
-    _check(x, weight, residual, plus_one, cast_first)
-    rows = x.reshape(-1, x.shape[-1])
-    flat = None if residual is None else residual.reshape(-1, x.shape[-1])
-    y, _, _, total = RMSNORM(rows, weight, flat, eps, plus_one, cast_first, seed)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
-
-
-def rmsnorm_rows(
-    x: Tensor, weight: Tensor, eps: float, plus_one: bool, cast_first: bool, seed: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For a caller that keeps the books of what is saved: x (M, n) -> y, codes, scales. Differentiable in x, weight."""
     y, codes, scales, _ = RMSNORM(x, weight, None, eps, plus_one, cast_first, seed)
     return y, codes, scales
-
-
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None, plus_one: bool, cast_first: bool) -> None:
-    for name, t in (("x", x), ("weight", weight), ("residual", residual)):
-        if t is not None and t.dtype not in FLOATS:
-            raise TypeError(f"rmsnorm: {name} is {t.dtype}; the norm takes bf16, fp16 and fp32.")
-    if not x.dim() or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rmsnorm: weight {tuple(weight.shape)} is no row of x {tuple(x.shape)}.")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"rmsnorm: residual {residual.dtype} {tuple(residual.shape)} must be as x is, {x.dtype} {tuple(x.shape)}."
-        )
-    if plus_one and cast_first:
-        raise ValueError("rmsnorm: plus_one=True rounds once, at the end: give cast_first=False with it.")

@@ -1,1 +1,1 @@
-"""What the fused optimizer steps (adamw, lion, apollo) share: soundness of gradients, states, weights, launches."""
+"""What the fused optimizer steps (adamw, lion, apollo) share: gradients that are finite, states, weights, launches."""

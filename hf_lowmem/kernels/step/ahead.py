@@ -17,7 +17,7 @@ _TABLE_TYPES = {"values": "*fp32", "table": "*i32", "powers": "*fp32", "rows": "
 def check_case() -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
     """The check of the gradients: (label, function, signature, constants, warps)."""
     constants = {"GRADIENT": tl.bfloat16, "ALIGNED": True}
-    return "check", check_kernel, {"table": "*i64", "sound_ptr": "*i32"}, constants, NUM_WARPS
+    return "check", check_kernel, {"table": "*i64", "finite_ptr": "*i32"}, constants, NUM_WARPS
 
 
 def step_cases(
@@ -42,11 +42,11 @@ def step_cases(
             }
             label = f"{rule} {','.join(dict.fromkeys(pair))} {store}"
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
-            one = {"sound_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
+            one = {"finite_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
             keys = dict.fromkeys(("k0", "k1", "h0", "h1", "flip"), "i32")
             cases.append((label, step_kernel, one | keys, fixed, warps(*pair)))
             kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
-            many = {"table": "*i64", "sound_ptr": "*i32"} | values
+            many = {"table": "*i64", "finite_ptr": "*i32"} | values
             if pair in shared:
                 cases.append((f"{label}, many", steps_kernel, many, fixed | kinds, warps(*pair)))
     return cases

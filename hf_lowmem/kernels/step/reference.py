@@ -1,4 +1,4 @@
-"""What the fused optimizer steps share, in torch: which gradients are sound, states and weights read and written."""
+"""What the fused optimizer steps share, in torch: which gradients are finite, states and weights read and written."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from hf_lowmem.kernels.codecs.weights import join_24, round_stochastic, split_24
 LARGEST_GRADIENT = 1e15
 
 
-def is_sound(grad: Tensor) -> Tensor:
+def is_finite_gradient(grad: Tensor) -> Tensor:
     """Whether every value of an fp32 gradient is finite and below 1e15 in magnitude: a bool on its device.
 
     One pass, where a norm would take eight times as long on a CPU.
@@ -72,7 +72,7 @@ class States:
             encode_state(value, codes, scalars, self.codec, self.signed, self.seeds[i], 0)
 
 
-def each_sound(
+def each_finite(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     skipped: Tensor,
@@ -80,13 +80,13 @@ def each_sound(
     store: str,
     seeds: Sequence[int],
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(index, weight, gradient), both fp32, of each parameter whose gradient is sound; what is done to the weight
+    """(index, weight, gradient), both fp32, of each parameter whose gradient is finite; what is done to the weight
     between two of them is written back. Bad gradients are counted in `skipped`."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         grad = g.to(torch.float32)
         if not p.numel():
             continue
-        if not is_sound(grad):
+        if not is_finite_gradient(grad):
             skipped.add_(1)
         else:
             correction = corrections[i] if store == "bf16_ecc" else None

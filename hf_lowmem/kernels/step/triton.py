@@ -180,13 +180,13 @@ def step_tile(
 
 @triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip"])
 def step_kernel(
-    sound_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
+    finite_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
     n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
 ):  # fmt: skip
     """One parameter of n values."""
-    if tl.load(sound_ptr) != 0:
+    if tl.load(finite_ptr) != 0:
         start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
@@ -211,7 +211,7 @@ def _number(row, place):
 
 @triton.jit
 def steps_kernel(
-    table, sound_ptr,
+    table, finite_ptr,
     m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
@@ -223,7 +223,7 @@ def steps_kernel(
     if WHOLE:
         n = tl.multiple_of(n, 16)
     start = tl.program_id(1).to(tl.int64) * (ROWS * WIDTH)
-    if (start < n) & (tl.load(sound_ptr + i) != 0):
+    if (start < n) & (tl.load(finite_ptr + i) != 0):
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
             _address(row, 0, WEIGHT, ALIGNED),
@@ -246,7 +246,7 @@ def steps_kernel(
 
 
 @triton.jit
-def check_kernel(table, sound_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
+def check_kernel(table, finite_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
     """Clear the flag of the i-th parameter if its gradient is bad. Programs (i, ...) share the values of one."""
     i = tl.program_id(0)
     row = table + i * COLUMNS
@@ -263,7 +263,7 @@ def check_kernel(table, sound_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr
     if tl.program_id(1) == 0:
         worst = tl.maximum(worst, magnitude(load_fp32(grad + whole + lane, lane < (n - whole).to(tl.int32))))
     if tl.max(worst, axis=0) >= LIMIT:
-        tl.store(sound_ptr + i, 0)
+        tl.store(finite_ptr + i, 0)
 
 
 def warps(*codecs: str) -> int:
@@ -316,7 +316,7 @@ def run_steps(
     if not count:
         return
     device = params[0].device
-    sound = torch.ones(count, dtype=torch.int32, device=device)
+    finite = torch.ones(count, dtype=torch.int32, device=device)
     first, second = states[0], states[-1]
     parts = [(_three(first.of(i)), _three(second.of(i))) for i in range(count)]
     fixed = {
@@ -344,16 +344,16 @@ def run_steps(
 
     largest = max(p.numel() for p in params)
     programs = min(triton.cdiv(largest, CHECK_BLOCK.value), CHECK_PROGRAMS)
-    check_kernel[(count, programs)](table, sound, **kinds, **options | {"num_warps": NUM_WARPS})
-    skipped.add_((sound == 0).sum())
+    check_kernel[(count, programs)](table, finite, **kinds, **options | {"num_warps": NUM_WARPS})
+    skipped.add_((finite == 0).sum())
     if small:
         sizes = [params[i].numel() for i in order[:small]]
         kinds |= {"WEIGHT": _triton_dtype(params[0].dtype), "WHOLE": all(size % 16 == 0 for size in sizes)}
-        steps_kernel[(small, triton.cdiv(max(sizes), TILE))](table, sound, *shared, **kinds, **fixed, **options)
+        steps_kernel[(small, triton.cdiv(max(sizes), TILE))](table, finite, *shared, **kinds, **fixed, **options)
     for place, i in enumerate(order[small:], small):
         p = params[i]
         correction = corrections[i] if store == "bf16_ecc" else p
         step_kernel[(triton.cdiv(p.numel(), TILE),)](
-            sound[place:], p, grads[i], correction, *parts[i][0], *parts[i][1], *shared,
+            finite[place:], p, grads[i], correction, *parts[i][0], *parts[i][1], *shared,
             p.numel(), *numbers[i], *keys[i], **fixed, **options,
         )  # fmt: skip

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
 from hf_lowmem.kernels.apollo.reference import apollo_update, update_by_factors
-from hf_lowmem.optim.fused import kernels_run_on
-from hf_lowmem.optim.lowrank.family import LowRankOptimizer, is_low_rank, previous_norm
+from hf_lowmem.optim.fused import is_plain, kernel_runs
+from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
-from hf_lowmem.optim.state import ParamState, is_finite
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, is_finite
+from hf_lowmem.optim.weights import Weights
 
 
 class Apollo(LowRankOptimizer):
@@ -47,6 +49,7 @@ class Apollo(LowRankOptimizer):
     """
 
     name = "apollo"
+    STATES = {**LowRankOptimizer.STATES, "prev_norm": PREVIOUS_NORM}
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "betas": (0.9, 0.999),
         "eps": 1e-6,
@@ -55,47 +58,42 @@ class Apollo(LowRankOptimizer):
         "scale": 1.0,
         "projection": "random",
     }
-    LIFTS = False
-    LIMITS = True
+    PROJECTS_BACK = False
     per_channel: ClassVar[bool] = True
 
-    def lift(
+    def full_update(
         self,
         grad: Tensor,
-        low: Tensor,
+        projected: Tensor,
         direction: Tensor,
         projector: Projector,
-        state: ParamState,
-        group: dict[str, Any],
+        slot: Slot,
+        group: Group,
     ) -> Tensor:
-        prev_norm, shards = previous_norm(grad, state), state.shards
-        if state.rows is None:
-            return apollo_update(grad, low, direction, prev_norm, per_channel=self.per_channel, scale=group["scale"])
+        prev_norm, shards = slot.load("prev_norm"), slot.shards
+        if not slot.cut:
+            return apollo_update(
+                grad, projected, direction, prev_norm, per_channel=self.per_channel, scale=group["scale"]
+            )
         # the same, of a matrix that is cut
-        s = projector.channel_scale(direction, low) if self.per_channel else tensor_scale(direction, low, shards)
+        if self.per_channel:
+            s = projector.channel_scale(direction, projected)
+        else:
+            s = tensor_scale(direction, projected, shards)
         return update_by_factors(grad, s, growth_of_(grad * s, prev_norm, shards), group["scale"])
 
-    def writes_weights(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return is_low_rank(p.shape, group["rank"]) and kernels_run_on(p, APOLLO_STEP)
-
-    def update_weights(
-        self,
-        p: Tensor,
-        correction: Tensor | None,
-        seed: int | None,
-        grad: Tensor,
-        sound: Tensor,
-        state: ParamState,
-        group: dict[str, Any],
-    ) -> None:
-        assert p.grad is not None
-        low, direction, _ = self.adam(grad, state, group)
-        s, factor = APOLLO_FACTORS(p.grad, low, direction, previous_norm(grad, state), self.per_channel)
-        state.judge(s)
-        state.judge(factor)
-        sound = sound & is_finite(s) & is_finite(factor)
-        settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], state.step
-        APOLLO_STEP(p, p.grad, correction, sound, s, factor, *settings, seed)
+    def apply(self, weights: Weights, grad: Tensor, slot: Slot, group: Group) -> None:
+        p = weights.p
+        if not (slot.low_rank and is_plain(p) and kernel_runs(APOLLO_STEP, p)):
+            super().apply(weights, grad, slot, group)
+            return
+        projected, direction, _ = self.adam(grad, slot, group)
+        s, factor = APOLLO_FACTORS(p.grad, projected, direction, slot.load("prev_norm"), self.per_channel)
+        slot.judge(s)
+        slot.judge(factor)
+        finite = weights.finite & is_finite(s) & is_finite(factor)
+        settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], slot.step
+        APOLLO_STEP(p, p.grad, weights.correction, finite, s, factor, *settings, weights.seed)
 
 
 class ApolloMini(Apollo):

@@ -1,22 +1,57 @@
-"""The template of the low-rank family: project, Adam on the projection, a rule that lifts its direction.
+"""The template of the low-rank family: project, Adam on the projection, a rule that makes an update of its direction.
 
-A method is its rule, `lift`; natural_galore also preconditions the projection. All else is here once: which parameters
-are projected, what becomes of the moments at a refresh, the order of eps and decay, bytes, gradient accumulation.
+A method is its rule, `full_update`; natural_galore also preconditions the projection. All else is here once: which
+parameters are projected, what becomes of the moments at a refresh, the order of eps and decay, accumulation.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from hf_lowmem.distributed import local
 from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import adam_direction, descend_
+from hf_lowmem.kernels.apollo.reference import channel_dim
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.fused import FusedStep
 from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
-from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, low_shape
-from hf_lowmem.optim.state import WINDOW, ParamState, StateDecl, number
-from hf_lowmem.specs import OptimSpec
+from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, projected_shape
+from hf_lowmem.optim.slot import Slot, is_low_rank
+from hf_lowmem.optim.state import WINDOW, Group, Shape, StateDecl
+
+
+def low_rank_shape(shape: Shape, group: Group) -> Shape | None:
+    """Shape of a projected gradient, of a low-rank parameter alone."""
+    return projected_shape(shape, group["rank"]) if is_low_rank(shape, group["rank"]) else None
+
+
+def moment_shape(shape: Shape, group: Group) -> Shape:
+    """Shape of a moment: the projection's of a low-rank parameter."""
+    return low_rank_shape(shape, group) or shape
+
+
+def stored_basis(shape: Shape, group: Group) -> Shape | None:
+    """Shape of the basis, where there is one and it is not drawn again in each step."""
+    stored = is_low_rank(shape, group["rank"]) and group["projection"] != "random"
+    return basis_shape(shape, group["rank"]) if stored else None
+
+
+def one_a_matrix(shape: Shape, group: Group) -> Shape | None:
+    """Shape of one number for each low-rank matrix."""
+    return shape[:-2] if is_low_rank(shape, group["rank"]) else None
+
+
+def channels(shape: Shape, group: Group) -> int:
+    """The dimension of a matrix's channels in its projection, which is cut; of any other parameter, the rows."""
+    if not is_low_rank(shape, group["rank"]):
+        return 0
+    return -2 if channel_dim(shape) == -1 else -1
+
+
+# The memory of the limit on how fast norms may grow.
+PREVIOUS_NORM = StateDecl(signed=False, shape=one_a_matrix, coded=False)
+# The sum of projected gradients.
+SUM = StateDecl(signed=True, shape=low_rank_shape, coded=False, rows=channels, passing=True)
 
 
 class LowRankOptimizer(LowMemOptimizer):
@@ -24,50 +59,36 @@ class LowRankOptimizer(LowMemOptimizer):
 
     ```python
     P = new_basis(grad) if t % update_gap == 0 else P        # t from 0
-    R = down(grad, P)
+    R = project(grad, P)
     m = beta1 * m + (1 - beta1) * R
     v = beta2 * v + (1 - beta2) * R**2
     N = m / (sqrt(v) + eps)
-    p -= lr * sqrt(1 - beta2**(t+1)) / (1 - beta1**(t+1)) * lift(grad, R, N)
+    p -= lr * sqrt(1 - beta2**(t+1)) / (1 - beta1**(t+1)) * full_update(grad, R, N)
     p -= lr * weight_decay * p
     ```
 
     Matrices and batches of matrices (fused experts) whose smaller side exceeds `rank` are projected. Everything else
-    takes Adam with the same codec, R = grad and lift = N.
-
-    Raises:
-        ValueError: for `rotate` with a projection that stores no basis.
+    takes Adam with the same codec, R = grad and the update N.
     """
 
     STATES = {
-        "exp_avg": StateDecl(signed=True),
-        "exp_avg_sq": StateDecl(signed=False),
-        "basis": StateDecl(signed=True, replicated=True, average=False),
+        "exp_avg": StateDecl(signed=True, shape=moment_shape, rows=channels),
+        "exp_avg_sq": StateDecl(signed=False, shape=moment_shape, rows=channels),
+        "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False),
     }
     PROJECTIONS = tuple(PROJECTORS)
-    # Whether `lift` goes back through the basis (else it only reads norms), and whether it limits the growth of norms.
-    LIFTS: ClassVar[bool] = True
-    LIMITS: ClassVar[bool] = False
-    FUSED = ADAMW_STEP
+    FUSED = FusedStep(ADAMW_STEP, lambda g, steps: (steps, "family", g["lr"], *g["betas"], g["eps"], g["weight_decay"]))
+    # Whether `full_update` goes back through the basis; else it only reads norms.
+    PROJECTS_BACK: ClassVar[bool] = True
 
-    @classmethod
-    def resolve(cls, spec: OptimSpec) -> dict[str, Any]:
-        group = super().resolve(spec)
-        if group.get("rotate") and group["projection"] == "random":
-            raise ValueError(
-                f"{spec.label('rotate')}=True has no effect with {spec.label('projection')}='random': two random bases "
-                "have nothing in common, so there is nothing to rotate. Leave it unset, or choose 'subspace'."
-            )
-        return group
-
-    def lift(
+    def full_update(
         self,
         grad: Tensor,
-        low: Tensor,
+        projected: Tensor,
         direction: Tensor,
         projector: Projector,
-        state: ParamState,
-        group: dict[str, Any],
+        slot: Slot,
+        group: Group,
     ) -> Tensor:
         """The update of a projected parameter, (..., m, n), from its gradient, R and N.
 
@@ -75,106 +96,56 @@ class LowRankOptimizer(LowMemOptimizer):
         """
         raise NotImplementedError
 
-    def precondition(self, low: Tensor, state: ParamState, group: dict[str, Any]) -> Tensor:
-        """What Adam sees of a projected gradient."""
-        return low
+    def precondition(self, projected: Tensor, slot: Slot, group: Group) -> Tensor:
+        """The projected gradient as Adam is to see it."""
+        return projected
 
-    def rotate(self, rotation: Tensor, low: Tensor, right: bool, state: ParamState, group: dict[str, Any]) -> None:
-        """Turn the states that live in the basis into the new one. `low` has the shape of a moment."""
-        first, second = state.load("exp_avg", low), state.load("exp_avg_sq", low)
-        state.store("exp_avg", rotate_first(first, rotation, right))
-        state.store("exp_avg_sq", rotate_second(second, rotation, right))
+    def rotate(self, rotation: Tensor, right: bool, slot: Slot) -> None:
+        """Turn the states that live in the basis into the new one. `right`: moments are (..., channels, r)."""
+        first, second = slot.load("exp_avg"), slot.load("exp_avg_sq")
+        slot.save("exp_avg", rotate_first(first, rotation, right))
+        slot.save("exp_avg_sq", rotate_second(second, rotation, right))
 
-    def update(self, p: Tensor, grad: Tensor, state: ParamState, group: dict[str, Any]) -> None:
-        low, direction, projector = self.adam(grad, state, group)
-        update = direction if projector is None else self.lift(grad, low, direction, projector, state, group)
-        descend_(p, update, group["lr"], group["betas"], group["weight_decay"], state.step)
+    def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+        projected, direction, projector = self.adam(grad, slot, group)
+        update = direction
+        if projector is not None:
+            update = self.full_update(grad, projected, direction, projector, slot, group)
+        descend_(p, update, group["lr"], group["betas"], group["weight_decay"], slot.step)
 
-    def adam(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> tuple[Tensor, Tensor, Projector | None]:
+    def adam(self, grad: Tensor, slot: Slot, group: Group) -> tuple[Tensor, Tensor, Projector | None]:
         """R, Adam's direction N for it, and what has projected it: nothing where R is the gradient."""
-        low, projector = grad, None
-        if is_low_rank(state.shards.shape(grad), group["rank"]):
-            window = state.raw.pop(WINDOW, None)
-            projector, low = self._project(grad, state, group, state.step - 1, refresh=window is None)
+        projected, projector = grad, None
+        if slot.low_rank:
+            window = slot.raw.pop(WINDOW, None)
+            projector, projected = self._project(grad, slot, group, slot.step - 1, refresh=window is None)
             if window is not None:
-                low = low.add_(local(window))
-            low = self.precondition(low, state, group)
-        exp_avg, exp_avg_sq = state.load("exp_avg", low), state.load("exp_avg_sq", low)
-        direction = adam_direction(low, exp_avg, exp_avg_sq, group["betas"], group["eps"])
-        state.store("exp_avg", exp_avg)
-        state.store("exp_avg_sq", exp_avg_sq)
-        return low, direction, projector
+                projected = projected.add_(local(window))
+            projected = self.precondition(projected, slot, group)
+        exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
+        direction = adam_direction(projected, exp_avg, exp_avg_sq, group["betas"], group["eps"])
+        slot.save("exp_avg", exp_avg)
+        slot.save("exp_avg_sq", exp_avg_sq)
+        return projected, direction, projector
 
-    def fold(self, grad: Tensor, state: ParamState, group: dict[str, Any]) -> bool:
+    def accumulate(self, grad: Tensor, slot: Slot, group: Group) -> None:
         """Add up the projections of a window of gradients; the first one makes the basis if one is due."""
-        if not (self.ACCUMULATES and is_low_rank(state.shards.shape(grad), group["rank"])):
-            return False
-        window = state.raw.get(WINDOW)
-        _, low = self._project(grad, state, group, number(state.raw.get("step", 0)), refresh=window is None)
-        state.tensor(WINDOW, lambda: torch.zeros_like(low)).add_(low)
-        return True
+        _, projected = self._project(grad, slot, group, slot.step, refresh=WINDOW not in slot.raw)
+        slot.load(WINDOW).add_(projected)
 
-    def _project(
-        self, grad: Tensor, state: ParamState, group: dict[str, Any], step: int, *, refresh: bool
-    ) -> tuple[Projector, Tensor]:
-        projector = PROJECTORS[group["projection"]](grad, state, group, step, lifts=self.LIFTS)
+    def _project(self, grad: Tensor, slot: Slot, group: Group, step: int, *, refresh: bool) -> tuple[Projector, Tensor]:
+        projector = PROJECTORS[group["projection"]](grad, slot, group, step, projects_back=self.PROJECTS_BACK)
         rotation = projector.refresh_(grad) if refresh else None
-        low = projector.down(grad)
+        projected = projector.project(grad)
         if rotation is not None and group.get("rotate"):
-            self.rotate(rotation, low, projector.tall, state, group)
-        return projector, low
-
-    def fuses(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return not is_low_rank(p.shape, group["rank"]) and super().fuses(p, group)
-
-    def elementwise(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return not is_low_rank(p.shape, group["rank"])
-
-    def fused_settings(self, group: dict[str, Any], steps: list[int]) -> tuple[Any, ...]:
-        return steps, "family", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-
-    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        if not is_low_rank(shape, group["rank"]):
-            return {"exp_avg": shape, "exp_avg_sq": shape}
-        low = low_shape(shape, group["rank"])
-        shapes = {"exp_avg": low, "exp_avg_sq": low}
-        if group["projection"] != "random":
-            shapes["basis"] = basis_shape(shape, group["rank"])
-        return shapes
-
-    def plain_states(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        return {"prev_norm": shape[:-2]} if self.LIMITS and is_low_rank(shape, group["rank"]) else {}
-
-    def draws(self, p: Tensor, group: dict[str, Any]) -> bool:
-        projects = is_low_rank(p.shape, group["rank"]) and group["projection"] != "svd"
-        return projects or super().draws(p, group)
-
-    def state_bytes(self, p: Tensor, group: dict[str, Any]) -> int:
-        limited = self.LIMITS and is_low_rank(p.shape, group["rank"])
-        return super().state_bytes(p, group) + (4 * local(p).shape[:-2].numel() if limited else 0)
+            self.rotate(rotation, projector.tall, slot)
+        return projector, projected
 
     @classmethod
-    def unsharded_only(cls, shape: torch.Size, group: dict[str, Any]) -> str | None:
+    def unsharded_only(cls, shape: Shape, group: Group) -> str | None:
         if len(shape) == 2 and is_low_rank(shape, group["rank"]) and group["projection"] == "svd":
             return (
                 f"projection='svd' with {cls.name!r} under FSDP2: an SVD needs the whole gradient of a weight, which "
                 "no process has. Set projection='subspace', which adds up products of the shards, or use DDP."
             )
         return None
-
-    def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
-        turned = len(shape) == 2 and shape[0] < shape[1] and is_low_rank(shape, group["rank"]) and name != "basis"
-        return value.mT if turned else value  # (r, n) -> (n, r)
-
-    def from_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
-        return LowRankOptimizer.to_rows(self, name, value, shape, group)
-
-
-def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
-    """Whether a parameter of this shape takes the low-rank rule: a matrix, or a batch, that the rank makes smaller."""
-    return rank is not None and len(shape) in (2, 3) and rank < min(shape[-2:])
-
-
-def previous_norm(grad: Tensor, state: ParamState) -> Tensor:
-    """The limiter's memory, one fp32 a matrix: (...) for a gradient (..., m, n)."""
-    return state.tensor("prev_norm", lambda: torch.zeros(grad.shape[:-2], dtype=torch.float32, device=grad.device))

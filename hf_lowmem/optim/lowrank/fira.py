@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.lowrank.family import LowRankOptimizer, previous_norm
+from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.pipeline import growth_of_
 from hf_lowmem.optim.lowrank.projector import Projector
-from hf_lowmem.optim.state import ParamState
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import check_flag
 
 
 def fira_update(
     grad: Tensor,
-    low: Tensor,
+    projected: Tensor,
     direction: Tensor,
     projector: Projector,
     prev_norm: Tensor,
@@ -27,21 +28,21 @@ def fira_update(
     scale: float,
     removed: float,
 ) -> Tensor:
-    """The update of a matrix: scale * lift(N) + limit_growth((grad - removed * lift(R)) * phi).
+    """The update of a matrix: scale * back(N) + limit_growth((grad - removed * back(R)) * phi).
 
     Args:
         grad: (..., m, n).
-        low: the projected gradient R, as the projector gave it.
+        projected: the projected gradient R, as the projector gave it.
         direction: Adam's direction N for it, of the same shape.
-        projector: lifts both.
+        projector: projects both back.
         prev_norm: (...), norm of the last residual; changed in place.
-        scale: factor on the lifted direction.
-        removed: how much of the lifted projection the residual lacks: 1 in the paper, `scale` in the authors' code.
+        scale: factor on the direction that is projected back.
+        removed: how much of its projection the residual lacks: 1 in the paper, `scale` in the authors' code.
     """
-    residual = grad.sub(projector.up(low), alpha=removed)
-    residual.mul_(projector.channel_scale(direction, low))
+    residual = grad.sub(projector.project_back(projected), alpha=removed)
+    residual.mul_(projector.channel_scale(direction, projected))
     residual.div_(growth_of_(residual, prev_norm, projector.shards)[..., None, None])
-    return residual.add_(projector.up(direction), alpha=scale)
+    return residual.add_(projector.project_back(direction), alpha=scale)
 
 
 class Fira(LowRankOptimizer):
@@ -71,19 +72,19 @@ class Fira(LowRankOptimizer):
     """
 
     name = "fira"
+    STATES = {**LowRankOptimizer.STATES, "prev_norm": PREVIOUS_NORM}
     DEFAULTS: ClassVar[dict[str, Any]] = {**GaLore.DEFAULTS, "authors_residual": False}
     CHECKS = {"authors_residual": check_flag}
-    LIMITS = True
 
-    def lift(
+    def full_update(
         self,
         grad: Tensor,
-        low: Tensor,
+        projected: Tensor,
         direction: Tensor,
         projector: Projector,
-        state: ParamState,
-        group: dict[str, Any],
+        slot: Slot,
+        group: Group,
     ) -> Tensor:
         removed = group["scale"] if group["authors_residual"] else 1.0
-        prev_norm = previous_norm(grad, state)
-        return fira_update(grad, low, direction, projector, prev_norm, scale=group["scale"], removed=removed)
+        prev_norm = slot.load("prev_norm")
+        return fira_update(grad, projected, direction, projector, prev_norm, scale=group["scale"], removed=removed)

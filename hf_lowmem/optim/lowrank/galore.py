@@ -1,7 +1,7 @@
 """GaLore: Adam in the leading singular directions of the gradient.
 
 The gradients of a weight matrix stay close to a slowly moving subspace. Adam's moments are kept for the coordinates in
-that subspace alone, and its direction is lifted back, so the weight itself may still move anywhere over time: unlike
+that subspace alone, and its direction is projected back, so the weight itself may still move anywhere over time: unlike
 LoRA, nothing confines the sum of the steps to a small rank.
 """
 
@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.lowrank.family import LowRankOptimizer
+from hf_lowmem.optim.lowrank.family import SUM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.projector import Projector
-from hf_lowmem.optim.state import ParamState
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import WINDOW, Group
 
 
 class GaLore(LowRankOptimizer):
@@ -46,6 +47,7 @@ class GaLore(LowRankOptimizer):
     """
 
     name = "galore"
+    STATES = {**LowRankOptimizer.STATES, WINDOW: SUM}
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "betas": (0.9, 0.999),
         "eps": 1e-6,
@@ -57,13 +59,13 @@ class GaLore(LowRankOptimizer):
     }
     ACCUMULATES = True
 
-    def lift(
+    def full_update(
         self,
         grad: Tensor,
-        low: Tensor,
+        projected: Tensor,
         direction: Tensor,
         projector: Projector,
-        state: ParamState,
-        group: dict[str, Any],
+        slot: Slot,
+        group: Group,
     ) -> Tensor:
-        return projector.up(direction).mul_(group["scale"])
+        return projector.project_back(direction).mul_(group["scale"])

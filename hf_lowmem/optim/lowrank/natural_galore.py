@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.lowrank.family import is_low_rank
+from hf_lowmem.optim.lowrank.family import channels, low_rank_shape
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.pipeline import rotate_first
-from hf_lowmem.optim.lowrank.projector import low_shape
-from hf_lowmem.optim.state import ParamState, StateDecl
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, Shape, StateDecl
 from hf_lowmem.specs import check_integer, check_number
 
 # Times the largest squared norm in the history: the rounding of its sums in fp32, below which damping means nothing.
@@ -66,6 +66,15 @@ def check_damping(label: str, value: Any) -> None:
         check_number(label, value, low=0.0, low_open=True)
 
 
+def history_shape(shape: Shape, group: Group) -> Shape | None:
+    """Shape of the remembered gradients, (..., s, a, b) for projections (..., a, b)."""
+    one = low_rank_shape(shape, group)
+    return None if one is None else Shape([*one[:-2], group["history"], *one[-2:]])
+
+
+HISTORY = StateDecl(signed=True, shape=history_shape, rows=channels, average=False)
+
+
 class NaturalGaLore(GaLore):
     """Natural GaLore (arXiv 2410.16029, section 3).
 
@@ -94,7 +103,7 @@ class NaturalGaLore(GaLore):
     """
 
     name = "natural_galore"
-    STATES = {**GaLore.STATES, "history": StateDecl(signed=True, average=False)}
+    STATES = {**GaLore.STATES, "history": HISTORY}
     DEFAULTS: ClassVar[dict[str, Any]] = {**GaLore.DEFAULTS, "damping": None, "history": 4}
     CHECKS = {
         "damping": check_damping,
@@ -102,44 +111,28 @@ class NaturalGaLore(GaLore):
     }
     STRUCTURAL = (*LowMemOptimizer.STRUCTURAL, "history")
 
-    def precondition(self, low: Tensor, state: ParamState, group: dict[str, Any]) -> Tensor:
-        size = group["history"]
-        newest = (state.step - 1) % size
-        history = load_history(low, state, size)
-        history[..., newest, :, :] = low
-        natural = natural_gradient(history, newest, group["damping"], state.shards)
-        store_history(history, state)
+    def precondition(self, projected: Tensor, slot: Slot, group: Group) -> Tensor:
+        newest = (slot.step - 1) % group["history"]
+        history = load_history(slot)
+        history[..., newest, :, :] = projected
+        natural = natural_gradient(history, newest, group["damping"], slot.shards)
+        save_history(history, slot)
         return natural
 
-    def rotate(self, rotation: Tensor, low: Tensor, right: bool, state: ParamState, group: dict[str, Any]) -> None:
-        super().rotate(rotation, low, right, state, group)
-        history = load_history(low, state, group["history"])
-        store_history(rotate_first(history, rotation[..., None, :, :], right), state)
-
-    def to_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
-        value = super().to_rows(name, value, shape, group)
-        return value.movedim(0, 1) if name == "history" and len(shape) == 2 else value  # (s, c, r) -> (c, s, r)
-
-    def from_rows(self, name: str, value: Tensor, shape: torch.Size, group: dict[str, Any]) -> Tensor:
-        value = value.movedim(0, 1) if name == "history" and len(shape) == 2 else value
-        return super().from_rows(name, value, shape, group)
-
-    def state_shapes(self, shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
-        shapes = super().state_shapes(shape, group)
-        if is_low_rank(shape, group["rank"]):
-            low = low_shape(shape, group["rank"])
-            shapes["history"] = torch.Size([*low[:-2], group["history"], *low[-2:]])
-        return shapes
+    def rotate(self, rotation: Tensor, right: bool, slot: Slot) -> None:
+        super().rotate(rotation, right, slot)
+        save_history(rotate_first(load_history(slot), rotation[..., None, :, :], right), slot)
 
 
-def load_history(low: Tensor, state: ParamState, size: int) -> Tensor:
-    """The ring of projected gradients, (..., size, a, b) for `low` (..., a, b). Update t from 0 fills slot t % size."""
-    if state.rows is None:
-        return state.load("history", low.unsqueeze(-3).expand(*low.shape[:-2], size, *low.shape[-2:]))
-    # Shards are cut by channels, so a channel's part of all s gradients is one row of what is stored.
-    return state.load("history", low.unsqueeze(1).expand(low.shape[0], size, low.shape[1])).movedim(1, 0)
+def load_history(slot: Slot) -> Tensor:
+    """The ring of s projected gradients (a, b), (..., s, a, b). Update t from 0 fills slot t % s of it.
+
+    Shards are cut by channels, so a channel's part of all s gradients is one row of what is stored.
+    """
+    history = slot.load("history")
+    return history.movedim(1, 0) if slot.cut else history
 
 
-def store_history(history: Tensor, state: ParamState) -> None:
+def save_history(history: Tensor, slot: Slot) -> None:
     """Encode what `load_history` gave."""
-    state.store("history", history if state.rows is None else history.movedim(0, 1))
+    slot.save("history", history.movedim(0, 1) if slot.cut else history)

@@ -14,9 +14,9 @@ from hf_lowmem.distributed import Whole
 from hf_lowmem.kernels.apollo.reference import TINY, growth_
 
 
-def tensor_scale(direction: Tensor, low: Tensor, shards: Whole) -> Tensor:
+def tensor_scale(direction: Tensor, projected: Tensor, shards: Whole) -> Tensor:
     """One factor a matrix: ||N|| / (||R|| + 1e-8), (..., 1, 1), of projections that are cut (APOLLO-Mini)."""
-    length, given = shards.norms(direction, low, dim=(-2, -1), keepdim=True)
+    length, given = shards.norms(direction, projected, dim=(-2, -1), keepdim=True)
     return length / given.add_(TINY)
 
 

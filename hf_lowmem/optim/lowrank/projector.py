@@ -1,4 +1,4 @@
-"""Projections of a gradient to a small rank, behind one interface: `refresh_`, `down`, `up`.
+"""Projections of a gradient to a small rank, behind one interface: `refresh_`, `project`, `project_back`.
 
 A projector lives for one update of one parameter. What has to last is a state: the coded tensor `basis`, or for
 `random` nothing but a number. The authors' packages keep a Python object in the state, which
@@ -21,7 +21,7 @@ so no step waits for it.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from torch import Tensor
 from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
-from hf_lowmem.optim.state import ParamState, stream_key
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, Shape, stream_key
 
 COLD_STEPS = 4  # power steps from a Gaussian start; later refreshes start from the last basis and take one
 
@@ -64,8 +65,8 @@ def power_basis(grad: Tensor, start: Tensor, steps: int, shards: Whole = WHOLE) 
         if rows >= columns:
             product = shards.sum_((grad.mT @ (grad @ basis).div_(peak)).div_(peak))
         else:
-            low = shards.sum_((grad.mT @ shards.rows(basis)).div_(peak))
-            product = shards.gather((grad @ low).div_(peak), rows)
+            projected = shards.sum_((grad.mT @ shards.rows(basis)).div_(peak))
+            product = shards.gather((grad @ projected).div_(peak), rows)
         basis, triangle = torch.linalg.qr(product)
         signs = torch.diagonal(triangle, dim1=-2, dim2=-1).sign()
         basis = basis * torch.where(signs == 0, 1.0, signs)[..., None, :]
@@ -82,35 +83,33 @@ class Projector:
     """The projection of one parameter at one step.
 
     ```python
-    projector = PROJECTORS[group["projection"]](grad, state, group, step, lifts=True)
+    projector = PROJECTORS[group["projection"]](grad, slot, group, step, projects_back=True)
     rotation = projector.refresh_(grad)
-    low = projector.down(grad)             # grad @ P       (..., m, r)    or  P.T @ grad    (..., r, n)
-    update = projector.up(low)             # low @ P.T      (..., m, n)    or  P @ low
+    projected = projector.project(grad)             # grad @ P       (..., m, r)    or  P.T @ grad    (..., r, n)
+    update = projector.project_back(projected)             # projected @ P.T      (..., m, n)    or  P @ projected
     ```
 
-    A matrix that is cut into shards by rows has its channels, not its rank, cut: `low` then is (channels of here, r)
-    whichever side is larger. For m >= n nothing is sent, since a row is a channel. For m < n `down` reduce-scatters the
-    (n, r) sum over the rows, and `up` gathers it.
+    A matrix that is cut into shards by rows has its channels, not its rank, cut: `projected` then is
+    (channels of here, r) whichever side is larger. For m >= n nothing is sent, since a row is a channel. For m < n
+    `project` reduce-scatters the (n, r) sum over the rows, and `project_back` gathers it.
 
     Args:
         grad: for its shape and device.
-        state, group: of the parameter.
+        slot, group: of the parameter.
         step: number of the update, from 0.
-        lifts: whether the method calls `up`; see `RandomProjector`.
+        projects_back: whether the method calls `project_back`; see `RandomProjector`.
     """
 
-    def __init__(self, grad: Tensor, state: ParamState, group: dict[str, Any], step: int, *, lifts: bool) -> None:
-        self.state = state
+    def __init__(self, grad: Tensor, slot: Slot, group: Group, step: int, *, projects_back: bool) -> None:
+        self.slot = slot
         self.rank: int = group["rank"]
         self.update_gap: int = group["update_gap"]
         self.step = step
-        self.lifts = lifts
-        self.shards = state.shards
-        self.shape = state.shards.shape(grad)
+        self.projects_back = projects_back
+        self.shards = slot.shards
+        self.shape = slot.shards.shape(grad)
         self.right = channel_dim(self.shape) == -1
-        self.cut = state.rows is not None and not self.right
-        if state.rows is not None:
-            state.rows = max(self.shape)
+        self.cut = slot.cut and not self.right
         self.basis = self.load_basis(grad)
 
     def load_basis(self, grad: Tensor) -> Tensor:
@@ -125,26 +124,26 @@ class Projector:
         """
         raise NotImplementedError
 
-    def down(self, grad: Tensor) -> Tensor:
+    def project(self, grad: Tensor) -> Tensor:
         """The gradient in the coordinates of the basis."""
         if self.cut:
             return self.shards.scatter_sum(grad.mT @ self.shards.rows(self.basis))
         return grad @ self.basis if self.right else self.basis.mT @ grad
 
-    def up(self, low: Tensor) -> Tensor:
+    def project_back(self, projected: Tensor) -> Tensor:
         """The matrix that has these coordinates."""
         if self.cut:
-            return self.shards.rows(self.basis) @ self.shards.gather(low, self.shape[1]).mT
-        return low @ self.basis.mT if self.right else self.basis @ low
+            return self.shards.rows(self.basis) @ self.shards.gather(projected, self.shape[1]).mT
+        return projected @ self.basis.mT if self.right else self.basis @ projected
 
     @property
     def tall(self) -> bool:
-        """Whether `low` is (..., channels, r), else (..., r, channels)."""
+        """Whether `projected` is (..., channels, r), else (..., r, channels)."""
         return self.right or self.cut
 
-    def channel_scale(self, direction: Tensor, low: Tensor) -> Tensor:
+    def channel_scale(self, direction: Tensor, projected: Tensor) -> Tensor:
         """`channel_scale` of a projection and Adam's direction for it, to be multiplied with the gradient."""
-        s = channel_scale(direction, low, -1 if self.tall else -2)
+        s = channel_scale(direction, projected, -1 if self.tall else -2)
         return self.shards.gather(s, self.shape[1]).mT if self.cut else s
 
 
@@ -154,13 +153,12 @@ class StoredProjector(Projector):
     # Whether making a basis waits for the device as it is.
     WAITS: ClassVar[bool]
 
-    def find(self, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
-        """A basis for `grad`, (..., d, r). What it is where not `sound`, (..., 1, 1), does not matter."""
+    def find(self, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
+        """A basis for `grad`, (..., d, r). What it is where not `usable`, (..., 1, 1), does not matter."""
         raise NotImplementedError
 
     def load_basis(self, grad: Tensor) -> Tensor:
-        shape = basis_shape(self.shape, self.rank)
-        return self.state.load("basis", grad.new_zeros(()).expand(shape))  # only a shape: nothing is allocated
+        return self.slot.load("basis")
 
     def refresh_(self, grad: Tensor) -> Tensor | None:
         due = self.step % self.update_gap == 0
@@ -169,17 +167,17 @@ class StoredProjector(Projector):
         old = self.basis
         missing = (old == 0).all(-1, keepdim=True).all(-2, keepdim=True)
         # Here the answer costs nothing; elsewhere a basis is made in vain in a handful of the first steps.
-        if not due and (self.state.waits or self.WAITS) and not missing.any():
+        if not due and (self.slot.syncs or self.WAITS) and not missing.any():
             return None
         peak = self.shards.largest(grad)
-        sound = (peak > 0) & (peak < LARGEST_GRADIENT)  # False for NaN too
-        renewed = sound if due else sound & missing
-        new = torch.where(renewed, self.find(grad, old, sound), old)
+        usable = (peak > 0) & (peak < LARGEST_GRADIENT)  # False for NaN too
+        renewed = usable if due else usable & missing
+        new = torch.where(renewed, self.find(grad, old, usable), old)
         rotation = None
         if due:
             same = torch.eye(self.rank, dtype=torch.float32, device=grad.device)
             rotation = torch.where(renewed & ~missing, old.mT @ new, same)
-        self.state.store("basis", new)
+        self.slot.save("basis", new)
         self.basis = self.load_basis(grad)  # what the codec made of it, as every later step will see it
         return rotation
 
@@ -189,8 +187,8 @@ class SvdProjector(StoredProjector):
 
     WAITS = True
 
-    def find(self, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
-        return svd_basis(torch.where(sound, grad, 0.0), self.rank)  # torch's SVD raises on NaN
+    def find(self, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
+        return svd_basis(torch.where(usable, grad, 0.0), self.rank)  # torch's SVD raises on NaN
 
 
 class SubspaceProjector(StoredProjector):
@@ -203,8 +201,8 @@ class SubspaceProjector(StoredProjector):
 
     WAITS = False
 
-    def find(self, grad: Tensor, old: Tensor, sound: Tensor) -> Tensor:
-        key = stream_key(self.state.key, "start")
+    def find(self, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
+        key = stream_key(self.slot.key, "start")
         missing = (old == 0).all(-1, keepdim=True).all(-2, keepdim=True)
         start = torch.where(missing, gaussian(key, old.shape[-2], self.rank, grad.device), old)
         return power_basis(grad, start, 1 if self.step >= self.update_gap else COLD_STEPS, self.shards)
@@ -215,13 +213,14 @@ class RandomProjector(Projector):
 
     ```python
     P = randn(d, rank) / sqrt(rank)        # d = min(m, n); new after each `update_gap` steps
-    P *= sqrt(rank / d)                    # for a method that lifts
+    P *= sqrt(rank / d)                    # for a method that projects back
     ```
 
     With variance 1/rank a projection keeps the norm of each channel (APOLLO, arXiv 2412.05270, section 4.2, needs just
     that), but P @ P.T then stretches by up to (1 + sqrt(d / rank))**2. With variance 1/d the columns have length 1 and
-    are almost orthogonal: up(down(G)) is nearly the projection of G to a random subspace, its singular values between
-    (1 - sqrt(rank / d))**2 and (1 + sqrt(rank / d))**2, and a lifted direction has the size that GaLore's has.
+    are almost orthogonal: what is projected and projected back is nearly the projection of G to a random subspace, its
+    singular values between (1 - sqrt(rank / d))**2 and (1 + sqrt(rank / d))**2, and a direction that is projected back
+    has the size that GaLore's has.
 
     A seed that were taken from a parameter's position in a list would change with every layer that is added; this one
     is a hash of its name and of the number of the refresh.
@@ -230,26 +229,26 @@ class RandomProjector(Projector):
     def load_basis(self, grad: Tensor) -> Tensor:
         small = min(self.shape[-2:])
         matrix = self.matrix(small, self.step, grad.device)
-        return matrix * math.sqrt(self.rank / small) if self.lifts else matrix
+        return matrix * math.sqrt(self.rank / small) if self.projects_back else matrix
 
     def refresh_(self, grad: Tensor) -> Tensor | None:
         return None
 
     def matrix(self, small: int, step: int, device: torch.device) -> Tensor:
         """P with variance 1/rank, (small, rank), for the update with this number, counted from 0."""
-        return gaussian(stream_key(self.state.key, step // self.update_gap), small, self.rank, device)
+        return gaussian(stream_key(self.slot.key, step // self.update_gap), small, self.rank, device)
 
 
-def basis_shape(shape: torch.Size, rank: int) -> torch.Size:
+def basis_shape(shape: Shape, rank: int) -> Shape:
     """Shape of the basis of a gradient of `shape`."""
-    return torch.Size([*shape[:-2], min(shape[-2:]), rank])
+    return Shape([*shape[:-2], min(shape[-2:]), rank])
 
 
-def low_shape(shape: torch.Size, rank: int) -> torch.Size:
+def projected_shape(shape: Shape, rank: int) -> Shape:
     """Shape of the projection of a gradient of `shape`."""
-    low = list(shape)
-    low[channel_dim(shape)] = rank
-    return torch.Size(low)
+    projected = list(shape)
+    projected[channel_dim(shape)] = rank
+    return Shape(projected)
 
 
 PROJECTORS: dict[str, type[Projector]] = {

@@ -30,7 +30,7 @@ def within_budget(trainer: Any, args: Any, given: dict[str, Any]) -> tuple[Any, 
         given: the other arguments of its constructor, by name.
 
     Of a model that is passed, the config and the dtype count; parameters that were frozen by hand are taken for
-    trained, so that what is foretold is too much for them.
+    trained, so that what is predicted is too much for them.
 
     Raises:
         ValueError: where nothing fits, with what would; where what trains cannot be planned.

@@ -185,7 +185,7 @@ def _rules(args: Any, bf16_weights: bool) -> Iterator[dict[str, Any]]:
     for i, name in enumerate(names):
         for state, store, steps in product(states, stores, stepping):
             norm = args.max_grad_norm
-            if steps and "max_grad_norm" in free and getattr(OPTIMIZERS[name], "LIMITS", False):
+            if steps and "max_grad_norm" in free and "prev_norm" in OPTIMIZERS[name].STATES:
                 norm = 0.0
             yield {
                 "departure": 1 + 4 * i + (norm != args.max_grad_norm) + 2 * (state in COARSE),

@@ -1,0 +1,157 @@
+"""Step in backward: each weight is updated as soon as its gradient is complete, and the gradient is freed at once.
+
+A step of its own keeps every gradient until the last one is there: 2 bytes a parameter in bf16, as much as the weights.
+Updated one by one, only the gradient in hand exists (the idea is LOMO's, arXiv 2306.09782; torch calls its recipe
+"optimizer step in backward"). There is still *one* optimizer, so one schedule drives it and one state dict holds it;
+transformers' layer-wise variant makes one optimizer a parameter, which are never scheduled nor saved.
+
+What needs all gradients at once cannot be had: clipping by the global norm, the loss scaling of fp16, DDP's averaging.
+FSDP2 averages a layer's gradients before it calls the hooks of its sharded parameters, so under FSDP2 it works.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lowmem.distributed import Shards, is_sharded, local
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.method import METHODS
+
+
+class StepInBackward:
+    """Attach `optimizer` to the backward pass of its parameters.
+
+    ```python
+    stepping = StepInBackward(optimizer)
+    loss.backward()          # for p in parameters, as its gradient completes: optimizer.step_param(p); p.grad = None
+    optimizer.step()         # nothing is left to update; schedules and step hooks count here
+    scheduler.step()
+    stepping.remove()        # when the training ends
+    ```
+
+    The hooks on the parameters keep neither this object nor the optimizer alive: without them gradients stay again.
+
+    Args:
+        optimizer: ours; every parameter of its groups is attached.
+        ready: for gradient accumulation, whether the backward pass now running is the last of its window. Between,
+            a method that works on a projection of the gradient (`ACCUMULATES`) adds up the projections, which is
+            exact because a projection is linear; its other parameters keep their gradients until then. A new basis is
+            taken from the first gradient of a window instead of from their sum, which is not there.
+
+    Raises:
+        TypeError: for an optimizer of somebody else.
+        ValueError: for `ready` with a method that needs whole gradients; for an optimizer that is attached already.
+    """
+
+    def __init__(self, optimizer: LowMemOptimizer, *, ready: Callable[[], bool] | None = None) -> None:
+        if not isinstance(optimizer, LowMemOptimizer):
+            raise TypeError(
+                f"step in backward needs an optimizer of hf_lowmem, got {type(optimizer).__name__}. Make one with "
+                "hf_lowmem.make_optimizer(...)."
+            )
+        if ready is not None and not optimizer.ACCUMULATES:
+            raise ValueError(accumulation_refused("gradient accumulation", optimizer.name))
+        self.optimizer = optimizer
+        self.ready = ready or (lambda: True)
+        self.last_norm: Tensor | None = None
+        # Sums of squares, and where the rest of each is: None for whole gradients, else any sharded parameter's places.
+        self._squares: dict[tuple[torch.device, Any], tuple[Tensor, Shards | None]] = {}
+        self._hooks: list[Any] = []
+        weakref.finalize(self, _remove_all, self._hooks).atexit = False
+        self._attach()
+
+    def _attach(self) -> None:
+        optimizer = self.optimizer
+        self._attached = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if has_hook(p):
+                    gc.collect()  # the optimizer of one may be gone, but not yet collected
+                if has_hook(p):
+                    self.remove()
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a hook on its gradient already. Remove it, or the "
+                        "StepInBackward that set it, first: its `remove()`, or LowMemPlugin's."
+                    )
+                if p.requires_grad:
+                    self._hooks.append(p.register_post_accumulate_grad_hook(self._hook(index)))
+        self._hooks.append(optimizer.register_step_post_hook(self._close))
+
+    def follow(self) -> None:
+        """Attach to the parameters that the optimizer has now: FSDP2 puts sharded ones in their places."""
+        now = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if len(now) != len(self._attached) or any(p is not q for p, q in zip(now, self._attached, strict=True)):
+            self.remove()
+            self._attach()
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        weak = weakref.ref(self)
+
+        def run(p: Tensor) -> None:
+            stepping = weak()
+            if stepping is not None:
+                stepping._update(p, index)
+
+        return run
+
+    def _update(self, p: Tensor, index: int) -> None:
+        group = self.optimizer.param_groups[index]
+        if self.ready():
+            self._count(p)
+            self.optimizer.step_param(p, group)
+            p.grad = None
+        elif self.optimizer.accumulate_param(p, group):
+            p.grad = None
+
+    @torch.no_grad()
+    def _count(self, p: Tensor) -> None:
+        assert p.grad is not None
+        square = torch.linalg.vector_norm(local(p.grad), dtype=torch.float32).square()
+        shards = Shards(p) if is_sharded(p) else None  # type: ignore[arg-type]
+        key = p.device, shards and shards.group
+        total, _ = self._squares.get(key, (None, None))
+        self._squares[key] = square if total is None else total.add_(square), shards
+
+    def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._squares:
+            sums = [s if shards is None else shards.sum_(s) for s, shards in self._squares.values()]
+            self.last_norm = torch.stack([s.cpu() for s in sums]).sum().sqrt()
+            self._squares.clear()
+
+    def grad_norm(self) -> float | None:
+        """Norm over all gradients of the last finished step, `None` before the first.
+
+        With gradient accumulation: of the last backward pass alone where projections are added up.
+        """
+        return None if self.last_norm is None else self.last_norm.item()
+
+    def remove(self) -> None:
+        """Detach: gradients stay again until `optimizer.step()`. `follow` attaches again."""
+        _remove_all(self._hooks)
+        self._attached = []
+
+
+def has_hook(p: Tensor) -> bool:
+    """Whether something waits for this parameter's gradient."""
+    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _remove_all(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def accumulation_refused(setting: str, name: str) -> str:
+    """The reason why a method cannot add up gradients that it frees, with the remedy."""
+    able = [n for n, cls in METHODS.items() if cls.ACCUMULATES]
+    return (
+        f"{setting} with step in backward: {name!r} needs whole gradients, which are freed in each backward pass. "
+        "Set gradient_accumulation_steps=1 with a larger batch, or choose a method that adds up projections: "
+        f"{', '.join(able)}."
+    )

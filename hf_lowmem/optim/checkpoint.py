@@ -1,0 +1,185 @@
+"""Checkpoints of an optimizer, without torch's casts.
+
+torch's `load_state_dict` casts every floating state to the parameter's dtype, so that with bf16 weights fp32 scales and
+moments would come back as bf16; accelerate calls it once at `prepare`. So torch loads the groups without any state, and
+the states are filled in afterwards. Hooks that a user has registered run before and after that, as in torch.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from hf_lowmem.codecs import BlockCodec
+from hf_lowmem.codecs.rows import RowCodec
+from hf_lowmem.distributed import Shards, full, local
+from hf_lowmem.optim.loaded_state import check_counts, check_keys, check_values
+from hf_lowmem.optim.names import same_names
+from hf_lowmem.optim.sharded import ShardedSlot, row_dim, row_layout
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import BY_ROWS, COUNTS, Group, State, count, encoded_in, named, number
+
+__all__ = ["load"]
+
+# What this optimizer's groups say of its parameters stays, whatever the checkpoint calls them.
+OURS = ("param_names", "experts")
+
+
+def load(
+    optimizer: Optimizer,
+    slot_of: Callable[[Tensor, Group], Slot],
+    structural: Iterable[str],
+    state_dict: dict[str, Any],
+    load_by_torch: Callable[[dict[str, Any]], None],
+) -> None:
+    """Load `state_dict` into `optimizer`.
+
+    Args:
+        slot_of: for a parameter and its group.
+        structural: options with which the checkpoint must have been made.
+        load_by_torch: `Optimizer.load_state_dict`, bound to the optimizer.
+
+    Raises:
+        ValueError: see `LowMemOptimizer.load_state_dict`.
+    """
+    taken: dict[str, Any] = {}
+
+    def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:  # after every hook that a user registered
+        taken.update(final)
+        saved = final["param_groups"]
+        check_groups(optimizer.param_groups, saved, structural)
+        # An option that is younger than the checkpoint keeps this optimizer's value.
+        new = ("params", "skipped")
+        ours = [{k: v for k, v in group.items() if k not in new} for group in optimizer.param_groups]
+        ours += [{}] * (len(saved) - len(ours))  # torch complains about their number
+        kept = [{k: v for k, v in own.items() if k in OURS} for own in ours]
+        groups = [own | theirs | ours for own, theirs, ours in zip(ours, saved, kept, strict=False)]
+        return {**final, "param_groups": groups, "state": {}}
+
+    def fill(_: Optimizer) -> None:
+        fill_state(optimizer, slot_of, taken)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(take),
+        optimizer.register_load_state_dict_post_hook(fill, prepend=True),
+    ]
+    try:
+        load_by_torch(state_dict)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[str]) -> None:
+    """Raise where the saved groups are of another method, of settings that shape the state, or of other names."""
+    for ours, theirs in zip(groups, saved, strict=False):  # torch checks the lengths
+        for option in structural:
+            if option in ours and theirs.get(option) != ours[option]:
+                raise ValueError(
+                    f"the checkpoint was made with {option}={theirs.get(option)!r}, this optimizer has "
+                    f"{option}={ours[option]!r}: its state cannot be continued. Use the checkpoint's setting, or "
+                    "start with a fresh optimizer."
+                )
+        names, loaded = ours.get("param_names"), theirs.get("param_names")
+        if names and loaded and not same_names(names, loaded):
+            pairs = zip(names, loaded, strict=False)
+            first = next(((a, b) for a, b in pairs if a != b), (f"{len(names)} names", f"{len(loaded)} names"))
+            raise ValueError(
+                f"the checkpoint holds the state of {first[1]!r} where this optimizer has {first[0]!r}. "
+                "Build the model and the parameter groups as they were when it was saved."
+            )
+
+
+@torch.no_grad()
+def fill_state(optimizer: Optimizer, slot_of: Callable[[Tensor, Group], Slot], state_dict: dict[str, Any]) -> None:
+    """Take over the states, each in its own dtype and in the layout of its parameter."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [(p, place, group) for group in optimizer.param_groups for place, p in enumerate(group["params"])]
+    for i, (p, place, group) in zip(ids, params, strict=True):
+        if i not in state_dict["state"]:
+            continue
+        names = group.get("param_names")
+        label = repr(names[place]) if names else f"parameter {i}"
+        raw = state_dict["state"][i]
+        check_counts(label, raw, group["method"])
+        optimizer.state[p] = fit(slot_of(p, group), group, raw, label)
+
+
+def fit(slot: Slot, group: Group, raw: dict[str, Any], label: str) -> dict[str, Any]:
+    """A loaded state as the slot's parameter keeps it: whole or cut, whichever the checkpoint has. A fresh copy.
+
+    A collective call where the loaded tensors are DTensors and the parameter is not.
+
+    Args:
+        label: what an error calls the parameter.
+
+    Raises:
+        ValueError: where a tensor is missing, unknown, not finite, or has not the shape or the dtype that the layout
+            gives it.
+    """
+    was_cut = BY_ROWS in raw
+    rows = row_layout(slot.whole, slot.shape, group)
+    raw = checked(slot, group, raw, rows if was_cut else slot.whole, label)
+    counts = {k: count(number(v)) for k, v in raw.items() if k in COUNTS and k != BY_ROWS}
+    raw = {k: v for k, v in raw.items() if k not in COUNTS}
+    if not (slot.sharded and was_cut):
+        raw = {k: full(v).to(slot.device, copy=True) for k, v in raw.items()}
+    if slot.sharded != was_cut:
+        raw = relaid(slot, group, raw, rows)
+    if not isinstance(slot, ShardedSlot):
+        return raw | counts
+    replicated = {name for name, state in rows.items() if not state.cut}
+    placed = {k: place(slot.home, k.split(".")[0] in replicated, v, slot.device) for k, v in raw.items()}
+    return placed | counts | {BY_ROWS: count(1)}
+
+
+def checked(slot: Slot, group: Group, raw: dict[str, Any], states: dict[str, State], label: str) -> dict[str, Any]:
+    """A loaded state in this version's dtypes: hf_lowmem 0.1.0 kept scales as bf16 that are fp32 now.
+
+    Raises where it is not whole and finite, or not of the layout that it claims, `states`.
+    """
+    for name, state in states.items():
+        tensors, encoded = named(name, encoded_in(raw, name)), state.empty(name, "meta")
+        found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (tensors, encoded))
+        if state.decl.coded and found.keys() == expected.keys() and found != expected:
+            raise ValueError(
+                f"the checkpoint's state {name!r} of a parameter of shape {tuple(slot.shape)} is {found}, expected "
+                f"{expected}: it was made by one process and put into shards as it is, or by another layout. Load such "
+                "a checkpoint with optimizer.load_state_dict(torch.load(file)) on every process, which cuts it, or "
+                "continue as it was made."
+            )
+        if isinstance(state.codec, BlockCodec | RowCodec):
+            wider = {k for k, v in encoded.items() if v.dtype == torch.float32} & tensors.keys()
+            raw = raw | {k: tensors[k].to(torch.float32) for k in wider if tensors[k].dtype == torch.bfloat16}
+    check_keys(slot, group, label, raw, states)
+    check_values(label, raw, states)
+    return raw
+
+
+def place(home: Shards, whole: bool, value: Tensor, device: torch.device) -> Tensor:
+    """A copy of one loaded tensor, cut like the parameter unless each process keeps the `whole` of it."""
+    if whole or value.ndim == 0:
+        return local(value).to(device, copy=True)
+    rows = value.shape[0]
+    here = local(value) if isinstance(value, DTensor) else home.rows(value)
+    return home.wrap(here.to(device, copy=True).contiguous(), rows)
+
+
+def relaid(slot: Slot, group: Group, raw: dict[str, Any], rows: dict[str, State]) -> dict[str, Any]:
+    """A state of whole tensors from one process's layout to that of rows where the parameter is cut, else back."""
+    found = {k: v for k, v in raw.items() if k.split(".")[0] not in rows}
+    for name, state in slot.whole.items():
+        encoded = encoded_in(raw, name)
+        if not encoded:
+            continue
+        old, new = (state, rows[name]) if slot.sharded else (rows[name], state)
+        value, dim = old.codec.decode(encoded, old.shape), row_dim(state, slot.shape, group)
+        if dim is not None:
+            value = value.movedim(*((dim, 0) if slot.sharded else (0, dim))).contiguous()
+        fresh = new.codec.init(value, signed=state.decl.signed)
+        new.codec.encode_(fresh, value)
+        found |= named(name, fresh)
+    return found

@@ -1,0 +1,1 @@
+"""Parts of activations.py: saved activations by tier."""

@@ -1,0 +1,1 @@
+"""Parts of preference.py: preference losses beside TRL's."""

@@ -1,0 +1,67 @@
+"""The planner's benchmarks at toy size, so that they cannot rot; and a clear word where there is no CUDA device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import plan_table as table
+from parts.record import ROOT, read_rows
+
+pytestmark = pytest.mark.train  # starts processes
+
+BENCH = ROOT / "scripts" / "bench"
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(BENCH / script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=3600)
+
+
+def test_the_table_shows_what_it_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "table.jsonl"
+    assert table.main(["--toy", "--record", str(record)]) == 0
+    theirs, ours = read_rows(record)
+    assert theirs["peak_bytes"] == sum(theirs["parts"].values()) > ours["peak_bytes"] == sum(ours["parts"].values())
+    assert ours["commit"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == table.markdown([theirs, ours])
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {theirs['setting']}", f"| {ours['setting']}"]
+
+
+def test_every_row_of_the_table_has_its_measured_costs() -> None:
+    for settings in table.SETTINGS.values():
+        costs = table.loss_costs(settings)
+        assert costs.startswith("weights +")
+        assert ("activations" in costs) == ("lowmem_activations" in settings)
+        assert ("states" in costs) == ("8bit" in str(settings))
+        assert (f"method {table.NOT_MEASURED}" in costs) == settings["optim"].startswith("apollo")
+
+
+def test_the_comparison_with_cuda_says_that_it_needs_a_device(tmp_path: Path) -> None:
+    done = run("plan_vs_cuda.py", "--record", str(tmp_path / "cuda.jsonl"))
+    assert done.returncode == 2
+    assert "no CUDA device is visible" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_comparison_with_cuda_runs_at_toy_size_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    record = tmp_path / "cuda.jsonl"
+    done = run("plan_vs_cuda.py", "--toy", "--record", str(record))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(record)
+    assert len(rows) == len(done.stdout.splitlines()) == 3
+    assert all(-0.01 <= row["foretold"] / row["measured"] - 1 <= 0.03 for row in rows)
+    again = run("plan_vs_cuda.py", "--toy", "--record", str(record))
+    assert (again.returncode, again.stdout) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_headline_counts_the_command_s_own_time_and_memory() -> None:
+    done = run("plan_headlines.py", "--toy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "planned in" in done.stdout
