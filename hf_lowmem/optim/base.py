@@ -124,7 +124,7 @@ class LowMemOptimizer(Method, Optimizer):
         super().__setstate__(state)
 
     def add_param_group(self, param_group: Group) -> None:
-        """As in torch; the group's own options are checked like the constructor's."""
+        """Add a group as in torch; its own options are checked like the constructor's."""
         fields = {f.name for f in dataclasses.fields(OptimSpec)} - {"name", "options", "labels"}
         merged = {**self.defaults, **param_group}
         merged["lr"] = plain(merged["lr"])
@@ -152,7 +152,7 @@ class LowMemOptimizer(Method, Optimizer):
                 )
 
     def slot(self, p: Tensor, group: Group) -> Slot:
-        """What is decided for a parameter of this optimizer, and its state as it is now: to read, between steps.
+        """The slot of a parameter: what is decided for it, and its state as it is now, to read between steps.
 
         It is made anew where the parameter or the group's options are not what they were. Looking at a state that does
         not exist yet makes none.
@@ -267,21 +267,21 @@ class LowMemOptimizer(Method, Optimizer):
         return self._skip_count
 
     def skipped(self) -> Skipped:
-        """How many updates and steps were left out, because of a bad gradient or of an update that was not finite.
+        """Counts of updates and steps that were left out: a bad gradient, or an update that was not finite.
 
         Asks the device. Under FSDP2 it is this process's number, which may differ by updates that were not finite.
         """
         return self._skips.read()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; updates that were left out are counted in the first group, as `skipped`."""
+        """The state as in torch; updates that were left out are counted in the first group, as `skipped`."""
         found = self.skipped()
         if any(found):
             self.param_groups[0]["skipped"] = list(found)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that each state keeps its own dtype.
+        """Load a state as in torch, except that each tensor keeps its own dtype.
 
         Raises:
             ValueError: where the checkpoint was made by another method, codec, rank, projection or seed, or with the

@@ -280,11 +280,11 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     if not getattr(args, "fsdp", None):
         version = os.environ.get("FSDP_VERSION") or default_fsdp_version()
         return version, f"FSDP_VERSION={version}"
-    config: Mapping[str, Any] = args.fsdp_config or {}
+    config: Mapping[str, int | str] = args.fsdp_config or {}
     if config.get("xla"):
         return "XLA", "fsdp_config['xla']=True"
-    plugin_args: Mapping[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
-    version: int | str = plugin_args.get("fsdp_version") or config.get("version", 2)
+    plugin_args: Mapping[str, int | str] = getattr(args, "fsdp_plugin_args", None) or {}
+    version = plugin_args.get("fsdp_version") or config.get("version", 2)
     return version, f"fsdp_config['version']={version!r}"
 
 

@@ -103,11 +103,20 @@ def _raw(tree: ast.Module) -> Iterator[str]:
     for path in names.values():
         if _is_private_path(path):
             yield path
-    formatted = {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in node.values}
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    formatted = {id(v) for node in nodes if isinstance(node, ast.JoinedStr) for v in node.values}
+    within = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    known = {id(n) for node in nodes if _path_of(node, names) for n in ast.walk(node)}
+    for node in nodes:
         if id(node) in formatted:
             continue
-        if isinstance(node, ast.Attribute) and is_private(node.attr):
+        if isinstance(node, ast.Attribute) and id(node) in known:
+            path = str(_path_of(node, names)).split(".")
+            while path and not is_private(path[-1]):
+                path.pop()
+            if id(node) not in within and _is_private_path(".".join(path)):
+                yield ".".join(path)
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
             yield node.attr
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             word = node.value
