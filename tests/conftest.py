@@ -27,7 +27,8 @@ if not torch.cuda.is_available():
 class _Popen(subprocess.Popen):
     def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
         words = [args] if isinstance(args, str | os.PathLike) else list(args)
-        if Path(words[0]).name.startswith("python"):
+        ours = not any("compile_worker" in str(word) for word in words)  # torch.compile's own, once in a process
+        if ours and Path(words[0]).name.startswith("python"):
             _needs_the_marker()
         super().__init__(args, *rest, **options)
 

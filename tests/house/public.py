@@ -67,6 +67,13 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
         # Not what a dataclass has made, nor a default.
         made = inspect.isfunction(written) and (written.__name__ == "<lambda>" or "<" in written.__code__.co_filename)
         hidden = name.startswith("_") and name not in ("__init__", "__call__")
+        # An optimizer's first instance gives its class a `step` of its own: the parent's in a wrapper of torch.
+        above = next((vars(c)[name] for c in cls.__mro__[1:] if name in vars(c)), None)
+        hidden |= (
+            inspect.isfunction(above)
+            and inspect.isfunction(written)
+            and inspect.unwrap(written) is inspect.unwrap(above)
+        )
         if inspect.isfunction(written) and _is_ours(written) and not made and not hidden:
             yield name, value
 
