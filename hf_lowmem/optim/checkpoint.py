@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.codecs import BlockCodec
 from hf_lowmem.codecs.rows import RowCodec
-from hf_lowmem.distributed import Shards, full, local
+from hf_lowmem.distributed import full, local
 from hf_lowmem.optim.loaded_state import check_counts, check_keys, check_values
 from hf_lowmem.optim.names import same_names
 from hf_lowmem.optim.sharded import ShardedSlot, row_dim, row_layout
@@ -132,7 +132,12 @@ def fit(slot: Slot, group: Group, raw: dict[str, Any], label: str) -> dict[str, 
     if not isinstance(slot, ShardedSlot):
         return raw | counts
     replicated = {name for name, state in rows.items() if not state.cut}
-    placed = {k: place(slot.home, k.split(".")[0] in replicated, v, slot.device) for k, v in raw.items()}
+    placed = {}
+    for key, value in raw.items():
+        whole = value.ndim == 0 or key.split(".")[0] in replicated
+        here = local(value) if whole or isinstance(value, DTensor) else slot.home.rows(value)
+        here = here.to(slot.device, copy=True)
+        placed[key] = here if whole else slot.home.wrap(here.contiguous(), value.shape[0])
     return placed | counts | {BY_ROWS: count(1)}
 
 
@@ -157,15 +162,6 @@ def checked(slot: Slot, group: Group, raw: dict[str, Any], states: dict[str, Sta
     check_keys(slot, group, label, raw, states)
     check_values(label, raw, states)
     return raw
-
-
-def place(home: Shards, whole: bool, value: Tensor, device: torch.device) -> Tensor:
-    """A copy of one loaded tensor, cut like the parameter unless each process keeps the `whole` of it."""
-    if whole or value.ndim == 0:
-        return local(value).to(device, copy=True)
-    rows = value.shape[0]
-    here = local(value) if isinstance(value, DTensor) else home.rows(value)
-    return home.wrap(here.to(device, copy=True).contiguous(), rows)
 
 
 def relaid(slot: Slot, group: Group, raw: dict[str, Any], rows: dict[str, State]) -> dict[str, Any]:

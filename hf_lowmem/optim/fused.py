@@ -74,24 +74,14 @@ def step_fused(
 def _step_alike(
     fused: FusedStep, members: list[tuple[Tensor, Slot]], codecs: tuple[str, ...], group: Group, skipped: Tensor
 ) -> None:
-    first = members[0][1]
-    moments: dict[str, list[Tensor]] = {name: [] for name in first.states}
-    corrections: list[Tensor] = []
-    seeds: list[int] = []
-    state_seeds: list[int] = []
-    steps: list[int] = []
-    for p, slot in members:
+    params, slots = [p for p, _ in members], [slot for _, slot in members]
+    first = slots[0]
+    for slot in slots:
         slot.count_step()
-        steps.append(slot.step)
-        for name, tensors in moments.items():
-            tensors.extend(slot.tensors(name))
-        if first.store == "bf16_ecc":
-            corrections.append(slot.correction(p))
-        if first.store != "keep":
-            seeds.append(slot.weight_seed)
-        if first.dithers:
-            state_seeds.append(slot.state_seed)
-    params, grads = [p for p, _ in members], [p.grad for p, _ in members]
-    settings = fused.settings(group, steps)
-    stored = *moments.values(), *codecs, first.store
-    fused.kernel(params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings)
+    moments = [[t for slot in slots for t in slot.tensors(name)] for name in first.states]
+    corrections = [slot.correction(p) for p, slot in members] if first.store == "bf16_ecc" else []
+    seeds = [slot.weight_seed for slot in slots] if first.store != "keep" else []
+    state_seeds = [slot.state_seed for slot in slots] if first.dithers else []
+    settings = fused.settings(group, [slot.step for slot in slots])
+    stored = *moments, *codecs, first.store
+    fused.kernel(params, [p.grad for p in params], skipped, corrections, *stored, seeds, state_seeds, *settings)

@@ -56,13 +56,10 @@ def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: 
     before = {k: local(v).clone() for k, v in values_of(raw).items() if k != CORRECTION}
     method.apply(weights, grad, slot, group)
     after = {k: local(v) for k, v in values_of(raw).items() if k != CORRECTION}
-    taken = finite
-    for flag in slot.finite:
-        taken = taken & flag
-    slot.finite = None
     results = [v for k, v in after.items() if k in slot.states and not slot.states[k].decl.coded]
-    for result in [weights.here, *results] if weights.before else results:
-        taken = taken & is_finite(result)
+    taken, judged, slot.finite = finite, slot.finite, None
+    for flag in [*judged, *map(is_finite, [weights.here, *results] if weights.before else results)]:
+        taken = taken & flag
     if slot.syncs and taken:
         return taken
     weights.undo(taken)

@@ -24,23 +24,8 @@ the same and one rounding of the codec otherwise. `by_rows` in a state says whic
 rounded at random (bf16_sr, bf16_ecc) draw the same numbers in every cut, as do `random` bases; states that are laid out
 in another order draw others.
 
-What a step sends for each matrix (m, n) of rank r, beside the 3 m n values of FSDP2's own, in values of fp32; the sum
-of x values on all processes counts as 2 x. Vectors send nothing (lamb: norms), nor do batches of matrices, and every
-step sends one byte a parameter, to agree on bad gradients.
-
-| method           | m >= n                | m < n                                              |
-|------------------|-----------------------|----------------------------------------------------|
-| adamw, lion      | -                     | -                                                  |
-| lamb             | 2 norms               | 2 norms                                            |
-| apollo           | 1 norm                | r n to project, n for channels' factors, 1 norm    |
-| apollo_mini      | 3 norms               | n to project (r = 1), 3 norms                      |
-| galore           | -                     | r n to project, r n to lift                        |
-| fira             | 1 norm                | r n to project, 2 r n to lift, n, 1 norm           |
-| natural_galore   | s x s products        | as galore, and s x s products                      |
-| a new "subspace" | a sum of r n, 2 peaks | a sum of r n, r m, 2 peaks                         |
-
-A basis is new once in `update_gap` steps; the first one takes four rounds. soap, and `projection="svd"`, need the whole
-gradient and are refused for matrices.
+What a step sends for it: tests/dist/test_wire.py. soap, and `projection="svd"`, need the whole gradient and are refused
+for matrices.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,14 +93,11 @@ class ShardedSlot(Slot):
         return state._replace(codec=cast(StateCodec, inner), shape=shape)
 
     def count_step(self) -> None:
-        self._lay_out()
+        if BY_ROWS not in self.raw:
+            self.raw[BY_ROWS] = count(1)
         super().count_step()
         if self.draws:
             _ = self.key
-
-    def _lay_out(self) -> None:
-        if BY_ROWS not in self.raw:
-            self.raw[BY_ROWS] = count(1)
 
     def first(self, name: str | None = None) -> int:
         """Place in the whole of the first value that is here: rows above times the values of a row."""
@@ -135,8 +117,8 @@ class ShardedSlot(Slot):
         return codec.flat(here) if isinstance(codec, RowCodec) and codec.aligned else here
 
     def _allocate(self, name: str) -> None:
-        self._lay_out()
         state = self.rows[name]
+        self.raw.setdefault(BY_ROWS, count(1))
         tensors = state._replace(shape=self.states[name].shape).empty(name, self.device)
         if state.cut:
             tensors = {k: self.home.wrap(v, state.shape[0]) for k, v in tensors.items()}

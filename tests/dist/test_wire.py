@@ -1,7 +1,24 @@
-"""What each method sends beside FSDP2 itself: counted, and equal to the table in hf_lowmem/optim/sharded.py.
+"""What each method sends beside FSDP2 itself: counted, and equal to the table below.
 
 The record that README's figures come from is held to the same arithmetic at its own sizes, and the code is counted
 anew at small ones.
+
+What a step sends for each matrix (m, n) of rank r, beside the 3 m n values of FSDP2's own, in values of fp32; the sum
+of x values on all processes counts as 2 x. Vectors send nothing (lamb: norms), nor do batches of matrices, and every
+step sends one byte a parameter, to agree on bad gradients.
+
+| method           | m >= n                | m < n                                              |
+|------------------|-----------------------|----------------------------------------------------|
+| adamw, lion      | -                     | -                                                  |
+| lamb             | 2 norms               | 2 norms                                            |
+| apollo           | 1 norm                | r n to project, n for channels' factors, 1 norm    |
+| apollo_mini      | 3 norms               | n to project (r = 1), 3 norms                      |
+| galore           | -                     | r n to project, r n to project back                |
+| fira             | 1 norm                | r n to project, 2 r n to project back, n, 1 norm   |
+| natural_galore   | s x s products        | as galore, and s x s products                      |
+| a new "subspace" | a sum of r n, 2 peaks | a sum of r n, r m, 2 peaks                         |
+
+A basis is new once in `update_gap` steps; the first one takes four rounds.
 """
 
 from pathlib import Path
