@@ -194,7 +194,7 @@ def main() -> int:
         torch.set_num_threads(1)
         common = {
             "label": args.label,
-            "command": "python scripts/bench/overhead.py " + " ".join(sys.argv[1:]),
+            "command": f"python scripts/bench/overhead.py --label {args.label} --repeats {args.repeats}",
             "device": device_name(torch.device("cpu")),
             "versions": versions_of(("torch", "transformers")),
             "commit": commit(),
