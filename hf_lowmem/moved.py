@@ -16,6 +16,7 @@ MOVED = {
     "arguments": ("training.arguments", "training.sft", "training.dpo_config", "training.wrap"),
     "callbacks": ("training.callbacks",),
     "card_commands": ("cli.cards",),
+    "codecs.weights": ("weights",),
     "cards": ("runs",),
     "cards.record": ("runs.record", "runs.history"),
     "doctor": ("cli.doctor",),

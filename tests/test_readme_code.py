@@ -26,7 +26,7 @@ import hf_lowmem
 from hf_lowmem.memory import optimizer_bytes
 from tests.conftest import tiny_llama
 from tests.readmes import ROOT, Block, blocks, commands
-from tests.test_trainers import pair_data, token_data
+from tests.training.test_trainers import pair_data, token_data
 
 pytestmark = pytest.mark.train  # starts processes
 
@@ -35,16 +35,16 @@ MINUTES = "minutes to hours; at toy size in "
 # The start of a command, and why it is parsed and not run. Each command has the longest start that fits.
 COMMANDS = {
     "bash scripts/bench/gpu.sh": "needs a CUDA device; at toy size in tests/bench/test_gpu.py",
-    "bash scripts/demo.sh": "installs, then minutes; its parts in tests/test_demo.py",
+    "bash scripts/demo.sh": "installs, then minutes; its parts in tests/demo/test_demo.py",
     "bash scripts/test.sh": "is what runs this test",
     "pip install -e .": "changes the environment that runs this test",
     "accelerate": "another program's",
     "HF_LOWMEM_CONFIG=": "LLaMA-Factory is not installed; its glue in tests/integrations",
-    "hf-lowmem card": "needs a run; tests/cards/test_commands.py",
-    "hf-lowmem compare": "needs runs; tests/cards/test_commands.py",
-    "hf-lowmem doctor": "tests/doctor",
+    "hf-lowmem card": "needs a run; tests/runs/test_commands.py",
+    "hf-lowmem compare": "needs runs; tests/runs/test_commands.py",
+    "hf-lowmem doctor": "tests/cli/test_doctor.py",
     "hf-lowmem dpo": TRAINS,
-    "hf-lowmem launch": "starts processes; tests/launch",
+    "hf-lowmem launch": "starts processes; tests/cli/launch",
     "hf-lowmem plan": "a name alone; tests/planner/test_command.py",
     "hf-lowmem plan --budget": "runs, slow: test_the_front_page_s_question_is_answered",
     "hf-lowmem plan --model": "runs, slow: test_a_plan_is_made",
@@ -247,7 +247,7 @@ PYTHON = (
         lambda names: (
             isinstance(names["trainer"], hf_lowmem.LowMemTrainerMixin) and isinstance(names["trainer"], trl.GRPOTrainer)
         ),
-        "it generates text: tests/test_wrap.py",
+        "it generates text: tests/training/test_wrap.py",
     ),
     Python("hf_lowmem/training/README.md", 'optimizer = make_optimizer("apollo_mini"', {}, trained),
     Python(

@@ -21,7 +21,7 @@ from hf_lowmem.cli.dpo import FirstStage
 from hf_lowmem.cli.main import main
 from hf_lowmem.codecs import codec_pair
 from tests.conftest import tiny_llama
-from tests.test_trainers import pair_data
+from tests.training.test_trainers import pair_data
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "integrations" / "trl").glob("*.yaml"))

@@ -45,7 +45,7 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
 
     A bad gradient leaves out all chunks, a result that is not finite its own.
     """
-    if slot.store == "bf16_ecc":
+    if slot.store.corrected:
         slot.correction(p)
     if slot.draws:
         _ = slot.key  # chunks have the state's numbers, but none that is made for a chunk is kept

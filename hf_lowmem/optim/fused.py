@@ -79,9 +79,9 @@ def _step_alike(
     for slot in slots:
         slot.count_step()
     moments = [[t for slot in slots for t in slot.tensors(name)] for name in first.states]
-    corrections = [slot.correction(p) for p, slot in members] if first.store == "bf16_ecc" else []
-    seeds = [slot.weight_seed for slot in slots] if first.store != "keep" else []
+    corrections = [slot.correction(p) for p, slot in members] if first.store.corrected else []
+    seeds = [slot.weight_seed for slot in slots] if first.store.draws else []
     state_seeds = [slot.state_seed for slot in slots] if first.dithers else []
     settings = fused.settings(group, [slot.step for slot in slots])
-    stored = *moments, *codecs, first.store
+    stored = *moments, *codecs, first.store.name
     fused.kernel(params, [p.grad for p in params], skipped, corrections, *stored, seeds, state_seeds, *settings)

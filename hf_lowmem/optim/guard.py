@@ -22,7 +22,6 @@ from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import CORRECTION, Group, is_finite, values_of
-from hf_lowmem.optim.weights import Weights
 
 __all__ = ["SkipCount", "Skipped", "keep_or_take"]
 
@@ -49,10 +48,10 @@ def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: 
     if slot.syncs and is_bounded(p, slot, group):
         floats = [v for v in values_of(raw).values() if v.is_floating_point()]
         if finite and all(bool(is_finite(local(v))) for v in floats):
-            method.apply(Weights(p, slot, finite, keep=False), grad, slot, group)
+            method.apply(slot.weights(p, finite, keep=False), grad, slot, group)
             return finite
     slot.finite = []
-    weights = Weights(p, slot, finite, keep=True)
+    weights = slot.weights(p, finite, keep=True)
     before = {k: local(v).clone() for k, v in values_of(raw).items() if k != CORRECTION}
     method.apply(weights, grad, slot, group)
     after = {k: local(v) for k, v in values_of(raw).items() if k != CORRECTION}

@@ -59,7 +59,7 @@ def check_keys(slot: Slot, group: Group, label: str, raw: dict[str, Any], states
     passing: dict[str, Tensor] = {}
     for name, state in states.items():
         (passing if state.decl.passing else expected).update(state.empty(name, "meta"))
-    if slot.store == "bf16_ecc":
+    if slot.store.corrected:
         expected[CORRECTION] = torch.empty(slot.shape, dtype=torch.int8, device="meta")
     found = {k: v for k, v in raw.items() if k not in COUNTS}
     for key in expected.keys() - found.keys():

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_lowmem.optim.fused import FusedStep
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
-from hf_lowmem.optim.weights import Weights
+from hf_lowmem.weights import Weights
 
 __all__ = ["METHODS", "Method", "elementwise", "methods_with"]
 

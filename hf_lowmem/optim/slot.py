@@ -35,6 +35,7 @@ from hf_lowmem.optim.state import (
     stream_key,
     whole_layout,
 )
+from hf_lowmem.weights import Weights, store_for
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 KNOWN = {"fp32", *CODECS}  # codecs that kernels read and write
@@ -69,7 +70,7 @@ class Slot:
         whole: the same as one process would keep them all.
         low_rank: whether the low-rank rule applies.
         fusable: whether the kernels of optim/fused.py know such weights and states.
-        store: how its weights are written; all but "keep" are for bf16.
+        store: how its weights are stored.
         shards: where the rest of the parameter is; of a batch of matrices that is cut, each is whole.
         cut: whether the rows of one matrix, or of a vector, lie on several processes.
         syncs: whether reading a number from its device is free.
@@ -96,7 +97,7 @@ class Slot:
         self.codecs = codec_pair(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
         self.low_rank = is_low_rank(p.shape, group.get("rank"))
         self.elementwise = elementwise and not self.low_rank
-        self.store: str = group["weights"] if p.dtype == torch.bfloat16 else "keep"
+        self.store = store_for(group["weights"], p.dtype)
         self.syncs = reads_are_free(p.device)
         self.whole = whole_layout(decls, self.codecs, p.shape, group)
         self.states = self._states(p, group)
@@ -107,7 +108,7 @@ class Slot:
         # As one process would: shards of short rows are fp32 and round nothing, but torch loads a state name by name.
         self.dithers = any(s.decl.average and s.codec.name != "fp32" for s in self.whole.values())
         projects_at_random = self.low_rank and group.get("projection") not in (None, "svd")
-        self.draws = self.dithers or projects_at_random or self.store != "keep"
+        self.draws = self.dithers or projects_at_random or self.store.draws
         self.finite: list[Tensor] | None = None
         self.start = 0
         self.group = group
@@ -139,8 +140,7 @@ class Slot:
     def nbytes(self) -> int:
         """Bytes of the tensors that the state takes on this process; nothing is allocated."""
         states = sum(state.nbytes() for state in self.states.values() if not state.decl.passing)
-        correction = self.values if self.store == "bf16_ecc" else 0
-        return states + correction + COUNT_BYTES * (1 + self.draws + self.sharded)
+        return states + self.store.nbytes(self.values) + COUNT_BYTES * (1 + self.draws + self.sharded)
 
     @property
     def step(self) -> int:
@@ -212,6 +212,13 @@ class Slot:
     def tensors(self, name: str) -> list[Tensor]:
         """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""
         return list(self._ensure(name).values())
+
+    def weights(self, p: Tensor, finite: Tensor, *, keep: bool) -> Weights:
+        """The parameter's weights, or those of a chunk `p` of it, for one update; the arguments as in `Weights`."""
+        correction = self.correction(local(p)) if self.store.corrected else None
+        if not self.store.draws:
+            return Weights(p, finite, keep=keep, correction=correction)
+        return Weights(p, finite, keep=keep, correction=correction, seed=self.weight_seed, first=self.first())
 
     def correction(self, here: Tensor) -> Tensor:
         """The int8 beside a bf16 weight that is stored with 24 bits. `here`: what of the weight is on this process."""

@@ -16,7 +16,7 @@ import torch
 from hf_lowmem import LowMemTrainer, LowMemTrainingArguments
 from hf_lowmem.checkpoints import MANIFEST, BadCheckpoint, last_complete, set_aside, verify, write_manifest
 from tests.conftest import tiny_llama
-from tests.test_trainers import token_data
+from tests.training.test_trainers import token_data
 
 pytestmark = pytest.mark.train
 

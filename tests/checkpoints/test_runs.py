@@ -26,7 +26,7 @@ from hf_lowmem.checkpoints import (
 from hf_lowmem.runs.report import read_report
 from tests.checkpoints.test_checkpoints import trainer
 from tests.conftest import tiny_llama
-from tests.test_trainers import token_data
+from tests.training.test_trainers import token_data
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowmem.codecs.weights import join_24
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import OPTIMIZERS, slot
 from hf_lowmem.optim.state import values_of
+from hf_lowmem.weights import join_24
 from tests.conftest import Mixed
 from tests.contracts.test_optimizers import make, same_bits, train, trainable, weights
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from hf_lowmem.distributed import is_sharded
 from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.training.mixin import LowMemTrainer
+from tests.cli.launch.cases import fresh_engine
 from tests.conftest import tiny_llama
 from tests.dist import budget_worker, fsdp_on_cpu
-from tests.launch.cases import fresh_engine
 
 
 def data() -> list[dict[str, torch.Tensor]]:

@@ -23,6 +23,7 @@ LEVEL = {
     "memory": 1,
     "checkpoints": 1,
     "codecs": 2,
+    "weights": 2,
     "optim": 3,
     "activations": 3,
     "preference": 3,

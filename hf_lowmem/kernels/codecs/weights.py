@@ -1,4 +1,4 @@
-"""The two stores of bf16 weights as functions on bits. What they are for: hf_lowmem/codecs/weights.py.
+"""The two stores of bf16 weights as functions on bits. What they are for: hf_lowmem/weights.
 
 All integers, so that every device and a fused kernel give the same bits; random ones are a hash of (seed, index).
 """

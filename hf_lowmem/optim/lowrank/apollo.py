@@ -17,7 +17,7 @@ from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, is_finite
-from hf_lowmem.optim.weights import Weights
+from hf_lowmem.weights import Weights
 
 
 class Apollo(LowRankOptimizer):

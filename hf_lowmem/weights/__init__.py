@@ -1,0 +1,20 @@
+"""How weights live: what is kept of a weight between two steps, and how an update is written into it.
+
+A bf16 weight has 8 significant bits. An update below a 512th of it rounds to nothing, which at the learning rates of
+fine-tuning is most of them. The usual cure is an fp32 copy of every weight, 4 bytes more. Here are two cheaper ones; in
+both the model's own weights are plain bf16, so saving, inference and other tools see nothing.
+
+`keep` rounds to nearest, in whatever dtype the weights are. `bf16_sr` keeps nothing more: a weight is rounded up or
+down at random, with the probabilities that make the expectation exact. `bf16_ecc` keeps 8 bits more of the weight as an
+int8, its correction: 24 bits in all, for 3 bytes.
+
+Both work on the bits as integers. The bits of a float, without its sign, have the order of its magnitude, so a bf16 is
+the upper half of an fp32 and "the remainder" is a difference of integers, exact in every binade and at its borders. The
+remainder as a float (a fraction of half a unit in the last place) would need the unit's size, which changes there.
+"""
+
+from hf_lowmem.kernels.codecs.weights import join_24, round_stochastic, split_24
+from hf_lowmem.weights.stores import STORES, Store, store_for
+from hf_lowmem.weights.weights import Weights
+
+__all__ = ["STORES", "Store", "Weights", "join_24", "round_stochastic", "split_24", "store_for"]
