@@ -24,6 +24,14 @@ import triton.language as tl
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
+@tl.core.builtin
+def cuda_arch(_semantic=None):
+    """90 for sm_90 and so on, 0 for what is no NVIDIA GPU: of the target compiled for, which need not be there."""
+    assert _semantic is not None  # Triton hands it to a builtin
+    arch = str(getattr(_semantic.builder.options, "arch", ""))
+    return tl.constexpr(int(arch[2:].rstrip("af")) if arch.startswith("sm") else 0)
+
+
 @triton.jit
 def bits_of(x):
     """fp32 -> its bits, uint32."""
@@ -52,6 +60,42 @@ def div(x, y):
 def sqrt(x):
     """sqrt(x) in fp32, correctly rounded. Reference: `sqrt` of exact.py, as torch's is not."""
     return tl.sqrt_rn(x)
+
+
+# What ptxas makes of rcp.rn and sqrt.rn where its check of the range passes, without the check: the special function
+# unit's approximation, and Newton's step in FMAs. A branch a value, and the moves around it, cost more than these.
+_RECIPROCAL: tl.constexpr = tl.constexpr(
+    "{.reg .f32 n, r, e; neg.f32 n, $1; rcp.approx.ftz.f32 r, $1;"
+    " fma.rn.f32 e, n, r, 0f3F800000; fma.rn.f32 $0, r, e, r;}"
+)
+_ROOT: tl.constexpr = tl.constexpr(
+    "{.reg .f32 r, s, n, h, e; rsqrt.approx.ftz.f32 r, $1; mul.rn.f32 s, $1, r;"
+    " mul.rn.f32 h, r, 0f3F000000; neg.f32 n, s; fma.rn.f32 e, n, s, $1; fma.rn.f32 $0, e, h, s;}"
+)
+
+
+@triton.jit
+def reciprocal(y):
+    """1 / y in fp32, correctly rounded for 2**-126 <= |y| < 2**125. Reference: `y.reciprocal()`.
+
+    On NVIDIA's GPUs by four instructions. That they round correctly rests on the approximation's own error, which is
+    not specified to the last bit: only a device can prove it, mantissa by mantissa.
+    """
+    if INTERPRETED or cuda_arch() == 0:
+        r = div(1.0, y)
+    else:
+        r = tl.inline_asm_elementwise(_RECIPROCAL, "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
+    return r
+
+
+@triton.jit
+def root_of(x):
+    """sqrt(x) in fp32, correctly rounded for 2**-101 <= x < 2**126; on NVIDIA's GPUs as `reciprocal`."""
+    if INTERPRETED or cuda_arch() == 0:
+        s = sqrt(x)
+    else:
+        s = tl.inline_asm_elementwise(_ROOT, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return s
 
 
 @triton.jit
@@ -93,8 +137,8 @@ def widen(x):
 
 @triton.jit
 def load_fp32(ptr, mask):
-    """Values of any float dtype as fp32; zero where not `mask`."""
-    return widen(tl.load(ptr, mask=mask, other=0.0))
+    """Values of any float dtype as fp32; zero where not `mask`, which is None where all are there."""
+    return widen(tl.load(ptr) if mask is None else tl.load(ptr, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -187,6 +231,27 @@ def random_word(index, k0, k1):
     h = (h ^ (h >> 16)) * 0x7FEB352D + k1.to(tl.uint32)
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
+
+
+@triton.jit
+def rotate_half(word):
+    """uint32 with its halves exchanged."""
+    return (word << 16) | (word >> 16)
+
+
+@triton.jit
+def paired_word(index, pairs, k0, k1):
+    """32 random bits of each index (int64) + 2 * pairs, 16 of them its own. Reference: `paired_bits` of exact.py."""
+    word = random_word((index >> 1).to(tl.uint32) + pairs, k0, k1)
+    return tl.where((index & 1) != 0, rotate_half(word), word)
+
+
+@triton.jit
+def paired_words(start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`paired_word` of (ROWS, WIDTH) values that lie one after another from `start` on, an even number, xor `flip`."""
+    pair = tl.arange(0, ROWS)[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+    word = random_word((start >> 1).to(tl.uint32) + pair.to(tl.uint32), k0, k1) ^ flip
+    return tl.reshape(tl.join(word, rotate_half(word)), (ROWS, WIDTH))
 
 
 @triton.jit
