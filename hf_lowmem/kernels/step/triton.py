@@ -18,7 +18,6 @@ What changes from step to step is passed as floats or is declared not to be spec
 
 # A jit function is called with launch options, and with plain numbers where it declares constants.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import struct
 from collections.abc import Sequence
