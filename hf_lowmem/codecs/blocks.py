@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs.base import Encoded
-from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, through_op
+from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, LEAST_DECODED, through_op
 from hf_lowmem.kernels.codecs.blocks import code_bytes, decode_blocks, encode_blocks
 from hf_lowmem.kernels.codecs.dither import Dither
 from hf_lowmem.kernels.codecs.reference import CODECS, decode_state, encode_state
@@ -163,5 +163,5 @@ class KernelCodec(BlockCodec):
 
     def decode(self, enc: Encoded, shape: torch.Size) -> Tensor:
         """The stored values by the kernel, where its operator can be called."""
-        run = DECODE_STATE if through_op(enc["codes"]) else decode_state
+        run = DECODE_STATE if through_op(enc["codes"], LEAST_DECODED) else decode_state
         return run(enc["codes"], self.scalars_of(enc), self.name, is_signed(enc)).view(shape)

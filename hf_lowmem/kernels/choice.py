@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hf_lowmem.specs import check_choice
 
-IMPLS = ("auto", "reference", "triton")
+IMPLS = ("auto", "reference", "triton", "cpu")
 VARIABLE = "HF_LOWMEM_KERNELS"
 _forced: list[str] = []
 
@@ -24,7 +24,7 @@ def current_impl() -> str:
 
 @contextlib.contextmanager
 def use_kernels(impl: str) -> Iterator[None]:
-    """Force one implementation of every kernel inside the block: "auto", "reference" or "triton".
+    """Force one implementation of every kernel inside the block: "auto", "reference", "triton" or "cpu".
 
     ```python
     with use_kernels("reference"):

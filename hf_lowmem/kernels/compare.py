@@ -1,4 +1,4 @@
-"""A kernel's Triton on a device against its reference on the CPU: the promise is one function on every device."""
+"""A kernel on a device against its reference on the CPU: the promise is one function on every device."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +13,8 @@ from hf_lowmem.kernels.choice import use_kernels
 
 CPU = torch.device("cpu")
 
+Implementation = Callable[..., Any]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,12 +25,12 @@ class Case:
 
 
 class Comparable(Protocol):
-    """What is asked of a `Kernel` where its two implementations are compared."""
+    """What is asked of a `Kernel` where two of its implementations are compared."""
 
     @property
     def name(self) -> str: ...
     @property
-    def reference(self) -> Callable[..., Any]: ...
+    def reference(self) -> Implementation: ...
     @property
     def mutates(self) -> tuple[str, ...]: ...
     @property
@@ -37,13 +39,17 @@ class Comparable(Protocol):
     def bound(self) -> Callable[..., Sequence[Tensor | float]] | None: ...
     @property
     def op(self) -> Any: ...
-    def load_triton(self) -> Callable[..., Any]:
+    def load_triton(self) -> Implementation:
         """The Triton implementation."""
         ...
 
+    def load_cpu(self) -> Implementation:
+        """The implementation for a CPU."""
+        ...
 
-def difference(kernel: Comparable, case: Case, device: torch.device) -> str:
-    """What differs between Triton on the device and the reference on the CPU, or "" where they agree.
+
+def difference(kernel: Comparable, case: Case, device: torch.device, impl: str = "triton") -> str:
+    """What differs between Triton (or `impl` "cpu") on the device and the reference on the CPU, or "" where they agree.
 
     They agree where shapes, dtypes, strides and bits are the same, or within the kernel's own bound; any nan is like
     any other, since which of them an operation makes is a device's own affair. Both are called directly, past the
@@ -54,7 +60,8 @@ def difference(kernel: Comparable, case: Case, device: torch.device) -> str:
     with use_kernels("reference"):
         want = _tensors(kernel.reference(*here)) + written(kernel, here)
     with on(device):
-        got = _tensors(kernel.load_triton()(*there)) + written(kernel, there)
+        run = kernel.load_cpu() if impl == "cpu" else kernel.load_triton()
+        got = _tensors(run(*there)) + written(kernel, there)
     if len(got) != len(want):
         return f"{len(got)} tensors in place of {len(want)}"
     bounds = [0.0] * len(want) if kernel.bound is None else kernel.bound(*before)

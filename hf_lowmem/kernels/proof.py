@@ -1,9 +1,10 @@
 """A kernel proves itself at its first use on a device: one small case against the reference, before it is trusted.
 
-Kernels are tested in an interpreter and compiled for devices that are not there. What a driver, a compiler of another
-version or a broken card makes of them shows on the device alone; so there a kernel of each kind of call (its dtypes,
-codecs and flags) is compared once, in milliseconds beside its compilation. One that differs or cannot be compiled is
-not used from then on, by any call on that device, a warning says so, and the reference runs.
+Kernels are tested in an interpreter, or on another CPU, and compiled for devices that are not there. What a driver, a
+compiler of another version or a broken card makes of them shows on the device alone; so there, and on a user's CPU, a
+kernel of each kind of call (its dtypes, codecs and flags) is compared once, in milliseconds beside its compilation. One
+that differs or cannot be compiled is not used from then on, by any call on that device, a warning says so, and the
+reference runs.
 
 What was proved is remembered in a file, by device, driver, versions and the kernels' own source, so that the next
 process need not compare. What failed is not: it is tried again. A folder that cannot be written costs the comparison
@@ -18,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import tempfile
 import threading
@@ -46,8 +48,10 @@ def distrusted(name: str, device: torch.device) -> str:
     return _failed.get((name, device), "") if _failed else ""
 
 
-def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device) -> str:
+def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device, impl: str = "triton") -> str:
     """Compare the kernel on a case like this call, unless that was done; why it is not to be used, or "".
+
+    `impl`: which implementation, "triton" or "cpu".
 
     While a CUDA graph is captured nothing can be compared, as that would wait for the device: a kernel that is used
     there for the first time is taken on trust, and compared at its next use outside.
@@ -65,7 +69,7 @@ def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device) -> st
         file = _file(kernel, device, what[-1])
         if not _remembered(file):
             try:
-                reason = _compare(kernel, what[-1], device)
+                reason = _compare(kernel, what[-1], device, impl)
             except torch.OutOfMemoryError:  # says nothing of the kernel, and the call itself will say it
                 return ""
             except Exception as error:
@@ -73,7 +77,7 @@ def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device) -> st
             if reason:
                 _failed[kernel.name, device] = reason
                 if current_impl() == "auto":
-                    _warn(kernel, device, reason)
+                    _warn(kernel, device, reason, impl)
                 return reason
             _remember(file, kernel, device)
         _proved.add(what)
@@ -106,7 +110,7 @@ def like(kernel: Comparable, wanted: Kind) -> Case:
     return best
 
 
-def _compare(kernel: Comparable, wanted: Kind, device: torch.device) -> str:
+def _compare(kernel: Comparable, wanted: Kind, device: torch.device, impl: str) -> str:
     """In surroundings of its own: whatever modes and defaults the call is made under, cases are plain tensors."""
     dtype = torch.get_default_dtype()
     plain = torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction()
@@ -114,19 +118,20 @@ def _compare(kernel: Comparable, wanted: Kind, device: torch.device) -> str:
         torch.set_default_dtype(torch.float32)
         try:
             case = like(kernel, wanted)
-            found = difference(kernel, case, device)
+            found = difference(kernel, case, device, impl)
         finally:
             torch.set_default_dtype(dtype)
     return f"on {case.name!r} it is not what the reference computes, {found}" if found else ""
 
 
-def _warn(kernel: Comparable, device: torch.device, reason: str) -> None:
+def _warn(kernel: Comparable, device: torch.device, reason: str, impl: str) -> None:
+    compiler = "numba" if impl == "cpu" else "triton or of the driver"
     logger.warning(
         "kernel %r is not used on %s: %s. Its reference runs instead, with the same result: tens of torch operators "
         "with fp32 temporaries where the kernel passes over memory once, so this part of a step is several times "
         "slower and needs more memory. `hf-lowmem doctor` compares all kernels on this device; another version of "
-        "triton or of the driver may cure it. %s=reference says that this is known.",
-        kernel.name, facts(device)["device"], reason, VARIABLE,
+        "%s may cure it. %s=reference says that this is known.",
+        kernel.name, facts(device)["device"], reason, compiler, VARIABLE,
     )  # fmt: skip
 
 
@@ -137,18 +142,38 @@ def _capturing(device: torch.device) -> bool:
 @functools.cache
 def facts(device: torch.device) -> dict[str, str]:
     """The device, its driver and all versions that what a kernel becomes depends on."""
-    found = {
+    found = {"hf-lowmem": hf_lowmem.__version__, "torch": str(torch.__version__), "source": source_hash()}
+    if device.type == "cpu":
+        names = {
+            "device": cpu_name(),
+            "driver": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+        return names | found | {name: _version(name) for name in ("numba", "llvmlite", "numpy")}
+    return found | {
         "device": torch.cuda.get_device_name(device),
         "driver": driver_version(),
-        "hf-lowmem": hf_lowmem.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "triton": _version("triton"),
     }
-    found |= {"torch": str(torch.__version__), "cuda": str(torch.version.cuda or torch.version.hip)}
-    found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _version(package: str) -> str:
     try:
-        found["triton"] = version("triton")
+        return version(package)
     except PackageNotFoundError:
-        found["triton"] = ""
-    return found | {"source": source_hash()}
+        return ""
+
+
+def cpu_name() -> str:
+    """The CPU's name and what it can do, as Linux has them, or what Python knows."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def driver_version() -> str:

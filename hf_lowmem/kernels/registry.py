@@ -1,19 +1,23 @@
-"""A kernel is two implementations of one function, and the promise that they give the same bits.
+"""A kernel is up to three implementations of one function, and the promise that they give the same bits.
 
-The *reference* is plain torch: it is what the mathematics says, what runs on a CPU, and what tests hold the other to.
-The *Triton* one makes the same values in one pass over memory. Both hide behind one opaque custom operator
-`torch.ops.hf_lowmem.<name>`, so torch.compile, FakeTensorMode, autograd and a profiler meet one name whichever runs.
+The *reference* is plain torch: it is what the mathematics says, what runs where nothing else does, and what tests hold
+the others to. The *Triton* one makes the same values in one pass over memory on a GPU, the *cpu* one, which a compiler
+for Python makes (numba: kernels/_cpu.py), in one pass on a CPU; not every kernel has it. All hide behind one opaque
+custom operator `torch.ops.hf_lowmem.<name>`, so torch.compile, FakeTensorMode, autograd and a profiler meet one name
+whichever runs.
 
 Why an opaque `custom_op` and not `triton_op`, which lets inductor see the kernel's code: an operator of the latter
 kind with a CPU implementation breaks torch.compile on a CPU, and the same model must compile on both.
 
 Which one runs is decided at each call from the tensors' device: Triton where they are on an accelerator that the kernel
-supports, else the reference. The environment variable HF_LOWMEM_KERNELS, or `use_kernels`, forces one; a forced Triton
-that cannot run is an error that says why, never a silent reference. At its first use on a GPU a kernel is compared with
-its reference on one small case, and one that differs or does not compile is not used (proof.py). On a CPU Triton runs
-only in its interpreter (TRITON_INTERPRET=1, set before triton is imported): slow, and exactly what tests want.
+supports, cpu where they are on a CPU and numba is installed, else the reference. The environment variable
+HF_LOWMEM_KERNELS, or `use_kernels`, forces one; a forced one that cannot run is an error that says why, never a silent
+reference. At its first use on a device a kernel is compared with its reference on one small case, and one that differs
+or does not compile is not used (proof.py). On a CPU Triton runs only in its interpreter (TRITON_INTERPRET=1, set before
+triton is imported): slow, and exactly what tests want.
 
-`triton` is imported inside a kernel's triton.py alone, and that module is imported when it is first needed.
+`triton` is imported inside a kernel's triton.py alone, `numba` inside its cpu.py, and these modules when they are first
+needed.
 """
 
 import functools
@@ -27,20 +31,23 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.choice import IMPLS, VARIABLE, current_impl, use_kernels
-from hf_lowmem.kernels.compare import Case, on
+from hf_lowmem.kernels.compare import CPU, Case, Implementation, on
 from hf_lowmem.kernels.proof import distrusted, prove
 
 __all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
 
+INSTALL = "pip install 'hf-lowmem[cpu]'"  # of what compiles a CPU's kernels
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """One function with a reference and a Triton implementation; `kernel(*args)` runs the one that fits.
+    """One function with a reference and faster implementations; `kernel(*args)` runs the one that fits.
 
     Args:
         name: of the operator, torch.ops.hf_lowmem.<name>.
         reference: plain torch, annotated: the operator's schema is read from its signature.
         triton: "package.module:function", same signature; imported when first needed.
+        cpu: the same, for a CPU; "" where there is none.
         fake: shapes and dtypes of the results without computing them. None where nothing is returned.
         mutates: names of the arguments that are written in place.
         supports: why Triton cannot take these arguments, or "" if it can.
@@ -52,8 +59,9 @@ class Kernel:
     """
 
     name: str
-    reference: Callable[..., Any]
+    reference: Implementation
     triton: str
+    cpu: str = ""
     fake: Callable[..., Any] | None = None
     mutates: tuple[str, ...] = ()
     supports: Callable[..., str] = lambda *args: ""
@@ -80,29 +88,41 @@ class Kernel:
         """Through the operator: arguments are positional, as its schema has them."""
         return self.op(*args)
 
-    def load_triton(self) -> Callable[..., Any]:
+    def load_triton(self) -> Implementation:
         """The Triton implementation. Raises ImportError where triton is not installed."""
-        module, _, function = self.triton.partition(":")
-        return getattr(import_module(module), function)
+        return _load(self.triton)
 
-    def pick(self, *args: Any) -> Callable[..., Any]:
+    def load_cpu(self) -> Implementation:
+        """The implementation for a CPU. Raises ImportError where numba is not installed."""
+        return _load(self.cpu)
+
+    def pick(self, *args: Any) -> Implementation:
         """The implementation for these arguments.
 
         Raises:
-            RuntimeError: where Triton is forced and cannot take them; the message says why.
+            RuntimeError: where one is forced and cannot take them; the message says why.
         """
         impl = current_impl()
         if impl == "reference":
             return self.reference
         reason = self.unsupported(*args) or self.unproved(*args)
         if not reason:
-            return self.load_triton()
-        if impl == "triton":
-            raise RuntimeError(f"kernel {self.name!r} is forced to triton, but {reason}. Leave {VARIABLE} unset.")
+            return self.load_cpu() if self._fast(args) == "cpu" else self.load_triton()
+        if impl != "auto":
+            raise RuntimeError(f"kernel {self.name!r} is forced to {impl}, but {reason}. Leave {VARIABLE} unset.")
         return self.reference
 
+    def _fast(self, args: Iterable[object]) -> str:
+        """Which of the two fast implementations is meant: the forced one, or by the tensors' device."""
+        impl = current_impl()
+        if impl in ("triton", "cpu"):
+            return impl
+        return "cpu" if self.cpu and {t.device.type for t in _tensors(args)} == {"cpu"} else "triton"
+
     def unsupported(self, *args: Any) -> str:
-        """Why Triton does not run on these arguments, or ""."""
+        """Why no fast implementation, or not the forced one, runs on these arguments, or ""."""
+        if self._fast(args) == "cpu":
+            return self._unsupported_on_cpu(args)
         devices = {t.device.type for t in _tensors(args)}
         if devices == {"cpu"} and not (current_impl() == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             return "the tensors are on a CPU, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
@@ -113,10 +133,29 @@ class Kernel:
         device = _gpu(args)
         return self.supports(*args) or (distrusted(self.name, device) if device is not None else "")
 
+    def _unsupported_on_cpu(self, args: Iterable[object]) -> str:
+        tensors = list(_tensors(args))
+        if not self.cpu:
+            return "it has no implementation for a CPU but its reference"
+        if {t.device.type for t in tensors} != {"cpu"}:
+            return "its tensors are not all on a CPU"
+        if not has_numba():
+            return f"numba is not installed ({INSTALL})"
+        if any(t.dtype in (torch.float16, torch.float64) for t in tensors):
+            return "on a CPU it knows no float16 and no float64"
+        return distrusted(self.name, CPU)
+
     def unproved(self, *args: Any) -> str:
-        """Why Triton has not proved itself on such arguments, or "". At the first use on a GPU this is found out."""
+        """Why it has not proved itself on such arguments, or "". At the first use on a device this is found out."""
+        if self._fast(args) == "cpu":
+            return prove(self, args, CPU, "cpu")
         device = _gpu(args)
         return "" if device is None else prove(self, args, device)
+
+
+def _load(place: str) -> Implementation:
+    module, _, function = place.partition(":")
+    return getattr(import_module(module), function)
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
@@ -138,3 +177,11 @@ def has_triton() -> bool:
     from importlib.util import find_spec
 
     return find_spec("triton") is not None
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Whether numba, the compiler of the CPU's kernels, is installed; it is not imported."""
+    from importlib.util import find_spec
+
+    return find_spec("numba") is not None

@@ -237,7 +237,7 @@ class LowMemOptimizer(Method, Optimizer):
         work = [(with_rate(group), entries) for group, entries in work if entries]
         cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
         finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True))
-        runs: dict[torch.device, bool] = {}
+        runs: dict[tuple[object, ...], bool] = {}
         for group, entries in work:
             together = []
             for p, slot in entries:
@@ -248,13 +248,17 @@ class LowMemOptimizer(Method, Optimizer):
             if self.FUSED is not None:
                 step_fused(self.FUSED, together, group, self._skips.on)
 
-    def _fuses(self, p: Tensor, slot: Slot, runs: dict[torch.device, bool]) -> bool:
-        """Whether `FUSED` makes this parameter's step. `runs`: on which devices the kernel runs, filled here."""
+    def _fuses(self, p: Tensor, slot: Slot, runs: dict[tuple[object, ...], bool]) -> bool:
+        """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
         if self.FUSED is None or not slot.fusable or not is_plain(p):
             return False
-        if slot.device not in runs:
-            runs[slot.device] = kernel_runs(self.FUSED.kernel, p)
-        return runs[slot.device]
+        if slot.coded and not slot.dithers:  # kernels round every coded state at random
+            return False
+        assert p.grad is not None
+        kind = slot.device, p.dtype, p.grad.dtype, slot.codec_names
+        if kind not in runs:
+            runs[kind] = kernel_runs(self.FUSED.kernel, p, slot.codec_names)
+        return runs[kind]
 
     def state_bytes(self, p: Tensor, group: Group) -> int:
         """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""

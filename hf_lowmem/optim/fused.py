@@ -1,7 +1,8 @@
 """Steps made by one kernel a parameter, or one for many, in place of decode, update, encode and select.
 
 A method names its kernel and how it gets the method's numbers (`FusedStep`). Which parameters take it is decided here,
-by what the kernel supports: 8-bit codecs or fp32, contiguous weights and gradients, a GPU with Triton. All others take
+by what the kernel supports: 8-bit codecs or fp32, contiguous weights and gradients, a GPU with Triton or a CPU with
+numba. All others take
 the loop of optim/stepping.py, which is what the kernel's reference is made of, so the results are the same.
 
 Kernels are told of a bad gradient by a flag on the device, so nothing is copied to be undone.
@@ -31,10 +32,15 @@ class FusedStep(NamedTuple):
     settings: Callable[[Group, list[int]], tuple[Any, ...]]
 
 
-def kernel_runs(kernel: Kernel, p: Tensor) -> bool:
-    """Whether the kernel's Triton is wanted, and can run where the parameter is."""
+def kernel_runs(kernel: Kernel, p: Tensor, codecs: Sequence[str] = ()) -> bool:
+    """Whether a fast implementation of the kernel is wanted, and can run on the parameter and its gradient.
+
+    On a CPU states that are all fp32 are left to torch's operators, which give torch.optim's bits, unless it is forced.
+    """
     impl = current_impl()
-    return impl != "reference" and not (impl == "auto" and p.device.type == "cpu") and not kernel.unsupported(p)
+    if impl == "reference" or (impl == "auto" and p.device.type == "cpu" and codecs and set(codecs) == {"fp32"}):
+        return False
+    return not kernel.unsupported(p, p.grad)
 
 
 def is_plain(p: Tensor) -> bool:

@@ -15,6 +15,7 @@ from hf_lowmem.cli.doctor.trial import device_of_trials
 from hf_lowmem.cli.main import main
 from hf_lowmem.kernels import KERNELS, Kernel
 from hf_lowmem.kernels.large import bytes_moved, large
+from hf_lowmem.kernels.registry import has_numba
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -95,18 +96,28 @@ def test_kernels_that_differ_or_fail(
 
 
 @pytest.mark.parametrize(
-    ("interpret", "installed", "gpu", "where", "sentence"),
+    ("interpret", "installed", "gpu", "numba", "where", "sentence"),
     [
-        ("0", True, False, None, "no kernel can be run on a device"),
-        ("0", False, False, None, "triton is not installed"),
-        ("1", False, True, None, "triton is not installed"),
-        ("1", True, True, "cpu", "in Triton's interpreter"),
-        ("0", True, True, "cuda:1", "Compared on a card."),
+        ("0", True, False, False, None, "no kernel can be run on a device"),
+        ("0", True, False, False, None, "pip install 'hf-lowmem[cpu]'"),
+        ("0", False, False, False, None, "triton is not installed"),
+        ("1", False, True, False, None, "triton is not installed"),
+        ("1", True, True, True, "cpu", "in Triton's interpreter"),
+        ("0", True, True, True, "cuda:1", "Compared on a card."),
+        ("0", True, False, True, "cpu", "compiled by numba"),
+        ("1", False, False, True, "cpu", "compiled by numba"),
     ],
 )
 def test_where_kernels_are_tried(
-    interpret: str, installed: bool, gpu: bool, where: str | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+    interpret: str,
+    installed: bool,
+    gpu: bool,
+    numba: bool,
+    where: str | None,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(trial, "has_numba", lambda: numba)
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     monkeypatch.setattr(trial, "has_triton", lambda: installed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -130,6 +141,7 @@ def test_what_is_missing_or_old_says_what_it_costs(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(surroundings, "version", version)
+    monkeypatch.setattr(trial, "has_numba", lambda: False)
     needs = ["transformers>=5.17", "accelerate>=1.15", 'triton>=3.6; sys_platform == "linux"', "datasets"]
     monkeypatch.setattr(surroundings, "requires", lambda name: needs)
     assert main(["doctor", "--json"]) == 0
@@ -144,9 +156,23 @@ def test_what_is_missing_or_old_says_what_it_costs(
     assert row_of(text, "peft") == ["peft", "-", "no LoRA and other adapters"]
 
 
+@pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
+def test_on_a_cpu_its_own_kernels_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["on a CPU runs"] == "kernels compiled by numba"
+    rows = found["kernels"]["rows"]
+    assert {row["kernel"] for row in rows} == {name for name, kernel in KERNELS.items() if kernel.cpu}
+    assert all(row["cases"] > 0 and not row["wrong"] for row in rows)
+
+
 @pytest.mark.train
 def test_it_needs_no_triton_no_trl_and_no_host() -> None:
-    missing = ("triton", "trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "rich")
+    missing = ("triton", "numba", "trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "rich")
     code = (
         f"import sys\nsys.modules |= dict.fromkeys({missing!r})\nfrom hf_lowmem.cli.main import main\n"
         "assert main(['doctor']) == 0\nprint('loaded', *(m for m in sys.modules if sys.modules[m] is not None))"

@@ -96,6 +96,8 @@ def offences(path: Path) -> Iterator[str]:
             yield f"{here} must not import {top}"
         if top == "triton" and (here != "kernels" or path.name not in MAY_SEE_TRITON):
             yield "triton is imported by kernels alone, in the files named here"
+        if top in ("numba", "llvmlite") and (here, path.name) != ("kernels", "_cpu.py"):
+            yield "numba is imported by kernels/_cpu.py alone"
         if top in ("scripts", "integrations", "tests"):
             yield f"the package must not import {top}"
         if here == "specs" and top in ("torch", "hf_lowmem"):
@@ -146,6 +148,7 @@ def test_a_circle_is_found() -> None:
         ("optim/a.py", "def f():\n    import trl", "optim must not import trl"),
         ("optim/triton.py", "import triton", "triton is imported by kernels alone"),
         ("kernels/glu/cases.py", "import triton.language", "triton is imported by kernels alone"),
+        ("kernels/glu/reference.py", "import numba", "numba is imported by kernels/_cpu.py alone"),
         ("memory/a.py", "from tests.conftest import x", "the package must not import tests"),
         ("specs.py", "import torch", "specs is a leaf"),
         ("optim/a.py", "import_module('hf_lowmem.planner.search')", "optim must not import planner"),
@@ -192,14 +195,14 @@ def _loaded(code: str) -> set[str]:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = _loaded("import hf_lowmem")
     assert "hf_lowmem" in loaded
-    assert not loaded & {"torch", "triton", "bitsandbytes", "trl", "transformers"}
+    assert not loaded & {"torch", "triton", "numba", "bitsandbytes", "trl", "transformers"}
 
 
 @pytest.mark.train
 def test_the_optimizers_need_no_trl_and_no_transformers() -> None:
     loaded = _loaded("from hf_lowmem import make_optimizer\nimport hf_lowmem.preference.losses, hf_lowmem.memory")
     assert "torch" in loaded
-    assert not loaded & {"bitsandbytes", "trl", "transformers", "peft"}
+    assert not loaded & {"numba", "bitsandbytes", "trl", "transformers", "peft"}
 
 
 def test_every_public_name_exists() -> None:

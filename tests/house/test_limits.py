@@ -11,13 +11,16 @@ from tests.house.package import PACKAGE, trees
 LINES, FUNCTION, ARGUMENTS, ROOT_FILES = 400, 80, 10, 6
 # An op of torch, or a launch on a device, takes everything one by one.
 OP_BOUNDARY = {
+    "kernels/adamw/cpu.py": ("adamw_step",),
     "kernels/adamw/reference.py": ("adamw_step",),
     "kernels/adamw/triton.py": ("adamw_step",),
+    "kernels/apollo/cpu.py": ("apollo_step",),
     "kernels/apollo/reference.py": ("apollo_step",),
     "kernels/apollo/triton.py": ("apollo_kernel", "apollo_step"),
     "kernels/codecs/tiles.py": ("encode_tile",),
     "kernels/codecs/triton.py": ("_encode",),
     "kernels/glu/triton.py": ("save_kernel", "product_kernel", "backward_kernel"),
+    "kernels/lion/cpu.py": ("lion_step",),
     "kernels/lion/reference.py": ("lion_step",),
     "kernels/lion/triton.py": ("lion_step",),
     "kernels/quantize/triton.py": ("quantize_kernel",),

@@ -11,6 +11,7 @@ from hf_lowmem.kernels import use_kernels
 from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, reference, tables, through_op
 from hf_lowmem.kernels.codecs.weights import round_stochastic
 from hf_lowmem.kernels.exact import E4M3_MAX
+from hf_lowmem.kernels.registry import has_numba
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = [name for name, codec in CODECS.items() if isinstance(codec, KernelCodec)]
@@ -173,3 +174,12 @@ def test_a_state_of_either_is_saved_and_loaded_alike() -> None:
         files.append(io.BytesIO())
         torch.save(enc, files[-1])
     assert files[0].getvalue() == files[1].getvalue()
+
+
+@pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
+def test_on_a_cpu_the_values_of_softsign_need_no_table() -> None:
+    from hf_lowmem.kernels.codecs.cpu_decode import softsign_value
+
+    found = torch.tensor([float(softsign_value.py_func(code)) for code in range(-127, 128)])
+    table = tables.SOFTSIGN_VALUES[True].on(torch.device("cpu"))
+    assert torch.equal(found, table.roll(127)[:255])

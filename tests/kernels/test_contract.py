@@ -15,8 +15,14 @@ from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 from hf_lowmem.kernels import KERNELS, Case, Kernel, use_kernels
+from hf_lowmem.kernels.registry import has_numba
 
+CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def marked(kernel: Kernel) -> Iterator[Any]:
@@ -28,6 +34,13 @@ def marked(kernel: Kernel) -> Iterator[Any]:
 
 
 ALL = [param for kernel in KERNELS.values() for param in marked(kernel)]
+ON_CPU = [
+    pytest.param(kernel, case, id=f"{kernel.name}-{case.name}")
+    for kernel in KERNELS.values()
+    if kernel.cpu
+    for case in kernel.cases()
+    if not any(t.dtype == torch.float16 for t in tensors(case.make(CPU)))  # left to the reference
+]
 FEW = [
     pytest.param(kernel, cases[at], id=f"{name}-{cases[at].name}")
     for name, kernel in KERNELS.items()
@@ -66,10 +79,6 @@ def written(kernel: Kernel, args: tuple[Any, ...]) -> list[Tensor]:
     return tensors([arg for name, arg in zip(names, args, strict=True) if name in kernel.mutates])
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def assert_same_bits(got: Tensor, want: Tensor, what: str) -> None:
     assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride()), what
     if want.is_floating_point():
@@ -89,18 +98,25 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor | float, what: str) -
 
 @pytest.mark.parametrize(("kernel", "case"), ALL)
 def test_triton_gives_the_reference(kernel: Kernel, case: Case, launches: list[dict[str, Any]]) -> None:
-    """The same bits, or within the kernel's own bound; in fresh results and in what is written in place.
+    """And would on a GPU: the interpreter never fuses a product into a sum; it is seen to that no launch lets a GPU."""
+    assert_gives_the_reference(kernel, case, "triton", DEVICE)
+    assert all(options.get("enable_fp_fusion") is False for options in launches)
 
-    And would on a GPU: the interpreter never fuses a product into a sum, so it is seen to that no launch lets a GPU.
-    """
-    by_reference, by_triton, before = (case.make(DEVICE) for _ in range(3))
+
+@pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
+@pytest.mark.parametrize(("kernel", "case"), ON_CPU)
+def test_the_cpu_gives_the_reference(kernel: Kernel, case: Case) -> None:
+    assert_gives_the_reference(kernel, case, "cpu", CPU)
+
+
+def assert_gives_the_reference(kernel: Kernel, case: Case, impl: str, device: torch.device) -> None:
+    """The same bits, or within the kernel's own bound; in fresh results and in what is written in place."""
+    by_reference, by_impl, before = (case.make(device) for _ in range(3))
     with use_kernels("reference"):
         want = tensors(kernel(*by_reference)) + written(kernel, by_reference)
-    assert not launches
-    with use_kernels("triton"):
-        got = tensors(kernel(*by_triton)) + written(kernel, by_triton)
+    with use_kernels(impl):
+        got = tensors(kernel(*by_impl)) + written(kernel, by_impl)
     assert len(got) == len(want) > 0
-    assert all(options.get("enable_fp_fusion") is False for options in launches)
     bounds = [0.0] * len(want) if kernel.bound is None else list(kernel.bound(*before))
     for i, (g, w, bound) in enumerate(zip(got, want, bounds, strict=True)):
         what = f"{kernel.name}, {case.name}, tensor {i}"
@@ -109,8 +125,8 @@ def test_triton_gives_the_reference(kernel: Kernel, case: Case, launches: list[d
         else:
             assert_within(g, w, bound, what)
 
-    mutable = {t.data_ptr() for args in (by_reference, by_triton) for t in written(kernel, args)}
-    for args in (by_reference, by_triton):
+    mutable = {t.data_ptr() for args in (by_reference, by_impl) for t in written(kernel, args)}
+    for args in (by_reference, by_impl):
         for t, was in zip(tensors(args), tensors(before), strict=True):
             if t.data_ptr() not in mutable:
                 assert_same_bits(t, was, f"{kernel.name}, {case.name}: an argument that only is read")

@@ -1,5 +1,7 @@
 """Which implementation runs, and what is said when the wanted one cannot."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_lowmem.kernels import KERNELS, Kernel, current_impl, registry, use_kernels
+from hf_lowmem.kernels import KERNELS, Case, Kernel, current_impl, proof, registry, use_kernels
 from hf_lowmem.kernels.registry import IMPLS, VARIABLE
 
 
@@ -30,6 +32,73 @@ DOUBLE = Kernel(
 ONE = torch.ones(1)
 
 
+def twice(x: Tensor) -> Tensor:
+    """Stands in for a CPU's implementation."""
+    seen.append(x)
+    return x + x
+
+
+seen: list[Tensor] = []
+ON_CPU = Kernel(
+    name="test_on_cpu",
+    reference=double,
+    triton=f"{__name__}:halve",
+    cpu=f"{__name__}:twice",
+    fake=torch.empty_like,
+    cases=lambda: [Case("three", lambda device: (torch.ones(3, device=device),))],
+)
+
+
+@pytest.fixture
+def _with_numba(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that has proved nothing yet, where the compiler is installed."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(proof, "_proved", set())
+    monkeypatch.setattr(proof, "_failed", {})
+    monkeypatch.setattr(registry, "has_numba", lambda: True)
+    seen.clear()
+
+
+@pytest.mark.usefixtures("_with_numba")
+@pytest.mark.parametrize(("impl", "runs"), [("auto", True), ("cpu", True), ("reference", False)])
+def test_on_a_cpu_its_own_implementation_runs(impl: str, runs: bool) -> None:
+    with use_kernels(impl):
+        assert ON_CPU.pick(ONE) is (twice if runs else double)
+        assert ON_CPU(ONE).item() == 2.0
+    assert len(seen) == (2 if runs else 0), "once on its case, once on the argument"
+
+
+@pytest.mark.usefixtures("_with_numba")
+def test_one_that_differs_on_a_cpu_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{__name__}.twice", halve)
+    assert ON_CPU.pick(ONE) is double
+    assert "another version of numba may cure it" in caplog.text
+    assert ON_CPU.unsupported(ONE)
+    with use_kernels("cpu"), pytest.raises(RuntimeError, match="forced to cpu, but on 'three' it is not what"):
+        ON_CPU.pick(ONE)
+
+
+@pytest.mark.usefixtures("_with_numba")
+@pytest.mark.parametrize(
+    ("kernel", "x", "installed", "reason"),
+    [
+        (ON_CPU, ONE, False, r"numba is not installed \(pip install 'hf-lowmem\[cpu\]'\)"),
+        (ON_CPU, ONE.half(), True, "knows no float16"),
+        (ON_CPU, torch.ones(1, device="meta"), True, "not all on a CPU"),
+        (DOUBLE, ONE, True, "has no implementation for a CPU but its reference"),
+    ],
+)
+def test_what_a_cpu_cannot_run_is_said(
+    kernel: Kernel, x: Tensor, installed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "has_numba", lambda: installed)
+    assert kernel.pick(x) is double
+    with use_kernels("cpu"), pytest.raises(RuntimeError, match=f"is forced to cpu, but .*{reason}.*{VARIABLE}"):
+        kernel.pick(x)
+
+
 def test_the_table_is_keyed_by_the_operators_names() -> None:
     assert KERNELS
     for name, kernel in KERNELS.items():
@@ -40,13 +109,22 @@ def test_the_table_is_keyed_by_the_operators_names() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_either_way_of_asking_is_heard(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    want = 0.5 if impl == "triton" else 2.0
+    monkeypatch.setattr(registry, "has_numba", lambda: False)
+    want = {"triton": 0.5, "cpu": None}.get(impl, 2.0)
     with use_kernels(impl):
         assert current_impl() == impl
-        assert DOUBLE(ONE).item() == want
+        assert result() == want
     assert current_impl() == "auto"
     monkeypatch.setenv(VARIABLE, impl)
-    assert DOUBLE(ONE).item() == want
+    assert result() == want
+
+
+def result() -> float | None:
+    """What DOUBLE makes of one, None where it is refused."""
+    try:
+        return DOUBLE(ONE).item()
+    except RuntimeError:
+        return None
 
 
 def test_the_inner_block_wins_and_an_error_ends_it() -> None:
@@ -113,7 +191,8 @@ def test_a_mode_sees_one_operator_whichever_runs(monkeypatch: pytest.MonkeyPatch
             return func(*args, **(kwargs or {}))
 
     for impl in IMPLS:
-        with use_kernels(impl), Seen() as seen:
-            seen.names.clear()
-            DOUBLE(ONE)
-            assert seen.names == ["hf_lowmem.test_double.default"]
+        with use_kernels(impl), Seen() as mode:
+            mode.names.clear()
+            with contextlib.suppress(RuntimeError):
+                DOUBLE(ONE)
+            assert mode.names == ["hf_lowmem.test_double.default"]

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowmem.codecs import CODECS
+from hf_lowmem.kernels import registry
 from hf_lowmem.kernels.spans import CPU_SPAN_PER_THREAD
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, chunked, make_optimizer, slot
 from hf_lowmem.planner.accelerator import as_with_real_tensors
@@ -20,6 +21,12 @@ ELEMENTWISE = [name for name, cls in OPTIMIZERS.items() if cls.ELEMENTWISE]
 # Tensors of a part in fp32: weights, gradient, two moments, the root of one; two more while a codec encodes.
 MOST = 7
 FAMILY = ["apollo", "natural_galore"]  # their embeddings and vectors take Adam
+
+
+@pytest.fixture(autouse=True)
+def _the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel, which a CPU has where numba is installed, makes no temporaries and no parts."""
+    monkeypatch.setattr(registry, "has_numba", lambda: False)
 
 
 class Long(nn.Module):

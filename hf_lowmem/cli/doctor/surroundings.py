@@ -12,11 +12,14 @@ import torch
 import hf_lowmem
 from hf_lowmem.kernels.choice import VARIABLE
 from hf_lowmem.kernels.proof import cache_folder, driver_version
+from hf_lowmem.kernels.registry import INSTALL, has_numba
 
 # Distribution → what a user does without who does without it. In the order in which they are missed.
 PACKAGES = {
     "triton": "no GPU kernels: steps, codecs and tiers run as tens of torch operators each, slower and with fp32 "
     "temporaries",
+    "numba": "no CPU kernels: on a CPU a step with 8-bit states takes several times as long "
+    "(pip install 'hf-lowmem[cpu]')",
     "transformers": "no trainers, no `plan`; optimizers, losses and tiers work in a loop of your own",
     "accelerate": "no trainers, no LowMemPlugin, no `launch`",
     "trl": "no SFT, DPO or ASFT trainer, no `plan`, no lowmem_budget; LowMemTrainer and optimizers work",
@@ -47,6 +50,7 @@ def surroundings() -> dict[str, Any]:
         "packages": packages(),
         "settings": {
             VARIABLE: os.environ.get(VARIABLE, "auto"),
+            "on a CPU runs": "kernels compiled by numba" if has_numba() else f"the reference ({INSTALL} for kernels)",
             "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "0"),
             "kernels proved, remembered in": remembered_in(),
         },

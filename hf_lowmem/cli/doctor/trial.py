@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from hf_lowmem.kernels import KERNELS, Kernel
-from hf_lowmem.kernels.compare import difference, on
+from hf_lowmem.kernels import KERNELS, Case, Kernel, use_kernels
+from hf_lowmem.kernels.compare import CPU, difference, on
 from hf_lowmem.kernels.large import FFN, HIDDEN, TOKENS, bytes_moved, large
-from hf_lowmem.kernels.registry import has_triton
+from hf_lowmem.kernels.proof import cpu_name
+from hf_lowmem.kernels.registry import INSTALL, has_numba, has_triton
 
 REPEATS = 20
 
@@ -36,10 +37,8 @@ class Trial:
 
 def device_of_trials() -> tuple[torch.device | None, str]:
     """Where kernels are tried, None for nowhere, and a sentence about it."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not has_triton():
-        return None, "triton is not installed, so there are no kernels to compare; references run everywhere."
-    if torch.cuda.is_available() and not interpreted:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+    if torch.cuda.is_available() and has_triton() and not interpreted:
         device = torch.device("cuda", torch.cuda.current_device())
         return device, f"Compared on {torch.cuda.get_device_name(device)}."
     if interpreted:
@@ -47,20 +46,32 @@ def device_of_trials() -> tuple[torch.device | None, str]:
             "Compared in Triton's interpreter (TRITON_INTERPRET=1): that proves the kernels' arithmetic, and nothing "
             "of a device or of its speed."
         )
+    if has_numba():
+        return torch.device("cpu"), (
+            f"Compared on {cpu_name()}, compiled by numba; of other kernels the references run on a CPU."
+        )
+    remedy = f"On a CPU references run, where compiled kernels would be several times as fast: {INSTALL}."
+    if not has_triton():
+        return None, f"triton is not installed, so there are no kernels to compare; references run everywhere. {remedy}"
     return None, (
-        "There is no GPU here, so no kernel can be run on a device; on a CPU references run. TRITON_INTERPRET=1 "
-        "hf-lowmem doctor compares the kernels in Triton's interpreter, which takes minutes."
+        f"There is no GPU here, so no kernel can be run on a device. {remedy} TRITON_INTERPRET=1 hf-lowmem doctor "
+        "compares the kernels in Triton's interpreter, which takes minutes."
     )
 
 
 def trials(device: torch.device) -> Iterator[Trial]:
     """One kernel after the other. What a kernel raises is written down as wrong, and the next is tried."""
+    impl = "cpu" if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" else "triton"
     for kernel in KERNELS.values():
+        if impl == "cpu" and not kernel.cpu:
+            continue
         trial = Trial(kernel.name, 0, kernel.bound is None)
         for case in kernel.cases():
+            if impl == "cpu" and _is_left_to_the_reference(kernel, case):
+                continue
             trial.cases += 1
             try:
-                found = difference(kernel, case, device)
+                found = difference(kernel, case, device, impl)
             except Exception as error:
                 found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if found:
@@ -68,6 +79,11 @@ def trials(device: torch.device) -> Iterator[Trial]:
         if device.type == "cuda" and not trial.wrong:
             trial.seconds, trial.bandwidth = speed(kernel, device)
         yield trial
+
+
+def _is_left_to_the_reference(kernel: Kernel, case: Case) -> bool:
+    with use_kernels("cpu"):
+        return bool(kernel.unsupported(*case.make(CPU)))
 
 
 def speed(kernel: Kernel, device: torch.device) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ ADAMW_STEP = Kernel(
     name="adamw_step",
     reference=adamw_step,
     triton="hf_lowmem.kernels.adamw.triton:adamw_step",
+    cpu="hf_lowmem.kernels.adamw.cpu:adamw_step",
     mutates=("params", "skipped", "corrections", "first", "second"),
     cases=adamw_cases,
 )

@@ -34,6 +34,7 @@ APOLLO_FACTORS = Kernel(
     name="apollo_factors",
     reference=reference.apollo_factors,
     triton="hf_lowmem.kernels.apollo.triton:apollo_factors",
+    cpu="hf_lowmem.kernels.apollo.cpu:apollo_factors",
     fake=reference.apollo_factors_fake,
     mutates=("prev_norm",),
     cases=factor_cases,
@@ -43,6 +44,7 @@ APOLLO_STEP = Kernel(
     name="apollo_step",
     reference=reference.apollo_step,
     triton="hf_lowmem.kernels.apollo.triton:apollo_step",
+    cpu="hf_lowmem.kernels.apollo.cpu:apollo_step",
     mutates=("param", "correction"),
     cases=step_cases,
 )

@@ -11,14 +11,16 @@ from hf_lowmem.kernels.codecs import reference
 from hf_lowmem.kernels.codecs.cases import decode_cases, encode_cases
 from hf_lowmem.kernels.registry import Kernel, current_impl
 
-__all__ = ["DECODE_STATE", "ENCODE_STATE", "through_op"]
+__all__ = ["DECODE_STATE", "ENCODE_STATE", "LEAST_DECODED", "through_op"]
 
+LEAST_DECODED = 1 << 14  # values: decoding in torch is three operators a span
 _TRITON = "hf_lowmem.kernels.codecs.triton"
 
 ENCODE_STATE = Kernel(
     name="encode_state",
     reference=reference.encode_state,
     triton=f"{_TRITON}:encode_state",
+    cpu="hf_lowmem.kernels.codecs.cpu:encode_state",
     mutates=("codes", "scalars"),
     cases=encode_cases,
 )
@@ -26,15 +28,21 @@ DECODE_STATE = Kernel(
     name="decode_state",
     reference=reference.decode_state,
     triton=f"{_TRITON}:decode_state",
+    cpu="hf_lowmem.kernels.codecs.cpu:decode_state",
     fake=reference.decode_state_fake,
     cases=decode_cases,
 )
 
 
-def through_op(x: Tensor) -> bool:
+def through_op(x: Tensor, least: int = 1 << 8) -> bool:
     """Whether a state's tensors are to pass the operator.
 
-    On a CPU they do so only where Triton is forced: an operator costs as much as encoding a few thousand values, and
-    what is opaque cannot be fused by a compiler.
+    On a CPU they do so where an implementation is forced, or where one is there and the state has `least` values: an
+    operator costs as much as tens of torch's, and what is opaque cannot be fused by a compiler.
     """
-    return x.device.type != "cpu" or (not torch.compiler.is_compiling() and current_impl() == "triton")
+    if x.device.type != "cpu":
+        return True
+    impl = current_impl()
+    if torch.compiler.is_compiling() or impl == "reference":
+        return False
+    return impl != "auto" or (x.numel() >= least and not ENCODE_STATE.unsupported(x))

@@ -10,6 +10,7 @@ LION_STEP = Kernel(
     name="lion_step",
     reference=lion_step,
     triton="hf_lowmem.kernels.lion.triton:lion_step",
+    cpu="hf_lowmem.kernels.lion.cpu:lion_step",
     mutates=("params", "skipped", "corrections", "first"),
     cases=lion_cases,
 )

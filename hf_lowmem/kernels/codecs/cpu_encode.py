@@ -1,0 +1,341 @@
+"""The 8-bit codecs' encoders on a CPU, a tile at a time: whole blocks of each codec, in loops of one job each.
+
+The formulas are those of reference.py, one function for each. A ragged last tile is filled up with zeros.
+"""
+
+import numpy as np
+
+from hf_lowmem.kernels._cpu import (
+    TILE,
+    add,
+    bits_of,
+    both,
+    bytes_at,
+    clamp,
+    either,
+    float32,
+    floats_at,
+    from_bits,
+    halves_at,
+    inlined,
+    int32,
+    look_up,
+    lower_half,
+    minus,
+    part,
+    plus,
+    put_back,
+    right,
+    rotate_half,
+    shift_right,
+    size_of,
+    subtract,
+    uint8,
+    uint16,
+    uint32,
+    upper_half,
+)
+from hf_lowmem.kernels.codecs import reference, tables
+from hf_lowmem.kernels.codecs.blocks import NO_VALUE
+from hf_lowmem.kernels.codecs.cpu_decode import EXPAND, EXPAND_BLOCK, FP32, INT8, INT8_BLOCK, SOFTSIGN, SOFTSIGN_BLOCK
+from hf_lowmem.kernels.exact import BF16_MAX, FLOAT_MAX
+
+
+def _bits(x: float) -> np.uint32:
+    return np.float32(x).view(np.uint32)
+
+
+_SMALLEST_SCALE, _SMALLEST_A, _SMALLEST_B = (
+    _bits(x) for x in (reference.SMALLEST_SCALE, reference.SMALLEST_A, reference.SMALLEST_B)
+)
+_BF16_MAX, _FLOAT_MAX, _INF = _bits(BF16_MAX), _bits(FLOAT_MAX), _bits(float("inf"))
+_SLOPE, _OFFSET, _FARTHEST = (float32(x) for x in (reference.SLOPE, reference.OFFSET, reference.FARTHEST))
+_MAGIC = float32(1.5 * 2.0**23)  # a float that is added to it has no binary places left
+_LARGEST_BITS, _POWER_OF_ONE, _NO_VALUE = int32(tables.LARGEST_BITS), tables.POWER_OF_ONE, uint32(NO_VALUE)
+
+
+@inlined
+def _within(bits, least, most):
+    """The bits of a float that is not negative, within bounds; a nan stays one."""
+    bounded = least if bits < least else bits
+    bounded = most if bounded > most else bounded
+    return bits if bits > _INF else bounded
+
+
+@inlined
+def inverse(scale):
+    """1 / scale. Reference: `inverse`."""
+    return (float32(1.0) / (scale * float32(2.0**-8))) * float32(2.0**-8)
+
+
+@inlined
+def _up_signed(q, codes, places, words):
+    for j in range(len(q)):
+        place = look_up(places, codes[j])
+        up = (q[j] - lower_half(place)) * upper_half(place) > float32(int32(words[j]))
+        codes[j] = add(codes[j], int32(1) if up else int32(0))
+
+
+@inlined
+def _up_unsigned(q, codes, places, words):
+    for j in range(len(q)):
+        place = look_up(places, codes[j])
+        middle = lower_half(place)
+        level = float32(int32(rotate_half(words[j]))) * (q[j] + middle)
+        codes[j] = add(codes[j], int32(1) if (q[j] - middle) * upper_half(place) > level else int32(0))
+
+
+@inlined
+def round_up(q, codes, places, words, signed):
+    """The codes of the values below q, or the next ones, at random. Reference: dither.py.
+
+    In a loop of its own: two gathers of which one needs the other's result cost half as much again in one.
+    """
+    if signed:
+        _up_signed(q, codes, places, words)
+    else:
+        _up_unsigned(q, codes, places, words)
+
+
+@inlined
+def largest_and_least(x):
+    """The bits of the largest |x|, and of the least that is not zero, less one; 2**31 - 1 where all are zero."""
+    largest, least = uint32(0), uint32(0x7FFFFFFF)
+    for j in range(len(x)):
+        size = size_of(x[j])
+        largest = size if size > largest else largest
+        size = both(minus(size, uint32(1)), uint32(0x7FFFFFFF))
+        least = size if size < least else least
+    return largest, least
+
+
+@inlined
+def int8_scale(x, signed):
+    """The block's scale. As signed integers the largest bits are the largest value's, as unsigned the least one's."""
+    high, low = int32(0), uint32(0)
+    for j in range(INT8_BLOCK):
+        bits = bits_of(x[j])
+        high = int32(bits) if int32(bits) > high else high
+        low = bits if bits > low else low
+    low = both(low, uint32(0x7FFFFFFF)) if low > uint32(0x7FFFFFFF) else uint32(0)
+    if signed and low > uint32(high):
+        return -from_bits(_within(low, _SMALLEST_SCALE, _INF))
+    return from_bits(_within(uint32(high), _SMALLEST_SCALE, _INF))
+
+
+@inlined
+def int8_codes(x, scale, table, signed, q, codes):
+    factor = inverse(scale)
+    for j in range(INT8_BLOCK):
+        y = x[j] * factor
+        bits = bits_of(y)
+        place = int32(right(bits, uint32(16)))
+        code = shift_right(add(look_up(table, place), int32(both(bits, uint32(0xFFFF)))), int32(16))
+        if signed and bits > uint32(0x7FFFFFFF):
+            code = subtract(int32(-1), code)
+        q[j] = y
+        codes[j] = int32(both(uint32(code), uint32(0xFF)))
+
+
+@inlined
+def _softsign_place(x, slope):
+    """b and y of the reference's `softsign_encode`, and y rounded. No table: a division is cheaper than a gather."""
+    b = from_bits(size_of(x)) * slope + _OFFSET
+    y = -(float32(1.0) / b) + _FARTHEST
+    return b, y, (y + _MAGIC) - _MAGIC
+
+
+@inlined
+def softsign_nearest(x, slope, codes):
+    for j in range(SOFTSIGN_BLOCK):
+        _, _, near = _softsign_place(x[j], slope)
+        code = int32(float32(127.0) if near > float32(127.0) else near)
+        codes[j] = subtract(int32(0), code) if bits_of(x[j]) > uint32(0x7FFFFFFF) else code
+
+
+@inlined
+def softsign_random(x, slope, words, codes):
+    for j in range(SOFTSIGN_BLOCK):
+        b, y, near = _softsign_place(x[j], slope)
+        t = np.abs(near - y)
+        y -= b * ((float32(1.0) - t) * t)
+        y = from_bits(either(size_of(y), both(bits_of(x[j]), uint32(0x80000000))))
+        place = plus(bits_of(y + float32(384.0)), right(words[j], uint32(17)))
+        codes[j] = int32(right(plus(place, uint32(128 << 15)), uint32(15)))
+
+
+@inlined
+def softsign_unsigned(x, scale, table, q, codes):
+    factor = inverse(scale)
+    for j in range(SOFTSIGN_BLOCK):
+        y = x[j] * factor
+        bits = bits_of(y)
+        place = int32(both(right(bits, uint32(16)), uint32(0x7FFF)))
+        q[j] = y
+        codes[j] = shift_right(add(look_up(table, place), int32(both(bits, uint32(0xFFFF)))), int32(16))
+
+
+@inlined
+def power_of(a, b, powers, signed):
+    """The stored power of a block."""
+    ratio = bits_of(inverse(b) * a)
+    place = int32(both(right(ratio, uint32(16)), uint32(0x7FFF)))
+    below = shift_right(add(look_up(powers, place), int32(both(ratio, uint32(0xFFFF)))), int32(16))
+    return max(255 - below, _POWER_OF_ONE) if signed else 255 - below
+
+
+@inlined
+def expand_codes(x, factor, table, of_power, row, q, codes):
+    shift, first, offset = of_power[0], of_power[1], of_power[2]
+    for j in range(EXPAND_BLOCK):
+        y = from_bits(size_of(x[j])) * factor
+        bits = clamp(int32(bits_of(y)), first, _LARGEST_BITS)
+        place = add(shift_right(bits, shift), offset)
+        q[j] = y
+        codes[j] = add(shift_right(add(look_up(table, place), bits), shift), row)
+
+
+@inlined
+def limit_signed(codes):
+    """The 7 bits of codes that were counted from their row on."""
+    for j in range(len(codes)):
+        codes[j] = int32(both(uint32(codes[j]), uint32(0x7F)))
+
+
+@inlined
+def limit_unsigned(x, codes):
+    """The same of an unsigned state: 0 for 0 alone."""
+    for j in range(len(x)):
+        code, bits = int32(both(uint32(codes[j]), uint32(0x7F))), int32(bits_of(x[j]))
+        codes[j] = bits if bits < code else code
+
+
+@inlined
+def floor_codes(x, codes):
+    """No value that is not zero gets code 0. Reference: `mark_nonzero`, for which a negative one is zero."""
+    for j in range(TILE):
+        least = int32(1) if x[j] > float32(0.0) else int32(0)
+        codes[j] = least if codes[j] < least else codes[j]
+
+
+@inlined
+def floor_sizes(x, codes):
+    for j in range(TILE):
+        least = int32(1) if size_of(x[j]) > uint32(0) else int32(0)
+        codes[j] = least if codes[j] < least else codes[j]
+
+
+@inlined
+def sign_codes(x, codes):
+    for j in range(TILE):
+        codes[j] = int32(either(uint32(codes[j]), both(right(bits_of(x[j]), uint32(24)), uint32(0x80))))
+
+
+@inlined
+def narrow(codes, out, count):
+    for j in range(count):
+        out[j] = uint8(codes[j])
+
+
+@inlined
+def make_room():
+    """What `encode_tile` needs beside its arguments."""
+    return np.empty(TILE, float32), np.empty(TILE, int32)
+
+
+@inlined
+def _parts(x, q, codes, words, b, block):
+    start = b * block
+    return part(x, start, block), part(q, start, block), part(codes, start, block), part(words, start, block)
+
+
+@inlined
+def _int8_tile(x, words, how, address, start, blocks, tables, room):
+    _, table, places, _, _ = tables
+    _, signed, dither = how
+    scales = floats_at(address[1] + 4 * (start // INT8_BLOCK), blocks)
+    for b in range(blocks):
+        here, q, codes, words_here = _parts(x, room[0], room[1], words, b, INT8_BLOCK)
+        scales[b] = int8_scale(here, signed)
+        int8_codes(here, scales[b], table, signed, q, codes)
+        if dither:
+            round_up(q, codes, places, words_here, signed)
+
+
+@inlined
+def _softsign_tile(x, words, how, address, start, blocks, tables, room):
+    _, table, places, _, _ = tables
+    _, signed, dither = how
+    first = start // SOFTSIGN_BLOCK
+    for b in range(blocks):
+        here, q, codes, words_here = _parts(x, room[0], room[1], words, b, SOFTSIGN_BLOCK)
+        largest, _ = largest_and_least(here)
+        if signed:
+            bits = both(plus(_within(largest, _SMALLEST_SCALE, _BF16_MAX), uint32(0xFFFF)), uint32(0xFFFF0000))
+            halves_at(address[1] + 2 * (first + b), 1)[0] = uint16(right(bits, uint32(16)))
+            bits = largest if dither and largest > bits else bits
+            slope = inverse(from_bits(bits)) * _SLOPE
+            if dither:
+                softsign_random(here, slope, words_here, codes)
+            else:
+                softsign_nearest(here, slope, codes)
+        else:
+            scale = from_bits(_within(largest, _SMALLEST_SCALE, _FLOAT_MAX))
+            floats_at(address[1] + 4 * (first + b), 1)[0] = scale
+            softsign_unsigned(here, scale, table, q, codes)
+            if dither:
+                round_up(q, codes, places, words_here, False)
+
+
+@inlined
+def _expand_tile(x, words, how, address, start, blocks, tables, room):
+    _, table, places, powers, rows = tables
+    _, signed, dither = how
+    first = start // EXPAND_BLOCK
+    scales, stored = floats_at(address[1] + 4 * first, blocks), bytes_at(address[2] + first, blocks)
+    for b in range(blocks):
+        here, q, codes, words_here = _parts(x, room[0], room[1], words, b, EXPAND_BLOCK)
+        largest, least = largest_and_least(here)
+        a = from_bits(_within(largest, _SMALLEST_A, _FLOAT_MAX))
+        least = plus(_NO_VALUE if least > _NO_VALUE else least, uint32(1))
+        power = power_of(a, from_bits(_SMALLEST_B if least < _SMALLEST_B else least), powers, signed)
+        scales[b], stored[b] = a, uint8(power)
+        expand_codes(here, inverse(a), table, rows[power], int32(power * 128) if dither else int32(0), q, codes)
+        if dither:
+            round_up(q, codes, places, words_here, signed)
+            if signed:
+                limit_signed(codes)
+            else:
+                limit_unsigned(here, codes)
+
+
+@inlined
+def encode_tile(x, words, how, address, start, count, tables, room):
+    """Write the codes and scalars of a tile, the values from `start` on, of which `count` are there; the rest is zero.
+
+    Args:
+        words: random bits, where they are rounded at random.
+        how: the codec's number; whether the state is signed; whether it is rounded at random.
+        address: of the state's tensors: codes, scale, power.
+        tables: from `tables_of`.
+        room: from `make_room`.
+    """
+    codec, signed, dither = how
+    if codec == FP32:
+        put_back(x, address[0], start, count)
+        return
+    codes = room[1]
+    if codec == INT8:
+        _int8_tile(x, words, how, address, start, (count + INT8_BLOCK - 1) // INT8_BLOCK, tables, room)
+    elif codec == SOFTSIGN:
+        _softsign_tile(x, words, how, address, start, (count + SOFTSIGN_BLOCK - 1) // SOFTSIGN_BLOCK, tables, room)
+    else:
+        _expand_tile(x, words, how, address, start, (count + EXPAND_BLOCK - 1) // EXPAND_BLOCK, tables, room)
+    if codec == EXPAND:
+        if not dither:
+            floor_sizes(x, codes)
+        if signed:
+            sign_codes(x, codes)
+    elif not signed:
+        floor_codes(x, codes)
+    narrow(codes, bytes_at(address[0] + start, count), count)
