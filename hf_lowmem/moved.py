@@ -79,7 +79,7 @@ class Finder:
                     return getattr(home, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-        module.__getattr__ = find  # type: ignore[method-assign]
+        module.__getattr__ = find
 
 
 def find_moved() -> None:

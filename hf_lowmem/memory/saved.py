@@ -209,7 +209,7 @@ class SavedReport:
             return kept.value
 
         if pack is not None:  # so that `inspect.unwrap` finds whose hook this is
-            counted_pack.__wrapped__ = pack  # type: ignore[attr-defined]
+            counted_pack.__wrapped__ = pack
         return counted_pack, counted_unpack
 
     def _close(self) -> None:

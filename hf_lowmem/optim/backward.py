@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
 
 
@@ -49,11 +51,7 @@ class StepInBackward:
     """
 
     def __init__(self, optimizer: LowMemOptimizer, *, ready: Callable[[], bool] | None = None) -> None:
-        if not isinstance(optimizer, LowMemOptimizer):
-            raise TypeError(
-                f"step in backward needs an optimizer of hf_lowmem, got {type(optimizer).__name__}. Make one with "
-                "hf_lowmem.make_optimizer(...)."
-            )
+        _check_ours(optimizer)
         if ready is not None and not optimizer.ACCUMULATES:
             raise ValueError(accumulation_refused("gradient accumulation", optimizer.name))
         self.optimizer = optimizer
@@ -61,7 +59,7 @@ class StepInBackward:
         self.last_norm: Tensor | None = None
         # Sums of squares, and where the rest of each is: None for whole gradients, else any sharded parameter's places.
         self._squares: dict[tuple[torch.device, Any], tuple[Tensor, Shards | None]] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
 
@@ -111,8 +109,8 @@ class StepInBackward:
     @torch.no_grad()
     def _count(self, p: Tensor) -> None:
         assert p.grad is not None
-        square = torch.linalg.vector_norm(local(p.grad), dtype=torch.float32).square()
-        shards = Shards(p) if is_sharded(p) else None  # type: ignore[arg-type]
+        square = linalg.vector_norm(local(p.grad), dtype=torch.float32).square()
+        shards = Shards(p) if is_sharded(p) else None
         key = p.device, shards and shards.group
         total, _ = self._squares.get(key, (None, None))
         self._squares[key] = square if total is None else total.add_(square), shards
@@ -136,12 +134,20 @@ class StepInBackward:
         self._attached = []
 
 
+def _check_ours(optimizer: object) -> None:
+    if not isinstance(optimizer, LowMemOptimizer):
+        raise TypeError(
+            f"step in backward needs an optimizer of hf_lowmem, got {type(optimizer).__name__}. Make one with "
+            "hf_lowmem.make_optimizer(...)."
+        )
+
+
 def has_hook(p: Tensor) -> bool:
     """Whether something waits for this parameter's gradient."""
     return bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
-def _remove_all(hooks: list[Any]) -> None:
+def _remove_all(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()

@@ -219,7 +219,8 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:
         """Those of a group's parameters that have values and a gradient, and their slots, for an update."""
-        options, found = self._options(group), []
+        options = self._options(group)
+        found: list[tuple[Tensor, Slot]] = []
         for p in params:
             grad = p.grad
             if grad is not None and grad.layout != torch.strided:
@@ -239,7 +240,7 @@ class LowMemOptimizer(Method, Optimizer):
         finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True))
         runs: dict[torch.device, bool] = {}
         for group, entries in work:
-            together = []
+            together: list[tuple[Tensor, Slot]] = []
             for p, slot in entries:
                 if self._fuses(p, slot, runs):
                     together.append((p, slot))

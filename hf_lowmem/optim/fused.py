@@ -28,7 +28,7 @@ class FusedStep(NamedTuple):
     """
 
     kernel: Kernel
-    settings: Callable[[Group, list[int]], tuple[Any, ...]]
+    settings: Callable[[Group, list[int]], tuple[object, ...]]
 
 
 def kernel_runs(kernel: Kernel, p: Tensor) -> bool:

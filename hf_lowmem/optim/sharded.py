@@ -57,7 +57,7 @@ def row_dim(state: State, shape: torch.Size, group: Group) -> int | None:
 
 def row_layout(whole: Mapping[str, State], shape: torch.Size, group: Group) -> dict[str, State]:
     """The states of a parameter of `shape` over all processes, with what is cut in front and each row for itself."""
-    found = {}
+    found: dict[str, State] = {}
     for name, state in whole.items():
         dim = row_dim(state, shape, group)
         if dim is None:

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]  # torch has no public way out of a dispatch mode
+    _get_current_dispatch_mode_stack,  # pyright: ignore[reportPrivateUsage]
+)
 
 from hf_lowmem.codecs import CODECS, StateCodec
 
@@ -126,7 +129,7 @@ def whole_layout(
     decls: Mapping[str, StateDecl], codecs: tuple[StateCodec, StateCodec], shape: Shape, group: Group
 ) -> dict[str, State]:
     """The states of a parameter of `shape` as one process keeps them."""
-    found = {}
+    found: dict[str, State] = {}
     for name, decl in decls.items():
         own = decl.shape(shape, group)
         if own is not None:

@@ -369,5 +369,5 @@ def _make_trainer(cls: type, *args: Any, **kwargs: Any) -> Any:
     return object.__new__(cls)
 
 
-_make_trainer.__signature__ = inspect.signature(Trainer.__init__)  # type: ignore[attr-defined]
-Trainer.__new__ = _make_trainer  # type: ignore[method-assign]
+_make_trainer.__signature__ = inspect.signature(Trainer.__init__)
+Trainer.__new__ = _make_trainer

@@ -116,7 +116,7 @@ class LowMemCallback(MemoryReportCallback):
                 self.close()
 
         closing.closes = self  # type: ignore[attr-defined]
-        trainer.train = closing  # type: ignore[method-assign]
+        trainer.train = closing
 
     def _check(self, args: TrainingArguments) -> None:
         assert self.spec is not None

@@ -29,6 +29,7 @@ from torch import Tensor
 from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Shape, stream_key
 
@@ -37,7 +38,7 @@ COLD_STEPS = 4  # power steps from a Gaussian start; later refreshes start from 
 
 def svd_basis(grad: Tensor, rank: int) -> Tensor:
     """The `rank` leading singular vectors of the smaller side, (..., m, n) -> (..., d, rank). GaLore, 2403.03507."""
-    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    u, _, vh = linalg.svd(grad, full_matrices=False)
     return (vh.mT if channel_dim(grad.shape) == -1 else u)[..., :rank]
 
 
@@ -67,7 +68,7 @@ def power_basis(grad: Tensor, start: Tensor, steps: int, shards: Whole = WHOLE) 
         else:
             projected = shards.sum_((grad.mT @ shards.rows(basis)).div_(peak))
             product = shards.gather((grad @ projected).div_(peak), rows)
-        basis, triangle = torch.linalg.qr(product)
+        basis, triangle = linalg.qr(product)
         signs = torch.diagonal(triangle, dim1=-2, dim2=-1).sign()
         basis = basis * torch.where(signs == 0, 1.0, signs)[..., None, :]
     return basis
