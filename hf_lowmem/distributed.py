@@ -42,7 +42,7 @@ def is_sharded(p: Any) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What lies on this process: the storage itself, to be written in place. Call it without gradients."""
+    """The part of a tensor on this process: its own storage, to be written in place. Call it without gradients."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -83,6 +83,6 @@ class Finder:
 
 
 def find_moved() -> None:
-    """From now on, modules of 0.1 are found."""
+    """Let modules be imported by their names of 0.1 from now on."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

@@ -81,9 +81,10 @@ def settings_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def rmsnorm_of(module: nn.Module) -> RMSNorm | None:
-    """What the module computes, if it is a plain RMSNorm in every combination of DTYPES.
+    """The RMSNorm that a module computes in every combination of DTYPES; None where it computes anything else.
 
-    Its eps is whichever of its float attributes fits: the second row is of that size.
+    Its eps is the one of its float attributes that fits; the mean square of the second row is of eps's size, so that
+    eps shows in the result.
     """
     named = list(module.named_parameters(recurse=False))
     if len(named) != 1 or named[0][1].ndim != 1 or any(True for _ in module.children()) or _fake():
@@ -126,7 +127,7 @@ def _computes(module: nn.Module, norm: RMSNorm, x: Tensor, weight: Tensor) -> bo
 
 
 def gated_of(mlp: nn.Module) -> Gated | None:
-    """How the module is built, if its forward is that of a gated MLP and nothing else."""
+    """The parts of a gated MLP; None where the module's forward computes anything else."""
     linears = list(linears_of(mlp))
     acts = {name: kind for name, child in mlp.named_children() if (kind := activation_of(child))}
     if len(linears) not in (2, 3) or not acts or _fake():

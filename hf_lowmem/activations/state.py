@@ -1,4 +1,4 @@
-"""What a module computes with, beside its input: so that running it again is the same computation.
+"""Everything but its input that a module computes with, kept so that a second run is the same computation.
 
 Between a forward and its backward pass a module may change: `set_adapter` makes another adapter the active one,
 `eval()` switches dropouts off, `torch.func.functional_call` has lent it weights and taken them back, hooks come and

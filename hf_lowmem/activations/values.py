@@ -1,4 +1,4 @@
-"""What backward will ask for, and how it is had: kept as it is, kept compressed, or computed again.
+"""The values that backward asks for, each kept as it is, kept compressed, or computed again.
 
 Autograd saves tensors. Inside a converted layer it saves `View`s in their place, each a window on a `Value`:
 
@@ -210,11 +210,14 @@ class Derived(Value):
 
 
 class Rerun(Value):
-    """What `module` makes of `x`, by running it again: with the weights, flags, adapters, hooks, autocast and random
-    numbers of the first run.
+    """The output of `module` for `x`, computed in backward by a second run with the weights, flags, adapters, hooks,
+    autocast and random numbers of the first one.
 
-    To be made before the module runs. `run`: its forward as it was found; `source`: what `x` will be had from, for the
-    maker to hold until it is known whether anybody needs it. After the run ask `settle`, then `locate` the output.
+    Make it before the module runs; after the run ask `settle`, then `locate` the output.
+
+    Args:
+        run: the module's forward as it was found.
+        source: where `x` can be read again. The maker holds it until it is known whether anybody needs it.
     """
 
     def __init__(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, source: View) -> None:

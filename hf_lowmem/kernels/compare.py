@@ -23,7 +23,7 @@ class Case:
 
 
 class Comparable(Protocol):
-    """What is asked of a `Kernel` where its two implementations are compared."""
+    """The attributes of a `Kernel` that a comparison of its two implementations reads."""
 
     @property
     def name(self) -> str: ...
@@ -43,7 +43,7 @@ class Comparable(Protocol):
 
 
 def difference(kernel: Comparable, case: Case, device: torch.device) -> str:
-    """What differs between Triton on the device and the reference on the CPU, or "" where they agree.
+    """Difference between Triton on the device and the reference on the CPU, in words; "" where they agree.
 
     They agree where shapes, dtypes, strides and bits are the same, or within the kernel's own bound; any nan is like
     any other, since which of them an operation makes is a device's own affair. Both are called directly, past the

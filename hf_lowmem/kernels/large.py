@@ -92,7 +92,7 @@ def _of_states(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
 
 
 def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
-    """Of one weight, bf16 with stochastic rounding. APOLLO's with a factor for each channel and a rank of 256."""
+    """Arguments of the step kernels: one bf16 weight, rounded at random; APOLLO's with a factor a channel, rank 256."""
     shape = (ffn, hidden)
     pair = ("int8_softsign", "fp8_expand")
 

@@ -165,7 +165,7 @@ def driver_version() -> str:
 
 @functools.cache
 def source_hash() -> str:
-    """Of all files of the kernels' folder: a kernel shares most of its formulas with others."""
+    """Hash, 16 hex digits, of all files in the kernels' folder: kernels share most of their formulas."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

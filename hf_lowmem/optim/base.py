@@ -118,7 +118,7 @@ class LowMemOptimizer(Method, Optimizer):
         return resolve(cls, spec)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, an unpickled optimizer, or one that a checkpoint is loaded into: nothing decided is left."""
+        """Forget all decisions: this is a copy, an unpickled optimizer, or one into which a checkpoint is loaded."""
         self._slots: dict[int, Slot] = {}
         self._skip_count: SkipCount | None = None  # it begins anew with what the first group says
         super().__setstate__(state)

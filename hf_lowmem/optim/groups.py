@@ -1,4 +1,4 @@
-"""From a model to parameter groups: with names, split by weight decay, low-rank targets and experts apart.
+"""Parameter groups of a model: with names, split by weight decay, low-rank targets and experts apart.
 
 A group says everything about its parameters in plain values, because FSDP2 replaces the entries of
 `group["params"]` after the optimizer was made: knowledge kept in a dict by Parameter would be lost.
@@ -156,7 +156,7 @@ def _low_rank(model: nn.Module, spec: OptimSpec, rank: int) -> set[int]:
 
 
 def _without_effect(spec: OptimSpec, rank: int, sides: list[int], left: list[nn.Parameter]) -> str:
-    """What a rank leaves to Adam, in numbers, and which rank would not."""
+    """Warning that a rank leaves weights to plain Adam: how many, and which rank would not."""
     given = "" if spec.rank is not None else "its default "
     asked = f"{spec.label('name')}={spec.name!r} with {given}rank={rank}"
     if not sides:

@@ -69,7 +69,7 @@ def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: 
 
 
 class Skipped(NamedTuple):
-    """What an optimizer has left out since its run began.
+    """Counts of what an optimizer has left out since its run began.
 
     Args:
         updates: of single parameters.

@@ -66,7 +66,7 @@ def without_wrappers(names: Sequence[str]) -> list[str]:
 
 
 def stream_name(name: str, others: Sequence[str]) -> str:
-    """What a parameter's random numbers start from. DDP's `module.`, which all names then begin with, has no part."""
+    """Name from which a parameter's random numbers are derived: without DDP's `module.`, if all names begin with it."""
     depth = 0
     while all(other.startswith("module." * (depth + 1)) for other in others):
         depth += 1

@@ -55,7 +55,7 @@ def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
 
 
 class Slot:
-    """What is decided once for a parameter, and its state.
+    """One parameter's state, and the decisions that are taken once for it.
 
     Args:
         p: the parameter; only read here.
@@ -144,7 +144,7 @@ class Slot:
 
     @property
     def step(self) -> int:
-        """How many updates the parameter has had; in an update, that one included."""
+        """Number of updates that the parameter has had; during an update, that one included."""
         if self._step is None:
             self._step = number(self.raw["step"]) if "step" in self.raw else 0
         return self._step

@@ -41,7 +41,7 @@ def count(value: int) -> Tensor:
 
 
 def number(value: Tensor | int) -> int:
-    """What `count` made. Version 0.1.0 had plain numbers, and whoever moves a state moves these along."""
+    """The int in a whole number of a state: a tensor that `count` made, or a plain number, as version 0.1.0 had."""
     return int(_really(value.item)) if isinstance(value, Tensor) else value
 
 
@@ -58,7 +58,7 @@ def _one_more(step: Tensor) -> int:
 
 
 def _really(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `function` does outside of every dispatch mode; asking whether there is one takes no time."""
+    """Result of `function`, called outside of every dispatch mode. Asking whether there is one takes no time."""
     if not _get_current_dispatch_mode_stack():
         return function(*args, **kwargs)
     with _disable_current_modes():

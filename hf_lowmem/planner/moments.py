@@ -89,8 +89,10 @@ def highest(moments: Sequence[Moment]) -> Moment:
 
 
 def edge_of(period: int) -> int:
-    """How many layers at either end are compared with their like in another depth by their distance from that end:
-    one whole period, and the outermost, which may be special."""
+    """Number of layers at either end that are matched across depths by their distance from that end.
+
+    One whole period, and the outermost layer, which may be special.
+    """
     return period + 1
 
 

@@ -1,4 +1,4 @@
-"""What a run of transformers' Trainer keeps in memory, counted while it trains, and handed to the Trainer's loggers.
+"""Memory of a run of transformers' Trainer, counted while it trains, and handed to the Trainer's loggers.
 
 **How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and W&B
 and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those of

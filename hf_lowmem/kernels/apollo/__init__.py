@@ -12,7 +12,7 @@ UNIT = 2.0**-24  # of fp32: half a unit in the last place of 1
 
 
 def _bound(grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool) -> list[Tensor]:
-    """How far apart two ways of summing may be, for s, the factor and the new norm.
+    """Largest difference between two orders of summation, for s, the factor and the new norm.
 
     A sum of w values that are not negative, in any order, is off by at most w units in proportion, one of them for
     the rounding of each square. Its root halves that, and is itself off by two (torch's on a CPU) at most; so is a norm

@@ -22,7 +22,7 @@ def channel_dim(shape: torch.Size) -> int:
 
 
 def channel_scale(direction: Tensor, low: Tensor, dim: int) -> Tensor:
-    """How much Adam would enlarge each channel: ||N_j|| / (||R_j|| + 1e-8), (..., m, 1) or (..., 1, n).
+    """Factor by which Adam would enlarge each channel: ||N_j|| / (||R_j|| + 1e-8), (..., m, 1) or (..., 1, n).
 
     APOLLO, arXiv 2412.05270, equation 5.
     """
@@ -35,10 +35,10 @@ def tensor_scale(direction: Tensor, low: Tensor) -> Tensor:
 
 
 def growth_(norm: Tensor, prev_norm: Tensor) -> Tensor:
-    """What a matrix of this norm is divided by so that it is at most 1.01 times the last one, which is replaced.
+    """Divisor of a matrix that keeps its norm at most 1.01 times the previous one; `prev_norm` becomes the new norm.
 
-    Both are (...). A previous norm of zero means that there was none: a matrix whose gradient was once all zero would
-    otherwise be held near zero for thousands of steps. Fira, arXiv 2410.01623, equation 8.
+    Both norms are (...). A previous norm of zero means that there was none: a matrix whose gradient was once all zero
+    would otherwise be held near zero for thousands of steps. Fira, arXiv 2410.01623, equation 8.
     """
     factor = (norm / (prev_norm + TINY)).clamp_(min=GROWTH_LIMIT).div_(GROWTH_LIMIT)
     factor = torch.where(prev_norm > 0, factor, torch.ones_like(factor))
@@ -67,7 +67,7 @@ def apollo_update(
 def apollo_factors(
     grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
-    """What APOLLO multiplies a gradient by, and what it then divides by: s, and `growth_` of the norm of grad * s.
+    """The factor s by which APOLLO multiplies a gradient, and the divisor after it, `growth_` of the norm of grad * s.
 
     Args:
         grad: (..., m, n) of any float dtype.
@@ -90,7 +90,7 @@ def apollo_factors_fake(
 
 
 def update_by_factors(grad: Tensor, s: Tensor, factor: Tensor, scale: float) -> Tensor:
-    """What `apollo_update` is from its factors: grad * s / factor * sqrt(scale)."""
+    """The result of `apollo_update`, from its factors: grad * s / factor * sqrt(scale)."""
     return (grad * s).div_(factor[..., None, None]).mul_(math.sqrt(scale))
 
 

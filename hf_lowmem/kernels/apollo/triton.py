@@ -178,7 +178,7 @@ def apollo_step(
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """Of a 4096 × 14336 matrix, its transpose, and Mini's single factor; bf16 weights and gradients."""
+    """Kernels to compile ahead: a 4096 × 14336 matrix, its transpose, Mini's single factor; bf16 weights, gradients."""
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
     sizes = {"m": "i32:16", "n": "i32:16"}
     for label, by_row, by_column in (("rows", True, False), ("columns", False, True), ("matrix", False, False)):

@@ -176,7 +176,7 @@ def expanding_thresholds() -> Tensor:
 
 
 def expanding_rows() -> Tensor:
-    """What tells the place of |x| / a in `expanding_table`, int32 (256, 3), by power: shift, first bits, offset.
+    """Rows that locate |x| / a in `expanding_table`, int32 (256, 3), one a power: shift, first bits, offset.
 
     ```python
     bits = clamp(bits(abs(x) / a), first, LARGEST_BITS)

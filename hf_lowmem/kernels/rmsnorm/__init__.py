@@ -53,7 +53,7 @@ def _backward_fake(
 
 
 def _unsupported(*args: Any) -> str:
-    """Of all three: the first tensor is (..., n), and every float tensor counts."""
+    """Reason why none of the three kernels takes these arguments, or "". The first tensor is (..., n)."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if tensors[0].shape[-1] > LONGEST:
         return f"a row has {tensors[0].shape[-1]} values; the kernel holds at most {LONGEST} in registers"

@@ -186,7 +186,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, n, PARTS: tl.constexpr, LOG2: tl
 
 
 def tile(n: int) -> dict[str, Any]:
-    """Of a row: a power of two of groups."""
+    """Constants of a kernel for rows of n values: a power of two of groups."""
     log2 = max((n - 1).bit_length(), 7)
     return {"GROUPS": 1 << (log2 - 7), "LOG2": log2}
 

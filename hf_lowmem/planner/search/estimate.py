@@ -345,7 +345,7 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
 
 @contextlib.contextmanager
 def _as_simulated(accelerator: bool) -> Iterator[None]:
-    """What `simulate_step` sets up, for an optimizer without a trainer."""
+    """Context that `simulate_step` sets up, for an optimizer without a trainer."""
     device = as_on_accelerator() if accelerator else contextlib.nullcontext()
     with quiet(), as_with_real_tensors(), device:
         yield

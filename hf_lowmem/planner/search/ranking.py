@@ -136,7 +136,7 @@ class Search:
             raise next(iter(refused.values()))
 
     def in_order(self, tokens: int) -> tuple[list[Choice], dict[Choice, float]]:
-        """By preference, and the cost of each."""
+        """The combinations in order of preference, and the cost of each."""
         estimator = self.estimator
         work = Work.of(estimator.config, estimator.shapes, tokens)
         sequences = estimator.method.rows

@@ -1,4 +1,4 @@
-"""What the fields `lowmem_share_prompt` and `lowmem_pack_tokens` do to a trainer."""
+"""Effect of the fields `lowmem_share_prompt` and `lowmem_pack_tokens` on a trainer."""
 
 import contextlib
 from collections.abc import Iterator
