@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: kernels, optimizer steps, training steps, and foretold against measured peaks.
+"""What only a CUDA device can show: kernels, optimizer steps, training steps, and predicted against measured peaks.
 
     python scripts/bench/gpu.py --part kernels --part optimizer --part training --part plan
     python scripts/bench/gpu.py --part report

@@ -57,7 +57,7 @@ def natural_gradient(history: Tensor, newest: int, damping: float | None, shards
     unit = torch.zeros_like(squares)
     unit[..., newest] = 1 if damping is not None else strength[..., 0]
     gram = gram + torch.diag_embed(strength.expand_as(squares))
-    weights = linalg.solve_ex(gram, unit)[0].to(columns.dtype)  # `solve` would wait for the device
+    weights = linalg.solve_ex(gram, unit)[0].to(columns.dtype)  # `solve` would sync
     return (weights[..., None, :] @ columns).view(history[..., 0, :, :].shape)
 
 

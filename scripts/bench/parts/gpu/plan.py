@@ -1,4 +1,4 @@
-"""Foretold and measured peaks: the one table of settings, and how one of them is measured, in a process of its own.
+"""Predicted and measured peaks: the one table of settings, and how one of them is measured, in a process of its own.
 
 `plan_vs_cuda.py` runs all of them and writes their record; part plan of `gpu.sh` runs them beside its other parts.
 Models have random weights and the layer shape of a known one at reduced depth, so that even AdamW's fp32 states fit a
@@ -102,7 +102,7 @@ TOYS = (
 
 
 def row(setting: Setting, device: torch.device) -> Row:
-    """Foretold and measured bytes of one setting."""
+    """Predicted and measured bytes of one setting."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, LlamaConfig
 

@@ -54,10 +54,10 @@ COLUMNS: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
         ],
     ),
     "plan": (
-        "Foretold and measured peaks",
+        "Predicted and measured peaks",
         [
             ("setting", "setting", str),
-            ("foretold", "foretold, GiB", number("{:.3f}", 1 / GIB)),
+            ("foretold", "predicted, GiB", number("{:.3f}", 1 / GIB)),
             ("measured", "measured, GiB", number("{:.3f}", 1 / GIB)),
             ("difference", "difference, %", number("{:+.2f}", 100)),
         ],
