@@ -83,7 +83,7 @@ class Grouped(Groups, Format):
 
 
 def _wrap(seed: int) -> int:
-    """Modulo 2**64, as int64."""
+    """The int64 with the bits of a seed modulo 2**64."""
     return (seed + 2**63) % 2**64 - 2**63
 
 

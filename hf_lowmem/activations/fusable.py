@@ -105,7 +105,7 @@ def rmsnorm_of(module: nn.Module) -> RMSNorm | None:
 
 @torch.no_grad()
 def _computes(module: nn.Module, norm: RMSNorm, x: Tensor, weight: Tensor) -> bool:
-    """Equal but for the order of a sum: 1e-5 in fp32; in bf16 the same value but for one in a hundred at a tie."""
+    """Whether both agree up to the order of a sum: 1e-5 in fp32; in bf16 all values but one in a hundred, at ties."""
     twin = copy.copy(module)
     vars(twin)["_parameters"] = {norm.weight: nn.Parameter(weight, requires_grad=False)}
     vars(twin)["training"] = True
@@ -157,7 +157,7 @@ def activation_of(module: nn.Module) -> str:
 
 
 class _Stub(nn.Module):
-    """Takes down what it is called with, and returns values of its own."""
+    """A submodule's replacement that records the inputs of its calls and returns random values."""
 
     def __init__(self, name: str, calls: list[tuple[str, Tensor, Tensor]], width: Callable[[Tensor], int]) -> None:
         super().__init__()
@@ -209,5 +209,5 @@ def _read_off(mlp: nn.Module, linears: list[str], acts: dict[str, str]) -> Gated
 
 
 def _fake() -> bool:
-    """Under FakeTensorMode, or another mode that makes tensors without values, nothing can be tried."""
+    """Whether new tensors have no values, as under FakeTensorMode: then no module can be tried."""
     return type(torch.empty(0, device="cpu")) is not Tensor

@@ -222,7 +222,7 @@ class State:
         return any(version_of(held.tensor) != held.version for held in self.held)
 
     def settle(self) -> None:
-        """After the run of a module of which copies were made."""
+        """Drop the copies of tensors that the module's run has not written to. Call it after that run."""
         for held in self.held:
             if version_of(held.tensor) == held.version:
                 held.copy = None

@@ -357,7 +357,7 @@ class Tape:
 
     @contextmanager
     def scope(self, kind: str, x: Tensor) -> Iterator[None]:
-        """Inside a block with input `x`, an "attention" or an "mlp", whose format is for what is saved there."""
+        """Context of a block, "attention" or "mlp", with input `x`: what is saved inside takes that block's format."""
         self.enter(x)
         before = self.kind, self.block_input
         self.kind, self.block_input = kind, x
@@ -367,7 +367,7 @@ class Tape:
             self.kind, self.block_input = before
 
     def close(self) -> None:
-        """The layer is done: let go of all that nobody will read, and of the graph's nodes."""
+        """Let go of all values that nobody will read, and of the graph's nodes. Called when the layer is done."""
         self.known.clear()
         self.offered.clear()
         self.by_node.clear()

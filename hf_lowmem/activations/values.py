@@ -79,7 +79,7 @@ class Value:
         return True
 
     def prepare(self) -> None:
-        """Once, before the first reader."""
+        """Make sure that the value can be read later. Called once, before the first reader."""
         raise NotImplementedError
 
     def compute(self) -> Tensor:
@@ -250,7 +250,7 @@ class Rerun(Value):
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """All that the run depends on beside its input, as it was. No tape listens."""
+        """Context in which all that the run depends on, except its input, is as it was. No tape listens."""
         (enabled, dtype), kind, tape = self.autocast, self.device.type, active.tape
         with contextlib.ExitStack() as stack:
             if enabled or torch.is_autocast_enabled(kind):
@@ -296,7 +296,7 @@ class Replay(Rerun):
         self.saved: dict[int, Tensor] = {}
 
     def place(self) -> Slot:
-        """For one more tensor that autograd saves while the module runs."""
+        """A slot for one more tensor that autograd saves while the module runs."""
         if not self.dropout:
             self.prepare()
         self.slots += 1

@@ -176,7 +176,7 @@ class _Reader:
         return found[::-1]
 
     def value(self, value: Any) -> Any:
-        """Itself, unless it is a name that must not stand alone: a function is there to be called."""
+        """The value, unless it is a name that must not stand alone: a function is there to be called."""
         if isinstance(value, Name) and value not in self.standing:
             raise Refused(f"it keeps {value} as a value")
         return value

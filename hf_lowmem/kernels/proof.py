@@ -107,7 +107,7 @@ def like(kernel: Comparable, wanted: Kind) -> Case:
 
 
 def _compare(kernel: Comparable, wanted: Kind, device: torch.device) -> str:
-    """In surroundings of its own: whatever modes and defaults the call is made under, cases are plain tensors."""
+    """Compare on plain tensors, whatever modes and defaults the caller has set: "" where both agree."""
     dtype = torch.get_default_dtype()
     plain = torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction()
     with torch.no_grad(), _disable_current_modes(), plain[0], plain[1]:
@@ -192,7 +192,7 @@ def _remembered(file: Path | None) -> bool:
 
 
 def _remember(file: Path | None, kernel: Comparable, device: torch.device) -> None:
-    """Written beside and then renamed, so that another process finds all of it or nothing."""
+    """Write the record of a proof to a temporary file and rename it, so that no process reads half of it."""
     if file is None:
         return
     try:

@@ -77,7 +77,7 @@ class Kernel:
         object.__setattr__(self, "op", op)
 
     def __call__(self, *args: Any) -> Any:
-        """Through the operator: arguments are positional, as its schema has them."""
+        """Call the operator. Arguments are positional, as in its schema."""
         return self.op(*args)
 
     def load_triton(self) -> Callable[..., Any]:

@@ -218,7 +218,7 @@ class LowMemOptimizer(Method, Optimizer):
         return True
 
     def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:
-        """Those of a group's parameters that have values and a gradient, and their slots, for an update."""
+        """The parameters of a group that have values and a gradient, each with its slot, opened for an update."""
         options = self._options(group)
         found: list[tuple[Tensor, Slot]] = []
         for p in params:

@@ -126,7 +126,7 @@ class ShardedSlot(Slot):
 
 
 def agreed(entries: Sequence[tuple[Tensor, ShardedSlot]]) -> list[Tensor]:
-    """For each sharded parameter, whether its gradient is good on all processes: one all-reduce for all of them."""
+    """Flags, one a sharded parameter: whether its gradient is good on all processes. One all-reduce for all."""
     return agree([_finite_here(p, slot.raw) for p, slot in entries], [slot.home for _, slot in entries])
 
 

@@ -150,7 +150,7 @@ def extrapolate(measured: dict[int, list[Moment]], depth: int, period: int = 1) 
 
 
 def _filled(made: dict[Key, Moment], period: int) -> list[Moment]:
-    """In the order of the step, the inner layers one by one: those of a kind are a linear function of their number."""
+    """All moments in the order of the step. Inner layers are added one by one, as bytes are linear in their number."""
     ordered: list[Moment] = []
     for mark in sorted({mark for mark, _ in made}):
         here = {label: moment for (m, label), moment in made.items() if m == mark}

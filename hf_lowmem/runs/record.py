@@ -88,5 +88,5 @@ class RunRecord:
         }
 
     def write(self, folder: Path) -> None:
-        """Into `folder`. Raises OSError."""
+        """Write the report into `folder`. Raises OSError."""
         write_report(folder, self.to_dict())

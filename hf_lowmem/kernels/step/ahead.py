@@ -23,8 +23,10 @@ def check_case() -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
 def step_cases(
     rule: str, pairs: Sequence[tuple[str, str]], shared: Sequence[tuple[str, str]]
 ) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """For compilation ahead of time, with every store and bf16 weights and gradients: one large parameter with each
-    pair of codecs, and many small ones with those of `shared`."""
+    """Variants to compile ahead of time, with every store and bf16 weights and gradients.
+
+    One large parameter with each of `pairs` of codecs, and many small ones with those of `shared`.
+    """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
     values = {f"{state}_{name}": kind for state in "mv" for name, kind in _TABLE_TYPES.items()}
     floats = dict.fromkeys(("x0", "x1", "x2", "x3", "decay", "step", "eps", "root"), "fp32")

@@ -1,4 +1,4 @@
-"""For which models a shared batch is exact: by their structure, and then by trying it.
+"""Check that a shared batch is exact for a model: by its structure, and then by trying it.
 
 Exact means: every token is computed from the same tokens at the same positions as in the plain batch. That needs three
 things of a model: positions come from `position_ids` (not from columns, as ALiBi's do), what a token sees comes from
