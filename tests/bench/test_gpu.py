@@ -16,9 +16,9 @@ pytestmark = pytest.mark.train  # starts processes
 def test_a_part_runs_at_toy_size(part: str, tmp_path: Path) -> None:
     record = tmp_path / "gpu.jsonl"
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # torch.compile keeps what it has compiled under TMPDIR, for all processes of a user: another run, or one that was
-    # killed as it wrote, must not decide this test. One thread compiles in the process itself.
-    env |= {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    # torch.compile keeps what it has compiled for all processes of a user: another run, or one that was killed as it
+    # wrote, must not decide this test. One thread compiles in the process itself.
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     # No minutes: at toy size nothing is left out for want of time.
     command = ["bash", "scripts/bench/gpu.sh", "--toy", "--minutes", "0"]
     command += ["--part", part, "--part", "report", "--record", str(record)]
