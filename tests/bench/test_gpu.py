@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -121,7 +120,7 @@ def test_a_step_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     assert made == ["good", "good"]
 
 
-def made_up(**more: Any) -> Row:
+def made_up(**more: object) -> Row:
     return {"device": "d", "commit": "c", "versions": {}, "toy": True, **more}
 
 

@@ -3,8 +3,8 @@
 import statistics
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
+from hf_lowmem.planner import Plan, plan
 from hf_lowmem.planner.search import cost
 from parts.gpu.training import WHOLE
 from parts.record import Row, Rows
@@ -14,27 +14,26 @@ from parts.tables import markdown
 GIB = 2**30
 
 
-def planned(row: Row) -> Any:
+def planned(row: Row) -> Plan:
     """The plan of a row of step whole. Raises ValueError where the planner has no such training."""
     import torch
     from transformers import LlamaConfig
 
     from hf_lowmem import LowMemSFTConfig
-    from hf_lowmem.planner import plan
 
     if "trl" not in row["head"]:
         raise ValueError(f"the run had HuggingFace's head ({row['head']}); what is planned is TRL's, without logits")
     layers, tokens = (int(part.split()[-2].replace(",", "")) for part in row["case"].split(","))
     spec = WHOLE[row["way"]]
-    fields: dict[str, Any] = {"gradient_checkpointing": False, "max_grad_norm": 0.0} | spec["fields"]
+    fields: Row = {"gradient_checkpointing": False, "max_grad_norm": 0.0} | spec["fields"]
     fields |= {f"lowmem_{name}": value for name, value in spec.get("ours", {}).items() if name != "name"}
-    shape: dict[str, Any] = TOY_SHAPE if row["toy"] else LLAMA_8B
-    sizes = {"num_hidden_layers": layers, "max_position_embeddings": max(tokens, 128), "use_cache": False}
+    sizes = TOY_SHAPE if row["toy"] else LLAMA_8B
+    sizes = sizes | {"num_hidden_layers": layers, "max_position_embeddings": max(tokens, 128), "use_cache": False}
     with tempfile.TemporaryDirectory() as folder:
         args = LowMemSFTConfig(
             folder, max_length=tokens, per_device_train_batch_size=1, bf16=False, report_to="none", **fields
         )
-        return plan(LlamaConfig(**shape | sizes), args, dtype=torch.bfloat16)
+        return plan(LlamaConfig(**sizes), args, dtype=torch.bfloat16)
 
 
 def peaks(rows: Rows) -> str:

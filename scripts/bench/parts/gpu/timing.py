@@ -64,7 +64,8 @@ def cold_seconds(call: Callable[[], Any], device: torch.device) -> float:
         return seconds_of(call, device, repeats=1, warm_up=0)
     from triton.testing import do_bench
 
-    milliseconds: Any = do_bench(call, warmup=15, rep=60, quantiles=[0.5])
+    milliseconds = do_bench(call, warmup=15, rep=60, quantiles=[0.5])
+    assert isinstance(milliseconds, float)
     return milliseconds / 1e3
 
 
