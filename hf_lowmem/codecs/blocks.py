@@ -71,10 +71,10 @@ class BlockCodec:
     signed_bound: ClassVar[ErrorBound]
     unsigned_bound: ClassVar[ErrorBound]
 
-    def encode_rows(self, x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+    def encode_rows(self, x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
         """(rows, block) fp32 -> uint8 codes (rows, block), then the scalars (rows,), ordered as `scalars`.
 
-        `u`: thresholds in (0, 1) of the shape of x, for codes at random; None: the nearest ones.
+        `words`: random bits of the shape of x, int32, for codes at random; None: the nearest ones.
         """
         raise NotImplementedError
 
@@ -146,8 +146,8 @@ class BlockCodec:
 class KernelCodec(BlockCodec):
     """A block codec whose two functions are a kernel's reference, so that on a GPU its Triton runs instead."""
 
-    def encode_rows(self, x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
-        return CODECS[self.name].encode(x, signed, u)
+    def encode_rows(self, x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
+        return CODECS[self.name].encode(x, signed, words)
 
     def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:
         return CODECS[self.name].decode(codes, scalars, signed)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound
 from hf_lowmem.kernels.codecs.blocks import mark_nonzero
-from hf_lowmem.kernels.codecs.dither import round_between
+from hf_lowmem.kernels.codecs.dither import round_between, thresholds
 from hf_lowmem.kernels.codecs.reference import look_up
 from hf_lowmem.kernels.codecs.tables import E4M3_MIN, LARGEST_CODE, DeviceTable, e4m3_values
 from hf_lowmem.kernels.exact import E4M3_MAX, FLOAT_MAX
@@ -57,16 +57,17 @@ class Fp8Codec(BlockCodec):
     def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
         return (E4M3_TABLE,)
 
-    def encode_rows(self, x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+    def encode_rows(self, x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
         largest = x.abs().amax(1) if signed else x.amax(1)
         # The upper limit keeps 448 * scale from rounding up to infinity when the largest value is near
         # fp32's own.
         scale = largest.div_(E4M3_MAX).clamp_(self.smallest / E4M3_MAX, FLOAT_MAX * (1 - 2.0**-23) / E4M3_MAX)
         q = x.div(scale[:, None]).clamp_(-E4M3_MAX if signed else 0.0, E4M3_MAX)
         codes = to_e4m3(q)
-        if u is not None:
+        if words is not None:
             table, sign = E4M3_TABLE.on(x.device), codes & 0x80
             nearest = codes.bitwise_and_(0x7F).int().clamp_(max=LARGEST_CODE)  # a nan's code is beyond
+            u = thresholds(words)
             codes = round_between(q.abs(), nearest, lambda codes: look_up(table, codes), LARGEST_CODE, u, signed)
             codes = codes.to(torch.uint8).bitwise_or_(sign)
         if not signed:

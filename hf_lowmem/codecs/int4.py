@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hf_lowmem.codecs.blocks import BlockCodec, ErrorBound
 from hf_lowmem.kernels.codecs.blocks import mark_nonzero, smallest_nonzero
+from hf_lowmem.kernels.codecs.dither import thresholds
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.kernels.exact import BF16_MAX, FLOAT_MAX, round_bf16
 
@@ -90,7 +91,8 @@ class Int4Codec(BlockCodec):
     def tables(self, signed: bool) -> tuple[DeviceTable, ...]:
         return (SQUARE_TABLE,) if signed else ()
 
-    def encode_rows(self, x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+    def encode_rows(self, x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
+        u = None if words is None else thresholds(words)
         return self._encode_squares(x, u) if signed else self._encode_progression(x, u)
 
     def decode_rows(self, codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Tensor:

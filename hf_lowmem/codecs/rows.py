@@ -72,12 +72,12 @@ class RowCodec:
         scalars = self.inner.scalars_of(enc)
         padding = self.blocks * self.inner.block - self.length
         for start, stop in self._spans(rows, value.device):
-            u = None
+            words = None
             if dither is not None:
-                numbers = dither.thresholds(start * self.length, stop * self.length, signed, value.device)
-                u = torch.nn.functional.pad(numbers.view(-1, self.length), (0, padding)).view(-1, self.inner.block)
+                bits = dither.of_state(start * self.length, stop * self.length, signed, value.device)
+                words = torch.nn.functional.pad(bits.view(-1, self.length), (0, padding)).view(-1, self.inner.block)
             padded = torch.nn.functional.pad(value[start:stop], (0, padding))
-            new, *of_blocks = self.inner.encode_rows(padded.view(-1, self.inner.block), signed, u)
+            new, *of_blocks = self.inner.encode_rows(padded.view(-1, self.inner.block), signed, words)
             new = new.view(-1)
             if self.inner.bits == 4:
                 new = pack_pairs(new)

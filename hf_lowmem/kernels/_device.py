@@ -1,19 +1,24 @@
-"""Device functions that the Triton kernels share: 8-bit codes, bf16, random bits, exact division, all by plain means.
+"""Device functions that the Triton kernels share: bf16, random bits, exact division and what is cheaper than it.
 
 Two rules make a kernel give the bits of its reference on every device, and in Triton's interpreter:
 
-- **Casts to fp8 and bf16 are integer operations on the bits.** Triton refuses fp8 casts below sm_89, and its
-  interpreter loses carries and subnormals in fp8 and rounds bf16 halves upwards. Integers are the same everywhere.
+- **Casts to fp8 and bf16 are integer operations on the bits**, but where a device's own conversion is known to give
+  the same. Triton refuses fp8 casts below sm_89, and its interpreter loses carries and subnormals in fp8 and rounds
+  bf16 halves upwards. Integers are the same everywhere.
 - **Floats are combined by single, correctly rounded operations only**: + - * as they stand (launch with
   `enable_fp_fusion=False`, or two of them become one FMA), `fma`, `div` and `sqrt` from here, as `/` and `tl.sqrt` are
   approximations on a GPU. Maxima are taken over `magnitude(x)`, whose integers have the order of the floats, with
-  inf and nan above them: `tl.max` of floats drops a nan or keeps it depending on the device.
+  inf and nan above them, wherever a nan must be seen: `tl.max` of floats drops it or keeps it, by the device.
 
-The formulas are those of hf_lowmem/kernels/quantize/reference.py. Beside the `triton.py` of a kernel, this is the one
-module that imports triton.
+**What only a CUDA device can prove.** `reciprocal` and `root_of` are there the special function unit's approximation
+and Newton's step, in the sequence that ptxas itself makes of the rounded operations; and fp8 is converted by an
+instruction (_groups.py). In the interpreter the same functions are the rounded operations. That both give the same bits
+is shown by tests/kernels/test_bits.py, mantissa by mantissa, when it is run on such a device.
+
+Beside the `triton.py` of a kernel, this module, _groups.py and codecs/tiles.py are what imports triton.
 """
 
-# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
 # It reads the Python, not the language that @triton.jit makes of it.
 
 import os
@@ -22,6 +27,14 @@ import triton
 import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@tl.core.builtin
+def cuda_arch(_semantic=None):
+    """90 for sm_90 and so on, 0 for what is no NVIDIA GPU: of the target compiled for, which need not be there."""
+    assert _semantic is not None  # Triton hands it to a builtin
+    arch = str(getattr(_semantic.builder.options, "arch", ""))
+    return tl.constexpr(int(arch[2:].rstrip("af")) if arch.startswith("sm") else 0)
 
 
 @triton.jit
@@ -52,6 +65,42 @@ def div(x, y):
 def sqrt(x):
     """sqrt(x) in fp32, correctly rounded. Reference: `sqrt` of exact.py, as torch's is not."""
     return tl.sqrt_rn(x)
+
+
+# What ptxas makes of rcp.rn and sqrt.rn where its check of the range passes, without the check: the special function
+# unit's approximation, and Newton's step in FMAs. A branch a value, and the moves around it, cost more than these.
+_RECIPROCAL: tl.constexpr = tl.constexpr(
+    "{.reg .f32 n, r, e; neg.f32 n, $1; rcp.approx.ftz.f32 r, $1;"
+    " fma.rn.f32 e, n, r, 0f3F800000; fma.rn.f32 $0, r, e, r;}"
+)
+_ROOT: tl.constexpr = tl.constexpr(
+    "{.reg .f32 r, s, n, h, e; rsqrt.approx.ftz.f32 r, $1; mul.rn.f32 s, $1, r;"
+    " mul.rn.f32 h, r, 0f3F000000; neg.f32 n, s; fma.rn.f32 e, n, s, $1; fma.rn.f32 $0, e, h, s;}"
+)
+
+
+@triton.jit
+def reciprocal(y) -> tl.tensor:
+    """1 / y in fp32, correctly rounded for 2**-126 <= |y| < 2**125. Reference: `y.reciprocal()`.
+
+    Four instructions on NVIDIA's GPUs. That they round correctly rests on the approximation's own error, which is
+    not specified to the last bit: only a device can prove it, mantissa by mantissa.
+    """
+    if INTERPRETED or cuda_arch() == 0:
+        r = div(1.0, y)
+    else:
+        r = tl.inline_asm_elementwise(_RECIPROCAL, "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
+    return r
+
+
+@triton.jit
+def root_of(x) -> tl.tensor:
+    """sqrt(x) in fp32, correctly rounded for 2**-101 <= x < 2**126; on NVIDIA's GPUs like `reciprocal`."""
+    if INTERPRETED or cuda_arch() == 0:
+        s = sqrt(x)
+    else:
+        s = tl.inline_asm_elementwise(_ROOT, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return s
 
 
 @triton.jit
@@ -93,8 +142,8 @@ def widen(x):
 
 @triton.jit
 def load_fp32(ptr, mask):
-    """Values of any float dtype as fp32; zero where not `mask`."""
-    return widen(tl.load(ptr, mask=mask, other=0.0))
+    """Values of any float dtype as fp32; zero where not `mask`, which is None where all are there."""
+    return widen(tl.load(ptr) if mask is None else tl.load(ptr, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -111,69 +160,9 @@ def store_rounded(ptr, x, mask):
 
 
 @triton.jit
-def e4m3_nearest(y):
-    """fp32, no nan -> E4M3 bits, uint8; to the nearest, ties to even, beyond 448 to 448. Reference: `e4m3_codes`.
-
-    Adding 1.5 * 2**20 times the power of two below |y| (at least 2**-6, the least normal) leaves |y| rounded to its
-    first four digits in the lowest bits: codes of the binade from 8, or with the carry 16, and subnormals from 0. The
-    binade's own bits, 8 codes each, are added to that.
-    """
-    bits = bits_of(y)
-    size = tl.minimum(from_bits(bits & 0x7FFFFFFF), 448.0)
-    binade = tl.maximum(bits_of(size) & 0x7F800000, 0x3C800000)
-    magic = binade + 0x0A400000  # 1.5 * 2**20 times as large
-    code = bits_of(size + from_bits(magic)) - magic + (binade >> 20) - 968  # 0x3C800000 >> 20
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def e4m3_stochastic(y, word):
-    """Like `e4m3_nearest`, but rounded up with the remainder's probability, by the lower 20 bits of `word` (uint32)."""
-    bits = bits_of(y)
-    noise = word & 0xFFFFF
-    least_normal = 0x3C800000
-    size = tl.minimum(from_bits(bits & 0x7FFFFFFF), 448.0)
-    small = bits_of(size)
-    normal = ((small + noise) >> 20) - 960  # (127 - 7) << 3: the exponent's bias
-    below = tl.minimum(size, 0.015625)  # a larger one would not fit the integer
-    subnormal = ((below * 536870912.0).to(tl.int32).to(tl.uint32) + noise) >> 20  # 2**29
-    return (tl.where(small < least_normal, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def e4m3_halves(codes):
-    """E4M3 bits, uint8 -> fp32 of 2**-8 their value, exact for all 256. Reference: `e4m3_halves` of exact.py.
-
-    Shifted by 7 it is the fp16 of 2**-8 its value, subnormals included, and fp16 is widened exactly everywhere. An
-    fp32 made by shifting would be a denormal for them, which a device may flush.
-    """
-    wide = codes.to(tl.int8, bitcast=True).to(tl.int16)  # the sign twice: the lower copy is masked away
-    halves = ((wide << 7) & -0x4001).to(tl.float16, bitcast=True).to(tl.float32)
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), halves)
-
-
-@triton.jit
-def e4m3_decode(codes):
-    """E4M3 bits, uint8 -> fp32, exact for all 256."""
-    return e4m3_halves(codes) * 256.0
-
-
-@triton.jit
 def round_nearest(y):
     """fp32, |y| <= 2**22 -> the nearest integer, ties to even, int32."""
     return (y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # 1.5 * 2**23 and its bits
-
-
-@triton.jit
-def int8_nearest(y):
-    """fp32 within [-127, 127] -> the nearest integer, ties to even, int8."""
-    return bits_of(y + 12582912.0).to(tl.int8)  # 1.5 * 2**23, whose lowest byte is zero
-
-
-@triton.jit
-def int8_stochastic(y, word):
-    """fp32 within [-127, 127] -> int8, up with the probability of the remainder, to the lower 24 bits of `word`."""
-    return (((y * 16777216.0).to(tl.int32) + (word & 0xFFFFFF).to(tl.int32)) >> 24).to(tl.int8)
 
 
 @triton.jit
@@ -190,54 +179,24 @@ def random_word(index, k0, k1):
 
 
 @triton.jit
-def divide_rows(x, scale):
-    """fp32 x (rows, n) / scale (rows,) with bf16 values, correctly rounded for quotients from 2**-40 to 2**20.
-
-    Five operations a value where ptxas makes fifteen of a division. q = x * (1 / scale) is off by 2 units in the last
-    place at most; the remainder x - q * scale is exact in an FMA, and adding its quotient, rounded once, leaves an
-    error of 2**-46. That rounds as the true quotient does, which is never as close as 2**-33 to the middle m of two
-    fp32: scale having 8 digits, x and m * scale are multiples of 2**-31 of their size, and cannot be equal, as m has
-    25 digits and x 24. (Tried on all 2**23 x and 2**7 scales.)
-
-    Rows of small scales are lifted by 2**64 first, so that no remainder is a denormal.
-    """
-    lift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # 2**-60, 2**64
-    scale = (scale * lift)[:, None]
-    inverse = div(1.0, scale)
-    x = x * lift[:, None]
-    q = x * inverse
-    q = fma(fma(-q, scale, x), inverse, q)
-    return from_bits(bits_of(q) | (bits_of(x) & 0x80000000))  # the remainder of a -0 is +0
+def rotate_half(word):
+    """uint32 with its halves exchanged."""
+    return (word << 16) | (word >> 16)
 
 
 @triton.jit
-def quantize_groups(
-    x,
-    index,
-    k0,
-    k1,
-    E4M3: tl.constexpr,
-    TOP: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):
-    """fp32 (groups, group) -> codes (uint8 or int8) of that shape, and scales (groups,), fp32 with the bits of a bf16.
+def paired_word(index, pairs, k0, k1):
+    """32 random bits of each index (int64) + 2 * pairs, 16 of them its own. Reference: `paired_bits` of exact.py."""
+    word = random_word((index >> 1).to(tl.uint32) + pairs, k0, k1)
+    return tl.where((index & 1) != 0, rotate_half(word), word)
 
-    The bits of quantize/reference.py, whose `Groups` has TOP, LEAST and MOST. `index`: of each value among all, and the
-    keys: for its random word.
-    """
-    largest = tl.max(magnitude(x), 1)
-    finite = largest < 0x7F800000
-    scale = div(from_bits(tl.where(finite, largest, 0).to(tl.uint32)), TOP)
-    scale = round_bf16_up(tl.minimum(tl.maximum(scale, LEAST), MOST))
-    y = divide_rows(tl.where(finite[:, None], x, 0.0), scale)
-    if E4M3:
-        codes = e4m3_stochastic(y, random_word(index, k0, k1)) if STOCHASTIC else e4m3_nearest(y)
-    else:
-        y = tl.minimum(tl.maximum(y, -TOP), TOP)
-        codes = int8_stochastic(y, random_word(index, k0, k1)) if STOCHASTIC else int8_nearest(y)
-    return codes, tl.where(finite, scale, float("nan"))
+
+@triton.jit
+def paired_words(start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`paired_word` of (ROWS, WIDTH) values that lie one after another from `start` on, an even number, xor `flip`."""
+    pair = tl.arange(0, ROWS)[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+    word = random_word((start >> 1).to(tl.uint32) + pair.to(tl.uint32), k0, k1) ^ flip
+    return tl.reshape(tl.join(word, rotate_half(word)), (ROWS, WIDTH))
 
 
 @triton.jit
@@ -277,20 +236,27 @@ def exp(x):
 
 
 @triton.jit
-def round_as(ptr, x):
-    """fp32 rounded to the pointer's float dtype, to the nearest, ties to even, still as fp32."""
-    if ptr.dtype.element_ty == tl.bfloat16:
-        y = round_bf16(x)
-    else:
-        y = x.to(ptr.dtype.element_ty).to(tl.float32)
-    return y
+def exp_short(x):
+    """e**x for what is rounded to 16 bits, |x| cut at 86; a nan is not kept. Reference: glu's `exp_short`."""
+    t = tl.minimum(tl.maximum(x, -86.0), 86.0) * 1.4426950408889634
+    n = t + 12582912.0  # the nearest integer in the lowest bits
+    f = t - (n - 12582912.0)
+    p = f * 0.0013276472454890609 + 0.009675540961325169
+    p = p * f + 0.05550713092088699
+    p = p * f + 0.24022120237350464
+    p = p * f + 0.6931469440460205
+    p = p * f + 1.0000001192092896
+    return from_bits(bits_of(p) + (bits_of(n) << 23))
 
 
 @triton.jit
-def e4m3_groups(x, index, k0, k1, MOST: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """`quantize_groups` of e4m3: fp32 (groups, 128); MOST: `GROUPS["e4m3"].most(dtype)`."""
-    codes, scale = quantize_groups(x, index, k0, k1, True, 448.0, 6.018531076210112e-36, MOST, STOCHASTIC)  # 2**-117
-    return codes, scale
+def round_as(ptr, x):
+    """fp32 rounded to the pointer's float dtype, to the nearest, ties to even, still as fp32; as `store_rounded`."""
+    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+        y = round_bf16(x)
+    else:
+        y = widen(x.to(ptr.dtype.element_ty))
+    return y
 
 
 def _interpreter_rounds_twice() -> bool:

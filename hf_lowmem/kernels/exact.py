@@ -103,6 +103,25 @@ def seed_keys(seed: int) -> tuple[int, int]:
     return _signed(k0), _signed(_mix(k0 ^ 0x85EBCA6B))
 
 
+def rotate_half(words: Tensor) -> Tensor:
+    """int32 words with their halves exchanged."""
+    return words.bitwise_left_shift(16).bitwise_or_(words.bitwise_right_shift(16).bitwise_and_(0xFFFF))
+
+
+def paired_bits(seed: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """32 bits for each index in [start, stop), as int32, from one word for two neighbours: half the hashes.
+
+    ```python
+    word = random_bits(seed)[index >> 1]
+    bits = word if index % 2 == 0 else rotate_half(word)
+    ```
+    The upper 16 of the bits are an index's own, and so are the lower 16; those halves are its neighbour's exchanged.
+    """
+    words = random_bits(seed, start >> 1, (stop + 1) >> 1, device)
+    first = start & 1
+    return torch.stack((words, rotate_half(words)), 1).view(-1)[first : first + stop - start]
+
+
 def random_bits(seed: int, start: int, stop: int, device: torch.device) -> Tensor:
     """32 random bits for each index in [start, stop), as int32: a pure function of (seed, index).
 

@@ -54,6 +54,7 @@ class AdamW(LowMemOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             step=slot.step,
+            coded=slot.coded,
         )
         slot.save("exp_avg", exp_avg)
         slot.save("exp_avg_sq", exp_avg_sq)

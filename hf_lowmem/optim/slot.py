@@ -68,6 +68,7 @@ class Slot:
         values: how many of the parameter's are on this process.
         states: those that the parameter has, as they lie on this process.
         whole: the same as one process would keep them all.
+        coded: whether any of them is stored in fewer bits than fp32.
         low_rank: whether the low-rank rule applies.
         fusable: whether the kernels of optim/fused.py know such weights and states.
         store: how its weights are stored.
@@ -102,6 +103,7 @@ class Slot:
         self.whole = whole_layout(decls, self.codecs, p.shape, group)
         self.states = self._states(p, group)
         self.codec_names = tuple(state.codec.name for state in self.states.values())
+        self.coded = any(name != "fp32" for name in self.codec_names)
         self.fusable = (
             not self.low_rank and not self.sharded and p.dtype in FLOATS and KNOWN.issuperset(self.codec_names)
         )

@@ -12,20 +12,24 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem.kernels import _device as device_functions
+from hf_lowmem.kernels import _groups as group_functions
 from hf_lowmem.kernels import exact
+from hf_lowmem.kernels.glu import reference as glu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 1 << 15
 
 e4m3_nearest, e4m3_stochastic, e4m3_decode = (
-    device_functions.e4m3_nearest,
-    device_functions.e4m3_stochastic,
-    device_functions.e4m3_decode,
+    group_functions.e4m3_nearest,
+    group_functions.e4m3_stochastic,
+    group_functions.e4m3_decode,
 )
-int8_nearest, int8_stochastic = device_functions.int8_nearest, device_functions.int8_stochastic
+int8_nearest, int8_stochastic = group_functions.int8_nearest, group_functions.int8_stochastic
 clip, load_fp32, store_rounded = device_functions.clip, device_functions.load_fp32, device_functions.store_rounded
 random_word, div, sqrt = device_functions.random_word, device_functions.div, device_functions.sqrt
-divide_rows = device_functions.divide_rows
+reciprocal, root_of, exp_short = device_functions.reciprocal, device_functions.root_of, device_functions.exp_short
+paired_word, paired_words = device_functions.paired_word, device_functions.paired_words
+int8_values = group_functions.int8_values
 round_bf16_up, from_bits, magnitude = (
     device_functions.round_bf16_up,
     device_functions.from_bits,
@@ -70,12 +74,26 @@ def map_kernel(x_ptr, y_ptr, out_ptr, n, WHAT: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def divide_kernel(x_ptr, scale_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = row[:, None] * 4 + tl.arange(0, 4)[None, :]
-    inside = (row < n)[:, None] & (at < n * 4)
-    scale = tl.load(scale_ptr + row, mask=row < n, other=1.0)
-    tl.store(out_ptr + at, divide_rows(tl.load(x_ptr + at, mask=inside, other=0.0), scale), mask=inside)
+def short_kernel(x_ptr, out_ptr, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    if WHAT == "reciprocal":
+        y = reciprocal(x)
+    elif WHAT == "root":
+        y = root_of(x)
+    elif WHAT == "exp":
+        y = exp_short(x)
+    else:
+        y = int8_values(x)
+    tl.store(out_ptr + at, y)
+
+
+@triton.jit(do_not_specialize=["start", "k0", "k1", "flip"])
+def paired_kernel(tile_ptr, each_ptr, start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    start = start.to(tl.int64)
+    tl.store(tile_ptr + at, paired_words(start, k0, k1, flip.to(tl.uint32), ROWS, WIDTH).to(tl.int32))
+    tl.store(each_ptr + at, paired_word(start + at, flip.to(tl.uint32) * 0, k0, k1).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
@@ -211,23 +229,49 @@ def test_division_and_root_are_rounded_once() -> None:
     assert torch.equal(apply("abs", x), x.abs())
 
 
-def test_rows_are_divided_as_if_value_by_value() -> None:
-    """Scales from 2**-126 to bf16's largest / 127, quotients from 2**-40 to 2**20, many of them near ties; zeros."""
-    n = 1 << 18
-    g = torch.Generator().manual_seed(1)
-    scale = torch.randint(0x0080, 0x7C81, (n,), generator=g, dtype=torch.int32).bitwise_left_shift_(16)
-    scale = scale.view(torch.float32).to(DEVICE)
-    exponent = torch.randint(127 - 40, 127 + 20, (n, 4), generator=g, dtype=torch.int32) << 23
-    y = (exponent | torch.randint(0, 1 << 23, (n, 4), generator=g, dtype=torch.int32)).view(torch.float32).to(DEVICE)
-    x = y * scale[:, None]
-    x[::2] = (x[::2].view(torch.int32) & -0x10000).view(torch.float32)  # half of them bf16: quotients near ties
-    x[:, 1::2].neg_()
-    x = torch.where(x.isfinite(), x, 0)
-    x[: n // 16, 0] *= 0
-    out = torch.full_like(x, torch.nan)
-    divide_kernel[(triton.cdiv(n, 1 << 13),)](x, scale, out, n, BLOCK=1 << 13, enable_fp_fusion=False)
-    want = (x.double() / scale[:, None].double()).float()
-    assert torch.equal(out.view(torch.int32), want.view(torch.int32))  # -0, too
+def short(what: str, x: Tensor) -> Tensor:
+    out = torch.full(x.shape, torch.nan, device=DEVICE)
+    block = min(BLOCK, x.numel())
+    short_kernel[(x.numel() // block,)](x, out, WHAT=what, BLOCK=block, enable_fp_fusion=False)
+    return out
+
+
+@pytest.mark.parametrize("exponent", [-126, -125, -101, -100, -37, -1, 0, 1, 63, 124])
+def test_short_reciprocals_and_roots_are_rounded_once(exponent: int) -> None:
+    """All mantissas of a binade. On a CUDA device this is the proof that its approximations carry the short forms."""
+    x = torch.arange(1 << 23, dtype=torch.int32, device=DEVICE).add_((exponent + 127) << 23).view(torch.float32)
+    wide = x.double()
+    assert torch.equal(short("reciprocal", x), (1 / wide).float())
+    assert torch.equal(short("reciprocal", -x), (-1 / wide).float())
+    if exponent >= -101:
+        assert torch.equal(short("root", x), wide.sqrt().float())
+
+
+def test_a_short_exponential_is_the_reference_and_close() -> None:
+    x = torch.linspace(-90, 90, 1 << 17, device=DEVICE)
+    got = short("exp", x)
+    assert torch.equal(got, glu.exp_short(x))
+    want = x.double().clamp(-86, 86).exp()
+    assert (((got - want) / want).abs() < 2.0**-21.5 + x.abs() * 2.0**-23).all()
+
+
+def test_integers_of_a_byte_are_exact() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.int8)
+    assert torch.equal(short("int8", codes), codes.float())
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 64, 2**33 - 64, 2**40 + 6])
+@pytest.mark.parametrize("flip", [0, -1])
+def test_two_values_share_a_word(start: int, flip: int) -> None:
+    tile, each = (torch.zeros(8, 16, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    paired_kernel[(1,)](tile, each, start, *exact.seed_keys(5), flip, ROWS=8, WIDTH=16)
+    want = exact.paired_bits(5, start, start + 128, DEVICE)
+    assert torch.equal(tile.view(-1), want ^ flip)
+    assert torch.equal(each.view(-1), want)
+    assert torch.equal(exact.paired_bits(5, start + 3, start + 8, DEVICE), want[3:8])
+    words = exact.random_bits(5, start >> 1, (start >> 1) + 64, DEVICE)
+    assert torch.equal(want[::2], words)
+    assert torch.equal(want[1::2], exact.rotate_half(words))
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**62 + 12345])

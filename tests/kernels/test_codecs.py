@@ -91,18 +91,19 @@ def test_the_operators_in_one_compiled_graph(name: str, signed: bool, dither: Di
     assert torch.equal(got, CODECS[name].decode(want_enc, x.shape) + 1)
 
 
-def test_expanding_finds_the_code_at_every_threshold_of_every_power() -> None:
+@pytest.mark.parametrize("nearest", [True, False])
+def test_expanding_finds_the_code_at_every_threshold_of_every_power(nearest: bool) -> None:
     """And one unit in the last place below and above, and at both ends of what is clamped."""
-    thresholds = tables.expanding_thresholds()  # (256, 126)
+    thresholds = tables.expanding_thresholds(nearest)  # (256, 126)
     ends = torch.tensor([0, 1, tables.LARGEST_BITS, tables.LARGEST_BITS + 1, 0x7F800000, 0x7FC00000])
     bits = torch.cat([(thresholds[:, :, None] + torch.arange(-1, 2)).view(256, -1), ends.expand(256, -1)], 1)
-    shift, first, offset = tables.expanding_rows().long().unsqueeze(-1).unbind(1)
+    shift, first, offset = tables.expanding_rows(nearest, signed=True).long().unsqueeze(-1).unbind(1)
     clamped = torch.maximum(bits, first).clamp_(max=tables.LARGEST_BITS)
     place = (clamped >> shift) + offset
-    last = torch.cat([(first >> shift)[1:] + offset[1:], torch.tensor([[tables.expanding_table().numel()]])])
+    last = torch.cat([(first >> shift)[1:] + offset[1:], torch.tensor([[tables.expanding_table(nearest).numel()]])])
     assert (place >= (first >> shift) + offset).all()
     assert (place < last).all(), "a row ends where the next one begins"
-    got = (tables.expanding_table().long()[place] + clamped) >> shift
+    got = (tables.expanding_table(nearest).long()[place] + clamped) >> shift
     assert torch.equal(got, torch.searchsorted(thresholds, bits, right=True))
 
 
@@ -110,7 +111,7 @@ def test_expanding_finds_the_code_at_every_threshold_of_every_power() -> None:
 def test_a_threshold_is_where_torch_s_cast_turns(power: int) -> None:
     """In fp64, a part in 2**20 below and above: the power law, then torch's own cast to E4M3."""
     k = tables.exponents()[power]
-    r = tables.expanding_thresholds()[power].int().view(torch.float32).double()
+    r = tables.expanding_thresholds(nearest=True)[power].int().view(torch.float32).double()
     codes = torch.arange(1, tables.LARGEST_CODE + 1, dtype=torch.uint8)
     for side, want in ((1 - 2.0**-20, codes - 1), (1 + 2.0**-20, codes)):
         q = ((r * side) ** k * E4M3_MAX).float().clamp(max=E4M3_MAX)
@@ -122,7 +123,9 @@ def test_a_power_is_the_nearest_step(signed: bool) -> None:
     ratio = torch.exp2(torch.linspace(0.02, 120, 5000, dtype=torch.float64)).float()
     binades = tables.SIGNED_BINADES if signed else tables.UNSIGNED_BINADES
     ideal = (binades / ratio.double().log2()).log2() * tables.POWERS_PER_OCTAVE + tables.POWER_OF_ONE
-    got = 255 - torch.searchsorted(tables.power_thresholds(signed), ratio)
+    bits = ratio.view(torch.int32)
+    got = 255 - ((tables.power_table(signed)[bits >> 16] + (bits & 0xFFFF)) >> 16)
+    assert torch.equal(got, 255 - torch.searchsorted(tables.power_thresholds(signed), ratio))
     # Half a step, and what rounding a threshold to fp32 moves it: log2 by 2**-24 / ln 2 of at least 2.6 binades.
     assert ((got - ideal.clamp(0, 255)).abs() <= 0.5 + 60 * 2.0**-24).all()
 
@@ -141,10 +144,13 @@ def test_the_second_moment_of_a_softsign_takes_the_nearest_step() -> None:
 
 
 def test_packed_tables_have_room_for_one_threshold_an_interval() -> None:
-    rows = tables.expanding_rows().long()
-    assert (tables.expanding_thresholds().diff(dim=1) >= 1 << rows[:, :1]).all()
-    middles = (torch.arange(1, 256, dtype=torch.float64) - 0.5) / 255
-    assert (tables.bits_of(tables.softsign_inverse(middles).square()).diff() >= 1 << 16).all()
+    for nearest in (True, False):
+        rows = tables.expanding_rows(nearest, signed=True).long()
+        assert (tables.expanding_thresholds(nearest).diff(dim=1) >= 1 << rows[:, :1]).all()
+        reached = (torch.arange(1, 256, dtype=torch.float64) - 0.5 * nearest) / 255
+        assert (tables.bits_of(tables.softsign_inverse(reached).square()).diff() >= 1 << 16).all()
+    for signed in (True, False):
+        assert (tables.bits_of(tables.power_thresholds(signed)).diff() >= 1 << 16).all()
 
 
 def test_random_rounding_is_a_function_of_seed_and_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,11 @@ AVX-512 and an AVX2 CPU, and the Triton kernel does the same:
     a.addcdiv_(b, c, value=w)    a + (w * b) / c
 
 One is not correctly rounded: a CPU's `sqrt` is off by a unit in the last place for every sixth value. See `root`.
+
+**Coded states.** Where a moment is stored in few bits there is no bit of torch's to keep, and the same formula is
+written so that it costs a device one root and one reciprocal in place of one root and two divisions. Its root is of
+LEAST_SQUARE at least, 2**-100, from where on a kernel's short root is correctly rounded. At the usual eps of 1e-8 that
+moves an update by less than a part in 10**5 where a second moment is below it, and by nothing anywhere else.
 """
 
 import math
@@ -22,6 +27,8 @@ from hf_lowmem.kernels.registry import current_impl
 from hf_lowmem.kernels.step.reference import States, each_finite, on_the_cpu
 
 RULES = ("adamw", "family")
+
+LEAST_SQUARE = 2.0**-100
 
 
 def root(x: Tensor) -> Tensor:
@@ -43,24 +50,46 @@ def adamw_(
     eps: float,
     weight_decay: float,
     step: int,
+    coded: bool = False,
 ) -> None:
     """One AdamW step in place, all tensors fp32 of one shape; `step` counts from 1.
 
     Decay acts on the weight as it was, eps is added after bias correction (arXiv 1711.05101, algorithm 2).
+    `coded`: whether a moment is stored in fewer bits than fp32.
     """
     beta1, beta2 = betas
     p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denom = root(exp_avg_sq).div_(math.sqrt(1 - beta2**step)).add_(eps)
-    p.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
+    corrected = math.sqrt(1 - beta2**step)
+    if coded:
+        p.addcmul_(exp_avg, inverse_root(exp_avg_sq, eps * corrected), value=-lr * corrected / (1 - beta1**step))
+    else:
+        p.addcdiv_(exp_avg, root(exp_avg_sq).div_(corrected).add_(eps), value=-lr / (1 - beta1**step))
 
 
-def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
-    """Update both moments in place and return m / (sqrt(v) + eps), without bias correction."""
+def inverse_root(x: Tensor, eps: float) -> Tensor:
+    """1 / (sqrt(x) + eps), a fresh tensor; a root is of LEAST_SQUARE at least."""
+    return root(x.clamp(min=LEAST_SQUARE)).add_(eps).reciprocal_()
+
+
+def adam_direction(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    coded: bool = False,
+) -> Tensor:
+    """Update both moments in place and return m / (sqrt(v) + eps), without bias correction.
+
+    `coded`: whether a moment is stored in fewer bits than fp32.
+    """
     beta1, beta2 = betas
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    if coded:
+        return inverse_root(exp_avg_sq, eps).mul_(exp_avg)
     return exp_avg / root(exp_avg_sq).add_(eps)
 
 
@@ -80,9 +109,10 @@ def adam_family_(
     eps: float,
     weight_decay: float,
     step: int,
+    coded: bool = False,
 ) -> None:
     """One step of Adam as the low-rank family takes it: eps before bias correction, decay after the update."""
-    descend_(p, adam_direction(grad, exp_avg, exp_avg_sq, betas, eps), lr, betas, weight_decay, step)
+    descend_(p, adam_direction(grad, exp_avg, exp_avg_sq, betas, eps, coded), lr, betas, weight_decay, step)
 
 
 def descend_(p: Tensor, update: Tensor, lr: float, betas: tuple[float, float], weight_decay: float, step: int) -> None:
@@ -137,9 +167,11 @@ def adamw_step(
         rule: "adamw" or "family".
     """
     update = adamw_ if rule == "adamw" else adam_family_
+    numbers = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    numbers["coded"] = {first_codec, second_codec} != {"fp32"}
     moments = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds):
         m, v = (states.load(i) for states in moments)
-        update(weights, grad, m, v, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=steps[i])
+        update(weights, grad, m, v, step=steps[i], **numbers)
         for states, value in zip(moments, (m, v), strict=True):
             states.save(i, value)

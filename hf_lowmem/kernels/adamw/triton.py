@@ -42,11 +42,14 @@ def adamw_step(
     states = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     weight = fp32(1 - beta1)
     numbers = []
+    coded = {first_codec, second_codec} != {"fp32"}
     for step in steps:
         if rule == "adamw":
             # torch's lerp takes the complement of the weight in fp32.
             averages = weight, 1 - weight, beta2, 1 - beta2
-            pace = 1 - lr * weight_decay, -lr / (1 - beta1**step), eps, math.sqrt(1 - beta2**step)
+            root = math.sqrt(1 - beta2**step)
+            factor = root if coded else 1.0
+            pace = 1 - lr * weight_decay, -lr * factor / (1 - beta1**step), eps * factor, root
         else:
             averages = weight, beta1, beta2, 1 - beta2
             pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem.kernels._device import div, fma, load_fp32, sqrt
+from hf_lowmem.kernels._device import div, fma, load_fp32, paired_word, sqrt
 from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.exact import seed_keys
-from hf_lowmem.kernels.step.triton import load_weight, save_weight
+from hf_lowmem.kernels.step.triton import KEEP, load_weight, save_weight
 from hf_lowmem.specs import WEIGHT_STORES
 
 ROWS: tl.constexpr = tl.constexpr(8)
@@ -126,7 +126,10 @@ def apollo_kernel(
         w = load_weight(param + offset, correction + offset, mask, STORE)
         w = fma(update, step, w)
         w = fma(w, decay, w)
-        save_weight(param + offset, correction + offset, w, offset, mask, k0, k1, STORE)
+        if STORE == KEEP:
+            save_weight(param + offset, correction + offset, w, offset, mask, STORE)
+        else:
+            save_weight(param + offset, correction + offset, w, paired_word(offset, 0, k0, k1), mask, STORE)
 
 
 def _axes(shape: torch.Size, per_channel: bool) -> dict[str, Any]:

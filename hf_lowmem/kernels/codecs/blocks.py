@@ -57,13 +57,13 @@ def encode_blocks(
 ) -> None:
     """Encode `value` (fp32, any strides) over `codes` (uint8) and `scalars` (one value a block), in place.
 
-    `rows(x, signed, u)`: (rows, block) fp32 and as many thresholds, or None to round to the nearest -> uint8 codes
-    (rows, block), then the scalars (rows,).
+    `rows(x, signed, words)`: (rows, block) fp32 and random bits for as many, or None to round to the nearest -> uint8
+    codes (rows, block), then the scalars (rows,).
     """
     flat, codes = value.reshape(-1), codes.view(-1)
     for start, stop in spans(flat.numel(), block, flat.device):
-        u = None if dither is None else as_rows(dither.thresholds(start, stop, signed, flat.device), block)
-        new_codes, *new_scalars = rows(as_rows(flat[start:stop], block), signed, u)
+        words = None if dither is None else as_rows(dither.of_state(start, stop, signed, flat.device), block)
+        new_codes, *new_scalars = rows(as_rows(flat[start:stop], block), signed, words)
         new_codes = new_codes.view(-1)
         if bits == 4:
             new_codes = pack_pairs(new_codes)

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.exact import random_bits
+from hf_lowmem.kernels.exact import paired_bits, rotate_half
 
 
 def even(seed: int) -> int:
@@ -55,19 +55,53 @@ class Dither(NamedTuple):
     offset: int = 0
 
     def words(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """32 random bits for each of the values from `start` to `stop`, int32."""
-        words = random_bits(even(self.seed), self.offset + start, self.offset + stop, device)
-        return words.bitwise_not_() if self.seed & 1 else words
+        """32 random bits for each of the values from `start` to `stop`, int32; 16 of them are its own."""
+        words = paired_bits(even(self.seed), self.offset + start, self.offset + stop, device)
+        return words.bitwise_not() if self.seed & 1 else words
+
+    def of_state(self, start: int, stop: int, signed: bool, device: torch.device) -> Tensor:
+        """`words` for a state's encoder. Both moments of a parameter take theirs from the same bits, the unsigned ones
+        with the halves exchanged; what decides comes first in a word."""
+        words = self.words(start, stop, device)
+        return words if signed else rotate_half(words)
 
     def thresholds(self, start: int, stop: int, signed: bool, device: torch.device) -> Tensor:
-        """A number in (0, 1), fp32, for each of the values from `start` to `stop`: odd multiples of 2**-24.
+        """A number in (0, 1), fp32, for each of the values from `start` to `stop`."""
+        return thresholds(self.of_state(start, stop, signed, device))
 
-        Both moments of a parameter take theirs from one word a value: the unsigned ones from its halves exchanged.
-        """
-        words = self.words(start, stop, device)
-        if not signed:
-            words = words.bitwise_left_shift(16).bitwise_or_(words.bitwise_right_shift(16).bitwise_and_(0xFFFF))
-        return words.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+
+def thresholds(words: Tensor) -> Tensor:
+    """A number in (0, 1), fp32, from each of the words: odd multiples of 2**-24."""
+    return words.bitwise_right_shift(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+
+
+def round_up(q: Tensor, code: Tensor, places: Tensor, words: Tensor, signed: bool) -> Tensor:
+    """The code of the value below q, or the next one, at random: what `code` counts up to.
+
+    ```python
+    up = q - low > u * (high - low)                                  # signed: E[value] = q
+    up = log(q / low) > u * log(high / low)                          # unsigned: E[log(value)] = log(q)
+    ```
+    `places` says for each code (middle, rate) of the gap above it, so that with s = u - 1/2, which a word is as a
+    signed integer, no more is left than
+
+    ```python
+    up = (q - middle) * rate > s                                     # middle = (low + high) / 2
+    up = (q - middle) * rate > s * (q + middle)                      # middle = sqrt(low * high)
+    ```
+    The logarithms are taken as log(b / a) = 2 (b - a) / (b + a) from the middle, off by (b / a - 1)**3 / 12 of at most
+    half the gap, of no account between two codes of 8 bits.
+
+    Args:
+        q: fp32, in units of the scale.
+        code: int32, the code whose value is the last that is not above q; it is overwritten.
+        places: of tables.py: int64, the bits of two fp32.
+    """
+    middle, rate = places.index_select(0, code.view(-1)).view(torch.float32).view(*q.shape, 2).unbind(-1)
+    level = words.float()
+    if not signed:
+        level = level.mul_(q + middle)
+    return code.add_((q - middle).mul_(rate) > level)
 
 
 def round_between(

@@ -2,7 +2,8 @@
 
 Every operation is exact or one correctly rounded fp32 operation, so each device gives the same bits.
 
-`u`, the last argument of an encoder, is None to round to the nearest code, or a threshold a value: see dither.py.
+`words`, the last argument of an encoder, is None to round to the nearest code, or random bits for each value, int32:
+see dither.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,19 +13,21 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.codecs.blocks import decode_blocks, encode_blocks, mark_nonzero, smallest_nonzero
-from hf_lowmem.kernels.codecs.dither import Dither, round_between
+from hf_lowmem.kernels.codecs.dither import Dither, round_up
 from hf_lowmem.kernels.codecs.tables import (
+    DYNAMIC_CODES,
+    DYNAMIC_PLACES,
     EXPANDED_VALUES,
+    EXPANDING_PLACES,
     EXPANDING_ROWS,
     EXPANDING_TABLE,
     LARGEST_BITS,
-    LARGEST_CODE,
     MAPS,
-    NEAREST,
     POWER_OF_ONE,
     POWERS,
     SOFTNESS,
     SOFTSIGN_CODES,
+    SOFTSIGN_PLACES,
     SOFTSIGN_VALUES,
     STEPS,
     DeviceTable,
@@ -39,27 +42,47 @@ SMALLEST_A = 2.0**-108
 SMALLEST_B = 2.0**-116
 
 
+def _fp32(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32, device="cpu").item()
+
+
+# `softsign_encode`, signed: D is 127 (1 + c), less 2**-20, so that no place is above 127 however the operations round,
+# and as an fp32 the inverse of OFFSET, so that the place of 0 is 0. SLOPE is 1 / (D c), OFFSET that times c.
+SLOPE = _fp32(1 / ((1 + SOFTNESS) * STEPS[True] * (1 - 2.0**-20) * SOFTNESS))
+OFFSET = _fp32(SLOPE * SOFTNESS)
+FARTHEST = _fp32(1 / OFFSET)
+
+
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
     """table[codes], a fresh tensor of `codes`' shape."""
     return table.index_select(0, codes.view(-1).int()).view(codes.shape)
 
 
-def int8_encode(x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale beside each row, a normal fp32 up to scales of 2**126: one division a block, not one a value.
+
+    Divided by 2**8 first, so that a kernel's reciprocal meets no scale above 2**120.
+    """
+    return scale.mul(2.0**-8).reciprocal_().mul_(2.0**-8)[:, None]
+
+
+def int8_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
     high = x.amax(1)
     if signed:
         low = x.amin(1).neg_()
         scale = torch.where(high >= low, high.clamp(min=SMALLEST_SCALE), low.clamp(min=SMALLEST_SCALE).neg_())
     else:
         scale = high.clamp(min=SMALLEST_SCALE)
-    q = x.div(scale[:, None])
+    q = x.mul(inverse(scale))
     bits = q.view(torch.int32).view(-1)
-    found = NEAREST[signed].on(x.device).index_select(0, bits.bitwise_right_shift(16).bitwise_and_(0xFFFF))
+    table = DYNAMIC_CODES[signed, words is None].on(x.device)
+    found = table.index_select(0, bits.bitwise_right_shift(16).bitwise_and_(0xFFFF))
     found.add_(bits.bitwise_and(0xFFFF)).bitwise_right_shift_(16)
     if signed:
         found.bitwise_xor_(bits.bitwise_right_shift(31)).bitwise_and_(0xFF)
     found = found.view_as(x)
-    if u is not None:
-        found = round_between(q, found, lambda codes: look_up(MAPS[signed].on(x.device), codes), 255, u, signed)
+    if words is not None:
+        found = round_up(q, found, DYNAMIC_PLACES[signed].on(x.device), words, signed)
     codes = found.to(torch.uint8)
     return codes if signed else torch.maximum(codes, mark_nonzero(x)), scale
 
@@ -68,24 +91,35 @@ def int8_decode(codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) -> Ten
     return look_up(MAPS[signed].on(codes.device), codes).mul_(scalars[0][:, None])
 
 
-def softsign_encode(x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
-    table = SOFTSIGN_VALUES[signed].on(x.device)
+def softsign_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
+    """Signed, the place among the codes is y = (1 + c) 127 q / (q + c) = D - 1 / b, with D = (1 + c) 127 and
+    b = (q + c) / (D c). A value whose place is t beyond a code's is itself f = t - t (1 - t) b of the way to the next.
+    """
     if signed:
-        magnitude = x.abs()
-        scale = round_bf16_up(magnitude.amax(1).clamp_(SMALLEST_SCALE, BF16_MAX))
-        q = magnitude.div_(scale[:, None])
-        found = q.mul((1 + SOFTNESS) * STEPS[True]).div_(q.add(SOFTNESS)).round_().int().clamp_(0, STEPS[True])
-        if u is not None:
-            found = round_between(q, found, lambda codes: look_up(table, codes), STEPS[True], u, signed)
-        below = x.view(torch.int32).bitwise_right_shift(31)  # -1 for a negative x, else 0
-        return found.bitwise_xor_(below).sub_(below).to(torch.int8).view(torch.uint8), scale
+        size = x.abs()
+        largest = size.amax(1)
+        scale = round_bf16_up(largest.clamp(SMALLEST_SCALE, BF16_MAX))
+        # At random what is beyond bf16's range counts as 1: a code too many would be another sign.
+        slope = inverse(scale if words is None else torch.maximum(scale, largest)).mul_(SLOPE)
+        b = size.mul_(slope).add_(OFFSET)
+        y = b.reciprocal().neg_().add_(FARTHEST)
+        near = y.round()
+        if words is None:
+            return near.clamp_(max=STEPS[True]).copysign_(x).to(torch.int8).view(torch.uint8), scale
+        t = near.sub_(y).abs_()  # or 1 - t
+        y.sub_(b.mul_((1 - t).mul_(t))).copysign_(x)
+        # As an integer and 15 binary places, to which the random ones are added.
+        place = y.add_(384.0).view(torch.int32)
+        place.add_(words.bitwise_right_shift(17).bitwise_and_(0x7FFF)).add_(128 << 15)
+        return place.bitwise_right_shift_(15).to(torch.uint8), scale
     scale = x.amax(1).clamp_(SMALLEST_SCALE, FLOAT_MAX)
-    q = x.div(scale[:, None])
+    q = x.mul(inverse(scale))
     bits = q.view(torch.int32).view(-1)
-    found = SOFTSIGN_CODES.on(x.device).index_select(0, bits.bitwise_right_shift(16).bitwise_and_(0x7FFF))
+    table = SOFTSIGN_CODES[words is None].on(x.device)
+    found = table.index_select(0, bits.bitwise_right_shift(16).bitwise_and_(0x7FFF))
     found = found.add_(bits.bitwise_and(0xFFFF)).bitwise_right_shift_(16).view_as(x)
-    if u is not None:
-        found = round_between(q, found, lambda codes: look_up(table, codes), STEPS[False], u, signed)
+    if words is not None:
+        found = round_up(q, found, SOFTSIGN_PLACES.on(x.device), words, signed)
     return torch.maximum(found.to(torch.uint8), mark_nonzero(x)), scale
 
 
@@ -93,26 +127,31 @@ def softsign_decode(codes: Tensor, scalars: tuple[Tensor, ...], signed: bool) ->
     return look_up(SOFTSIGN_VALUES[signed].on(codes.device), codes).mul_(scalars[0].float()[:, None])
 
 
-def expand_encode(x: Tensor, signed: bool, u: Tensor | None) -> tuple[Tensor, ...]:
+def expand_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, ...]:
     magnitude = x.abs() if signed else x
     a = magnitude.amax(1).clamp_(SMALLEST_A, FLOAT_MAX)
     b = smallest_nonzero(magnitude).clamp_(min=SMALLEST_B)
-    below = torch.searchsorted(POWERS[signed].on(x.device), a.div(b), out_int32=True)
-    power = below.neg_().add_(255)
+    ratio = inverse(b).view(-1).mul_(a).view(torch.int32)
+    below = POWERS[signed].on(x.device).index_select(0, ratio.bitwise_right_shift(16).bitwise_and_(0x7FFF))
+    power = below.add_(ratio.bitwise_and_(0xFFFF)).bitwise_right_shift_(16).neg_().add_(255)
     if signed:
         power.clamp_(min=POWER_OF_ONE)
-    shift, first, offset = EXPANDING_ROWS.on(x.device).index_select(0, power).unsqueeze(-1).unbind(1)
-    q = magnitude.div(a[:, None])
+    nearest = words is None
+    shift, first, offset = EXPANDING_ROWS[nearest, signed].on(x.device).index_select(0, power).unsqueeze(-1).unbind(1)
+    q = magnitude.mul(inverse(a))
     bits = q.view(torch.int32)
     bits = torch.maximum(bits, first).clamp_(max=LARGEST_BITS)
-    place = bits.bitwise_right_shift(shift).add_(offset)
-    found = EXPANDING_TABLE.on(x.device).index_select(0, place.view(-1)).view(x.shape)
+    where = bits.bitwise_right_shift(shift).add_(offset)
+    found = EXPANDING_TABLE[nearest].on(x.device).index_select(0, where.view(-1)).view(x.shape)
     found.add_(bits).bitwise_right_shift_(shift)
-    if u is not None:
-        table, row = EXPANDED_VALUES.on(x.device), power.int().mul(256)[:, None]
-        found = round_between(q, found, lambda codes: look_up(table, codes.add(row)), LARGEST_CODE, u, signed)
+    if words is not None:
+        # A row of a power begins at 128 times it: so many codes from there.
+        of_row = EXPANDING_PLACES[signed].on(x.device)
+        found = round_up(q, found.add_(power[:, None] * 128), of_row, words, signed).bitwise_and_(0x7F)
+        if not signed:
+            found = torch.minimum(found, x.view(torch.int32))  # of the first code at least, but 0 for 0
     codes = found.to(torch.uint8)
-    if u is None or not signed:
+    if nearest:
         codes = torch.maximum(codes, mark_nonzero(magnitude))
     if signed:
         codes.bitwise_or_(x.view(torch.int32).bitwise_right_shift(24).bitwise_and_(0x80).to(torch.uint8))
@@ -142,21 +181,31 @@ CODECS: dict[str, RowCodec] = {
         {True: (torch.float32,), False: (torch.float32,)},
         int8_encode,
         int8_decode,
-        lambda signed: (MAPS[signed], NEAREST[signed]),
+        lambda signed: (MAPS[signed], DYNAMIC_PLACES[signed], *(DYNAMIC_CODES[signed, near] for near in (True, False))),
     ),
     "int8_softsign": RowCodec(
         64,
         {True: (torch.bfloat16,), False: (torch.float32,)},
         softsign_encode,
         softsign_decode,
-        lambda signed: (SOFTSIGN_VALUES[signed],) if signed else (SOFTSIGN_VALUES[signed], SOFTSIGN_CODES),
+        lambda signed: (
+            (SOFTSIGN_VALUES[signed],)
+            if signed
+            else (SOFTSIGN_VALUES[signed], SOFTSIGN_PLACES, *SOFTSIGN_CODES.values())
+        ),
     ),
     "fp8_expand": RowCodec(
         128,
         dict.fromkeys((True, False), (torch.float32, torch.uint8)),
         expand_encode,
         expand_decode,
-        lambda signed: (EXPANDED_VALUES, POWERS[signed], EXPANDING_ROWS, EXPANDING_TABLE),
+        lambda signed: (
+            EXPANDED_VALUES,
+            POWERS[signed],
+            EXPANDING_PLACES[signed],
+            *(EXPANDING_ROWS[nearest, signed] for nearest in (True, False)),
+            *EXPANDING_TABLE.values(),
+        ),
     ),
 }
 

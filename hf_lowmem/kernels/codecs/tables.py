@@ -9,6 +9,9 @@ interval that is narrower than any gap between two thresholds, so at most one li
 which side of it x is. An entry packs both facts, `code << shift | (2**shift - first lower bits beyond the threshold)`:
 adding the lower bits carries into the code exactly when x is beyond. (torch.bucketize searches 8 levels: 20 times
 slower.)
+
+There are two sets of thresholds: between the values, to round to the nearest, and the values themselves, to find the
+one below. `places` is what rounding at random from there needs: see `round_up` of dither.py.
 """
 
 import functools
@@ -94,16 +97,38 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def nearest_table(signed: bool) -> Tensor:
-    """Finds the nearest value of the dynamic map: int32 (65536,), indexed by the upper half of an fp32's bits.
+def places(values: Tensor, signed: bool) -> Tensor:
+    """Middle and rate of the gap above each of `values` (fp32, ascending along the last axis): int64 of their shape.
+
+    A rate is in steps of a random word, 2**32 of them a gap. Above the last value nothing is ever up, and above a zero
+    of an unsigned state everything is.
+    """
+    low, high = values[..., :-1].double(), values[..., 1:].double()
+    middle = ((low + high) / 2 if signed else (low * high).sqrt()).float()
+    wide = middle.double()
+    rate = 1 / (high - low) if signed else (high + wide) / (high - wide) / 2
+    rate = torch.where(low == 0, 2.0, rate) if not signed else rate
+    # q is 1 at most: q - 2 is negative, so the last rate leads below the least word.
+    last = torch.tensor([2.0 if signed else 0.0, 2.0 if signed else -2.0], dtype=torch.float64)
+    pairs = torch.stack((wide, rate), -1)
+    pairs = torch.cat((pairs, last.expand(*pairs.shape[:-2], 1, 2)), -2)
+    return (pairs * torch.tensor([1.0, 2.0**32], dtype=torch.float64)).float().view(torch.int64).squeeze(-1)
+
+
+def dynamic_table(signed: bool, nearest: bool) -> Tensor:
+    """Finds a value of the dynamic map: int32 (65536,), indexed by the upper half of an fp32's bits.
 
     For negative x the bits grow as x falls, so those entries hold `255 - code`, and the caller complements the result.
-    A quotient halfway between two values takes the lower one.
+    Of the nearest, a quotient halfway between two values takes the lower one.
     """
-    wide = dynamic_map(signed).double()
-    middles = (wide[:-1] + wide[1:]) / 2  # exact: two fp32 of similar size
-    beyond = middles.float()  # the first fp32 above each midpoint
-    beyond = torch.where(beyond.double() > middles, beyond, torch.nextafter(beyond, torch.full_like(beyond, torch.inf)))
+    values = dynamic_map(signed)
+    if nearest:
+        middles = (values[:-1].double() + values[1:].double()) / 2  # exact: two fp32 of similar size
+        beyond = middles.float()  # the first fp32 above each midpoint
+        above = torch.nextafter(beyond, torch.full_like(beyond, torch.inf))
+        beyond = torch.where(beyond.double() > middles, beyond, above)
+    else:
+        beyond = values[1:]
     bits = beyond.view(torch.int32).long()
     order = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # integers in the order of the floats
     positive = packed(order, 0, 16, 1 << 15)
@@ -117,7 +142,15 @@ def nearest_table(signed: bool) -> Tensor:
 
 
 MAPS = {signed: DeviceTable(functools.partial(dynamic_map, signed)) for signed in (True, False)}
-NEAREST = {signed: DeviceTable(functools.partial(nearest_table, signed)) for signed in (True, False)}
+DYNAMIC_CODES = {
+    (signed, nearest): DeviceTable(functools.partial(dynamic_table, signed, nearest))
+    for signed in (True, False)
+    for nearest in (True, False)
+}
+DYNAMIC_PLACES = {
+    signed: DeviceTable(functools.partial(lambda signed: places(dynamic_map(signed), signed), signed))
+    for signed in (True, False)
+}
 
 
 def softsign_inverse(y: Tensor) -> Tensor:
@@ -133,17 +166,18 @@ def softsign_values(signed: bool) -> Tensor:
     return softsign_inverse(codes.double() / STEPS[False]).square().float()
 
 
-def softsign_table() -> Tensor:
+def softsign_table(nearest: bool) -> Tensor:
     """Finds the code of an unsigned x / scale: int32 (32768,), indexed by the upper half of an fp32's bits.
 
-    The threshold of code j is where 255 steps of the companded root reach j - 1/2. Two are 2.7 % apart at least.
+    The threshold of code j is where 255 steps of the companded root reach j - 1/2, or j. Two are 2.7 % apart at least.
     """
-    middles = (torch.arange(1, 256, dtype=torch.float64) - 0.5) / STEPS[False]
-    return packed(bits_of(softsign_inverse(middles).square()), 0, 16, 1 << 15)
+    reached = (torch.arange(1, 256, dtype=torch.float64) - (0.5 if nearest else 0.0)) / STEPS[False]
+    return packed(bits_of(softsign_inverse(reached).square()), 0, 16, 1 << 15)
 
 
 SOFTSIGN_VALUES = {signed: DeviceTable(functools.partial(softsign_values, signed)) for signed in (True, False)}
-SOFTSIGN_CODES = DeviceTable(softsign_table)
+SOFTSIGN_CODES = {nearest: DeviceTable(functools.partial(softsign_table, nearest)) for nearest in (True, False)}
+SOFTSIGN_PLACES = DeviceTable(lambda: places(softsign_values(False), False))
 
 
 def e4m3_values() -> Tensor:
@@ -168,14 +202,20 @@ def expanded_values() -> Tensor:
     return ((q.abs() / E4M3_MAX) ** (1 / exponents()[:, None])).copysign(q).float().view(-1)
 
 
-def expanding_thresholds() -> Tensor:
-    """Where |x| / a reaches each code, (middle of two codes / 448)^(1/k): int64 bits, (256, 126)."""
+def expanding_thresholds(nearest: bool) -> Tensor:
+    """Where |x| / a reaches each code, (middle of two codes / 448)^(1/k), or its value: int64 bits, (256, 126)."""
     values = e4m3_values()[: LARGEST_CODE + 1].double()
-    middles = (values[1:] + values[:-1]) / 2
-    return bits_of((middles / E4M3_MAX) ** (1 / exponents()[:, None]))
+    reached = (values[1:] + values[:-1]) / 2 if nearest else values[1:]
+    return bits_of((reached / E4M3_MAX) ** (1 / exponents()[:, None]))
 
 
-def expanding_rows() -> Tensor:
+def expanding_places(signed: bool) -> Tensor:
+    """`places` of every power, int64 (256 * 128,), row by power; the last code of a row, 0x7F, is never asked for."""
+    rows = places(expanded_values().view(256, 256)[:, : LARGEST_CODE + 1], signed)
+    return torch.nn.functional.pad(rows, (0, 1)).view(-1)
+
+
+def expanding_rows(nearest: bool, signed: bool) -> Tensor:
     """Rows that locate |x| / a in `expanding_table`, int32 (256, 3), one a power: shift, first bits, offset.
 
     ```python
@@ -184,32 +224,37 @@ def expanding_rows() -> Tensor:
     ```
     The narrowest interval that the widest gap allows would be the same number of bits for all powers; with as many as
     each needs, the row of a power is 250 to 600 entries, and a group, which has one power, stays in 2 KiB of the table.
+
+    The first bits are those of the interval before the first threshold; of an unsigned state that is rounded at random
+    those of the threshold itself, as it has no code 0.
     """
-    thresholds = expanding_thresholds()
+    thresholds = expanding_thresholds(nearest)
     # At the end of a binade, 14.5 to 15.5: the narrowest gap in proportion, 6.9 % / k.
     gap = thresholds.diff(dim=1).amin(1)
     shift = gap.double().log2().floor().long()
     first = (thresholds[:, 0] - 1) >> shift << shift
     count = ((LARGEST_BITS - first) >> shift) + 1
     offset = count.cumsum(0) - count - (first >> shift)
+    if not nearest and not signed:
+        first = thresholds[:, 0]
     return torch.stack([shift, first, offset], 1).int()
 
 
-def expanding_table() -> Tensor:
+def expanding_table(nearest: bool) -> Tensor:
     """The rows of all powers one after another, int32 (about 110 000,).
 
     The upper bits, which tell the place, are taken off each entry: the whole bits can be added, not the lower ones.
     """
-    thresholds = expanding_thresholds()
+    thresholds = expanding_thresholds(nearest)
     rows = []
-    for power, (shift, first, _) in enumerate(expanding_rows().tolist()):
+    for power, (shift, first, _) in enumerate(expanding_rows(nearest, signed=True).tolist()):
         count = ((LARGEST_BITS - first) >> shift) + 1
         rows.append(packed(thresholds[power], first, shift, count) - (first + (torch.arange(count) << shift)))
     return torch.cat(rows).int()
 
 
 def power_thresholds(signed: bool) -> Tensor:
-    """Where a / b reaches the powers 255, 254, ... 1 from above, fp32 (255,), ascending.
+    """Where a / b reaches the powers 255, 254, ... 1 from above, fp32 (255,), ascending; 2.1 % apart at least.
 
     Power p stands for the k = 2**((p - 105) / 60) that is nearest to binades / log2(a / b), so it is taken up to the
     ratio whose k is half a step below.
@@ -219,7 +264,17 @@ def power_thresholds(signed: bool) -> Tensor:
     return (2.0 ** ((SIGNED_BINADES if signed else UNSIGNED_BINADES) / k)).float()
 
 
+def power_table(signed: bool) -> Tensor:
+    """Finds how many of the thresholds are below a / b: int32 (32768,), indexed by the upper half of its bits."""
+    return packed(bits_of(power_thresholds(signed)) + 1, 0, 16, 1 << 15)
+
+
 EXPANDED_VALUES = DeviceTable(expanded_values)
-EXPANDING_ROWS = DeviceTable(expanding_rows)
-EXPANDING_TABLE = DeviceTable(expanding_table)
-POWERS = {signed: DeviceTable(functools.partial(power_thresholds, signed)) for signed in (True, False)}
+EXPANDING_ROWS = {
+    (nearest, signed): DeviceTable(functools.partial(expanding_rows, nearest, signed))
+    for nearest in (True, False)
+    for signed in (True, False)
+}
+EXPANDING_TABLE = {nearest: DeviceTable(functools.partial(expanding_table, nearest)) for nearest in (True, False)}
+EXPANDING_PLACES = {signed: DeviceTable(functools.partial(expanding_places, signed)) for signed in (True, False)}
+POWERS = {signed: DeviceTable(functools.partial(power_table, signed)) for signed in (True, False)}

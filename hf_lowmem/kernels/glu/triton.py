@@ -15,13 +15,14 @@ from hf_lowmem.kernels._device import (
     as_bf16,
     clip,
     div,
-    e4m3_decode,
-    e4m3_groups,
     exp,
+    exp_short,
     load_fp32,
+    reciprocal,
     round_as,
     store_rounded,
 )
+from hf_lowmem.kernels._groups import e4m3_decode, e4m3_groups, load_codes
 from hf_lowmem.kernels.exact import seed_keys
 from hf_lowmem.kernels.glu.reference import CUBIC, GELU_FLAT, SQRT_8_PI
 from hf_lowmem.kernels.quantize.reference import GROUPS
@@ -30,32 +31,42 @@ E4M3 = GROUPS["e4m3"]
 TILE = 8
 WARPS = 4
 LAUNCH: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
-FLAT, LINEAR = tl.constexpr(GELU_FLAT), tl.constexpr(SQRT_8_PI)
+BEYOND, LINEAR = tl.constexpr(GELU_FLAT), tl.constexpr(SQRT_8_PI)
 CUBE, SLOPE = tl.constexpr(SQRT_8_PI * CUBIC), tl.constexpr(3 * SQRT_8_PI * CUBIC)
 
 
 @triton.jit
-def activate(x, GELU: tl.constexpr):
+def activate(x, GELU: tl.constexpr, SHORT: tl.constexpr):
     """act(x) and act'(x)."""
     if GELU:
-        t = clip(x, FLAT)
+        t = clip(x, BEYOND)
         square = t * t
         z = t * (square * CUBE + LINEAR)
         dz = square * SLOPE + LINEAR
     else:
         z = x
         dz = 1.0
-    denominator = exp(-z) + 1.0
-    value = div(x, denominator)
-    s = div(1.0, denominator)
+    if SHORT:
+        s = reciprocal(exp_short(z * -1.0) + 1.0)
+        value = x * s
+    else:
+        denominator = exp(-z) + 1.0
+        value = div(x, denominator)
+        s = div(1.0, denominator)
     return value, s + value * (1.0 - s) * dz
+
+
+@triton.jit
+def place(row, column, stride, FLAT: tl.constexpr):
+    """Where the values of a tile are in a matrix whose rows have that stride; FLAT: `row` is the tile's first value."""
+    return row + column if FLAT else row * stride + column
 
 
 @triton.jit
 def load_factor(ptr, scales_ptr, at, group, there, inside, SAVED: tl.constexpr):
     """Gate or up in fp32 (TILE, 128): decoded if SAVED, else widened."""
     if SAVED:
-        codes = tl.load(ptr + at, mask=inside, other=0)
+        codes = load_codes(ptr + at, inside)
         x = e4m3_decode(codes) * load_fp32(scales_ptr + group, there)[:, None]
     else:
         x = load_fp32(ptr + at, inside)
@@ -81,21 +92,28 @@ def save_kernel(
     up_k0,
     up_k1,
     GELU: tl.constexpr,
+    SHORT: tl.constexpr,
+    FLAT: tl.constexpr,
     MOST: tl.constexpr,
     GATE_STOCHASTIC: tl.constexpr,
     UP_STOCHASTIC: tl.constexpr,
     TILE: tl.constexpr,
 ):
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = group < n_groups
-    row = group // per_row
-    column = ((group - row * per_row) * 128)[:, None] + tl.arange(0, 128)[None, :]
-    row = row.to(tl.int64)[:, None]
-    inside = there[:, None] & (column < width)
-    index = row * width + column
-    gate = load_fp32(gate_ptr + row * gate_stride + column, inside)
-    up = load_fp32(up_ptr + row * up_stride + column, inside)
-    value, _ = activate(gate, GELU)
+    if FLAT:
+        there, inside = None, None
+        row = tl.program_id(0).to(tl.int64) * (TILE * 128)
+        column = tl.arange(0, TILE)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    else:
+        there = group < n_groups
+        row = group // per_row
+        column = ((group - row * per_row) * 128)[:, None] + tl.arange(0, 128)[None, :]
+        row = row.to(tl.int64)[:, None]
+        inside = there[:, None] & (column < width)
+    index = place(row, column, width, FLAT)
+    gate = load_fp32(gate_ptr + place(row, column, gate_stride, FLAT), inside)
+    up = load_fp32(up_ptr + place(row, column, up_stride, FLAT), inside)
+    value, _ = activate(gate, GELU, SHORT)
     store_rounded(out_ptr + index, round_as(out_ptr, value) * up, inside)
     codes, scale = e4m3_groups(gate, index, gate_k0, gate_k1, MOST, GATE_STOCHASTIC)
     tl.store(gate_codes_ptr + index, codes, mask=inside)
@@ -118,19 +136,26 @@ def product_kernel(
     per_row,
     n_groups,
     GELU: tl.constexpr,
+    SHORT: tl.constexpr,
+    FLAT: tl.constexpr,
     SAVED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = group < n_groups
-    row = group // per_row
-    column = ((group - row * per_row) * 128)[:, None] + tl.arange(0, 128)[None, :]
-    row = row.to(tl.int64)[:, None]
-    inside = there[:, None] & (column < width)
-    gate = load_factor(gate_ptr, gate_scales_ptr, row * gate_stride + column, group, there, inside, SAVED)
-    up = load_factor(up_ptr, up_scales_ptr, row * up_stride + column, group, there, inside, SAVED)
-    value, _ = activate(gate, GELU)
-    store_rounded(out_ptr + row * width + column, round_as(out_ptr, value) * up, inside)
+    if FLAT:
+        there, inside = None, None
+        row = tl.program_id(0).to(tl.int64) * (TILE * 128)
+        column = tl.arange(0, TILE)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    else:
+        there = group < n_groups
+        row = group // per_row
+        column = ((group - row * per_row) * 128)[:, None] + tl.arange(0, 128)[None, :]
+        row = row.to(tl.int64)[:, None]
+        inside = there[:, None] & (column < width)
+    gate = load_factor(gate_ptr, gate_scales_ptr, place(row, column, gate_stride, FLAT), group, there, inside, SAVED)
+    up = load_factor(up_ptr, up_scales_ptr, place(row, column, up_stride, FLAT), group, there, inside, SAVED)
+    value, _ = activate(gate, GELU, SHORT)
+    store_rounded(out_ptr + place(row, column, width, FLAT), round_as(out_ptr, value) * up, inside)
 
 
 @triton.jit
@@ -149,20 +174,27 @@ def backward_kernel(
     per_row,
     n_groups,
     GELU: tl.constexpr,
+    SHORT: tl.constexpr,
+    FLAT: tl.constexpr,
     SAVED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = group < n_groups
-    row = group // per_row
-    column = ((group - row * per_row) * 128)[:, None] + tl.arange(0, 128)[None, :]
-    row = row.to(tl.int64)[:, None]
-    inside = there[:, None] & (column < width)
-    grad = load_fp32(grad_ptr + row * grad_stride + column, inside)
-    gate = load_factor(gate_ptr, gate_scales_ptr, row * gate_stride + column, group, there, inside, SAVED)
-    up = load_factor(up_ptr, up_scales_ptr, row * up_stride + column, group, there, inside, SAVED)
-    value, slope = activate(gate, GELU)
-    index = row * width + column
+    if FLAT:
+        there, inside = None, None
+        row = tl.program_id(0).to(tl.int64) * (TILE * 128)
+        column = tl.arange(0, TILE)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    else:
+        there = group < n_groups
+        row = group // per_row
+        column = ((group - row * per_row) * 128)[:, None] + tl.arange(0, 128)[None, :]
+        row = row.to(tl.int64)[:, None]
+        inside = there[:, None] & (column < width)
+    grad = load_fp32(grad_ptr + place(row, column, grad_stride, FLAT), inside)
+    gate = load_factor(gate_ptr, gate_scales_ptr, place(row, column, gate_stride, FLAT), group, there, inside, SAVED)
+    up = load_factor(up_ptr, up_scales_ptr, place(row, column, up_stride, FLAT), group, there, inside, SAVED)
+    value, slope = activate(gate, GELU, SHORT)
+    index = place(row, column, width, FLAT)
     store_rounded(d_gate_ptr + index, grad * up * slope, inside)
     store_rounded(d_up_ptr + index, grad * value, inside)
 
@@ -173,6 +205,12 @@ def rows_of(x: Tensor) -> Tensor:
 
 def grid(n_groups: int) -> tuple[int]:
     return (triton.cdiv(n_groups, TILE),)
+
+
+def is_flat(*matrices: Tensor) -> bool:
+    """Whether all are contiguous rows of whole groups, and whole tiles: nothing is masked, no row sought."""
+    whole = matrices[0].numel() % (TILE * 128) == 0 and matrices[0].shape[1] % 128 == 0
+    return whole and all(x.is_contiguous() for x in matrices)
 
 
 def groups_of(x: Tensor) -> tuple[int, int]:
@@ -192,7 +230,7 @@ def glu_save(
         save_kernel[grid(n_groups)](
             gate, up, out, *saved, gate.shape[1], gate.stride(0), up.stride(0), per_row, n_groups,
             *seed_keys(gate_seed or 0), *seed_keys(up_seed or 0),
-            **save_constants(act, gate.dtype, gate_seed is not None, up_seed is not None),
+            **save_constants(act, gate.dtype, gate_seed is not None, up_seed is not None) | {"FLAT": is_flat(gate, up)},
             **LAUNCH,
         )  # fmt: skip
     return out, *saved
@@ -201,6 +239,7 @@ def glu_save(
 def save_constants(act: str, dtype: torch.dtype, gate_stochastic: bool, up_stochastic: bool) -> dict[str, Any]:
     return {
         "GELU": act == "gelu_tanh",
+        "SHORT": dtype.itemsize == 2,
         "MOST": E4M3.most(dtype),
         "GATE_STOCHASTIC": gate_stochastic,
         "UP_STOCHASTIC": up_stochastic,
@@ -217,13 +256,13 @@ def glu(
         product_kernel[grid(groups_of(gate)[1])](
             gate, up, gate if gate_scales is None else gate_scales, up if up_scales is None else up_scales, out,
             gate.shape[1], gate.stride(0), up.stride(0), *groups_of(gate),
-            **constants(act, gate_scales is not None), **LAUNCH,
+            **constants(act, gate_scales is not None, dtype) | {"FLAT": is_flat(gate, up)}, **LAUNCH,
         )  # fmt: skip
     return out
 
 
-def constants(act: str, saved: bool) -> dict[str, Any]:
-    return {"GELU": act == "gelu_tanh", "SAVED": saved, "TILE": TILE}
+def constants(act: str, saved: bool, dtype: torch.dtype) -> dict[str, Any]:
+    return {"GELU": act == "gelu_tanh", "SHORT": dtype.itemsize == 2, "SAVED": saved, "TILE": TILE}
 
 
 def glu_backward(
@@ -241,7 +280,7 @@ def glu_backward(
         backward_kernel[grid(groups_of(gate)[1])](
             grad, gate, up, gate if gate_scales is None else gate_scales, up if up_scales is None else up_scales,
             d_gate, d_up, gate.shape[1], grad.stride(0), gate.stride(0), up.stride(0), *groups_of(gate),
-            **constants(act, gate_scales is not None), **LAUNCH,
+            **constants(act, gate_scales is not None, dtype) | {"FLAT": is_flat(grad, gate, up)}, **LAUNCH,
         )  # fmt: skip
     return d_gate, d_up
 
@@ -269,7 +308,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
                 f"glu_save {act}{' stochastic' if stochastic else ''} bf16",
                 save_kernel,
                 {"gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*bf16", **saves, **sizes, **keys},
-                save_constants(act, torch.bfloat16, stochastic, stochastic),
+                save_constants(act, torch.bfloat16, stochastic, stochastic) | {"FLAT": True},
                 WARPS,
             ))  # fmt: skip
         for saved in (False, True):
@@ -277,8 +316,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
             factors = {"gate_ptr": factor, "up_ptr": factor, "gate_scales_ptr": "*bf16", "up_scales_ptr": "*bf16"}
             name = f"{act}{' saved' if saved else ''} bf16"
             signature = {**factors, "out_ptr": "*bf16", **sizes}
-            cases.append((f"glu {name}", product_kernel, signature, constants(act, saved), WARPS))
+            fixed = constants(act, saved, torch.bfloat16) | {"FLAT": True}
+            cases.append((f"glu {name}", product_kernel, signature, fixed, WARPS))
             pointers = {"grad_ptr": "*bf16", **factors, "d_gate_ptr": "*bf16", "d_up_ptr": "*bf16"}
             signature = {**pointers, "width": "i32:16", "grad_stride": "i32:16", **sizes}
-            cases.append((f"glu_backward {name}", backward_kernel, signature, constants(act, saved), WARPS))
+            cases.append((f"glu_backward {name}", backward_kernel, signature, fixed, WARPS))
     return cases

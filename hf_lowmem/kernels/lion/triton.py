@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lowmem.kernels.codecs.triton import NUMBERS
+from hf_lowmem.kernels.codecs.tiles import NUMBERS
 from hf_lowmem.kernels.step.ahead import step_cases
 from hf_lowmem.kernels.step.reference import States
 from hf_lowmem.kernels.step.triton import run_steps

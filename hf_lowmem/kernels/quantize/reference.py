@@ -47,7 +47,7 @@ class Groups:
 
     ```python
     scale = bf16_up(max(abs(x)) / top)                      # per group; at least `least`
-    codes = round(clamp(x / scale, -top, top))              # to E4M3 or to an integer
+    codes = round(clamp(x * (1 / scale), -top, top))        # to E4M3 or to an integer
     x = codes * scale
     ```
     The error of a value x of a group with scale s, in fp32, before the output's dtype rounds once more:
@@ -56,6 +56,8 @@ class Groups:
       an E4M3 has 4 significant bits, so the worst is 17/16 becoming 1, and below 2**-6 steps of 2**-9.
     - int8: at most s / 2 <= (1 + 2**-7) largest / 254.
     - stochastic: less than one step in place of half of one, |x| / 8 or s / 512, and s; the mean is x.
+
+    Each is larger by 2**-23 of x / scale, which is rounded twice, as 1 / scale and as the product.
 
     Measured on normal data, in fp32: a relative error of 2.58 % and 0.55 %; stochastic 3.66 % and 0.77 %. With 8 of
     1,024 channels 60 times larger, over the other channels: 2.59 % and 3.9 %.
@@ -81,7 +83,7 @@ class Groups:
         for start, stop, first in self.spans(flat, last):
             y = self.rows(flat[start:stop].to(torch.float32), last)
             scale, finite = self.scale_of(y.abs().amax(1), x.dtype)
-            y = y.div(scale[:, None]).clamp_(-self.top, self.top)
+            y = y.mul(scale.reciprocal()[:, None]).clamp_(-self.top, self.top)
             noise = None if seed is None else self.rows(random_bits(seed, start, stop, x.device), last)
             rows = self.encode(y, noise)
             if x.device.type != "cpu" or not finite.all():

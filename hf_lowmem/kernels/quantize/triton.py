@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem.kernels._device import as_bf16, e4m3_halves, load_fp32, quantize_groups, store_rounded
+from hf_lowmem.kernels._device import as_bf16, load_fp32, store_rounded
+from hf_lowmem.kernels._groups import e4m3_decode, int8_values, load_codes, quantize_groups
 from hf_lowmem.kernels.exact import seed_keys
 from hf_lowmem.kernels.quantize.reference import GROUPS, Groups
 
@@ -42,18 +43,24 @@ def quantize_kernel(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
+    """FLAT: rows of whole groups, without a gap between them, and whole tiles of them."""
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row = group // per_row
-    column = ((group - row * per_row).to(tl.int64) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    row = row.to(tl.int64)[:, None]
-    inside = (group < n_groups)[:, None] & (column < last)
-    x = load_fp32(x_ptr + row * stride + column, inside)  # (TILE, GROUP)
-
-    index = row * last + column
+    if FLAT:
+        row = tl.program_id(0).to(tl.int64) * (TILE * GROUP)
+        column = tl.arange(0, TILE)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        index = row + column
+        x = load_fp32(x_ptr + row + column, None)
+    else:
+        row = group // per_row
+        column = ((group - row * per_row).to(tl.int64) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+        row = row.to(tl.int64)[:, None]
+        index = row * last + column
+        x = load_fp32(x_ptr + row * stride + column, (group < n_groups)[:, None] & (column < last))  # (TILE, GROUP)
     codes, scale = quantize_groups(x, index, k0, k1, E4M3, TOP, LEAST, MOST, STOCHASTIC)
-    tl.store(codes_ptr + index, codes, mask=inside)
-    tl.store(scales_ptr + group, as_bf16(scale), mask=group < n_groups)
+    tl.store(codes_ptr + index, codes, mask=None if FLAT else (group < n_groups)[:, None] & (column < last))
+    tl.store(scales_ptr + group, as_bf16(scale), mask=None if FLAT else group < n_groups)
 
 
 @triton.jit
@@ -67,24 +74,36 @@ def dequantize_kernel(
     E4M3: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row = group // per_row
-    column = ((group - row * per_row).to(tl.int64) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    inside = (group < n_groups)[:, None] & (column < last)
-    index = row.to(tl.int64)[:, None] * last + column
-    codes = tl.load(codes_ptr + index, mask=inside, other=0)
-    scale = load_fp32(scales_ptr + group, group < n_groups)
-    if E4M3:
-        value = e4m3_halves(codes) * (scale * 256.0)[:, None]
+    there = None if FLAT else group < n_groups
+    if FLAT:
+        inside = None
+        row = tl.program_id(0).to(tl.int64) * (TILE * GROUP)
+        index = row + (tl.arange(0, TILE)[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
     else:
-        value = codes.to(tl.float32) * scale[:, None]
+        row = group // per_row
+        column = ((group - row * per_row).to(tl.int64) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+        inside = (group < n_groups)[:, None] & (column < last)
+        index = row.to(tl.int64)[:, None] * last + column
+    codes = load_codes(codes_ptr + index, inside)
+    scale = load_fp32(scales_ptr + group, there)
+    if E4M3:
+        value = e4m3_decode(codes) * scale[:, None]
+    else:
+        value = int8_values(codes) * scale[:, None]
     store_rounded(out_ptr + index, value, inside)
 
 
 def tile(groups: Groups) -> int:
     """Groups in a program's tile."""
     return TILE_VALUES // groups.group
+
+
+def is_flat(rows: Tensor, last: int, groups: Groups) -> bool:
+    """Whether `rows_of` made one row of all, and whole tiles fill it."""
+    return last == rows.numel() and last % (tile(groups) * groups.group) == 0
 
 
 def rows_of(x: Tensor, groups: Groups) -> tuple[Tensor, int, int]:
@@ -108,7 +127,8 @@ def quantize(x: Tensor, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
     n_groups = scales.numel()
     quantize_kernel[(triton.cdiv(n_groups, tile(groups)),)](
         rows, codes, scales, last, stride, groups.groups(last), n_groups, *seed_keys(seed or 0),
-        **quantize_constants(groups, x.dtype, seed is not None), num_warps=WARPS, enable_fp_fusion=False,
+        **quantize_constants(groups, x.dtype, seed is not None) | {"FLAT": is_flat(rows, last, groups)},
+        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scales
 
@@ -122,7 +142,8 @@ def dequantize(codes: Tensor, scales: Tensor, fmt: str, dtype: torch.dtype) -> T
     n_groups = scales.numel()
     dequantize_kernel[(triton.cdiv(n_groups, tile(groups)),)](
         codes, scales.contiguous(), out, last, groups.groups(last), n_groups,
-        **dequantize_constants(groups), num_warps=WARPS, enable_fp_fusion=False,
+        **dequantize_constants(groups) | {"FLAT": is_flat(codes, last, groups)},
+        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -148,8 +169,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
         stored = {"codes_ptr": "*u8" if groups.code_dtype is torch.uint8 else "*i8", "scales_ptr": "*bf16"}
         signature = {"x_ptr": "*bf16", **stored, **sizes, "stride": "i32:16", "k0": "i32", "k1": "i32"}
         for label, stochastic in ((f"quantize {name} bf16", False), (f"quantize {name} stochastic bf16", True)):
-            constants = quantize_constants(groups, torch.bfloat16, stochastic)
+            constants = quantize_constants(groups, torch.bfloat16, stochastic) | {"FLAT": True}
             cases += [(label, quantize_kernel, signature, constants, WARPS)]
         signature = {**stored, "out_ptr": "*bf16", **sizes}
-        cases += [(f"dequantize {name} bf16", dequantize_kernel, signature, dequantize_constants(groups), WARPS)]
+        constants = dequantize_constants(groups) | {"FLAT": True}
+        cases += [(f"dequantize {name} bf16", dequantize_kernel, signature, constants, WARPS)]
     return cases

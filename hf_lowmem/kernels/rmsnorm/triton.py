@@ -17,8 +17,6 @@ from torch import Tensor
 from hf_lowmem.kernels._device import (
     as_bf16,
     div,
-    e4m3_decode,
-    e4m3_groups,
     load_fp32,
     round_as,
     sqrt,
@@ -26,6 +24,7 @@ from hf_lowmem.kernels._device import (
     sum_pairs,
     sum_row_pairs,
 )
+from hf_lowmem.kernels._groups import e4m3_decode, e4m3_groups, load_codes
 from hf_lowmem.kernels.exact import seed_keys
 from hf_lowmem.kernels.quantize.reference import GROUPS
 from hf_lowmem.kernels.rmsnorm.reference import PARTS, out_dtype, parts_of
@@ -43,10 +42,10 @@ def inverse_rms(x, n, eps, GROUPS: tl.constexpr, LOG2: tl.constexpr):
 
 
 @triton.jit
-def load_saved(codes_ptr, scales_ptr, row, n, per_row, column, group, inside):
+def load_saved(codes_ptr, scales_ptr, row, n, per_row, column, group, inside, EVEN: tl.constexpr):
     """A saved row, decoded: (groups, 128)."""
-    codes = tl.load(codes_ptr + row * n + column, mask=inside, other=0)
-    scale = load_fp32(scales_ptr + row * per_row + group, group < per_row)
+    codes = load_codes(codes_ptr + row * n + column, inside)
+    scale = load_fp32(scales_ptr + row * per_row + group, None if EVEN else group < per_row)
     return e4m3_decode(codes) * scale[:, None]
 
 
@@ -76,6 +75,7 @@ def forward_kernel(
     k1,
     GROUPS: tl.constexpr,
     LOG2: tl.constexpr,
+    EVEN: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     CAST_FIRST: tl.constexpr,
@@ -85,7 +85,7 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < n
+    inside = None if EVEN else column < n
     index = row * n + column
     x = load_fp32(x_ptr + row * x_stride + column, inside)
     if RESIDUAL:
@@ -94,7 +94,7 @@ def forward_kernel(
 
     codes, scale = e4m3_groups(x, index, k0, k1, MOST, STOCHASTIC)
     tl.store(codes_ptr + index, codes, mask=inside)
-    tl.store(scales_ptr + row * per_row + group, as_bf16(scale), mask=group < per_row)
+    tl.store(scales_ptr + row * per_row + group, as_bf16(scale), mask=None if EVEN else group < per_row)
 
     x_hat = x * inverse_rms(x, n, eps, GROUPS, LOG2)
     if CAST_FIRST:
@@ -114,14 +114,15 @@ def again_kernel(
     eps,
     GROUPS: tl.constexpr,
     LOG2: tl.constexpr,
+    EVEN: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     CAST_FIRST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < n
-    x = load_saved(codes_ptr, scales_ptr, row, n, per_row, column, group, inside)
+    inside = None if EVEN else column < n
+    x = load_saved(codes_ptr, scales_ptr, row, n, per_row, column, group, inside, EVEN)
     x_hat = x * inverse_rms(x, n, eps, GROUPS, LOG2)
     if CAST_FIRST:
         x_hat = round_as(like_ptr, x_hat)
@@ -146,6 +147,7 @@ def backward_kernel(
     eps,
     GROUPS: tl.constexpr,
     LOG2: tl.constexpr,
+    EVEN: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     TOTAL: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -153,14 +155,14 @@ def backward_kernel(
     part = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = column < n
+    inside = None if EVEN else column < n
     gathered = tl.zeros((GROUPS, 128), tl.float32)
     at = part * each
     stop = tl.minimum(at + each, rows)
     while at < stop:  # `range` of a value is beyond Triton 3.6's interpreter
         row = at.to(tl.int64)
         dy = load_fp32(dy_ptr + row * dy_stride + column, inside)
-        x = load_saved(codes_ptr, scales_ptr, row, n, per_row, column, group, inside)
+        x = load_saved(codes_ptr, scales_ptr, row, n, per_row, column, group, inside, EVEN)
         r = inverse_rms(x, n, eps, GROUPS, LOG2)
         x_hat = x * r
         g = dy * load_weight(weight_ptr, column, inside, PLUS_ONE)
@@ -186,9 +188,9 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, n, PARTS: tl.constexpr, LOG2: tl
 
 
 def tile(n: int) -> dict[str, Any]:
-    """Constants of a kernel for rows of n values: a power of two of groups."""
+    """Constants of a kernel for rows of n values: a power of two of groups. EVEN: n fills them, nothing is masked."""
     log2 = max((n - 1).bit_length(), 7)
-    return {"GROUPS": 1 << (log2 - 7), "LOG2": log2}
+    return {"GROUPS": 1 << (log2 - 7), "LOG2": log2, "EVEN": n == 1 << log2}
 
 
 def warps_of(n: int) -> int:

@@ -5,13 +5,13 @@ from typing import Any
 
 import triton.language as tl
 
-from hf_lowmem.kernels.codecs.triton import NUM_WARPS, NUMBERS
+from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS
 from hf_lowmem.kernels.step.triton import RULES, check_kernel, step_kernel, steps_kernel, warps
 from hf_lowmem.specs import WEIGHT_STORES
 
 __all__ = ["check_case", "step_cases"]
 
-_TABLE_TYPES = {"values": "*fp32", "table": "*i32", "powers": "*fp32", "rows": "*i32"}
+_TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*i64", "powers": "*i32", "rows": "*i32"}
 
 
 def check_case() -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
@@ -46,7 +46,7 @@ def step_cases(
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
             one = {"finite_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
             keys = dict.fromkeys(("k0", "k1", "h0", "h1", "flip"), "i32")
-            cases.append((label, step_kernel, one | keys, fixed, warps(*pair)))
+            cases.append((label, step_kernel, one | keys, fixed | {"EVEN": True}, warps(*pair)))
             kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
             many = {"table": "*i64", "finite_ptr": "*i32"} | values
             if pair in shared:

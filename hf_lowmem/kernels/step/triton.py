@@ -18,7 +18,6 @@ What changes from step to step is passed as floats or is declared not to be spec
 
 # A jit function is called with launch options, and with plain numbers where it declares constants.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import struct
 from collections.abc import Sequence
@@ -37,12 +36,14 @@ from hf_lowmem.kernels._device import (
     from_bits,
     load_fp32,
     magnitude,
-    random_word,
+    paired_words,
+    reciprocal,
+    root_of,
     sqrt,
     store_rounded,
     widen,
 )
-from hf_lowmem.kernels.codecs.triton import (
+from hf_lowmem.kernels.codecs.tiles import (
     FP32,
     NUM_WARPS,
     NUMBERS,
@@ -52,11 +53,9 @@ from hf_lowmem.kernels.codecs.triton import (
     WIDTH,
     decode_tile,
     encode_tile,
-    state_keys,
-    state_word,
-    tables_of,
     tile_offsets,
 )
+from hf_lowmem.kernels.codecs.triton import state_keys, tables_of
 from hf_lowmem.kernels.exact import seed_keys
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT, States
 from hf_lowmem.specs import WEIGHT_STORES
@@ -71,6 +70,8 @@ RULES = {"adamw": 0, "family": 1, "lion": 2}
 ADAMW: tl.constexpr = tl.constexpr(0)
 FAMILY: tl.constexpr = tl.constexpr(1)
 LION: tl.constexpr = tl.constexpr(2)
+
+LEAST_SQUARE: tl.constexpr = tl.constexpr(2.0**-100)  # of adamw/reference.py
 
 LIMIT: tl.constexpr = tl.constexpr(
     torch.tensor(LARGEST_GRADIENT, dtype=torch.float32, device="cpu").view(torch.int32).item()
@@ -94,20 +95,21 @@ def load_weight(ptr, correction_ptr, mask, STORE: tl.constexpr):
     """A weight in fp32, from the pointers to a tile's values. Reference: `load_weight` and `join_24`."""
     w = load_fp32(ptr, mask)
     if STORE == BF16_ECC:
-        fine = tl.load(correction_ptr, mask=mask, other=0).to(tl.int32)
+        fine = tl.load(correction_ptr) if mask is None else tl.load(correction_ptr, mask=mask, other=0)
+        fine = fine.to(tl.int32)
         bits = tl.maximum(magnitude(w) + fine * 256, 0).to(tl.uint32)
         w = from_bits(bits | (bits_of(w) & 0x80000000))
     return w
 
 
 @triton.jit
-def save_weight(ptr, correction_ptr, w, index, mask, k0, k1, STORE: tl.constexpr):
-    """Write a weight; `index`: of each value in the parameter. Reference: `save_weight` and what it calls."""
+def save_weight(ptr, correction_ptr, w, word, mask, STORE: tl.constexpr):
+    """Write a weight; `word`: random bits of each, where the store draws. Reference: `save_weight`."""
     if STORE == BF16_SR:
-        bits = bits_of(w) + (random_word(index, k0, k1) & 0xFFFF)
+        bits = bits_of(w) + (word & 0xFFFF)
         tl.store(ptr, as_bf16(from_bits(bits)), mask=mask)
     elif STORE == BF16_ECC:
-        noise = (random_word(index, k0, k1) & 0xFF).to(tl.int32)
+        noise = (word & 0xFF).to(tl.int32)
         upper = (bits_of(w).to(tl.int32, bitcast=True) + noise) >> 8
         coarse = (upper + 128) >> 8
         tl.store(correction_ptr, (upper - coarse * 256).to(tl.int8), mask=mask)
@@ -127,11 +129,27 @@ def adamw(w, m, v, g, x0, x1, x2, x3, decay, step, eps, root, HEAVY: tl.constexp
 
 
 @triton.jit
-def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps):
+def inverse_root(v, eps):
+    """1 / (sqrt(v) + eps). Reference: `inverse_root` of adamw/reference.py."""
+    return reciprocal(root_of(tl.maximum(v, LEAST_SQUARE)) + eps)
+
+
+@triton.jit
+def adamw_coded(w, m, v, g, x0, x1, x2, x3, decay, step, eps, HEAVY: tl.constexpr):
+    """`adamw` where a moment is stored in fewer bits: step and eps are multiplied by its root."""
+    m = fma(m - g, x1, g) if HEAVY else fma(g - m, x0, m)
+    v = fma(g * x3, g, v * x2)
+    w = fma(m * step, inverse_root(v, eps), w * decay)
+    return w, m, v
+
+
+@triton.jit
+def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED: tl.constexpr):
     """x0, x1, x2, x3: 1 - beta1, beta1, beta2, 1 - beta2."""
     m = fma(g, x0, m * x1)
     v = fma(g * x3, g, v * x2)
-    w = fma(div(m, sqrt(v) + eps), step, w)
+    direction = inverse_root(v, eps) * m if CODED else div(m, sqrt(v) + eps)
+    w = fma(direction, step, w)
     return fma(w, decay, w), m, v
 
 
@@ -146,44 +164,49 @@ def lion(w, m, g, x0, x1, x2, x3, decay, step):
 @triton.jit
 def step_tile(
     param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
-    m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+    m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
     start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """The whole step of the tile that begins at value `start` (int64) and has `left` values or more.
 
-    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'.
+    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'. EVEN: it is a whole tile.
     """
+    CODED: tl.constexpr = FIRST != FP32 or SECOND != FP32
     local = tile_offsets()
-    mask = local < left
+    mask = None if EVEN else local < left
     g = load_fp32(grad + start + local, mask)
     w = load_weight(param + start + local, correction + start + local, mask, STORE)
-    m = decode_tile(m_codes, m_scale, m_power, m_values, start, left, FIRST, True)
+    m = decode_tile(m_codes, m_scale, m_power, m_values, start, left, FIRST, True, EVEN)
     if RULE == LION:
         w, m = lion(w, m, g, x0, x1, x2, x3, decay, step)
     else:
-        v = decode_tile(v_codes, v_scale, v_power, v_values, start, left, SECOND, False)
-        if RULE == ADAMW:
+        v = decode_tile(v_codes, v_scale, v_power, v_values, start, left, SECOND, False, EVEN)
+        if RULE == ADAMW and CODED:
+            w, m, v = adamw_coded(w, m, v, g, x0, x1, x2, x3, decay, step, eps, HEAVY)
+        elif RULE == ADAMW:
             w, m, v = adamw(w, m, v, g, x0, x1, x2, x3, decay, step, eps, root, HEAVY)
         else:
-            w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps)
+            w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED)
     # The weights first: their registers are free while a state is encoded, where most are needed.
-    index = start.to(tl.uint32) + local.to(tl.uint32)
-    save_weight(param + start + local, correction + start + local, w, index, mask, k0, k1, STORE)
-    word = state_word(index, h0, h1, flip)
-    encode_tile(m, word, m_codes, m_scale, m_power, m_values, m_table, m_powers, m_rows, start, left, FIRST, True, True)
+    word = paired_words(start, k0, k1, 0, ROWS, WIDTH) if STORE != KEEP else local.to(tl.uint32)
+    save_weight(param + start + local, correction + start + local, w, word, mask, STORE)
+    word = paired_words(start, h0, h1, flip.to(tl.uint32), ROWS, WIDTH) if CODED else word
+    m_tables = m_table, m_places, m_powers, m_rows
+    encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
     if RULE != LION:
-        encode_tile(
-            v, word, v_codes, v_scale, v_power, v_values, v_table, v_powers, v_rows, start, left, SECOND, False, True
-        )
+        v_tables = v_table, v_places, v_powers, v_rows
+        encode_tile(v, word, v_codes, v_scale, v_power, *v_tables, start, left, SECOND, False, True, EVEN)
 
 
 @triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip"])
 def step_kernel(
     finite_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
-    m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+    m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
     n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """One parameter of n values."""
     if tl.load(finite_ptr) != 0:
@@ -191,9 +214,9 @@ def step_kernel(
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
             param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
-            m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+            m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
             start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
-            RULE, FIRST, SECOND, STORE, HEAVY,
+            RULE, FIRST, SECOND, STORE, HEAVY, EVEN,
         )  # fmt: skip
 
 
@@ -212,7 +235,7 @@ def _number(row, place):
 @triton.jit
 def steps_kernel(
     table, finite_ptr,
-    m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows,
+    m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
 ):  # fmt: skip
@@ -235,13 +258,13 @@ def steps_kernel(
             _address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
             _address(row, _SECOND + 1, tl.float32, ALIGNED),
             _address(row, _SECOND + 2, tl.uint8, ALIGNED),
-            m_values, m_table, m_powers, m_rows, v_values, v_table, v_powers, v_rows, start, left,
+            m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows, start, left,
             _number(row, 0), _number(row, 1), _number(row, 2), _number(row, 3),
             _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
             tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
             tl.load(row + _KEYS + 4).to(tl.int32),
-            RULE, FIRST, SECOND, STORE, HEAVY,
+            RULE, FIRST, SECOND, STORE, HEAVY, False,
         )  # fmt: skip
 
 
@@ -285,7 +308,7 @@ def _three(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tables(codec: str, signed: bool, like: Tensor) -> tuple[Tensor, ...]:
-    return (like,) * 4 if codec == "fp32" else tables_of(codec, signed, like.device)
+    return (like,) * 5 if codec == "fp32" else tables_of(codec, signed, True, like.device)
 
 
 def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
@@ -355,5 +378,5 @@ def run_steps(
         correction = corrections[i] if store == "bf16_ecc" else p
         step_kernel[(triton.cdiv(p.numel(), TILE),)](
             finite[place:], p, grads[i], correction, *parts[i][0], *parts[i][1], *shared,
-            p.numel(), *numbers[i], *keys[i], **fixed, **options,
+            p.numel(), *numbers[i], *keys[i], **fixed, EVEN=p.numel() % TILE == 0, **options,
         )  # fmt: skip

@@ -128,7 +128,7 @@ class LowRankOptimizer(LowMemOptimizer):
                 projected = projected.add_(local(window))
             projected = self.precondition(projected, slot, group)
         exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
-        direction = adam_direction(projected, exp_avg, exp_avg_sq, group["betas"], group["eps"])
+        direction = adam_direction(projected, exp_avg, exp_avg_sq, group["betas"], group["eps"], slot.coded)
         slot.save("exp_avg", exp_avg)
         slot.save("exp_avg_sq", exp_avg_sq)
         return projected, direction, projector

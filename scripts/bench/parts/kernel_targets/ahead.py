@@ -90,7 +90,12 @@ def compile_cases(only: str = "") -> list[CompileCase]:
 
 
 def weigh(case: CompileCase, target: str) -> Weight:
-    """Compile one case for one target and read what it takes.
+    """Compile one case for one target and read what it takes. Raises as `compiled_for`."""
+    return weight_of(compiled_for(case, target), case.kernel, case.label, target, case.warps)
+
+
+def compiled_for(case: CompileCase, target: str) -> triton.compiler.CompiledKernel:
+    """Triton's compiled kernel of one case for one target.
 
     Raises:
         RuntimeError: in a process with TRITON_INTERPRET=1.
@@ -112,10 +117,8 @@ def weigh(case: CompileCase, target: str) -> Weight:
     }
     types = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
     source = triton.compiler.ASTSource(case.function, types, case.constants, attributes)
-    compiled = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": case.warps, "enable_fp_fusion": False}
-    )
-    return weight_of(compiled, case.kernel, case.label, target, case.warps)
+    options = {"num_warps": case.warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def check_compiled(function: Any, kernel: str) -> None:
