@@ -198,13 +198,19 @@ class LowMemOptimizer(Method, Optimizer):
         self._skips.end_step()
         return loss
 
-    @torch.no_grad()
-    def step_param(self, p: Tensor, group: Group) -> None:
+    def step_param(self, p: Tensor, group: Group, *, norm: Tensor | None = None) -> None:
         """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this.
 
         Of a sharded parameter all processes call it, in the same order of parameters.
+
+        Args:
+            norm: of the gradient, in fp32 on its device, where it is known: a small one has no bad values to look for.
         """
-        self._update([(group, self._entries(group, [p]))])
+        if torch.is_grad_enabled():  # not in a hook, for which entering `no_grad` would be a tenth of its time
+            with torch.no_grad():
+                self.step_param(p, group, norm=norm)
+            return
+        self._update([(group, self._entries(group, [p]))], norm)
 
     @torch.no_grad()
     def accumulate_param(self, p: Tensor, group: Group) -> bool:
@@ -232,11 +238,11 @@ class LowMemOptimizer(Method, Optimizer):
                 found.append((p, slot))
         return found
 
-    def _update(self, work: list[tuple[Group, list[tuple[Tensor, Slot]]]]) -> None:
-        """One step of all these, each by the kernel or by the loop."""
+    def _update(self, work: list[tuple[Group, list[tuple[Tensor, Slot]]]], norm: Tensor | None = None) -> None:
+        """One step of all these, each by the kernel or by the loop. `norm`: of the only gradient, where it is known."""
         work = [(with_rate(group), entries) for group, entries in work if entries]
         cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
-        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True))
+        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True)) if cut else {}
         runs: dict[torch.device, bool] = {}
         for group, entries in work:
             together = []
@@ -246,7 +252,7 @@ class LowMemOptimizer(Method, Optimizer):
                 else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))
             if self.FUSED is not None:
-                step_fused(self.FUSED, together, group, self._skips.on)
+                step_fused(self.FUSED, together, group, self._skips.on, norm)
 
     def _fuses(self, p: Tensor, slot: Slot, runs: dict[torch.device, bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: on which devices the kernel runs, filled here."""

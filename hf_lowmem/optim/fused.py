@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels import Kernel, current_impl
+from hf_lowmem.kernels.compare import on
 from hf_lowmem.optim.slot import FLOATS, Slot
 from hf_lowmem.optim.state import Group
 
@@ -57,31 +58,53 @@ def step_fused(
     entries: Sequence[tuple[Tensor, Slot]],
     group: Group,
     skipped_on: Callable[[torch.device], Tensor],
+    norm: Tensor | None = None,
 ) -> None:
     """One step of parameters of one group, all of which it can fuse: one call for all that are alike.
 
     Args:
         skipped_on: for a device the number of updates that were left out there; the kernel adds to it.
+        norm: of the gradient of the only entry, where it is known.
     """
     kinds: dict[tuple[Any, ...], list[tuple[Tensor, Slot]]] = {}
     for p, slot in entries:
         assert p.grad is not None
         kinds.setdefault((slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
-    for (device, _, _, codecs), members in kinds.items():
-        _step_alike(fused, members, codecs, group, skipped_on(device))
+    for kind, members in kinds.items():
+        _step_alike(fused, members, kind, group, skipped_on(kind[0]), norm)
 
 
 def _step_alike(
-    fused: FusedStep, members: list[tuple[Tensor, Slot]], codecs: tuple[str, ...], group: Group, skipped: Tensor
+    fused: FusedStep,
+    members: list[tuple[Tensor, Slot]],
+    kind: tuple[Any, ...],
+    group: Group,
+    skipped: Tensor,
+    norm: Tensor | None,
 ) -> None:
+    """One call for parameters on one device, whose dtypes, gradients' dtypes and codecs are the same: `kind`."""
     params, slots = [p for p, _ in members], [slot for _, slot in members]
-    first = slots[0]
+    first, store = slots[0], slots[0].store
     for slot in slots:
         slot.count_step()
     moments = [[t for slot in slots for t in slot.tensors(name)] for name in first.states]
-    corrections = [slot.correction(p) for p, slot in members] if first.store.corrected else []
-    seeds = [slot.weight_seed for slot in slots] if first.store.draws else []
+    corrections = [slot.correction(p) for p, slot in members] if store.corrected else []
+    seeds = [slot.weight_seed for slot in slots] if store.draws else []
     state_seeds = [slot.state_seed for slot in slots] if first.dithers else []
     settings = fused.settings(group, [slot.step for slot in slots])
-    stored = *moments, *codecs, first.store.name
-    fused.kernel(params, [p.grad for p in params], skipped, corrections, *stored, seeds, state_seeds, *settings)
+    stored = *moments, *kind[-1], store.name
+    args = params, [p.grad for p in params], skipped, corrections, *stored, seeds, state_seeds, *settings
+    direct = fused.kernel.directly(
+        first.device, (fused.settings, kind, store.name, first.dithers), lambda: _one_of(args)
+    )
+    if direct is None:
+        fused.kernel(*args)
+        return
+    with on(first.device):
+        direct(*args, norm=norm)
+    torch.autograd.graph.increment_version(params)
+
+
+def _one_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of the same kind: all that is asked of a list is its first entry."""
+    return tuple(a[:1] if isinstance(a, list) else a for a in args)

@@ -186,6 +186,7 @@ def stepping_in_backward(optimizer: LowMemOptimizer) -> Callable[[], None]:
     stepping = StepInBackward(optimizer)
     work = [(i, p, p.grad) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
 
+    @torch.no_grad()  # as a hook is called
     def step() -> None:
         for i, p, grad in work:
             p.grad = grad

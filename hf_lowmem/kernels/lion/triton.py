@@ -25,10 +25,14 @@ def lion_step(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    *,
+    norm: Tensor | None = None,
 ) -> None:
+    """`lion_step` of the reference. `norm`: of the gradient of one parameter alone, where it is known."""
     numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
     states = [States(first_codec, first, True, state_seeds)]
-    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, [numbers] * len(params))
+    of_each = [numbers] * len(params)
+    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, of_each, norm=norm)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
