@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.optim.checkpoint import load
-from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused
+from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
 from hf_lowmem.optim.guard import SkipCount, Skipped
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.names import without_wrappers
@@ -256,11 +256,14 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _fuses(self, p: Tensor, slot: Slot, runs: dict[torch.device, bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: on which devices the kernel runs, filled here."""
-        if self.FUSED is None or not slot.fusable or not is_plain(p):
+        if self.FUSED is None or slot.low_rank:
             return False
         if slot.device not in runs:
             runs[slot.device] = kernel_runs(self.FUSED.kernel, p)
-        return runs[slot.device]
+        fits = slot.fusable and is_plain(p)
+        if runs[slot.device] and not fits:
+            warn_unfused(self.name, p, slot)
+        return fits and runs[slot.device]
 
     def state_bytes(self, p: Tensor, group: Group) -> int:
         """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""

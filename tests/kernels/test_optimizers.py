@@ -24,7 +24,7 @@ from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import root
 from hf_lowmem.kernels.exact import sqrt
 from hf_lowmem.kernels.lion import LION_STEP
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, fused, slot
 from hf_lowmem.optim.backward import StepInBackward
 from hf_lowmem.optim.state import number, values_of
 
@@ -402,6 +402,62 @@ def test_codecs_without_a_kernel_take_the_loop(codec: str, launched: list[int]) 
     params = parameters(torch.float32)[:2]
     run("adamw", "triton", range(2), torch.float32, params, state=codec)
     assert not launched
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "apollo", "galore"])
+def test_a_strided_gradient_is_put_in_order(name: str, launched: list[int]) -> None:
+    """As autograd makes one of a transposed product; the weights are contiguous, so the kernel steps them."""
+    ends = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.bfloat16)[:2]
+        optimizer = make(name, params, state="8bit", weights="bf16_sr")
+        with use_kernels(impl):
+            for step in range(2):
+                grad = torch.randn(25, 23, generator=torch.Generator().manual_seed(step))
+                params[0].grad = grad.to(torch.bfloat16).to(DEVICE).T
+                assert not params[0].grad.is_contiguous()
+                optimizer.step()
+        ends.append(optimizer)
+    assert_same(*ends)
+    assert sum(launched) == 2
+
+
+UNFUSED = {
+    "int4": ({"state": "int4"}, 0, "stored as int4", "8bit"),
+    "bf16 and fp8": ({"state": "bf16,fp8"}, 0, "stored as bf16 and fp8", "int8"),
+    "strided weights": ({}, 5, "not contiguous", "p.data.contiguous()"),
+}
+
+
+@pytest.mark.parametrize("case", UNFUSED)
+def test_what_takes_the_loop_is_said_once_with_the_remedy(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings, at, reason, remedy = UNFUSED[case]
+    fused._warn.cache_clear()
+    params = [parameters(torch.float32)[at], parameters(torch.float32)[1]]
+    run("adamw", "auto", range(1), torch.float32, params, **settings)
+    assert not caplog.text, "on a CPU nothing is fused, and nothing is lost"
+    run("adamw", "triton", range(2), torch.float32, params, **settings)
+    assert caplog.text.count(reason) == 1
+    assert remedy in caplog.text
+
+
+def test_weights_that_fsdp2_has_cut_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    fused._warn.cache_clear()
+    p = parameters(torch.float32)[0]
+    optimizer = make("adamw", [p])
+    found = optimizer.slot(p, optimizer.param_groups[0])
+    found.sharded = True  # type: ignore[misc]
+    for _ in range(2):
+        fused.warn_unfused("adamw", p, found)
+    assert caplog.text.count("cut by FSDP2") == 1
+    assert "Use DDP" in caplog.text
+
+
+def test_nothing_is_said_where_the_kernel_runs(caplog: pytest.LogCaptureFixture) -> None:
+    fused._warn.cache_clear()
+    for name in ("adamw", "apollo", "lamb"):
+        run(name, "triton", range(1), torch.bfloat16, parameters(torch.bfloat16)[:4], state="8bit")
+    assert not caplog.text
 
 
 def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(launched: list[int]) -> None:
