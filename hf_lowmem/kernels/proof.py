@@ -46,6 +46,11 @@ def distrusted(name: str, device: torch.device) -> str:
     return _failed.get((name, device), "") if _failed else ""
 
 
+def is_proved(name: str, args: tuple[Any, ...], device: torch.device) -> bool:
+    """Whether the kernel of that name was compared on the device for such arguments, in this process or before."""
+    return (name, device, kind(args)) in _proved
+
+
 def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device) -> str:
     """Compare the kernel on a case like this call, unless that was done; why it is not to be used, or "".
 

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from hf_lowmem.kernels.choice import IMPLS, VARIABLE, current_impl, use_kernels
 from hf_lowmem.kernels.compare import Case, on
-from hf_lowmem.kernels.proof import distrusted, prove
+from hf_lowmem.kernels.proof import distrusted, is_proved, prove
 
 __all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
+
+_direct: dict[tuple[Any, ...], Callable[..., Any]] = {}  # what was found for a kind of call
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,32 @@ class Kernel:
     def __call__(self, *args: Any) -> Any:
         """Call the operator. Arguments are positional, as in its schema."""
         return self.op(*args)
+
+    def directly(
+        self, device: torch.device, kind: tuple[Any, ...], args: Callable[[], tuple[Any, ...]]
+    ) -> Callable[..., Any] | None:
+        """Triton's function, where it is what arguments of this kind run and nobody listens to operators; else None.
+
+        An operator that writes to lists of tensors costs more time than what it calls. What it does beside is left to
+        the caller: to be on the device, to have no gradients, to tell autograd of what was written.
+
+        Args:
+            kind: all by which a call on this device differs from another for Triton.
+            args: arguments of the kind, which are asked for at its first call.
+        """
+        impl = current_impl()
+        if impl == "reference" or torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+            return None
+        key = self.name, impl, device, kind
+        if key in _direct and not distrusted(self.name, device):
+            return _direct[key]
+        sample = args()
+        chosen = self.pick(*sample)
+        if chosen.__module__ != self.triton.partition(":")[0]:
+            return None
+        if device.type != "cuda" or is_proved(self.name, sample, device):  # not in a graph's capture
+            _direct[key] = chosen
+        return chosen
 
     def load_triton(self) -> Callable[..., Any]:
         """The Triton implementation. Raises ImportError where triton is not installed."""

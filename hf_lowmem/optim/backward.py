@@ -24,6 +24,8 @@ from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
 
+MOST_NORMS = 4096  # kept one by one; no model has so many parameters
+
 
 class StepInBackward:
     """Attach `optimizer` to the backward pass of its parameters.
@@ -56,9 +58,10 @@ class StepInBackward:
             raise ValueError(accumulation_refused("gradient accumulation", optimizer.name))
         self.optimizer = optimizer
         self.ready = ready or (lambda: True)
-        self.last_norm: Tensor | None = None
-        # Sums of squares, and where the rest of each is: None for whole gradients, else any sharded parameter's places.
-        self._squares: dict[tuple[torch.device, Any], tuple[Tensor, Shards | None]] = {}
+        # Norms of the step under way, on their devices, and where the rest of each gradient is: None for whole ones,
+        # else any sharded parameter's places.
+        self._norms: dict[tuple[torch.device, Any], tuple[list[Tensor], Shards | None]] = {}
+        self._squares: list[Tensor] = []  # sums of the last finished step, one a device: nobody waits for them
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
@@ -100,33 +103,35 @@ class StepInBackward:
     def _update(self, p: Tensor, index: int) -> None:
         group = self.optimizer.param_groups[index]
         if self.ready():
-            self._count(p)
-            self.optimizer.step_param(p, group)
+            self.optimizer.step_param(p, group, norm=self._count(p))
             p.grad = None
         elif self.optimizer.accumulate_param(p, group):
             p.grad = None
 
-    @torch.no_grad()
-    def _count(self, p: Tensor) -> None:
+    def _count(self, p: Tensor) -> Tensor:
+        """The norm of the gradient that is here, which is kept."""
         assert p.grad is not None
-        square = linalg.vector_norm(local(p.grad), dtype=torch.float32).square()
+        norm = linalg.vector_norm(local(p.grad.detach()), dtype=torch.float32)
         shards = Shards(p) if is_sharded(p) else None
-        key = p.device, shards and shards.group
-        total, _ = self._squares.get(key, (None, None))
-        self._squares[key] = square if total is None else total.add_(square), shards
+        norms, _ = self._norms.setdefault((p.device, shards and shards.group), ([], shards))
+        if len(norms) == MOST_NORMS:  # where nobody calls `step()`
+            norms[:] = [linalg.vector_norm(torch.stack(norms))]
+        norms.append(norm)
+        return norm
 
+    @torch.no_grad()
     def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._squares:
-            sums = [s if shards is None else shards.sum_(s) for s, shards in self._squares.values()]
-            self.last_norm = torch.stack([s.cpu() for s in sums]).sum().sqrt()
-            self._squares.clear()
+        if self._norms:
+            sums = [(torch.stack(norms).square().sum(), shards) for norms, shards in self._norms.values()]
+            self._squares = [s if shards is None else shards.sum_(s) for s, shards in sums]
+            self._norms.clear()
 
     def grad_norm(self) -> float | None:
-        """Norm over all gradients of the last finished step, `None` before the first.
+        """Norm over all gradients of the last finished step, `None` before the first. Asks the devices.
 
         With gradient accumulation: of the last backward pass alone where projections are added up.
         """
-        return None if self.last_norm is None else self.last_norm.item()
+        return torch.stack([s.cpu() for s in self._squares]).sum().sqrt().item() if self._squares else None
 
     def remove(self) -> None:
         """Detach: gradients stay again until `optimizer.step()`. `follow` attaches again."""

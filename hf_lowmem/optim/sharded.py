@@ -116,6 +116,9 @@ class ShardedSlot(Slot):
         here, codec = {k: local(v) for k, v in found.items()}, self.rows[name].codec
         return codec.flat(here) if isinstance(codec, RowCodec) and codec.aligned else here
 
+    def tensors(self, name: str) -> list[Tensor]:
+        return list(self._ensure(name).values())
+
     def _allocate(self, name: str) -> None:
         state = self.rows[name]
         self.raw.setdefault(BY_ROWS, count(1))

@@ -48,9 +48,9 @@ def test_the_peak_of_gradients_is_one_parameter(name: str) -> None:
     alive: list[list[torch.Tensor]] = []
     inner = optimizer.step_param
 
-    def watch(p: torch.Tensor, group: dict[str, Any]) -> None:
+    def watch(p: torch.Tensor, group: dict[str, Any], **kwargs: Any) -> None:
         alive.append([q.grad for q in model.parameters() if q.grad is not None])
-        inner(p, group)
+        inner(p, group, **kwargs)
 
     optimizer.step_param = watch
     ids = torch.arange(2, 34)[None]

@@ -6,18 +6,20 @@ from typing import Any
 import triton.language as tl
 
 from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS
-from hf_lowmem.kernels.step.triton import RULES, check_kernel, step_kernel, steps_kernel, warps
+from hf_lowmem.kernels.step.triton import RULES, check_kernel, check_one_kernel, step_kernel, steps_kernel, warps
 from hf_lowmem.specs import WEIGHT_STORES
 
-__all__ = ["check_case", "step_cases"]
+__all__ = ["check_cases", "step_cases"]
 
 _TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*i64", "powers": "*i32", "rows": "*i32"}
 
 
-def check_case() -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
-    """The check of the gradients: (label, function, signature, constants, warps)."""
+def check_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """The check of many gradients and of one, which may have a norm: (label, function, signature, constants, warps)."""
     constants = {"GRADIENT": tl.bfloat16, "ALIGNED": True}
-    return "check", check_kernel, {"table": "*i64", "finite_ptr": "*i32"}, constants, NUM_WARPS
+    many = "check", check_kernel, {"table": "*i64", "finite_ptr": "*i32"}, constants, NUM_WARPS
+    one = {"grad": "*bf16", "finite_ptr": "*i32", "skipped": "*i64", "norm_ptr": "*fp32", "n": "i32"}
+    return [many, ("check, one", check_one_kernel, one, {"NORM": True}, NUM_WARPS)]
 
 
 def step_cases(
