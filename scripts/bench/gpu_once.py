@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from hf_lowmem.kernels import KERNELS
 from parts.gpu import kernels, optimizer, proofs, training
 from parts.gpu.steps import Case, run
 from parts.record import RECORDS, provenance
@@ -51,8 +52,10 @@ STEPS: dict[str, Step] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["check", *STEPS], nargs="+")
-    parser.add_argument("--kernel", action="append", default=[], help="check: this kernel alone; may be repeated")
-    parser.add_argument("--cases", type=int, default=4, help="check: at most so many cases of a kernel (default: 4)")
+    parser.add_argument(
+        "--kernel", action="append", choices=list(KERNELS), help="check: this kernel alone; may be repeated"
+    )
+    parser.add_argument("--cases", type=int, help="check: at most so many cases of a kernel (default: 4)")
     parser.add_argument("--toy", action="store_true", help="tiny sizes; kernels run in Triton's interpreter")
     parser.add_argument("--record", type=Path, default=RECORD, help="rows are added to it (default: records/gpu.jsonl)")
     options = parser.parse_args(arguments)
@@ -61,12 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no CUDA device is visible, and its figures are what this measures. --toy runs on a CPU.")
     if toy and options.record == RECORD:
         parser.error("--toy shows that it runs, and its figures mean nothing: give it another --record.")
+    if "check" not in options.step and (options.kernel or options.cases is not None):
+        parser.error(f"--kernel and --cases are of the step check, which is not among {options.step}: add it.")
+    if options.cases is not None and options.cases < 1:
+        parser.error(f"--cases {options.cases}: at least one case is compared. Leave it out for 4.")
     device = torch.device("cpu" if toy else "cuda")
     common = {"toy": toy, **provenance(PACKAGES)}
     failed = 0
     for name in options.step:
         if name == "check":
-            found = kernels.checks(device, toy, options.kernel, options.cases)
+            found = kernels.checks(device, options.kernel or list(KERNELS), options.cases or 4)
         else:
             found = STEPS[name](device, toy)
         failed += run(name, found, options.record, common, device)

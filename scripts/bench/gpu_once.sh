@@ -11,6 +11,10 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 START=$(date +%s)
 : "${OUT:=gpu_out}" "${LIMIT:=560}" "${ONLY:=}" "${TOY:=}" "${PYTHON:=python3}"
+STEPS=" smoke proofs roof optimizer kernels layers whole full peers "
+for name in $ONLY; do
+    [[ "$STEPS" == *" $name "* ]] || { echo "ONLY=\"$ONLY\": there is no step $name. Choose of:$STEPS" >&2; exit 2; }
+done
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 BESIDE=$(mktemp -d)

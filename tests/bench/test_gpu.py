@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_once
 import gpu_report
 from hf_lowmem.kernels import KERNELS
-from parts.gpu import calibrate, report
+from parts.gpu import calibrate, kernels, report
 from parts.gpu.steps import Case, run
 from parts.gpu.training import WHOLE
 from parts.record import ROOT, Row, read_rows, write_rows
@@ -82,6 +83,33 @@ def test_steps_have_an_order_and_a_budget(tmp_path: Path, more: dict[str, str], 
     assert all(f"--kernel {name} --cases 4" in asked for name in ("one", "two")) == ("smoke" in more["ONLY"])
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["roof", "--kernel", "quantize"], "--kernel and --cases are of the step check"),
+        (["roof", "--cases", "2"], "--kernel and --cases are of the step check"),
+        (["check", "--cases", "0"], "--cases 0: at least one case"),
+        (["check", "--kernel", "no_such"], "invalid choice: 'no_such'"),
+        (["no_such"], "invalid choice: 'no_such'"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu_once.main([*words, "--toy", "--record", str(tmp_path / "gpu.jsonl")])
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "gpu.jsonl").exists()
+
+
+def test_a_step_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    env = environment(tmp_path, OUT=str(tmp_path / "out"), ONLY="roof layer")
+    done = subprocess.run(["bash", "scripts/bench/gpu_once.sh"], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 2
+    assert 'ONLY="roof layer": there is no step layer. Choose of: smoke proofs' in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     record, common = tmp_path / "gpu.jsonl", {"device": "d", "commit": "c", "versions": {}, "toy": True}
     made: list[str] = []
@@ -122,6 +150,15 @@ def test_a_step_goes_on_where_it_was_cut(tmp_path: Path) -> None:
 
 def made_up(**more: object) -> Row:
     return {"device": "d", "commit": "c", "versions": {}, "toy": True, **more}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 1000])
+def test_no_more_cases_are_compared_than_asked_for(most: int) -> None:
+    for case, kernel in zip(kernels.checks(CPU, list(KERNELS), most), KERNELS.values(), strict=True):
+        some, every = (int(word) for word in case.what["case"].removesuffix(" cases").split(" of "))
+        assert 1 <= some <= most
+        assert every == len(list(kernel.cases()))
+        assert some == every or some > most / 2
 
 
 @pytest.mark.train

@@ -5,6 +5,7 @@ their states would not fit. `moved` is what a step must read and write at least:
 state twice. Time over it is the bandwidth that the step reaches.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,7 +80,7 @@ def measure(
     build: Callable[[nn.Module], Optimizer],
     size: dict[str, int],
     device: torch.device,
-    roof: float | None,
+    roof: Callable[[], float],
     repeats: int,
 ) -> Row:
     model = Weights(size, device)
@@ -100,7 +101,7 @@ def measure(
         "seconds": seconds,
         "host_seconds": host,
         "bandwidth": moved / seconds,
-        "of_copy_bandwidth": None if roof is None else moved / seconds / roof,
+        "of_copy_bandwidth": moved / seconds / roof(),
         "temporary_bytes": None if peak is None else peak - before,
     }
 
@@ -108,17 +109,9 @@ def measure(
 def cases(device: torch.device, toy: bool, theirs: bool) -> Iterator[Case]:
     """Torch's optimizers and ours, the most wanted first; with `theirs`, those of other packages."""
     size, repeats = (TOY, 1) if toy else (SIZE, 8)
-    found: dict[str, float] = {}
-
-    def copy() -> Row:
-        found["roof"] = copy_bandwidth(device, 1 << (16 if toy else 31))
-        return {"bandwidth": found["roof"]}
-
-    yield Case({"setting": "device copy", "theirs": theirs}, copy)
+    roof = functools.cache(lambda: copy_bandwidth(device, 1 << (16 if toy else 31)))
     builds = {name: build_theirs(PEERS[name]) for name in (THEIRS if theirs else (REFERENCE,))}
     if not theirs:
         builds |= {name: build_ours(spec) for name, spec in OURS.items()}
     for name, build in builds.items():
-        yield Case(
-            {"setting": name}, lambda b=build: measure(b, size, device, found.get("roof"), repeats), theirs=theirs
-        )
+        yield Case({"setting": name}, lambda b=build: measure(b, size, device, roof, repeats), theirs=theirs)

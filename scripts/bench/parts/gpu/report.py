@@ -30,6 +30,7 @@ UPDATE = [
     ("moved", "moved, GB", number("{:.2f}", 1 / GB)),
     ("seconds", "ms", number("{:.2f}", 1e3)),
     ("host_seconds", "host, ms", number("{:.2f}", 1e3)),
+    ("bandwidth", "GB/s", number("{:.0f}", 1 / GB)),
     ("of_copy_bandwidth", "of copy", number("{:.2f}")),
     ("temporary_bytes", "temporaries, GiB", number("{:.2f}", 1 / GIB)),
 ]
@@ -65,6 +66,7 @@ TABLES: tuple[tuple[str, tuple[str, ...], str, list[tuple[str, str, Callable[[An
             ("kernel", "kernel", str),
             ("case", "case", str),
             ("seconds", "µs", number("{:.1f}", 1e6)),
+            ("seconds_by_operator", "by the operator, µs", number("{:.1f}", 1e6)),
             ("bandwidth", "GB/s", number("{:.0f}", 1 / GB)),
             ("of_copy_bandwidth", "of copy", number("{:.2f}")),
         ],

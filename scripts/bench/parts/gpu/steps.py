@@ -16,8 +16,6 @@ from parts.record import Row, append_row, read_rows
 
 __all__ = ["Case", "run"]
 
-SAME = ("step", "device", "commit", "versions", "toy")  # what must agree beside the case's name
-
 
 class Case(NamedTuple):
     """One row to be: `what` it is, by name, and how its figures are had.
@@ -59,9 +57,5 @@ def run(step: str, cases: Iterable[Case], record: Path, common: Row, device: tor
 
 
 def _is_done(row: Row, record: Path) -> bool:
-    names = [name for name, value in row.items() if name in SAME or not isinstance(value, dict)]
-    wanted = {name: row[name] for name in names}
-    return any(
-        "error" not in found and all(found.get(name) == value for name, value in wanted.items())
-        for found in read_rows(record)
-    )
+    """Whether the record has figures for a row of which only the case and the provenance are known."""
+    return any("error" not in found and row.items() <= found.items() for found in read_rows(record))
