@@ -125,8 +125,9 @@ def test_every_kernel_is_no_worse_than_its_record(tmp_path: Path) -> None:
     version = rows[0]["versions"]["triton"]
     known = [json.loads(line) for line in RECORD.read_text().splitlines()]
     ours = [row for row in known if row["label"] == "after" and row["target"] == "cuda:90"]
-    want = {row["case"]: row["instructions"] for row in ours if row["versions"]["triton"] == version}
+    want = {row["case"]: row for row in ours if row["versions"]["triton"] == version}
     assert want.keys() == {row["case"] for row in rows} or not want, "the record is of other cases"
     for row in rows:
-        assert row["spills"] == 0, row
-        assert row["instructions"] <= 1.1 * want.get(row["case"], float("inf")), row
+        known_row = want.get(row["case"], {"spills": 0, "instructions": float("inf")})
+        assert row["spills"] <= known_row["spills"], row
+        assert row["instructions"] <= 1.1 * known_row["instructions"], row
