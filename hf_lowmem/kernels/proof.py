@@ -46,7 +46,7 @@ def distrusted(name: str, device: torch.device) -> str:
     return _failed.get((name, device), "") if _failed else ""
 
 
-def is_proved(name: str, args: tuple[Any, ...], device: torch.device) -> bool:
+def is_proved(name: str, args: tuple[object, ...], device: torch.device) -> bool:
     """Whether the kernel of that name was compared on the device for such arguments, in this process or before."""
     return (name, device, kind(args)) in _proved
 

@@ -32,7 +32,7 @@ from hf_lowmem.kernels.proof import distrusted, is_proved, prove
 
 __all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
 
-_direct: dict[tuple[Any, ...], Callable[..., Any]] = {}  # what was found for a kind of call
+_direct: dict[tuple[object, ...], Callable[..., None]] = {}  # what was found for a kind of call
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Kernel:
         return self.op(*args)
 
     def directly(
-        self, device: torch.device, kind: tuple[Any, ...], args: Callable[[], tuple[Any, ...]]
-    ) -> Callable[..., Any] | None:
+        self, device: torch.device, kind: tuple[object, ...], args: Callable[[], tuple[object, ...]]
+    ) -> Callable[..., None] | None:
         """Triton's function, where it is what arguments of this kind run and nobody listens to operators; else None.
 
         An operator that writes to lists of tensors costs more time than what it calls. What it does beside is left to

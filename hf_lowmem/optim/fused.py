@@ -11,7 +11,7 @@ Kernels are told of a bad gradient by a flag on the device, so nothing is copied
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -81,8 +81,19 @@ def _warn(method: str, reason: str, remedy: str) -> None:
     logger.warning(
         "%s: a parameter is stepped by tens of torch operators in place of one kernel, because %s. The result is the "
         "same; the step is several times slower and has fp32 temporaries. %s.",
-        method, reason, remedy,
-    )  # fmt: skip
+        method,
+        reason,
+        remedy,
+    )
+
+
+class _Kind(NamedTuple):
+    """All by which one parameter's call differs from another's of the same group."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    codecs: tuple[str, ...]
 
 
 def step_fused(
@@ -98,23 +109,23 @@ def step_fused(
         skipped_on: for a device the number of updates that were left out there; the kernel adds to it.
         norm: of the gradient of the only entry, where it is known.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[Tensor, Slot]]] = {}
+    kinds: dict[_Kind, list[tuple[Tensor, Slot]]] = {}
     for p, slot in entries:
         assert p.grad is not None
-        kinds.setdefault((slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
+        kinds.setdefault(_Kind(slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
     for kind, members in kinds.items():
-        _step_alike(fused, members, kind, group, skipped_on(kind[0]), norm)
+        _step_alike(fused, members, kind, group, skipped_on(kind.device), norm)
 
 
 def _step_alike(
     fused: FusedStep,
     members: list[tuple[Tensor, Slot]],
-    kind: tuple[Any, ...],
+    kind: _Kind,
     group: Group,
     skipped: Tensor,
     norm: Tensor | None,
 ) -> None:
-    """One call for parameters on one device, whose dtypes, gradients' dtypes and codecs are the same: `kind`."""
+    """One call for parameters of one kind."""
     params, slots = [p for p, _ in members], [slot for _, slot in members]
     first, store = slots[0], slots[0].store
     for slot in slots:
@@ -124,7 +135,7 @@ def _step_alike(
     seeds = [slot.weight_seed for slot in slots] if store.draws else []
     state_seeds = [slot.state_seed for slot in slots] if first.dithers else []
     settings = fused.settings(group, [slot.step for slot in slots])
-    stored = *moments, *kind[-1], store.name
+    stored = *moments, *kind.codecs, store.name
     grads = [p.grad.contiguous() for p in params if p.grad is not None]
     args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings
     direct = fused.kernel.directly(
@@ -138,6 +149,6 @@ def _step_alike(
     torch.autograd.graph.increment_version(params)
 
 
-def _one_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _one_of(args: tuple[object, ...]) -> tuple[object, ...]:
     """Arguments of the same kind: all that is asked of a list is its first entry."""
     return tuple(cast(list[object], a)[:1] if isinstance(a, list) else a for a in args)

@@ -67,7 +67,7 @@ def in_dispatch_mode() -> bool:
 
 
 def _really(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `function` does outside of every dispatch mode; asking whether there is one takes no time."""
+    """Call `function` outside of every dispatch mode; asking whether there is one takes no time."""
     if not in_dispatch_mode():
         return function(*args, **kwargs)
     with _disable_current_modes():

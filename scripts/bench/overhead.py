@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem.activations import convert, undo
@@ -152,7 +153,9 @@ class TorchKernels(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         first = next((x for x in (result, *args) if isinstance(x, Tensor)), None)
         on_host = first is not None and first.dtype == torch.int64
@@ -167,7 +170,7 @@ def counting() -> Iterator[list[str]]:
 
     names: list[str] = []
 
-    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+    def launch(self: JITFunction, *args: object, **kwargs: object) -> None:
         names.append(self.__name__)
 
     with (
@@ -196,7 +199,7 @@ def stepping_in_backward(optimizer: LowMemOptimizer) -> Callable[[], None]:
     return step
 
 
-def launches(repeats: int) -> Iterator[dict[str, Any]]:
+def launches(repeats: int) -> Iterator[dict[str, object]]:
     """One row for each setting of `LAUNCHES`."""
     for setting, (method, in_backward) in LAUNCHES.items():
         optimizer = build(method, "8bit", "launch", "bf16_sr", 256)
@@ -267,7 +270,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, object]) -> str:
     if row["part"] != "launch":
         return str(row["microseconds"])
     return f"{row['microseconds']} ({row['step_ms']} ms; {row['triton']} + {row['torch']} launches)"

@@ -7,9 +7,6 @@ but by the shuffles of a maximum, and no layout is converted.
 The fused optimizers call `encode_tile` and `decode_tile` on values that never leave the registers.
 """
 
-# pyright: reportArgumentType=false
-# It reads the Python, not the language that @triton.jit makes of it.
-
 import triton
 import triton.language as tl
 

@@ -43,7 +43,7 @@ def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
 
 
 def _parts(values: int, each: int) -> int:
-    """How many parts of `each` cover so many values. (Triton's own `cdiv` takes as long as a launch's arguments.)"""
+    """Number of parts that cover so many values. (Triton's own `cdiv` takes as long as a launch's arguments.)"""
     return -(-values // each)
 
 

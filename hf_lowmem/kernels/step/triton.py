@@ -296,9 +296,11 @@ def check_one_kernel(grad, finite_ptr, skipped, norm_ptr, n, NORM: tl.constexpr)
     safe = False
     if NORM:
         safe = tl.load(norm_ptr) < SAFE  # nan is not
-    if not safe:  # noqa: SIM102 - here `and` would read the gradient all the same
-        if _is_bad(grad, n, tl.program_id(0), tl.num_programs(0)):  # noqa: SIM102
-            if tl.atomic_xchg(finite_ptr, 0) == 1:  # the first program that finds it
+    if not safe:  # `and` would read the gradient all the same
+        bad = _is_bad(grad, n, tl.program_id(0), tl.num_programs(0))
+        if bad:
+            first = tl.atomic_xchg(finite_ptr, 0) == 1
+            if first:  # the only program that counts it
                 tl.atomic_add(skipped, 1)
 
 
