@@ -8,7 +8,7 @@ norm or a projection of the dimension that is cut, it asks the parameter's `Shar
 |-------------------|--------------------------------------------------|----------------------------------------------|
 | `sum_`, `norms`   | an all-reduce of what it is given                | norms; the products of a subspace iteration  |
 | `scatter_sum`     | a reduce-scatter                                 | a projection of the dimension that is cut    |
-| `gather`          | an all-gather                                    | lifting such a projection                    |
+| `gather`          | an all-gather                                    | projecting back from such a projection       |
 | `largest`         | an all-reduce of one number                      | scaling a subspace iteration                 |
 
 `WHOLE` answers the same calls for a parameter that lies here entirely, and then nothing is sent: a method has one code
@@ -42,7 +42,7 @@ def is_sharded(p: Any) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What lies on this process: the storage itself, to be written in place. Call it without gradients."""
+    """The part of a tensor on this process: its own storage, to be written in place. Call it without gradients."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -79,10 +79,10 @@ class Finder:
                     return getattr(home, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-        module.__getattr__ = find  # type: ignore[method-assign]
+        module.__getattr__ = find
 
 
 def find_moved() -> None:
-    """From now on, modules of 0.1 are found."""
+    """Let modules be imported by their names of 0.1 from now on."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

@@ -34,7 +34,7 @@ TRAINS = "trains in tests/test_scripts.py"
 MINUTES = "minutes to hours; at toy size in "
 # The start of a command, and why it is parsed and not run. Each command has the longest start that fits.
 COMMANDS = {
-    "bash scripts/bench/gpu.sh": "needs a CUDA device; at toy size in tests/bench/test_gpu.py",
+    "bash scripts/bench/gpu_once.sh": "needs a CUDA device; at toy size in tests/bench/test_gpu.py",
     "bash scripts/demo.sh": "installs, then minutes; its parts in tests/demo/test_demo.py",
     "bash scripts/test.sh": "is what runs this test",
     "pip install -e .": "changes the environment that runs this test",

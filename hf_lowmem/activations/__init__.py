@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, in fewer bytes.
+"""Tiers: a layer keeps fewer bytes for its backward pass.
 
 formats      how one tensor is stored: as it is, as E4M3, as int8
 values       what backward asks for, and how it is had: kept, or computed again

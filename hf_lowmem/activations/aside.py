@@ -17,7 +17,7 @@ __all__ = ["active", "in_checkpoint", "innermost_pack", "reason_to_step_aside", 
 
 
 class _Active(threading.local):
-    """What runs in this thread: a layer's tape, a look into a node."""
+    """State of this thread: `tape` of the layer that runs now; `peeked`, a list while `tape.factors` reads a node."""
 
     tape: object | None = None
     peeked: list[Any] | None = None

@@ -81,7 +81,7 @@ def _reach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _call_of(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model calls the layer with that waits for it."""
+    """Arguments, (args, kwargs), with which the model calls the layer whose hook is `_reach`."""
     try:
         model(input_ids=ids, use_cache=False)
     except _Reached as reached:

@@ -210,7 +210,7 @@ def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, seeds:
 
 
 def _unpatched(parts: dict[str, nn.Module]) -> list[nn.Module]:
-    """Those that have no forward of ours yet, as a part that two layers share has."""
+    """The parts that have no forward of ours yet; a part that two layers share may have one."""
     return [module for module in parts.values() if not isinstance(vars(module).get("forward"), Patch)]
 
 

@@ -1,4 +1,4 @@
-"""What a model consists of, by structure: its decoder layers, and in each of them attention, MLP and cheap parts.
+"""Structure of a model: its decoder layers, and in each of them attention, MLP and cheap parts.
 
 Nothing here knows a model by name or class, and little depends on it being right. A module that is called cheap is run
 twice instead of once and must do the same both times, which is tried here; how it computes is its own affair. Whether
@@ -162,7 +162,7 @@ def _lists(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, n
 
 
 def _choose(model: nn.Module, stacks: dict[str, nn.Module]) -> tuple[str, nn.Module | None, dict[str, str]]:
-    """Of several lists the decoder's: its name, itself, and why not the others."""
+    """The decoder's list of layers among several: its name, the list, and why each of the others is not it."""
     ours = stacks
     host = next((m for m in model.modules() if callable(getattr(m, "get_decoder", None))), None)
     contrasts = hasattr(host, "get_text_features") and _ask(host, "get_output_embeddings") is None
@@ -183,7 +183,7 @@ def _choose(model: nn.Module, stacks: dict[str, nn.Module]) -> tuple[str, nn.Mod
 
 
 def _ask(host: Any, method: str) -> Any:
-    """What a model of transformers says of itself; None where it cannot tell."""
+    """Result of a transformers model's own method, such as `get_decoder`; None where it has none or cannot tell."""
     try:
         return getattr(host, method)()
     except (AttributeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""How a saved activation is stored: as it is, as E4M3 in groups of 128, or as int8 in groups of 32.
+"""Formats of a saved activation: as it is, as E4M3 in groups of 128, or as int8 in groups of 32.
 
 An activation lives from the forward pass to the backward pass of one step, so, unlike an optimizer's state
 (hf_lowmem/codecs), it is written once and read once, keeps the dtype that it came in, and may have any strides. What
@@ -83,7 +83,7 @@ class Grouped(Groups, Format):
 
 
 def _wrap(seed: int) -> int:
-    """Modulo 2**64, as int64."""
+    """The int64 with the bits of a seed modulo 2**64."""
     return (seed + 2**63) % 2**64 - 2**63
 
 

@@ -81,9 +81,10 @@ def settings_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def rmsnorm_of(module: nn.Module) -> RMSNorm | None:
-    """What the module computes, if it is a plain RMSNorm in every combination of DTYPES.
+    """The RMSNorm that a module computes in every combination of DTYPES; None where it computes anything else.
 
-    Its eps is whichever of its float attributes fits: the second row is of that size.
+    Its eps is the one of its float attributes that fits; the mean square of the second row is of eps's size, so that
+    eps shows in the result.
     """
     named = list(module.named_parameters(recurse=False))
     if len(named) != 1 or named[0][1].ndim != 1 or any(True for _ in module.children()) or _fake():
@@ -104,7 +105,7 @@ def rmsnorm_of(module: nn.Module) -> RMSNorm | None:
 
 @torch.no_grad()
 def _computes(module: nn.Module, norm: RMSNorm, x: Tensor, weight: Tensor) -> bool:
-    """Equal but for the order of a sum: 1e-5 in fp32; in bf16 the same value but for one in a hundred at a tie."""
+    """Whether both agree up to the order of a sum: 1e-5 in fp32; in bf16 all values but one in a hundred, at ties."""
     twin = copy.copy(module)
     vars(twin)["_parameters"] = {norm.weight: nn.Parameter(weight, requires_grad=False)}
     vars(twin)["training"] = True
@@ -126,7 +127,7 @@ def _computes(module: nn.Module, norm: RMSNorm, x: Tensor, weight: Tensor) -> bo
 
 
 def gated_of(mlp: nn.Module) -> Gated | None:
-    """How the module is built, if its forward is that of a gated MLP and nothing else."""
+    """The parts of a gated MLP; None where the module's forward computes anything else."""
     linears = list(linears_of(mlp))
     acts = {name: kind for name, child in mlp.named_children() if (kind := activation_of(child))}
     if len(linears) not in (2, 3) or not acts or _fake():
@@ -156,7 +157,7 @@ def activation_of(module: nn.Module) -> str:
 
 
 class _Stub(nn.Module):
-    """Takes down what it is called with, and returns values of its own."""
+    """A submodule's replacement that records the inputs of its calls and returns random values."""
 
     def __init__(self, name: str, calls: list[tuple[str, Tensor, Tensor]], width: Callable[[Tensor], int]) -> None:
         super().__init__()
@@ -208,5 +209,5 @@ def _read_off(mlp: nn.Module, linears: list[str], acts: dict[str, str]) -> Gated
 
 
 def _fake() -> bool:
-    """Under FakeTensorMode, or another mode that makes tensors without values, nothing can be tried."""
+    """Whether new tensors have no values, as under FakeTensorMode: then no module can be tried."""
     return type(torch.empty(0, device="cpu")) is not Tensor

@@ -96,7 +96,7 @@ def is_wrapped_over(patch: Patch | WrappedForward) -> bool:
 
 
 def owners_of(model: nn.Module) -> dict[str, OwnedTiers | None]:
-    """Whose tiers a model has; None for an owner that is gone. Conversions by hand are not among them."""
+    """Owners of a model's tiers, by name; None for an owner that is gone. Conversions by hand are not listed."""
     found = (_OWNERS.get(patch) for patch in patches(model))
     return {name: owner() for name, owner in filter(None, found)}
 

@@ -1,4 +1,4 @@
-"""What a module computes with, beside its input: so that running it again is the same computation.
+"""Everything but its input that a module computes with, kept so that a second run is the same computation.
 
 Between a forward and its backward pass a module may change: `set_adapter` makes another adapter the active one,
 `eval()` switches dropouts off, `torch.func.functional_call` has lent it weights and taken them back, hooks come and
@@ -222,7 +222,7 @@ class State:
         return any(version_of(held.tensor) != held.version for held in self.held)
 
     def settle(self) -> None:
-        """After the run of a module of which copies were made."""
+        """Drop the copies of tensors that the module's run has not written to. Call it after that run."""
         for held in self.held:
             if version_of(held.tensor) == held.version:
                 held.copy = None

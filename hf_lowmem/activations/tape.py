@@ -43,10 +43,12 @@ SMALL = 32
 
 @dataclass(frozen=True)
 class Formats:
-    """How a tier stores what it keeps, by names of `formats.FORMATS`.
+    """Formats in which a tier stores what it keeps: names of `formats.FORMATS`.
 
-    residual: inputs of norms and of blocks; attention, mlp: what is saved inside of these.
-    rerun: do not keep the MLP's projections of its input (gate and up), run them again.
+    Attributes:
+        residual: for the inputs of norms and of blocks.
+        attention, mlp: for what autograd saves inside of these.
+        rerun: the MLP's projections of its input (gate and up) are not kept but computed again in backward.
     """
 
     residual: str = "none"
@@ -78,7 +80,7 @@ def unpack(packed: View | Slot | AsIs) -> Tensor:
 
 
 def factors(node: Any) -> list[Any]:
-    """What a multiplication has saved, as it was packed: `_saved_self` asks `unpack`, which here only takes note."""
+    """Both factors that a MulBackward0 node saved, as packed: reading `_saved_self` calls `unpack`, which notes it."""
     active.peeked = []
     try:
         _ = node._saved_self, node._saved_other
@@ -217,8 +219,10 @@ class Tape:
         return Derived(tensor, lambda *values: fn(*values).to(device, dtype), *inputs)
 
     def formula(self, edge: tuple[Any, int], size: Sequence[int]) -> Formula | None:
-        """How to compute the tensor of this size that an edge of the graph stands for. Casts inside it end the search:
-        a node does not tell the dtype of what it made, only a tensor does."""
+        """The formula for the tensor of this size that an edge of the graph stands for; None where none is found.
+
+        Casts inside it end the search: a node does not tell the dtype of what it made, only a tensor does.
+        """
         node, (value, made) = edge[0], self.by_node.get(edge, (None, None))
         if value is not None and made is not None:
             output = made()
@@ -353,7 +357,7 @@ class Tape:
 
     @contextmanager
     def scope(self, kind: str, x: Tensor) -> Iterator[None]:
-        """Inside a block with input `x`, an "attention" or an "mlp", whose format is for what is saved there."""
+        """Context of a block, "attention" or "mlp", with input `x`: what is saved inside takes that block's format."""
         self.enter(x)
         before = self.kind, self.block_input
         self.kind, self.block_input = kind, x
@@ -363,7 +367,7 @@ class Tape:
             self.kind, self.block_input = before
 
     def close(self) -> None:
-        """The layer is done: let go of all that nobody will read, and of the graph's nodes."""
+        """Let go of all values that nobody will read, and of the graph's nodes. Called when the layer is done."""
         self.known.clear()
         self.offered.clear()
         self.by_node.clear()

@@ -1,4 +1,4 @@
-"""What backward will ask for, and how it is had: kept as it is, kept compressed, or computed again.
+"""The values that backward asks for, each kept as it is, kept compressed, or computed again.
 
 Autograd saves tensors. Inside a converted layer it saves `View`s in their place, each a window on a `Value`:
 
@@ -79,7 +79,7 @@ class Value:
         return True
 
     def prepare(self) -> None:
-        """Once, before the first reader."""
+        """Make sure that the value can be read later. Called once, before the first reader."""
         raise NotImplementedError
 
     def compute(self) -> Tensor:
@@ -210,11 +210,14 @@ class Derived(Value):
 
 
 class Rerun(Value):
-    """What `module` makes of `x`, by running it again: with the weights, flags, adapters, hooks, autocast and random
-    numbers of the first run.
+    """The output of `module` for `x`, computed in backward by a second run with the weights, flags, adapters, hooks,
+    autocast and random numbers of the first one.
 
-    To be made before the module runs. `run`: its forward as it was found; `source`: what `x` will be had from, for the
-    maker to hold until it is known whether anybody needs it. After the run ask `settle`, then `locate` the output.
+    Make it before the module runs; after the run ask `settle`, then `locate` the output.
+
+    Args:
+        run: the module's forward as it was found.
+        source: where `x` can be read again. The maker holds it until it is known whether anybody needs it.
     """
 
     def __init__(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, source: View) -> None:
@@ -247,7 +250,7 @@ class Rerun(Value):
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """All that the run depends on beside its input, as it was. No tape listens."""
+        """Context in which all that the run depends on, except its input, is as it was. No tape listens."""
         (enabled, dtype), kind, tape = self.autocast, self.device.type, active.tape
         with contextlib.ExitStack() as stack:
             if enabled or torch.is_autocast_enabled(kind):
@@ -293,7 +296,7 @@ class Replay(Rerun):
         self.saved: dict[int, Tensor] = {}
 
     def place(self) -> Slot:
-        """For one more tensor that autograd saves while the module runs."""
+        """A slot for one more tensor that autograd saves while the module runs."""
         if not self.dropout:
             self.prepare()
         self.slots += 1

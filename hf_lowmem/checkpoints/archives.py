@@ -35,7 +35,7 @@ class Window:
     size: int
 
     def at(self, place: int, count: int) -> bytes:
-        """Some of its bytes. Raises Refused where there are none."""
+        """The `count` bytes from `place` on. Raises Refused where the archive has fewer."""
         if not 0 <= place <= place + count <= self.size:
             raise Refused("it is cut off")
         self.file.seek(self.start + place)

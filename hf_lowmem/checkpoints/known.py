@@ -1,4 +1,4 @@
-"""What the files of a checkpoint may name: exact lists, one for each kind of file.
+"""Names that the pickles of a checkpoint may hold: exact lists, one for each kind of file.
 
     TENSORS    torch.save of tensors and plain values, for a reader that would run anything: every argument is checked
     GUARDED    the same for files that torch.load(weights_only=True) reads; torch checks them once more, so this list is
@@ -78,7 +78,7 @@ def _device(args: list[Any]) -> bool:
 
 
 def _metadata_alone(state: Any) -> bool:
-    """What torch keeps beside a state_dict: versions of modules."""
+    """Whether a state is that of a state_dict: `_metadata`, the versions of its modules, and nothing else."""
     return is_made(state, "dict") and all(key == "_metadata" and is_made(v, "dict", ORDERED) for key, v in state.items)
 
 
@@ -130,7 +130,7 @@ _MORE_OF_TORCH = {
 
 
 def guarded() -> Known:
-    """What torch.load(weights_only=True) would take now: its own list, and what was registered in this process."""
+    """Names that torch.load(weights_only=True) accepts now: its own list, and those registered in this process."""
     import torch
 
     registered: set[Name] = set()
@@ -151,7 +151,7 @@ _RECONSTRUCT = {Name(f"numpy.{m}.multiarray", "_reconstruct") for m in ("core", 
 
 
 def _number_type(args: list[Any]) -> bool:
-    """Of numbers, never of objects."""
+    """Whether the arguments of numpy's dtype name a type of numbers (bool, int, uint, float), never of objects."""
     return bool(args) and isinstance(args[0], str) and re.fullmatch(r"[biuf][1248]", args[0]) is not None
 
 

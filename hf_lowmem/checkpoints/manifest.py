@@ -131,7 +131,7 @@ def _check_files(root: Path, files: dict[str, Any]) -> None:
 
 
 def _check_structure(root: Path) -> None:
-    """What can be said without a manifest. transformers writes STATE after everything else."""
+    """Raise where a checkpoint without a manifest lacks STATE, which is written last, or has a damaged file."""
     if not (root / STATE).is_file():
         raise BadCheckpoint(f"{root} is incomplete: it has neither {MANIFEST} nor {STATE}, which are written last.")
     for path in files_of(root):

@@ -58,16 +58,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Known:
-    """What the pickles of one kind of file may hold.
+    """Contents that the pickles of one kind of file may have.
 
-    values:   names that may stand as a value, such as dtypes; classes of `new` and `members` may as well
-    calls:    names that may be called, each with a check of its arguments
-    new:      classes of which instances are made without a call, each with a check of the arguments
-    states:   classes whose instances get a state, each with a check of it
-    members:  enums, with the members that Python 3.11.0 to 3.11.3 asks for by `getattr`
-    filled:   classes whose instances are filled as a dict is
-    keys:     classes whose instances may be a dict's keys
-    storages: what a tensor's storage may be of, with the bytes of an element; empty where there are no tensors
+    Attributes:
+        values: names that may stand as a value, such as dtypes; classes of `new` and `members` may as well.
+        calls: names that may be called, each with a check of its arguments.
+        new: classes of which instances are made without a call, each with a check of the arguments.
+        states: classes whose instances get a state, each with a check of it.
+        members: enums, with the members that Python 3.11.0 to 3.11.3 asks for by `getattr`.
+        filled: classes whose instances are filled as a dict is.
+        keys: classes whose instances may be a dict's keys.
+        storages: types of a tensor's storage, with the bytes of an element; empty where there are no tensors.
     """
 
     values: Set[Name] = frozenset()
@@ -175,7 +176,7 @@ class _Reader:
         return found[::-1]
 
     def value(self, value: Any) -> Any:
-        """Itself, unless it is a name that must not stand alone: a function is there to be called."""
+        """The value, unless it is a name that must not stand alone: a function is there to be called."""
         if isinstance(value, Name) and value not in self.standing:
             raise Refused(f"it keeps {value} as a value")
         return value

@@ -127,7 +127,7 @@ def _found(run: Path) -> list[_Found]:
 
 
 def _run_of(folder: Path) -> dict[str, Any] | None:
-    """Whose a checkpoint is, where its manifest says so."""
+    """The run that a checkpoint belongs to, by its manifest; None where that does not say."""
     try:
         manifest = read_manifest(folder) or {}
     except BadCheckpoint:

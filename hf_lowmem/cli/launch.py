@@ -71,7 +71,7 @@ def check(label: str, values: dict[str, Any], settings: Mapping[str, Any]) -> No
 
 
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line itself tells accelerate, by the names of its YAML."""
+    """Settings that the command line gives to accelerate, under the names of its YAML."""
     found = {name: getattr(options, name) for name in getattr(options, "nondefault", ())}
     engines = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "multi_gpu": "MULTI_GPU", "cpu": "NO"}
     kind = next((engine for option, engine in engines.items() if getattr(options, option, False)), None)

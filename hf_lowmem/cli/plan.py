@@ -30,7 +30,7 @@ __all__ = ["PlanArguments", "run"]
 
 @dataclass
 class PlanArguments:
-    """What to plan, and how to show it."""
+    """Options of `hf-lowmem plan`: what to plan, and how to show it."""
 
     model: str | None = field(
         default=None,

@@ -37,7 +37,7 @@ class AfterImport(MetaPathFinder):
             load(module)
             action(module)
 
-        spec.loader.exec_module = load_and_act  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_act
         return spec
 
 
@@ -52,7 +52,7 @@ def lend_fields(module: ModuleType) -> None:
         made._lowmem_lent = not issubclass(cls, LowMemArguments)
         return made
 
-    make.__signature__ = inspect.signature(module.TrainingArguments.__init__)  # type: ignore[attr-defined]
+    make.__signature__ = inspect.signature(module.TrainingArguments.__init__)
     module.TrainingArguments.__new__ = make
 
 

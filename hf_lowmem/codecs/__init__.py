@@ -1,4 +1,4 @@
-"""How an optimizer state is stored. The contract is in base.py, what the block codecs share in blocks.py.
+"""Codecs: formats of an optimizer state. base.py has their contract, blocks.py what those with blocks share.
 
 | name            | bytes a value | blocks of | worth it for                                                     |
 |-----------------|---------------|-----------|------------------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""What a codec is: a way to store one optimizer state in fewer bytes than fp32.
+"""The contract of a codec: a way to store one optimizer state in fewer bytes than fp32.
 
 A codec turns a tensor into an `Encoded`, a flat dict of plain tensors, and back. Nothing else is ever in the
 state of an optimizer, so `torch.load(weights_only=True)` reads every checkpoint, and a report of bytes is a sum

@@ -45,7 +45,7 @@ class Fp32Codec(FullCodec):
 
 
 class Bf16Codec(FullCodec):
-    """Rounded to nearest or at random, but never from finite to infinite, nor from something to nothing.
+    """bf16, rounded to nearest or at random, but never from finite to infinite, nor from something to nothing.
 
     What lies above bf16's largest value takes it. What would round to zero, below 2**-134 = 4.6e-41, takes bf16's
     smallest value, 2**-133, with its sign: a second moment that is not zero never decodes to zero.

@@ -46,7 +46,7 @@ class RowCodec:
 
     def __init__(self, inner: BlockCodec, length: int) -> None:
         self.inner, self.length = inner, length
-        self.name = inner.name  # type: ignore[misc]
+        self.name = inner.name
         self.blocks = count_blocks(length, inner.block)
         self.aligned = length % inner.block == 0
 

@@ -37,7 +37,7 @@ every run."""
 
 @dataclass(frozen=True)
 class Speech:
-    """What one speaker says at one go: ``lines`` in order, without stage directions."""
+    """A speaker's lines up to the next speaker, in order, without stage directions."""
 
     play: str
     speaker: str
@@ -154,7 +154,7 @@ def pair_dataset(plays: dict[str, list[Speech]], *, size: int, lines: int, seed:
 def _lines_elsewhere(
     speech: Speech, chosen: Sequence[str], donors: Sequence[Speech], rng: random.Random
 ) -> tuple[str, ...] | None:
-    """As many lines as ``chosen`` from another speech, alike in length; None when twenty draws find none."""
+    """Lines from another speech, as many as ``chosen`` and of similar length; None when twenty draws find none."""
     length, beginning = sum(map(len, chosen)), set(speech.lines[: 2 * len(chosen)])
     for donor in rng.choices(donors, k=20):
         start = rng.randrange(len(donor.lines) - len(chosen) + 1)

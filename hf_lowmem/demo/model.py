@@ -27,8 +27,7 @@ _GGUF = f"{DEMO_MODEL}.Q4_1.gguf"
 
 
 def prepare_model(model: str | None, cache: Path) -> str:
-    """What ``from_pretrained`` takes: ``model`` itself when given, else the folder of the converted demo
-    model.
+    """Argument for ``from_pretrained``: ``model`` itself if given, else the folder of the converted demo model.
 
     The conversion takes about twenty seconds and is kept in ``cache``; it appears there under its final
     name only when complete, so an interrupted run leaves nothing that a later one would trust.

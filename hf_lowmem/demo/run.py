@@ -50,7 +50,7 @@ PROMPT = "HAMLET\nTo be, or not to be"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; see the two below."""
+    """Sizes of a demo: steps, batches, texts and pairs. The two that exist are below."""
 
     sft_steps: int
     pair_steps: int
@@ -198,8 +198,11 @@ def train_all(base: str, material: Material, size: Size, output_dir: Path, seed:
 
 
 def common(steps: int, batch: int, tokens: int | None, seed: int) -> dict[str, Any]:
-    """What all runs share. TRL's defaults of bf16 autocast and checkpointing are set aside: the one is
-    slower than fp32 on a CPU, the other would hide what activations weigh."""
+    """Settings that all runs share.
+
+    TRL's defaults of bf16 autocast and checkpointing are replaced: on a CPU the first is slower than fp32, and the
+    second would hide the memory of activations.
+    """
     cuda = torch.cuda.is_available()
     return {
         "max_steps": steps,
@@ -235,8 +238,7 @@ def card(folder: Path, record: dict[str, Any], results: Sequence[Result], *, dem
 
 
 def public_name(model: str | None) -> str:
-    """What a model card gives as ``base_model``: a hub name, or a folder's own name without this machine's
-    path."""
+    """``base_model`` of a model card: a hub name, or a folder's own name without this machine's path."""
     if model is None:
         return DEMO_MODEL
     return facts.public_name(model)

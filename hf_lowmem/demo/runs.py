@@ -1,4 +1,4 @@
-"""What a run of the demo is and what it gave."""
+"""A run of the demo, and its result."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -9,8 +9,7 @@ from datasets import Dataset
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and how. ``settings`` are fields of the trainer's config, and are reported as they
-    stand."""
+    """One training. ``settings`` are fields of the trainer's config, and are reported as they are."""
 
     name: str
     trainer: str  # a key of TRAINERS
@@ -25,7 +24,7 @@ class Run:
 
 @dataclass
 class Result:
-    """What a run gave; only numbers and names, so that it goes into results.json as it is."""
+    """Result of a run: numbers and names only, so that it can be written to results.json directly."""
 
     name: str
     trainer: str

@@ -24,7 +24,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class PairScore:
-    """How a model tells true lines from others, on held-out pairs."""
+    """Score of a model on held-out pairs: how well it tells true lines from others."""
 
     accuracy: float  # share of pairs whose chosen lines have the higher log-probability per token
     accuracy_error: float  # standard error of that share

@@ -1,4 +1,4 @@
-"""What happens in a run's own process: the model is prepared, trained and measured, or tried out."""
+"""The process of one run: it prepares a model, trains and measures it, or tries it out."""
 
 import time
 import warnings

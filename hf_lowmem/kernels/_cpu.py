@@ -1,4 +1,4 @@
-"""What the CPU kernels share: how they are compiled, single fp32 and 32-bit operations, random bits, bf16, threads.
+"""Common parts of the CPU kernels: how they are compiled, fp32 and 32-bit operations, random bits, bf16, threads.
 
 The compiler is numba (LLVM), an extra that nobody has to have: it needs no compiler on the user's machine, as
 inductor's C++ would, and what it made is kept in a folder for the next process. Rules that make a kernel give the bits

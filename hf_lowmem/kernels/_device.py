@@ -83,7 +83,7 @@ _ROOT: tl.constexpr = tl.constexpr(
 def reciprocal(y) -> tl.tensor:
     """1 / y in fp32, correctly rounded for 2**-126 <= |y| < 2**125. Reference: `y.reciprocal()`.
 
-    On NVIDIA's GPUs by four instructions. That they round correctly rests on the approximation's own error, which is
+    Four instructions on NVIDIA's GPUs. That they round correctly rests on the approximation's own error, which is
     not specified to the last bit: only a device can prove it, mantissa by mantissa.
     """
     if INTERPRETED or cuda_arch() == 0:
@@ -95,7 +95,7 @@ def reciprocal(y) -> tl.tensor:
 
 @triton.jit
 def root_of(x) -> tl.tensor:
-    """sqrt(x) in fp32, correctly rounded for 2**-101 <= x < 2**126; on NVIDIA's GPUs as `reciprocal`."""
+    """sqrt(x) in fp32, correctly rounded for 2**-101 <= x < 2**126; on NVIDIA's GPUs like `reciprocal`."""
     if INTERPRETED or cuda_arch() == 0:
         s = sqrt(x)
     else:

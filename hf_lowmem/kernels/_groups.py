@@ -52,7 +52,7 @@ def e4m3_nearest(y):
 
 @triton.jit
 def e4m3_stochastic(y, word):
-    """As e4m3_nearest, but up with the probability of the remainder, to the lower 20 bits of `word` (uint32)."""
+    """Like `e4m3_nearest`, but rounded up with the remainder's probability, by the lower 20 bits of `word` (uint32)."""
     bits = bits_of(y)
     noise = word & 0xFFFFF
     least_normal = 0x3C800000

@@ -25,7 +25,7 @@ class Case:
 
 
 class Comparable(Protocol):
-    """What is asked of a `Kernel` where two of its implementations are compared."""
+    """The attributes of a `Kernel` that a comparison of two of its implementations reads."""
 
     @property
     def name(self) -> str: ...
@@ -49,11 +49,12 @@ class Comparable(Protocol):
 
 
 def difference(kernel: Comparable, case: Case, device: torch.device, impl: str = "triton") -> str:
-    """What differs between Triton (or `impl` "cpu") on the device and the reference on the CPU, or "" where they agree.
+    """Difference between Triton on the device and the reference on the CPU, in words; "" where they agree.
 
-    They agree where shapes, dtypes, strides and bits are the same, or within the kernel's own bound; any nan is like
-    any other, since which of them an operation makes is a device's own affair. Both are called directly, past the
-    operator and past HF_LOWMEM_KERNELS. Raises what the kernel raises, on compilation or as it runs.
+    `impl`: "triton", or "cpu" for that implementation in its place. They agree where shapes, dtypes, strides and bits
+    are the same, or within the kernel's own bound; any nan is like any other, since which of them an operation makes is
+    a device's own affair. Both are called directly, past the operator and past HF_LOWMEM_KERNELS. Raises what the
+    kernel raises, on compilation or as it runs.
     """
     here, there, before = case.make(CPU), case.make(device), case.make(CPU)
     # Forced, because an automatic reference on a CPU takes torch's own square root, which is not correctly rounded.

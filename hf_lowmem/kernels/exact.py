@@ -1,4 +1,4 @@
-"""What references are made of: plain torch that gives the same bits on every device, and in Triton (_device.py).
+"""Building blocks of references: plain torch with the same bits on every device, and in Triton (_device.py).
 
 IEEE arithmetic is the same everywhere as long as every operation is rounded correctly, and once. Torch does not promise
 that. Measured on torch 2.13, or read in its source, and so avoided in a reference:

@@ -92,7 +92,7 @@ def _of_states(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
 
 
 def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
-    """Of one weight, bf16 with stochastic rounding. APOLLO's with a factor for each channel and a rank of 256."""
+    """Arguments of the step kernels: one bf16 weight, rounded at random; APOLLO's with a factor a channel, rank 256."""
     shape = (ffn, hidden)
     pair = ("int8_softsign", "fp8_expand")
 
@@ -111,8 +111,8 @@ def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
         return *weight, momentum, pair[0], "bf16_sr", [5], [6], 1e-4, 0.9, 0.99, 0.1
 
     def factors(d: torch.device) -> tuple[Any, ...]:
-        low, direction = (_draw(d, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))
-        return _draw(d, *shape), low, direction, torch.zeros((), device=d), True
+        projected, direction = (_draw(d, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))
+        return _draw(d, *shape), projected, direction, torch.zeros((), device=d), True
 
     def apollo(d: torch.device) -> tuple[Any, ...]:
         s, factor = _draw(d, ffn, 1, dtype=torch.float32), torch.ones((), device=d)

@@ -48,6 +48,11 @@ def distrusted(name: str, device: torch.device) -> str:
     return _failed.get((name, device), "") if _failed else ""
 
 
+def is_proved(name: str, args: tuple[object, ...], device: torch.device) -> bool:
+    """Whether the kernel of that name was compared on the device for such arguments, in this process or before."""
+    return (name, device, kind(args)) in _proved
+
+
 def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device, impl: str = "triton") -> str:
     """Compare the kernel on a case like this call, unless that was done; why it is not to be used, or "".
 
@@ -111,7 +116,7 @@ def like(kernel: Comparable, wanted: Kind) -> Case:
 
 
 def _compare(kernel: Comparable, wanted: Kind, device: torch.device, impl: str) -> str:
-    """In surroundings of its own: whatever modes and defaults the call is made under, cases are plain tensors."""
+    """Compare on plain tensors, whatever modes and defaults the caller has set: "" where both agree."""
     dtype = torch.get_default_dtype()
     plain = torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction()
     with torch.no_grad(), _disable_current_modes(), plain[0], plain[1]:
@@ -190,7 +195,7 @@ def driver_version() -> str:
 
 @functools.cache
 def source_hash() -> str:
-    """Of all files of the kernels' folder: a kernel shares most of its formulas with others."""
+    """Hash, 16 hex digits, of all files in the kernels' folder: kernels share most of their formulas."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -217,7 +222,7 @@ def _remembered(file: Path | None) -> bool:
 
 
 def _remember(file: Path | None, kernel: Comparable, device: torch.device) -> None:
-    """Written beside and then renamed, so that another process finds all of it or nothing."""
+    """Write the record of a proof to a temporary file and rename it, so that no process reads half of it."""
     if file is None:
         return
     try:

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from hf_lowmem.kernels.choice import IMPLS, VARIABLE, current_impl, use_kernels
 from hf_lowmem.kernels.compare import CPU, Case, Implementation, on
-from hf_lowmem.kernels.proof import distrusted, prove
+from hf_lowmem.kernels.proof import distrusted, is_proved, prove
 
 __all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
 
 INSTALL = "pip install 'hf-lowmem[cpu]'"  # of what compiles a CPU's kernels
+_direct: dict[tuple[object, ...], Callable[..., None]] = {}  # what was found for a kind of call
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,34 @@ class Kernel:
         object.__setattr__(self, "op", op)
 
     def __call__(self, *args: Any) -> Any:
-        """Through the operator: arguments are positional, as its schema has them."""
+        """Call the operator. Arguments are positional, as in its schema."""
         return self.op(*args)
+
+    def directly(
+        self, device: torch.device, kind: tuple[object, ...], args: Callable[[], tuple[object, ...]]
+    ) -> Callable[..., None] | None:
+        """Triton's function, where it is what arguments of this kind run and nobody listens to operators; else None.
+
+        An operator that writes to lists of tensors costs more time than what it calls. What it does beside is left to
+        the caller: to be on the device, to have no gradients, to tell autograd of what was written.
+
+        Args:
+            kind: all by which a call on this device differs from another for Triton.
+            args: arguments of the kind, which are asked for at its first call.
+        """
+        impl = current_impl()
+        if impl == "reference" or torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+            return None
+        key = self.name, impl, device, kind
+        if key in _direct and not distrusted(self.name, device):
+            return _direct[key]
+        sample = args()
+        chosen = self.pick(*sample)
+        if chosen.__module__ != self.triton.partition(":")[0]:
+            return None
+        if device.type != "cuda" or is_proved(self.name, sample, device):  # not in a graph's capture
+            _direct[key] = chosen
+        return chosen
 
     def load_triton(self) -> Implementation:
         """The Triton implementation. Raises ImportError where triton is not installed."""

@@ -1,4 +1,4 @@
-"""What a training step keeps, in bytes.
+"""Memory of a training step, counted in bytes.
 
 Beside the weights, three things live in a step's memory: what the forward pass saves for the backward pass, the
 gradients, and the optimizer's state. All three can be counted exactly and on any device, because each is a set of

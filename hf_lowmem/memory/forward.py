@@ -1,4 +1,4 @@
-"""What a model's next forward passes save for backward, found by a pair of hooks that stay for one training step.
+"""Bytes that a model's forward passes save for backward, counted by a pair of hooks during one training step.
 
 Counting hooks on autograd's stack must come down whatever happens. A forward hook can see to that: with
 `always_call=True` torch runs it when the forward pass raises (out of memory, most of all), too. Code around the whole
@@ -18,7 +18,7 @@ __all__ = ["ForwardSaved"]
 
 
 class ForwardSaved:
-    """Of a model's forward passes between `attach` and `detach`, the one that saved the most.
+    """Counter of the bytes saved for backward: those of the largest forward pass between `attach` and `detach`.
 
         meter, found = ForwardSaved(), {}
         meter.attach(model, found)

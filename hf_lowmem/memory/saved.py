@@ -1,4 +1,4 @@
-"""What the forward pass saves for the backward pass.
+"""Tensors that the forward pass saves for the backward pass, counted by module.
 
 Counted from autograd's own saved-tensor hooks rather than from the allocator, because an allocator knows neither which
 module asked nor, on a CPU, anything at all. What hooks cannot see is a tensor that reaches the backward pass by another
@@ -27,7 +27,7 @@ OUTSIDE = "(outside any module)"
 
 
 class _Kept:
-    """What autograd holds in a saved tensor's place. Its end is the end of the saved tensor.
+    """The object that autograd holds in a saved tensor's place: it is deleted when the saved tensor would be.
 
     `__del__` may run inside any allocation, on any thread, hence it takes no lock: it leaves a note, and the
     report reads its notes before it counts.
@@ -209,7 +209,7 @@ class SavedReport:
             return kept.value
 
         if pack is not None:  # so that `inspect.unwrap` finds whose hook this is
-            counted_pack.__wrapped__ = pack  # type: ignore[attr-defined]
+            counted_pack.__wrapped__ = pack
         return counted_pack, counted_unpack
 
     def _close(self) -> None:

@@ -116,11 +116,7 @@ def make_optimizer(
     Raises:
         TypeError, ValueError: naming the argument, its value, the reason and the remedy.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}. For bare parameters use the class: "
-            f"hf_lowmem.optim.OPTIMIZERS[{name!r}](params, lr=...)."
-        )
+    _check_model(name, model)
     spec = OptimSpec(
         name=name,
         lr=lr,
@@ -139,6 +135,14 @@ def make_optimizer(
         options=options,
     )
     return from_spec(spec, model)
+
+
+def _check_model(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}. For bare parameters use the class: "
+            f"hf_lowmem.optim.OPTIMIZERS[{name!r}](params, lr=...)."
+        )
 
 
 def group_table(optimizer: LowMemOptimizer) -> list[dict[str, Any]]:

@@ -12,6 +12,11 @@ from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
 
 
+def step_settings(group: Group, steps: list[int]) -> tuple[object, ...]:
+    """Last arguments of ADAMW_STEP: see FusedStep."""
+    return steps, "adamw", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+
+
 class AdamW(LowMemOptimizer):
     """AdamW (arXiv 1711.05101) whose moments are stored by a codec.
 
@@ -35,7 +40,7 @@ class AdamW(LowMemOptimizer):
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
     ELEMENTWISE = True
-    FUSED = FusedStep(ADAMW_STEP, lambda g, steps: (steps, "adamw", g["lr"], *g["betas"], g["eps"], g["weight_decay"]))
+    FUSED = FusedStep(ADAMW_STEP, step_settings)
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
         exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
+
+MOST_NORMS = 4096  # kept one by one; no model has so many parameters
 
 
 class StepInBackward:
@@ -49,19 +53,16 @@ class StepInBackward:
     """
 
     def __init__(self, optimizer: LowMemOptimizer, *, ready: Callable[[], bool] | None = None) -> None:
-        if not isinstance(optimizer, LowMemOptimizer):
-            raise TypeError(
-                f"step in backward needs an optimizer of hf_lowmem, got {type(optimizer).__name__}. Make one with "
-                "hf_lowmem.make_optimizer(...)."
-            )
+        _check_ours(optimizer)
         if ready is not None and not optimizer.ACCUMULATES:
             raise ValueError(accumulation_refused("gradient accumulation", optimizer.name))
         self.optimizer = optimizer
         self.ready = ready or (lambda: True)
-        self.last_norm: Tensor | None = None
-        # Sums of squares, and where the rest of each is: None for whole gradients, else any sharded parameter's places.
-        self._squares: dict[tuple[torch.device, Any], tuple[Tensor, Shards | None]] = {}
-        self._hooks: list[Any] = []
+        # Norms of the step under way, on their devices, and where the rest of each gradient is: None for whole ones,
+        # else any sharded parameter's places.
+        self._norms: dict[tuple[torch.device, Any], tuple[list[Tensor], Shards | None]] = {}
+        self._squares: list[Tensor] = []  # sums of the last finished step, one a device: nobody waits for them
+        self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
 
@@ -102,33 +103,35 @@ class StepInBackward:
     def _update(self, p: Tensor, index: int) -> None:
         group = self.optimizer.param_groups[index]
         if self.ready():
-            self._count(p)
-            self.optimizer.step_param(p, group)
+            self.optimizer.step_param(p, group, norm=self._count(p))
             p.grad = None
         elif self.optimizer.accumulate_param(p, group):
             p.grad = None
 
-    @torch.no_grad()
-    def _count(self, p: Tensor) -> None:
+    def _count(self, p: Tensor) -> Tensor:
+        """The norm of the gradient that is here, which is kept."""
         assert p.grad is not None
-        square = torch.linalg.vector_norm(local(p.grad), dtype=torch.float32).square()
-        shards = Shards(p) if is_sharded(p) else None  # type: ignore[arg-type]
-        key = p.device, shards and shards.group
-        total, _ = self._squares.get(key, (None, None))
-        self._squares[key] = square if total is None else total.add_(square), shards
+        norm = linalg.vector_norm(local(p.grad.detach()), dtype=torch.float32)
+        shards = Shards(p) if is_sharded(p) else None
+        norms, _ = self._norms.setdefault((p.device, shards and shards.group), ([], shards))
+        if len(norms) == MOST_NORMS:  # where nobody calls `step()`
+            norms[:] = [linalg.vector_norm(torch.stack(norms))]
+        norms.append(norm)
+        return norm
 
+    @torch.no_grad()
     def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._squares:
-            sums = [s if shards is None else shards.sum_(s) for s, shards in self._squares.values()]
-            self.last_norm = torch.stack([s.cpu() for s in sums]).sum().sqrt()
-            self._squares.clear()
+        if self._norms:
+            sums = [(torch.stack(norms).square().sum(), shards) for norms, shards in self._norms.values()]
+            self._squares = [s if shards is None else shards.sum_(s) for s, shards in sums]
+            self._norms.clear()
 
     def grad_norm(self) -> float | None:
-        """Norm over all gradients of the last finished step, `None` before the first.
+        """Norm over all gradients of the last finished step, `None` before the first. Asks the devices.
 
         With gradient accumulation: of the last backward pass alone where projections are added up.
         """
-        return None if self.last_norm is None else self.last_norm.item()
+        return torch.stack([s.cpu() for s in self._squares]).sum().sqrt().item() if self._squares else None
 
     def remove(self) -> None:
         """Detach: gradients stay again until `optimizer.step()`. `follow` attaches again."""
@@ -136,12 +139,20 @@ class StepInBackward:
         self._attached = []
 
 
+def _check_ours(optimizer: object) -> None:
+    if not isinstance(optimizer, LowMemOptimizer):
+        raise TypeError(
+            f"step in backward needs an optimizer of hf_lowmem, got {type(optimizer).__name__}. Make one with "
+            "hf_lowmem.make_optimizer(...)."
+        )
+
+
 def has_hook(p: Tensor) -> bool:
     """Whether something waits for this parameter's gradient."""
     return bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
-def _remove_all(hooks: list[Any]) -> None:
+def _remove_all(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.optim.checkpoint import load
-from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused
+from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
 from hf_lowmem.optim.guard import SkipCount, Skipped
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.names import without_wrappers
@@ -118,7 +118,7 @@ class LowMemOptimizer(Method, Optimizer):
         return resolve(cls, spec)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, an unpickled optimizer, or one that a checkpoint is loaded into: nothing decided is left."""
+        """Forget all decisions: this is a copy, an unpickled optimizer, or one into which a checkpoint is loaded."""
         self._slots: dict[int, Slot] = {}
         self._skip_count: SkipCount | None = None  # it begins anew with what the first group says
         super().__setstate__(state)
@@ -198,13 +198,19 @@ class LowMemOptimizer(Method, Optimizer):
         self._skips.end_step()
         return loss
 
-    @torch.no_grad()
-    def step_param(self, p: Tensor, group: Group) -> None:
+    def step_param(self, p: Tensor, group: Group, *, norm: Tensor | None = None) -> None:
         """Update one parameter from its `.grad`, as `step()` does each; a backward hook calls this.
 
         Of a sharded parameter all processes call it, in the same order of parameters.
+
+        Args:
+            norm: of the gradient, in fp32 on its device, where it is known: a small one has no bad values to look for.
         """
-        self._update([(group, self._entries(group, [p]))])
+        if torch.is_grad_enabled():  # not in a hook, for which entering `no_grad` would be a tenth of its time
+            with torch.no_grad():
+                self.step_param(p, group, norm=norm)
+            return
+        self._update([(group, self._entries(group, [p]))], norm)
 
     @torch.no_grad()
     def accumulate_param(self, p: Tensor, group: Group) -> bool:
@@ -218,8 +224,9 @@ class LowMemOptimizer(Method, Optimizer):
         return True
 
     def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:
-        """Those of a group's parameters that have values and a gradient, and their slots, for an update."""
-        options, found = self._options(group), []
+        """The parameters of a group that have values and a gradient, each with its slot, opened for an update."""
+        options = self._options(group)
+        found: list[tuple[Tensor, Slot]] = []
         for p in params:
             grad = p.grad
             if grad is not None and grad.layout != torch.strided:
@@ -232,25 +239,25 @@ class LowMemOptimizer(Method, Optimizer):
                 found.append((p, slot))
         return found
 
-    def _update(self, work: list[tuple[Group, list[tuple[Tensor, Slot]]]]) -> None:
-        """One step of all these, each by the kernel or by the loop."""
+    def _update(self, work: list[tuple[Group, list[tuple[Tensor, Slot]]]], norm: Tensor | None = None) -> None:
+        """One step of all these, each by the kernel or by the loop. `norm`: of the only gradient, where it is known."""
         work = [(with_rate(group), entries) for group, entries in work if entries]
         cut = [(p, slot) for _, entries in work for p, slot in entries if isinstance(slot, ShardedSlot)]
-        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True))
+        finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True)) if cut else {}
         runs: dict[tuple[object, ...], bool] = {}
         for group, entries in work:
-            together = []
+            together: list[tuple[Tensor, Slot]] = []
             for p, slot in entries:
                 if self._fuses(p, slot, runs):
                     together.append((p, slot))
                 else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))
             if self.FUSED is not None:
-                step_fused(self.FUSED, together, group, self._skips.on)
+                step_fused(self.FUSED, together, group, self._skips.on, norm)
 
     def _fuses(self, p: Tensor, slot: Slot, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
-        if self.FUSED is None or not slot.fusable or not is_plain(p):
+        if self.FUSED is None or slot.low_rank:
             return False
         if slot.coded and not slot.dithers:  # kernels round every coded state at random
             return False
@@ -258,7 +265,10 @@ class LowMemOptimizer(Method, Optimizer):
         kind = slot.device, p.dtype, p.grad.dtype, slot.codec_names
         if kind not in runs:
             runs[kind] = kernel_runs(self.FUSED.kernel, p, slot.codec_names)
-        return runs[kind]
+        fits = slot.fusable and is_plain(p)
+        if runs[kind] and not fits:
+            warn_unfused(self.name, p, slot)
+        return fits and runs[kind]
 
     def state_bytes(self, p: Tensor, group: Group) -> int:
         """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""

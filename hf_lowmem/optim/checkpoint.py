@@ -132,7 +132,7 @@ def fit(slot: Slot, group: Group, raw: dict[str, Any], label: str) -> dict[str, 
     if not isinstance(slot, ShardedSlot):
         return raw | counts
     replicated = {name for name, state in rows.items() if not state.cut}
-    placed = {}
+    placed: dict[str, Tensor] = {}
     for key, value in raw.items():
         whole = value.ndim == 0 or key.split(".")[0] in replicated
         here = local(value) if whole or isinstance(value, DTensor) else slot.home.rows(value)

@@ -1,24 +1,29 @@
 """Steps made by one kernel a parameter, or one for many, in place of decode, update, encode and select.
 
 A method names its kernel and how it gets the method's numbers (`FusedStep`). Which parameters take it is decided here,
-by what the kernel supports: 8-bit codecs or fp32, contiguous weights and gradients, a GPU with Triton or a CPU with
-numba. All others take
-the loop of optim/stepping.py, which is what the kernel's reference is made of, so the results are the same.
+by what the kernel supports: 8-bit codecs or fp32, contiguous weights, a GPU with Triton or a CPU with numba. All others
+take the loop of optim/stepping.py, which is what the kernel's reference is made of, so the results are the same. It is
+many times slower on a GPU, so a warning says once why a parameter takes it there, and what would cure it.
 
 Kernels are told of a bad gradient by a flag on the device, so nothing is copied to be undone.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hf_lowmem.kernels import Kernel, current_impl
-from hf_lowmem.optim.slot import FLOATS, Slot
-from hf_lowmem.optim.state import Group
+from hf_lowmem.kernels.compare import on
+from hf_lowmem.optim.slot import FLOATS, KNOWN, Slot
+from hf_lowmem.optim.state import Group, in_dispatch_mode
 
-__all__ = ["FusedStep", "is_plain", "kernel_runs", "step_fused"]
+__all__ = ["FusedStep", "is_plain", "kernel_runs", "step_fused", "warn_unfused"]
+
+logger = logging.getLogger(__name__)
 
 
 class FusedStep(NamedTuple):
@@ -29,7 +34,7 @@ class FusedStep(NamedTuple):
     """
 
     kernel: Kernel
-    settings: Callable[[Group, list[int]], tuple[Any, ...]]
+    settings: Callable[[Group, list[int]], tuple[object, ...]]
 
 
 def kernel_runs(kernel: Kernel, p: Tensor, codecs: Sequence[str] = ()) -> bool:
@@ -44,7 +49,7 @@ def kernel_runs(kernel: Kernel, p: Tensor, codecs: Sequence[str] = ()) -> bool:
 
 
 def is_plain(p: Tensor) -> bool:
-    """Whether a parameter and its gradient are whole, dense, contiguous and of a dtype that kernels read."""
+    """Whether a parameter and its gradient are whole and dense, of dtypes that kernels read, the weights contiguous."""
     grad = p.grad
     return (
         grad is not None
@@ -54,8 +59,47 @@ def is_plain(p: Tensor) -> bool:
         and p.dtype in FLOATS
         and grad.dtype in FLOATS
         and p.is_contiguous()
-        and grad.is_contiguous()
     )
+
+
+def warn_unfused(method: str, p: Tensor, slot: Slot) -> None:
+    """Say, once for each reason, why a parameter takes the loop where others of its method have a kernel."""
+    on_cpu = slot.device.type == "cpu" and current_impl() == "auto"
+    if on_cpu or in_dispatch_mode():  # planned with, not trained
+        return
+    unknown = [name for name in slot.codec_names if name not in KNOWN]
+    if slot.sharded:
+        why = "its weights are cut by FSDP2", "Use DDP where the weights fit on one device"
+    elif unknown:
+        why = (
+            f"its states are stored as {' and '.join(dict.fromkeys(unknown))}",
+            f"Choose of {', '.join(sorted(KNOWN))}, or 8bit",
+        )
+    elif p.dtype not in FLOATS:
+        why = f"its weights are {p.dtype}", "Load the model in bfloat16 or float32"
+    else:
+        why = "its weights are not contiguous", "Set `p.data = p.data.contiguous()` before the optimizer is made"
+    _warn(method, *why)
+
+
+@functools.cache
+def _warn(method: str, reason: str, remedy: str) -> None:
+    logger.warning(
+        "%s: a parameter is stepped by tens of torch operators in place of one kernel, because %s. The result is the "
+        "same; the step is several times slower and has fp32 temporaries. %s.",
+        method,
+        reason,
+        remedy,
+    )
+
+
+class _Kind(NamedTuple):
+    """All by which one parameter's call differs from another's of the same group."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    codecs: tuple[str, ...]
 
 
 def step_fused(
@@ -63,31 +107,54 @@ def step_fused(
     entries: Sequence[tuple[Tensor, Slot]],
     group: Group,
     skipped_on: Callable[[torch.device], Tensor],
+    norm: Tensor | None = None,
 ) -> None:
     """One step of parameters of one group, all of which it can fuse: one call for all that are alike.
 
     Args:
         skipped_on: for a device the number of updates that were left out there; the kernel adds to it.
+        norm: of the gradient of the only entry, where it is known.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[Tensor, Slot]]] = {}
+    kinds: dict[_Kind, list[tuple[Tensor, Slot]]] = {}
     for p, slot in entries:
         assert p.grad is not None
-        kinds.setdefault((slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
-    for (device, _, _, codecs), members in kinds.items():
-        _step_alike(fused, members, codecs, group, skipped_on(device))
+        kinds.setdefault(_Kind(slot.device, p.dtype, p.grad.dtype, slot.codec_names), []).append((p, slot))
+    for kind, members in kinds.items():
+        _step_alike(fused, members, kind, group, skipped_on(kind.device), norm)
 
 
 def _step_alike(
-    fused: FusedStep, members: list[tuple[Tensor, Slot]], codecs: tuple[str, ...], group: Group, skipped: Tensor
+    fused: FusedStep,
+    members: list[tuple[Tensor, Slot]],
+    kind: _Kind,
+    group: Group,
+    skipped: Tensor,
+    norm: Tensor | None,
 ) -> None:
+    """One call for parameters of one kind."""
     params, slots = [p for p, _ in members], [slot for _, slot in members]
-    first = slots[0]
+    first, store = slots[0], slots[0].store
     for slot in slots:
         slot.count_step()
     moments = [[t for slot in slots for t in slot.tensors(name)] for name in first.states]
-    corrections = [slot.correction(p) for p, slot in members] if first.store.corrected else []
-    seeds = [slot.weight_seed for slot in slots] if first.store.draws else []
+    corrections = [slot.correction(p) for p, slot in members] if store.corrected else []
+    seeds = [slot.weight_seed for slot in slots] if store.draws else []
     state_seeds = [slot.state_seed for slot in slots] if first.dithers else []
     settings = fused.settings(group, [slot.step for slot in slots])
-    stored = *moments, *codecs, first.store.name
-    fused.kernel(params, [p.grad for p in params], skipped, corrections, *stored, seeds, state_seeds, *settings)
+    stored = *moments, *kind.codecs, store.name
+    grads = [p.grad.contiguous() for p in params if p.grad is not None]
+    args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings
+    direct = fused.kernel.directly(
+        first.device, (fused.settings, kind, store.name, first.dithers), lambda: _one_of(args)
+    )
+    if direct is None:
+        fused.kernel(*args)
+        return
+    with on(first.device):
+        direct(*args, norm=norm)
+    torch.autograd.graph.increment_version(params)
+
+
+def _one_of(args: tuple[object, ...]) -> tuple[object, ...]:
+    """Arguments of the same kind: all that is asked of a list is its first entry."""
+    return tuple(cast(list[object], a)[:1] if isinstance(a, list) else a for a in args)

@@ -1,4 +1,4 @@
-"""From a model to parameter groups: with names, split by weight decay, low-rank targets and experts apart.
+"""Parameter groups of a model: with names, split by weight decay, low-rank targets and experts apart.
 
 A group says everything about its parameters in plain values, because FSDP2 replaces the entries of
 `group["params"]` after the optimizer was made: knowledge kept in a dict by Parameter would be lost.
@@ -31,7 +31,7 @@ def is_experts(module: nn.Module, p: torch.Tensor) -> bool:
     embeddings, query tokens, convolutions (weight-normed ones too) and heads split off a projection have no such
     number. A module of one's own says it by an attribute `num_experts`.
     """
-    if p.ndim != 3 or min(p.shape) < 2 or isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):
+    if p.ndim != 3 or min(p.shape) < 2 or isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Bilinear):
         return False
     return any(getattr(module, count, None) == p.shape[0] for count in COUNTS_OF_EXPERTS)
 
@@ -63,7 +63,7 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, str, str, nn.Parameter]]:
 
 def head_weights(head: nn.Module) -> Iterator[torch.Tensor]:
     """The weights of an output head: its own, and the copies that PEFT keeps of it for each adapter, active or not."""
-    weight = head._parameters.get("weight")
+    weight = dict(head.named_parameters(recurse=False)).get("weight")
     if weight is not None:
         yield weight
     inside = [getattr(head, name, None) for name in ("original_module", "base_layer", "token_adapter")]
@@ -109,7 +109,7 @@ def parameter_groups(
         raise ValueError(
             f"the model ({type(model).__name__}) has no trainable parameter. Set requires_grad=True on some."
         )
-    low_rank = _low_rank(model, spec, rank) if rank is not None else set()
+    low_rank = _low_rank(model, spec, rank) if rank is not None else set[int]()
     experts: set[int] = set()
     if batches:
         experts = {id(p) for m in model.modules() for p in m.parameters(recurse=False) if is_experts(m, p)}
@@ -156,7 +156,7 @@ def _low_rank(model: nn.Module, spec: OptimSpec, rank: int) -> set[int]:
 
 
 def _without_effect(spec: OptimSpec, rank: int, sides: list[int], left: list[nn.Parameter]) -> str:
-    """What a rank leaves to Adam, in numbers, and which rank would not."""
+    """Warning that a rank leaves weights to plain Adam: how many, and which rank would not."""
     given = "" if spec.rank is not None else "its default "
     asked = f"{spec.label('name')}={spec.name!r} with {given}rank={rank}"
     if not sides:

@@ -69,7 +69,7 @@ def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: 
 
 
 class Skipped(NamedTuple):
-    """What an optimizer has left out since its run began.
+    """Counts of what an optimizer has left out since its run began.
 
     Args:
         updates: of single parameters.
@@ -111,7 +111,7 @@ class SkipCount:
             self._open += 1
 
     def end_step(self) -> None:
-        """All updates since the last call were of one step."""
+        """End a step: all updates since the last call belong to it."""
         bad_here = self._open > 0
         updates, steps, in_a_row = self._host
         if not self._devices:

@@ -20,6 +20,11 @@ from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
 
 
+def step_settings(group: Group, steps: list[int]) -> tuple[object, ...]:
+    """Last arguments of LION_STEP: see FusedStep."""
+    return group["lr"], *group["betas"], group["weight_decay"]
+
+
 class Lion(LowMemOptimizer):
     """Lion (arXiv 2302.06675) whose momentum is stored by a codec.
 
@@ -47,7 +52,7 @@ class Lion(LowMemOptimizer):
     STATES = {"exp_avg": StateDecl(signed=True)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
     ELEMENTWISE = True
-    FUSED = FusedStep(LION_STEP, lambda g, steps: (g["lr"], *g["betas"], g["weight_decay"]))
+    FUSED = FusedStep(LION_STEP, step_settings)
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
         exp_avg = slot.load("exp_avg")

@@ -42,9 +42,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             return
         seen.add(module)
         yield path, name, module
-        for child, inner in module._modules.items():
-            if inner is not None:
-                yield from walk(inner, _join(path, child), name if _wraps(module, child) else _join(name, child))
+        for child, inner in module.named_children():
+            yield from walk(inner, _join(path, child), name if _wraps(module, child) else _join(name, child))
 
     return walk(model, "", "")
 
@@ -53,8 +52,8 @@ def named_parameters(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
     """(path, name, parameter) of each parameter of a model, a tied one once; the names are all different."""
     found: dict[int, tuple[str, str, nn.Parameter]] = {}
     for path, name, module in named_modules(model):
-        for own, p in module._parameters.items():
-            if p is not None and id(p) not in found:
+        for own, p in module.named_parameters(recurse=False):
+            if id(p) not in found:
                 found[id(p)] = _join(path, own), _join(name, own), p
     paths, names = [path for path, _, _ in found.values()], [name for _, name, _ in found.values()]
     kept = _distinct(paths, names)
@@ -67,7 +66,7 @@ def without_wrappers(names: Sequence[str]) -> list[str]:
 
 
 def stream_name(name: str, others: Sequence[str]) -> str:
-    """What a parameter's random numbers start from. DDP's `module.`, which all names then begin with, has no part."""
+    """Name from which a parameter's random numbers are derived: without DDP's `module.`, if all names begin with it."""
     depth = 0
     while all(other.startswith("module." * (depth + 1)) for other in others):
         depth += 1

@@ -1,4 +1,4 @@
-"""What a parameter group holds: the user's options, a method's defaults for the rest, and no option without effect."""
+"""Options of a parameter group: the user's, a method's defaults for the rest, and no option without effect."""
 
 import math
 from typing import Any

@@ -21,7 +21,7 @@ def small_apart(groups: list[Group], below: int) -> list[Group]:
 
     Inside the vector nobody can tell a norm's few weights, whose states are not compressed, from a matrix's.
     """
-    apart = []
+    apart: list[Group] = []
     for group in groups:
         small = [(name, p) for name, p in group["params"] if p.numel() < below]
         large = [(name, p) for name, p in group["params"] if p.numel() >= below]

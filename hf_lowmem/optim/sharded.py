@@ -57,7 +57,7 @@ def row_dim(state: State, shape: torch.Size, group: Group) -> int | None:
 
 def row_layout(whole: Mapping[str, State], shape: torch.Size, group: Group) -> dict[str, State]:
     """The states of a parameter of `shape` over all processes, with what is cut in front and each row for itself."""
-    found = {}
+    found: dict[str, State] = {}
     for name, state in whole.items():
         dim = row_dim(state, shape, group)
         if dim is None:
@@ -116,6 +116,9 @@ class ShardedSlot(Slot):
         here, codec = {k: local(v) for k, v in found.items()}, self.rows[name].codec
         return codec.flat(here) if isinstance(codec, RowCodec) and codec.aligned else here
 
+    def tensors(self, name: str) -> list[Tensor]:
+        return list(self._ensure(name).values())
+
     def _allocate(self, name: str) -> None:
         state = self.rows[name]
         self.raw.setdefault(BY_ROWS, count(1))
@@ -126,7 +129,7 @@ class ShardedSlot(Slot):
 
 
 def agreed(entries: Sequence[tuple[Tensor, ShardedSlot]]) -> list[Tensor]:
-    """For each sharded parameter, whether its gradient is good on all processes: one all-reduce for all of them."""
+    """Flags, one a sharded parameter: whether its gradient is good on all processes. One all-reduce for all."""
     return agree([_finite_here(p, slot.raw) for p, slot in entries], [slot.home for _, slot in entries])
 
 

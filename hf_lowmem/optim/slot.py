@@ -27,8 +27,8 @@ from hf_lowmem.optim.state import (
     Group,
     State,
     StateDecl,
+    StepCount,
     count,
-    count_step,
     encoded_in,
     is_finite,
     number,
@@ -55,7 +55,7 @@ def is_low_rank(shape: torch.Size, rank: int | None) -> bool:
 
 
 class Slot:
-    """What is decided once for a parameter, and its state.
+    """One parameter's state, and the decisions that are taken once for it.
 
     Args:
         p: the parameter; only read here.
@@ -117,6 +117,7 @@ class Slot:
         self.facts: tuple[Any, ...] = ()
         self._ident, self._groups = id(p), groups
         self.raw: dict[str, Any] = {}
+        self._count = StepCount()
         self.open({})
 
     def _states(self, p: Tensor, group: Group) -> dict[str, State]:
@@ -146,14 +147,14 @@ class Slot:
 
     @property
     def step(self) -> int:
-        """How many updates the parameter has had; in an update, that one included."""
+        """Number of updates that the parameter has had; during an update, that one included."""
         if self._step is None:
             self._step = number(self.raw["step"]) if "step" in self.raw else 0
         return self._step
 
     def count_step(self) -> None:
         """Count one update more, in the state."""
-        self._step, self._state_seed = count_step(self.raw), None
+        self._step, self._state_seed = self._count.one_more(self.raw), None
 
     @property
     def key(self) -> int:
@@ -213,7 +214,8 @@ class Slot:
 
     def tensors(self, name: str) -> list[Tensor]:
         """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""
-        return list(self._ensure(name).values())
+        keys = self._keys.get(name)
+        return list(self._ensure(name).values()) if keys is None else [self.raw[key] for key in keys.values()]
 
     def weights(self, p: Tensor, finite: Tensor, *, keep: bool) -> Weights:
         """The parameter's weights, or those of a chunk `p` of it, for one update; the arguments as in `Weights`."""

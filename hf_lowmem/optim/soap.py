@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.adamw.reference import adam_direction, corrected_lr
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Shape, StateDecl
 from hf_lowmem.specs import check_flag, check_number
@@ -70,8 +71,8 @@ def solved(factor: Tensor) -> Tensor:
     """Eigenvectors by rising eigenvalue, in fp64 where the solver says that it has failed; NaN where that fails."""
     for dtype in (factor.dtype, torch.float64):
         try:
-            return torch.linalg.eigh(factor.to(dtype)).eigenvectors.to(factor.dtype)
-        except torch.linalg.LinAlgError:
+            return linalg.eigh(factor.to(dtype)).eigenvectors.to(factor.dtype)
+        except linalg.LinAlgError:
             continue
     return torch.full_like(factor, torch.nan)
 
@@ -88,7 +89,7 @@ def refresh_(sides: Sequence[Side], exp_avg: Tensor, exp_avg_sq: Tensor) -> None
         order = (side.basis * product).sum(-2).argsort(descending=True, stable=True)  # (..., d)
         along = order.unsqueeze(-1 if side.dim == -2 else -2)
         exp_avg_sq.copy_(exp_avg_sq.take_along_dim(along, side.dim))
-        side.basis.copy_(torch.linalg.qr(product.take_along_dim(order.unsqueeze(-2), -1)).Q)
+        side.basis.copy_(linalg.qr(product.take_along_dim(order.unsqueeze(-2), -1)).Q)
     exp_avg.copy_(rotate(plain, sides))
 
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]  # torch has no public way out of a dispatch mode
+)
 
 from hf_lowmem.codecs import CODECS, StateCodec
 
@@ -38,25 +40,35 @@ def count(value: int) -> Tensor:
 
 
 def number(value: Tensor | int) -> int:
-    """What `count` made. Version 0.1.0 had plain numbers, and whoever moves a state moves these along."""
+    """The int in a whole number of a state: a tensor that `count` made, or a plain number, as version 0.1.0 had."""
     return int(_really(value.item)) if isinstance(value, Tensor) else value
 
 
-def count_step(raw: dict[str, Any]) -> int:
-    """Count one update more, in place; how many there have been."""
-    step = raw.get("step")
-    if not isinstance(step, Tensor) or step.device.type != "cpu":
-        raw["step"] = step = count(0 if step is None else number(step))
-    return _really(_one_more, step)
+class StepCount:
+    """The `step` of a state, counted in its memory: torch's own operators take ten times as long for one number."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+
+    def one_more(self, raw: dict[str, Any]) -> int:
+        """Count one update more, in place; how many there have been."""
+        step = raw.get("step")
+        if step is None or step is not self._tensor or step.data_ptr() != self._address:
+            if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.int64:
+                raw["step"] = step = count(0 if step is None else number(step))
+            self._tensor, self._address, self._memory = step, step.data_ptr(), _really(step.numpy)
+        self._memory += 1
+        return int(self._memory)
 
 
-def _one_more(step: Tensor) -> int:
-    return int(step.add_(1).item())
+def in_dispatch_mode() -> bool:
+    """Whether torch's operators go to somebody else first, as under FakeTensorMode."""
+    return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage]
 
 
 def _really(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `function` does outside of every dispatch mode; asking whether there is one takes no time."""
-    if not _get_current_dispatch_mode_stack():
+    """Call `function` outside of every dispatch mode; asking whether there is one takes no time."""
+    if not in_dispatch_mode():
         return function(*args, **kwargs)
     with _disable_current_modes():
         return function(*args, **kwargs)
@@ -126,7 +138,7 @@ def whole_layout(
     decls: Mapping[str, StateDecl], codecs: tuple[StateCodec, StateCodec], shape: Shape, group: Group
 ) -> dict[str, State]:
     """The states of a parameter of `shape` as one process keeps them."""
-    found = {}
+    found: dict[str, State] = {}
     for name, decl in decls.items():
         own = decl.shape(shape, group)
         if own is not None:

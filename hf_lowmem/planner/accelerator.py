@@ -89,7 +89,7 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
 
 @contextlib.contextmanager
 def as_with_real_tensors() -> Iterator[None]:
-    """Inside a fake mode, make small tables of real values, and let models run and move as they do with real tensors.
+    """Let models run and move inside a fake mode as they do with real tensors, and make small tables of real values.
 
     Tables are computed by numbers that fake tensors do not have, and outlive the simulation.
     """

@@ -1,4 +1,4 @@
-"""What a simulated step has that a real one has, and what it has not: a plan of the latter would be a wrong number.
+"""Settings that a simulated step cannot show: they are refused, because their plan would be a wrong number.
 
 The trainer's own code runs in a simulation, so most settings need no word here. What does: settings that a step obeys
 outside of Python, or before it begins; and optimizers, whose states may be of kinds that fake tensors cannot have. The

@@ -194,7 +194,7 @@ def _per_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
 
 
 def period_of(config: PreTrainedConfig) -> int:
-    """After how many layers their kinds repeat: 1 where all are alike; Gemma 3 has five of one kind and one other."""
+    """Number of layers after which their kinds repeat: 1 where all are alike, 6 for Gemma 3."""
     count, lists = layer_count(config), list(_per_layer(config).values())
     return next(p for p in range(1, count + 1) if all(v[i] == v[i - p] for v in lists for i in range(p, count)))
 

@@ -89,8 +89,10 @@ def highest(moments: Sequence[Moment]) -> Moment:
 
 
 def edge_of(period: int) -> int:
-    """How many layers at either end are compared with their like in another depth by their distance from that end:
-    one whole period, and the outermost, which may be special."""
+    """Number of layers at either end that are matched across depths by their distance from that end.
+
+    One whole period, and the outermost layer, which may be special.
+    """
     return period + 1
 
 
@@ -148,7 +150,7 @@ def extrapolate(measured: dict[int, list[Moment]], depth: int, period: int = 1) 
 
 
 def _filled(made: dict[Key, Moment], period: int) -> list[Moment]:
-    """In the order of the step, the inner layers one by one: those of a kind are a linear function of their number."""
+    """All moments in the order of the step. Inner layers are added one by one, as bytes are linear in their number."""
     ordered: list[Moment] = []
     for mark in sorted({mark for mark, _ in made}):
         here = {label: moment for (m, label), moment in made.items() if m == mark}

@@ -1,4 +1,4 @@
-"""From a log of storages to what a person asks: the peak, what it consists of, when, and where.
+"""Parts of a step's memory, from a log of storages: the peak, what it consists of, when, and where.
 
 A storage belongs to one part, the first that fits:
 

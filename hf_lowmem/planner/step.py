@@ -263,8 +263,10 @@ LAUNCHED = (
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No trace of a simulated run: random streams, accelerate's singletons, warnings and log levels as before. Inside,
-    this is one process, whatever launched it."""
+    """Context that leaves no trace of a simulated run: random streams, singletons of accelerate, warnings, log levels.
+
+    Inside, this is one process, whatever launched it.
+    """
     states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
     before = [dict(state) for state in states]
     randoms = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""What a batch of pairs must hold beside its tokens, put there while the tensors are on the host.
+"""Additions to a batch of pairs, computed while its tensors are on the host.
 
 A collator around TRL's, rather than one of our own: TRL's pads and truncates, and a user may have passed another. What
 is added needs the host: on a GPU, looking for an empty row or hashing tokens would make it wait at every step.

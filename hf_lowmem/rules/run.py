@@ -106,7 +106,7 @@ class Run:
         return replace(self, said={**self.said, **(said or {})}, **known)
 
     def asking(self, other: "Run") -> Self:
-        """This run with what another one asks of us, and no more of it."""
+        """A copy of this run with the fields, tiers, optimizer and budget of `other`, and nothing else of it."""
         asks = ("optim", "fields", "spec", "tiers", "stochastic", "in_backward", "budget")
         said = {name: words for name, words in other.said.items() if name in asks}
         return self.knowing(said, **{name: getattr(other, name) for name in asks})

@@ -1,4 +1,4 @@
-"""What a run was, and what it took: written down while it trains, shown as a model card, compared with other runs.
+"""Report of a run, of its settings, memory, loss and speed: written while it trains, shown as a card, compared.
 
     facts       what is said of a run before it starts: settings, model, data, versions, device
     record      the run's report as it grows: memory, loss and speed of each training, also over resumptions

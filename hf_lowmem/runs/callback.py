@@ -1,4 +1,4 @@
-"""What a run of transformers' Trainer keeps in memory, counted while it trains, and handed to the Trainer's loggers.
+"""Memory of a run of transformers' Trainer, counted while it trains, and handed to the Trainer's loggers.
 
 **How numbers get to the loggers.** The Trainer hands one dict of metrics to all callbacks, one after the other, and W&B
 and the others are callbacks. So whoever stands before them in the list can add to that dict. The Trainer puts those of
@@ -250,7 +250,7 @@ class MemoryReportCallback(TrainerCallback):
         return {f"peak_{kind}": self.report["peak"], f"peak_{kind}_added": self.report["peak_added"]}
 
     def _to_history(self, state: TrainerState, numbers: dict[str, int]) -> None:
-        """Into the row that was just logged."""
+        """Add numbers to the row that was just logged."""
         if not state.log_history or state.log_history[-1].get("step") != state.global_step:
             state.log_history.append({"epoch": state.epoch, "step": state.global_step})
         state.log_history[-1] |= {f"lowmem/{name}": size for name, size in numbers.items()}

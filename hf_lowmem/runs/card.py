@@ -255,5 +255,5 @@ def _count(processes: int | None) -> str:
 
 
 def safe(value: Any) -> str:
-    """For a cell of a table, and without a comment that could end ours."""
+    """Text for a cell of a table: one line, without `|`, and without a comment that could end ours."""
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").replace("<", "&lt;")

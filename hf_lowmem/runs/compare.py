@@ -34,9 +34,10 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def compare(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What differs and what was measured, as plain values; None where it was not.
+    """Settings that differ and figures that were measured, as plain values; None where one was not measured.
 
-    runs: name -> report
+    Args:
+        runs: name → report.
     """
     found: dict[str, Any] = {"runs": {}, "differing": {}}
     for kind in (lambda report: report["settings"], _identity):
@@ -62,7 +63,7 @@ def compare(runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _identity(report: dict[str, Any]) -> dict[str, Any]:
-    """What is no setting and yet explains a difference."""
+    """Facts of a run that are no settings and yet explain a difference: trainer, device, model, data, versions."""
     model, data = report["model"], report["dataset"]
     values = (report["trainer"], report["device"], report["processes"], model.get("name"), model.get("parameters"))
     facts = dict(zip(IDENTITY, (*values, data.get("name"), data.get("rows")), strict=True))

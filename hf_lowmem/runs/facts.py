@@ -1,5 +1,5 @@
-"""What can be said of a run before it starts. Plain values only, and none that tells of the machine's folders or names
-a token: a card is for everybody's eyes.
+"""Facts of a run before it starts. Plain values only, and none that shows a folder of the machine or a token, because
+a card may be public.
 """
 
 import dataclasses
@@ -81,8 +81,7 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """As JSON may hold it: an enum's value, "nan" for a number that is none, a folder's name without its path; None for
-    objects."""
+    """A value for JSON: an enum's own, "nan" or "inf" as text, a folder's name without its path; None for objects."""
     if isinstance(value, Enum):
         value = value.value
     if value is None or isinstance(value, bool | int):
@@ -109,7 +108,7 @@ def public_name(model: str) -> str:
 
 
 def dataset_name(dataset: Any) -> str | None:
-    """What `load_dataset` was asked for; None for files and for what was made on the spot."""
+    """Name with which `load_dataset` was called; None for files and for data made in memory."""
     info = getattr(dataset, "info", None)
     names = (getattr(info, "dataset_name", None), getattr(info, "builder_name", None))
     return next((name for name in names if isinstance(name, str) and name not in NAMELESS), None)

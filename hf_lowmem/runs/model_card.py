@@ -69,8 +69,11 @@ def write_card(trainer: Any, parents: Callable[..., None], *args: Any, **kwargs:
 
 
 def write_last_card(trainer: Any, parents: Callable[..., None]) -> None:
-    """At the end of a training. transformers' own card asks the hub for the base model's licence, which nobody has
-    asked for here: its trainers get the template's."""
+    """Write the card at the end of a training.
+
+    transformers' own card asks the hub for the base model's licence, which nobody has asked for here: its trainers get
+    the template's.
+    """
     reporter = _measuring(trainer)
     if reporter is None or reporter.record is None or not trainer.is_world_process_zero():
         return

@@ -1,4 +1,4 @@
-"""What is measured of a run's memory: how each part is called, drawn, and found in a plan."""
+"""Parts of a run's memory that are measured: label, colour in a plot, and name in a plan."""
 
 from typing import NamedTuple
 

@@ -16,14 +16,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunRecord:
-    """What is known of the run that is training now.
+    """Record of the run that is training now.
 
-    facts:     as of `describe`
-    trainings: {"from_step", "to_step", "finished", "memory", "speed"}; the last is the one under way
-    results:   of the latest: losses, steps, epochs
-    history:   {"step", "epoch", "loss" or "eval_loss"}
-    predicted:  as of `predicted_of`
-    frame:     the card that the trainer's own class has made, to put the section into
+    Attributes:
+        facts: result of `describe`.
+        trainings: {"from_step", "to_step", "finished", "memory", "speed"} each; the last is the one under way.
+        results: losses, steps and epochs of the latest training.
+        history: {"step", "epoch", "loss" or "eval_loss"} each.
+        predicted: result of `predicted_of`.
+        frame: the card that the trainer's own class has made, into which the section is put.
     """
 
     facts: dict[str, Any]
@@ -64,7 +65,7 @@ class RunRecord:
         )
 
     def update(self, state: Any, memory: dict[str, Any], *, finished: bool | None) -> None:
-        """What is known by now. `state`: the trainer's; `memory`: MemoryReportCallback.report, without modules."""
+        """Update the record. `state`: the trainer's; `memory`: MemoryReportCallback.report, without modules."""
         rows = state.log_history[self.rows_before :]
         self.tokens = next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), self.tokens_before)
         speed = speed_of(rows, self.tokens - self.tokens_before)
@@ -87,5 +88,5 @@ class RunRecord:
         }
 
     def write(self, folder: Path) -> None:
-        """Into `folder`. Raises OSError."""
+        """Write the report into `folder`. Raises OSError."""
         write_report(folder, self.to_dict())

@@ -94,8 +94,11 @@ def read_report(run: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def predicted_of(plan: Any, source: str) -> dict[str, Any]:
-    """What a report keeps of a plan (`Plan.to_dict()`, or what `hf-lowmem plan --json` prints): each part at its own
-    highest, the activations that wait for backward, and the peak.
+    """Figures of a plan for a report: each part at its own highest, the activations saved for backward, the peak.
+
+    Args:
+        plan: `Plan.to_dict()`, or what `hf-lowmem plan --json` prints.
+        source: name of the plan in errors.
 
     Raises:
         BadReport: where it is no plan; the message names `source`.

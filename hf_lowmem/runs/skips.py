@@ -52,7 +52,7 @@ def add_skipped(logs: dict[str, Any], optimizer: Any, told: int) -> int:
 
 
 def warning_of(found: Any) -> str:
-    """What a user should know, and can do, of an optimizer's `skipped()`."""
+    """Warning about an optimizer's `skipped()`: the counts, and what a user can do."""
     last = f", the last {found.in_a_row} of them in a row" if found.in_a_row else ""
     return (
         f"{found.steps} steps have left out updates so far ({found.updates} updates of single parameters){last}: a "

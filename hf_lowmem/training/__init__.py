@@ -1,4 +1,4 @@
-"""What hosts see: fields of their arguments, trainers of their classes, and a plugin for loops of one's own.
+"""Entry points from HuggingFace: fields of training arguments, trainers, and a plugin for loops of one's own.
 
 arguments     the fields, settled and checked at construction
 own_defaults  Adam's settings that were left open: the optimizer's own

@@ -10,6 +10,7 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 import copy
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Self
@@ -359,6 +360,9 @@ class LowMemTrainingArguments(LowMemArguments, TrainingArguments):
     """`transformers.TrainingArguments` with the fields of `LowMemArguments`."""
 
 
+trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()  # all that are alive: no event hands a callback its own
+
+
 def _make_trainer(cls: type, *args: Any, **kwargs: Any) -> Any:
     """`Trainer.__new__`: a trainer that is handed our config is ours of its class, or nobody would read the fields."""
     handed = any(isinstance(value, LowMemArguments) for value in (*args, *kwargs.values()))
@@ -366,8 +370,10 @@ def _make_trainer(cls: type, *args: Any, **kwargs: Any) -> Any:
         from hf_lowmem.training.wrap import trainer_with_lowmem  # which stands above our trainers
 
         cls = trainer_with_lowmem(cls)
-    return object.__new__(cls)
+    made = object.__new__(cls)
+    trainers.add(made)
+    return made
 
 
-_make_trainer.__signature__ = inspect.signature(Trainer.__init__)  # type: ignore[attr-defined]
-Trainer.__new__ = _make_trainer  # type: ignore[method-assign]
+_make_trainer.__signature__ = inspect.signature(Trainer.__init__)
+Trainer.__new__ = _make_trainer

@@ -7,7 +7,6 @@ Both work with the Trainer as it is, beside `optimizers=(make_optimizer(...), No
 """
 
 import functools
-import sys
 import weakref
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_lowmem import rules
 from hf_lowmem.activations import OwnedTiers, Report, rehearsal
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.specs import ActivationSpec
+from hf_lowmem.training.arguments import trainers
 
 __all__ = ["LowMemCallback", "MemoryReportCallback"]
 
@@ -116,7 +116,7 @@ class LowMemCallback(MemoryReportCallback):
                 self.close()
 
         closing.closes = self  # type: ignore[attr-defined]
-        trainer.train = closing  # type: ignore[method-assign]
+        trainer.train = closing
 
     def _check(self, args: TrainingArguments) -> None:
         assert self.spec is not None
@@ -131,11 +131,6 @@ class LowMemCallback(MemoryReportCallback):
 
 
 def _trainer_of(callback: LowMemCallback) -> Trainer | None:
-    """The trainer that is being made and has this callback: no event hands it over."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
-            return found
-        frame = frame.f_back
-    return None
+    """The trainer that is being made and has this callback."""
+    handlers = ((trainer, getattr(trainer, "callback_handler", None)) for trainer in list(trainers))
+    return next((trainer for trainer, has in handlers if has is not None and callback in has.callbacks), None)

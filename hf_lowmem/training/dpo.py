@@ -44,7 +44,7 @@ TOO_LATE = (
 
 
 class Captured:
-    """Stands in for a model while it is called once through its fused head, and keeps what came out.
+    """A model's stand-in for one call through its fused head, whose result it keeps.
 
     Args:
         model: the model as the trainer wraps it.
@@ -63,7 +63,7 @@ class Captured:
 
 @contextlib.contextmanager
 def _replaced(target: Any, **values: Any) -> Iterator[None]:
-    """While the block runs, attributes of `target` have other values."""
+    """Set attributes of `target` to other values while the block runs."""
     before = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():

@@ -24,7 +24,7 @@ _CHOSEN = "_lowmem_chosen"
 
 
 def _defaults(name: str) -> dict[str, float]:
-    """What the fields are with an optimizer, if nobody chose them."""
+    """Values of the fields for an optimizer where a user chose none: name of a field → its default."""
     own = OPTIMIZERS[name].DEFAULTS if name in OPTIMIZERS else {}
     betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
     return dict(zip(ADAM_DEFAULTS, (*betas, own.get("eps", ADAM_DEFAULTS["adam_epsilon"])), strict=True))

@@ -53,7 +53,7 @@ def _backward(self: Accelerator, loss: Any, **kwargs: Any) -> None:
     _plain_backward(self, loss, **kwargs)
 
 
-Accelerator.backward = _backward  # type: ignore[method-assign]
+Accelerator.backward = _backward
 
 
 def _no_clipping(*args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class LowMemPlugin(LowMemArguments):
             ready = (lambda: accelerator.sync_gradients) if OPTIMIZERS[self.optim].ACCUMULATES else None
             self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
             self._put_on.append(self.stepping)
-            accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _no_clipping  # type: ignore[method-assign]
+            accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _no_clipping
             self._undo_clipping = lambda: [vars(accelerator).pop(f"clip_grad_{n}_", None) for n in ("norm", "value")]
         self._taken()
         _prepared.add(accelerator)

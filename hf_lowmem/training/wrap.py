@@ -44,7 +44,7 @@ def with_lowmem(config_class: type[Config]) -> type[Config]:
         return config_class
     ready = _ready_config(config_class)
     if ready is not None:
-        return ready  # type: ignore[return-value]
+        return ready
     namespace = {"__module__": __name__, "__doc__": config_class.__doc__, "__reduce__": _reduce}
     made = dataclass(type(f"LowMem{config_class.__name__}", (LowMemArguments, config_class), namespace))
     made._lowmem_base = config_class  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How weights live: what is kept of a weight between two steps, and how an update is written into it.
+"""Weight stores: what is kept of a weight between two steps, and how an update is written into it.
 
 A bf16 weight has 8 significant bits. An update below a 512th of it rounds to nothing, which at the learning rates of
 fine-tuning is most of them. The usual cure is an fp32 copy of every weight, 4 bytes more. Here are two cheaper ones; in

@@ -10,7 +10,7 @@ __all__ = ["Weights"]
 
 
 class Weights:
-    """What an update reads and writes: the one place where stored weights are touched, but for the kernels.
+    """Access of an update to stored weights: everything but a kernel reads and writes them here.
 
     Args:
         p: the parameter, or a chunk of it.

@@ -74,7 +74,7 @@ def of_batch(config: LlamaConfig, batch: int, tokens: int, budgets: tuple[str, .
     for budget in budgets:
         clock = time.perf_counter(), time.process_time()
         try:
-            found: Any = asked.within(f"budget={budget!r}", parse_bytes("budget", budget)).answer(tokens)
+            found: Any = asked.for_budget(f"budget={budget!r}", parse_bytes("budget", budget)).answer(tokens)
         except NothingFits as refused:
             found = refused
         own = time.perf_counter() - clock[0], time.process_time() - clock[1]

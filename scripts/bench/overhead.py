@@ -12,6 +12,8 @@ nearly all of the time is what a parameter or a saved tensor costs whatever its 
     no update  the loop of a method whose `update` does nothing: what is around the mathematics alone
     fused      the path of a GPU with Triton, its kernels replaced by nothing: all of it is Python
     tape       a forward and backward pass with a tier less the same without, divided by the tensors that the tape saw
+    launch     the path of a GPU down to Triton's launches, each of which is counted and does nothing; torch's kernels
+               are counted in a step of their own, and run here in the time, a few microseconds each
 
 A row is the median over repeats of process time (user and system) with the garbage collector off and one thread.
 """
@@ -29,11 +31,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem.activations import convert, undo
 from hf_lowmem.activations.tape import Tape
 from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
+from hf_lowmem.optim.backward import StepInBackward
 from parts.record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
 
 RECORD = RECORDS / "overhead.jsonl"
@@ -50,6 +55,15 @@ STEPS: dict[str, tuple[str, str, str]] = {
     "apollo_mini 8bit": ("apollo_mini", "8bit", "loop"),
 }
 TIERS = ("exact", "fp8")
+LAUNCHES: dict[str, tuple[str, bool]] = {
+    # setting, all with 8bit states and bf16_sr: method, whether in backward
+    "adamw": ("adamw", False),
+    "adamw in backward": ("adamw", True),
+    "apollo": ("apollo", False),
+    "apollo_mini": ("apollo_mini", False),
+}
+# What a GPU has no kernel for: views, memory, and what tensors are made of.
+NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "_local_scalar_dense"}
 
 
 def parameters() -> list[tuple[str, nn.Parameter]]:
@@ -71,19 +85,19 @@ def parameters() -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-def build(method: str, state: str, path: str) -> LowMemOptimizer:
-    """The optimizer; a low-rank one's rank is its usual quarter of the hidden size, of linear weights alone."""
+def build(method: str, state: str, path: str, weights: str = "keep", width: int = 4096 // 4) -> LowMemOptimizer:
+    """The optimizer; a low-rank one's rank is a quarter of the hidden size, or another `width`, of linear weights."""
     cls = OPTIMIZERS[method]
     if path == "no update":
         cls = type(cls.__name__, (cls,), {"update": lambda *args: None})
     named = parameters()
     groups: list[dict[str, Any]] = [{"params": named}]
     if "rank" in cls.DEFAULTS:
-        rank = 1 if method == "apollo_mini" else 4096 // SMALLER // 4
+        rank = 1 if method == "apollo_mini" else width // SMALLER
         low = [(k, p) for k, p in named if k.startswith("layers.") and p.ndim == 2 and min(p.shape) > rank]
         rest = [(k, p) for k, p in named if all(p is not q for _, q in low)]
         groups = [{"params": low, "rank": rank}, {"params": rest, "rank": None}]
-    return cls(groups, lr=1e-6, state=state, weight_decay=0.01)
+    return cls(groups, lr=1e-6, state=state, weights=weights, weight_decay=0.01)
 
 
 def _no_reason(*args: Any) -> str:
@@ -133,6 +147,78 @@ def steps(repeats: int) -> Iterator[dict[str, Any]]:
         yield {"part": "step", "setting": setting, "parameters": count, "microseconds": round(each * 1e6, 1)}
 
 
+class TorchKernels(TorchDispatchMode):
+    """The number of torch's operators that would start a kernel on a GPU: not views, nor what has whole numbers only,
+    which an optimizer's state keeps on the CPU. Ours are called past their operators, to look into them."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        first = next((x for x in (result, *args) if isinstance(x, Tensor)), None)
+        on_host = first is not None and first.dtype == torch.int64
+        self.count += not (func.is_view or on_host or func.overloadpacket.__name__ in NO_KERNEL)
+        return result
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[str]]:
+    """Inside, Triton's launches do nothing but add a name; sizes divide parameters as a real model's do."""
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+
+    def launch(self: JITFunction, *args: object, **kwargs: object) -> None:
+        names.append(self.__name__)
+
+    with (
+        use_kernels("triton"),
+        mock.patch.object(Kernel, "unsupported", _no_reason),
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch("hf_lowmem.kernels.step.launch.SMALL", 4096 // SMALLER),  # norms are small, and nothing else
+        mock.patch("hf_lowmem.optim.slot.SMALLEST_COMPRESSED", 4096 // SMALLER + 1),
+        mock.patch("hf_lowmem.optim.slot.reads_are_free", return_value=False),
+    ):
+        yield names
+
+
+def stepping_in_backward(optimizer: LowMemOptimizer) -> Callable[[], None]:
+    """What a backward pass does for the optimizer, and the step after it."""
+    stepping = StepInBackward(optimizer)
+    work = [(i, p, p.grad) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+
+    @torch.no_grad()  # as a hook is called
+    def step() -> None:
+        for i, p, grad in work:
+            p.grad = grad
+            stepping._update(p, i)
+        optimizer.step()
+
+    return step
+
+
+def launches(repeats: int) -> Iterator[dict[str, object]]:
+    """One row for each setting of `LAUNCHES`."""
+    for setting, (method, in_backward) in LAUNCHES.items():
+        optimizer = build(method, "8bit", "launch", "bf16_sr", 256)
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        step = stepping_in_backward(optimizer) if in_backward else optimizer.step
+        with counting() as names:
+            whole = seconds(step, repeats)
+            names.clear()
+            step()
+            triton = len(names)
+            with (
+                mock.patch.object(Kernel, "__call__", lambda self, *args: self.pick(*args)(*args)),
+                TorchKernels() as t,
+            ):
+                step()
+        row = {"part": "launch", "setting": f"{setting} 8bit bf16_sr", "parameters": count, "triton": triton}
+        yield row | {"torch": t.count, "microseconds": round(whole / count * 1e6, 1), "step_ms": round(whole * 1e3, 2)}
+
+
 def tapes(repeats: int) -> Iterator[dict[str, Any]]:
     """One row for each tier: what a saved tensor costs more than without it."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -170,22 +256,31 @@ def saved_tensors(work: Callable[[], None]) -> int:
     return seen
 
 
+PARTS = {"step": steps, "tape": tapes, "launch": launches}
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """A table with a column for each label, in microseconds a parameter or a saved tensor."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    by = {(row["part"], row["setting"], row["label"]): row["microseconds"] for row in rows}
+    by = {(row["part"], row["setting"], row["label"]): _cell(row) for row in rows}
     lines = ["| µs a parameter or saved tensor | " + " | ".join(labels) + " |", "|---|" + "---|" * len(labels)]
     for part, setting in dict.fromkeys((row["part"], row["setting"]) for row in rows):
-        cells = [str(by.get((part, setting, label), "-")) for label in labels]
+        cells = [by.get((part, setting, label), "-") for label in labels]
         lines.append(f"| {part}: {setting} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, object]) -> str:
+    if row["part"] != "launch":
+        return str(row["microseconds"])
+    return f"{row['microseconds']} ({row['step_ms']} ms; {row['triton']} + {row['torch']} launches)"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--label", default="now", help="rows with this label are replaced, the others stay")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--part", choices=["step", "tape"], nargs="+", default=["step", "tape"])
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--report", action="store_true", help="only print the table of the record")
     args = parser.parse_args()
@@ -199,9 +294,7 @@ def main() -> int:
             "versions": versions_of(("torch", "transformers")),
             "commit": commit(),
         }
-        found = [
-            row for part, run in (("step", steps), ("tape", tapes)) if part in args.part for row in run(args.repeats)
-        ]
+        found = [row for part, run in PARTS.items() if part in args.part for row in run(args.repeats)]
         done = {(row["part"], row["setting"]) for row in found}
         rows = [r for r in rows if r["label"] != args.label or (r["part"], r["setting"]) not in done]
         rows += [row | common for row in found]

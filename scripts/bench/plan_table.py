@@ -3,7 +3,7 @@
     python scripts/bench/plan_table.py          # five minutes on one core; writes records/plan_table.jsonl
     python scripts/bench/plan_table.py --toy    # a tiny model, two settings; nothing is written
 
-Every cell is the peak that `hf_lowmem.planner.plan` foretells: one sequence, all weights trained, bf16 weights,
+Every cell is the peak that `hf_lowmem.planner.plan` predicts: one sequence, all weights trained, bf16 weights,
 computed with in bf16. Nothing ran on a GPU. Beside it stands what the setting costs in loss, as far as it was measured:
 on small Llamas from nothing, one change at a time (`optimizers.jsonl`: stored states against fp32 ones, bf16 weights
 against fp32 masters; `activations.jsonl`: tiers against HuggingFace's activations). Costs of several changes were not

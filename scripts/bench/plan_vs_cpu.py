@@ -1,11 +1,11 @@
-"""Does a plan foretell a real step? Ten settings of a real model of 30 million parameters, on the CPU.
+"""Does a plan predict a real step? Ten settings of a real model of 30 million parameters, on the CPU.
 
     python scripts/bench/plan_vs_cpu.py            # about five minutes on one core; writes records/plan_vs_cpu.jsonl
     python scripts/bench/plan_vs_cpu.py --smoke    # two settings of a tiny model, printed
 
 Weights, gradients and states are what model and optimizer hold; what is saved for backward is counted by autograd's
 hooks around the loss, in the first step; the peak is the CPU allocator's own trace of two whole steps, temporaries
-inside operators included. Rows have the foretold and the measured bytes and their ratio. Two more rows are QLoRA, and
+inside operators included. Rows have the predicted and the measured bytes and their ratio. Two more rows are QLoRA, and
 bitsandbytes' optimizer: on a CPU its update is emulated with large temporaries inside of one operator, which a plan
 does not see and a GPU does not have.
 """
@@ -116,7 +116,7 @@ def row(name: str, dtype: str, settings: dict[str, Any], model: dict[str, Any], 
     real = measure(LlamaConfig(**model), args, getattr(torch, dtype), **options)
     # After an update that makes nothing new there is no moment of the optimizer's own, but its end.
     held = [point for point in made.timeline if point.phase in ("optimizer", "end")][-1].parts
-    foretold = {
+    predicted = {
         "weights": held["weights"],
         "gradients": held.get("gradients", 0),
         "states": held["states"],
@@ -124,14 +124,14 @@ def row(name: str, dtype: str, settings: dict[str, Any], model: dict[str, Any], 
         "peak": made.peak_bytes,
     }
     measured = vars(real)
-    ratios = {k: foretold[k] / measured[k] if measured[k] else float(foretold[k] == 0) for k in foretold}
+    ratios = {k: predicted[k] / measured[k] if measured[k] else float(predicted[k] == 0) for k in predicted}
     return {
         "setting": name,
         "model": model,
         "dtype": dtype,
         "tokens": tokens,
         "parameters": made.settings["parameters"],
-        "foretold": foretold,
+        "foretold": predicted,
         "measured": measured,
         "ratio": ratios,
         "peak_in": f"{made.phase}, {made.module}",

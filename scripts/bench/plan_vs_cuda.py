@@ -1,4 +1,4 @@
-"""Does a plan foretell what a CUDA device takes? Twenty settings, each in a process of its own.
+"""Does a plan predict what a CUDA device takes? Twenty settings, each in a process of its own.
 
     python scripts/bench/plan_vs_cuda.py               # needs a card of 80 GB; writes records/plan_vs_cuda.jsonl
     python scripts/bench/plan_vs_cuda.py --minutes 8   # no setting starts later; the same command goes on

@@ -3,7 +3,7 @@
     python scripts/bench/states.py                 # about ten minutes on two cores; writes records/states.jsonl
     python scripts/bench/states.py --steps 2 --only adamw-int8
 
-Each row of the record: setting, learning rate, state bytes (counted and foretold) a parameter, training loss (mean of
+Each row of the record: setting, learning rate, state bytes (counted and predicted) a parameter, training loss (mean of
 the last quarter of the steps), held-out loss before and after, seconds of the optimizer's step as a ratio to torch's
 AdamW in the same call, device, versions, commit. Same seed, data, order and number of steps for every setting.
 """
@@ -83,16 +83,16 @@ def run(name: str, source: str, steps: int, heldout: int) -> dict[str, Any]:
         schedule.step()
         losses.append(loss.item())
     count = sum(p.numel() for p in model.parameters())
-    foretold = None
+    predicted = None
     if isinstance(optimizer, LowMemOptimizer):
-        foretold = sum(optimizer.state_bytes(p, g) for g in optimizer.param_groups for p in g["params"]) / count
+        predicted = sum(optimizer.state_bytes(p, g) for g in optimizer.param_groups for p in g["params"]) / count
     return {
         "setting": name,
         "learning_rate": optimizer.defaults["lr"],
         "options": options,
         "parameters": count,
         "bytes_per_parameter": optimizer_bytes(optimizer) / count,
-        "bytes_per_parameter_foretold": foretold,
+        "bytes_per_parameter_foretold": predicted,
         "train_loss": statistics.fmean(losses[-max(1, steps // 4) :]),
         "heldout_loss_before": before,
         "heldout_loss": referee.loss(model, tokenizer),

@@ -54,10 +54,10 @@ def run(
 
 
 def update_by_the_kernel_s_factors(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
+    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
 ) -> Tensor:
     with use_kernels("triton"):
-        s, factor = APOLLO_FACTORS(grad, low, direction, prev_norm, per_channel)
+        s, factor = APOLLO_FACTORS(grad, projected, direction, prev_norm, per_channel)
     return update_by_factors(grad, s, factor, scale)
 
 
@@ -144,10 +144,10 @@ def test_the_update_is_the_rescaled_gradient() -> None:
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_both_ways_to_the_update_are_one(per_channel: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    grad, low, direction = (torch.randn(2, 9, n, generator=generator) for n in (7, 3, 3))
+    grad, projected, direction = (torch.randn(2, 9, n, generator=generator) for n in (7, 3, 3))
     last = torch.tensor([0.0, 1.0])
-    whole = apollo_update(grad, low, direction, last.clone(), per_channel=per_channel, scale=3.0)
-    s, factor = apollo_factors(grad, low, direction, last.clone(), per_channel)
+    whole = apollo_update(grad, projected, direction, last.clone(), per_channel=per_channel, scale=3.0)
+    s, factor = apollo_factors(grad, projected, direction, last.clone(), per_channel)
     assert torch.equal(update_by_factors(grad, s, factor, 3.0), whole)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -272,6 +273,61 @@ def test_nothing_but_codes_is_kept() -> None:
     assert out.requires_grad
     assert norm == 32 * 256 * per_value
     assert both == 3 * norm
+
+
+class Zeros(TorchDispatchMode):
+    """The bytes of the zeros that are made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("zeros", "zeros_like", "new_zeros"):
+            self.nbytes += result.nbytes
+        return result
+
+
+TWO = (256, 384)
+USES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    # what is used of the outputs, and the bytes of zeros that stand for the gradients of those that are not
+    "norm": (lambda x, w: rmsnorm(x, w), 0),
+    "glu": (lambda x, w: glu(x, x * w, "silu"), 0),
+    "glu kept": (lambda x, w: glu(x, x * w, "silu", save=False), 0),
+    "norm of a sum, both": (lambda x, w: sum(RMSNORM(x, w, x * w, EPS, False, True, None)[::3]), 0),  # type: ignore[arg-type]
+    "norm of a sum, the norm": (lambda x, w: RMSNORM(x, w, x * w, EPS, False, True, None)[0], 0),
+    "norm of a sum, the sum": (lambda x, w: RMSNORM(x, w, x * w, EPS, False, True, None)[3], 4 * 256 * 384),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_backward_writes_no_zeros_for_codes(use: str) -> None:
+    """They have no gradient, and as large as the values are they would be zeros that nobody reads."""
+    fn, expected = USES[use]
+    x, weight = randn(*TWO).requires_grad_(), (1 + randn(TWO[1], seed=1)).requires_grad_()
+    y = fn(x, weight)
+    with Zeros() as zeros:
+        gradients = torch.autograd.grad((y * randn(*TWO, seed=2)).sum(), (x, weight))
+    assert zeros.nbytes == expected
+    assert all(g.isfinite().all() for g in gradients)
+
+
+class Nothing(torch.autograd.Function):
+    """An identity that says of its input that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_output_whose_gradient_is_none(use: str) -> None:
+    x, weight = randn(*TWO).requires_grad_(), torch.ones(TWO[1], requires_grad=True)
+    (Nothing.apply(USES[use][0](x, weight)).sum() + x.sum()).backward()  # type: ignore[union-attr]
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
 
 
 def test_a_frozen_weight_and_an_input_without_gradient() -> None:

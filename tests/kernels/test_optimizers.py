@@ -5,22 +5,26 @@ what a bad gradient leaves, checkpoints, hooks. Both sides compute exact square 
 those of torch on a CPU are off by a unit in the last place for every sixth value.
 """
 
+import contextlib
 import copy
 import io
 import itertools
+import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import root
 from hf_lowmem.kernels.exact import sqrt
 from hf_lowmem.kernels.lion import LION_STEP
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, fused, slot
 from hf_lowmem.optim.backward import StepInBackward
 from hf_lowmem.optim.state import number, values_of
 
@@ -102,7 +106,7 @@ def run(
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many parameters each launch of a fused kernel had."""
-    from hf_lowmem.kernels.step import triton as steps
+    from hf_lowmem.kernels.step import launch as steps
 
     counts: list[int] = []
     inner = steps.run_steps
@@ -160,7 +164,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype, grad_dtype: torch.dtype | N
 @pytest.mark.parametrize(("name", "store"), [("adamw", "keep"), ("adamw", "bf16_sr"), ("lion", "bf16_ecc")])
 def test_a_large_parameter_has_a_launch_of_its_own(name: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another kernel than the shared launch's, of the same tile; beside smaller ones that share one."""
-    monkeypatch.setattr("hf_lowmem.kernels.step.triton.SMALL", 530)
+    monkeypatch.setattr("hf_lowmem.kernels.step.launch.SMALL", 530)
     results = []
     for impl in ("reference", "triton"):
         params = parameters(torch.bfloat16)[:4]
@@ -231,6 +235,159 @@ def test_step_in_backward_is_the_same() -> None:
     assert_same(*results)
 
 
+class Operators(TorchDispatchMode):
+    """The names of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "hf_lowmem":
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operator_is_called_where_somebody_listens_and_else_is_not() -> None:
+    """It costs more time than what it calls, so nobody pays for it without need; the bits are the same."""
+    results = []
+    for listening in (False, True):
+        params = parameters(torch.bfloat16)[:4]
+        optimizer = run("adamw", "triton", range(1), torch.bfloat16, params, state="8bit", weights="bf16_sr")
+        with mock.patch.object(Kernel, "__call__", autospec=True, side_effect=Kernel.__call__) as called:
+            with Operators() if listening else contextlib.nullcontext() as seen:
+                run("adamw", "triton", range(1, 3), torch.bfloat16, params, optimizer)
+            assert called.called == listening
+            assert seen is None or seen.names == {"adamw_step"}
+        results.append(optimizer)
+    assert_same(*results)
+
+
+def test_autograd_sees_what_a_kernel_wrote() -> None:
+    """A weight that a backward pass still needs may not be stepped in silence."""
+    params = parameters(torch.bfloat16)[:4]
+    loss = sum(p.float().sum() * p.float().sum() for p in params)
+    run("adamw", "triton", range(1), torch.bfloat16, params)
+    kept = params[1] * params[1]
+    run("adamw", "triton", range(1), torch.bfloat16, params)
+    loss.backward()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def replaced(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    """Another parameter in its place, as FSDP2 puts it, with the state of the old one."""
+    new = nn.Parameter(params[1].detach().clone())
+    optimizer.state[new] = optimizer.state.pop(params[1])
+    optimizer.param_groups[0]["params"][1] = params[1] = new
+
+
+def moved(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    """The same parameter with other memory, as `module.to()` leaves it; a state that was moved, too."""
+    params[0].data = params[0].detach().clone()
+    state = optimizer.state[params[0]]
+    for key, value in state.items():
+        state[key] = value.clone()
+
+
+def loaded(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def loaded_in_place(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    """As a distributed checkpoint does; the numbers of a state as well, which may have moved to shared memory."""
+    for state in optimizer.state.values():
+        state["step"].share_memory_().fill_(7)
+        state["exp_avg" if "exp_avg" in state else "exp_avg.codes"].zero_()
+
+
+def other_options(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    optimizer.param_groups[0] |= {"lr": 0.02, "betas": (0.6, 0.9), "weight_decay": 0.3, "eps": 1e-4}
+
+
+def another_group(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    new = nn.Parameter(torch.linspace(-1, 1, 600).to(params[0].dtype))
+    optimizer.add_param_group({"params": [("new", new)], "lr": 0.05, "weights": "keep"})
+    params.append(new)
+
+
+def another_store(params: list[nn.Parameter], optimizer: LowMemOptimizer) -> None:
+    optimizer.param_groups[0]["weights"] = "keep"
+
+
+@pytest.mark.parametrize(
+    "change", [replaced, moved, loaded, loaded_in_place, other_options, another_group, another_store]
+)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_nothing_that_was_known_outlives_a_change(change: Any, in_backward: bool) -> None:
+    """Between two steps, of the kernel and of the loop."""
+    ends = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.bfloat16)[:4]
+        optimizer = run("adamw", impl, range(2), torch.bfloat16, params, state="8bit", weights="bf16_sr")
+        change(params, optimizer)
+        with use_kernels(impl):
+            for step in range(2, 4):
+                set_gradients(params, step)
+                for group in optimizer.param_groups if in_backward else ():
+                    for p in group["params"]:
+                        optimizer.step_param(p, group, norm=None if impl == "reference" else p.grad.float().norm())
+                        p.grad = None
+                optimizer.step()
+        ends.append((params, optimizer))
+    for p, q in zip(ends[0][0], ends[1][0], strict=True):
+        assert torch.equal(p, q), f"weights of {tuple(p.shape)}"
+        assert same(ends[0][1].state[p], ends[1][1].state[q])
+    params, optimizer = ends[1]
+    assert {int(optimizer.state[p]["step"]) for p in params[:4]} == {9 if change is loaded_in_place else 4}
+
+
+BAD: dict[str, tuple[Any, Any, int]] = {
+    # values put into a gradient, what the norm is said to be (None: what it is), updates that are left out
+    "nan": ([math.nan], None, 1),
+    "infinite": ([-math.inf], None, 1),
+    "too large": ([2e15], None, 1),
+    "many, whose norm alone is large": ([1.5e14] * 400, None, 0),
+    "squares that overflow": ([1e20, 1.0], None, 1),
+    "no norm": ([math.nan], ..., 1),
+    "good": ([1.0], None, 0),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_parameter_with_the_norm_of_its_gradient(case: str) -> None:
+    """A small norm says that all values are good; otherwise they are looked at, with the answer of the loop."""
+    size = 5, 901  # two programs look
+    values, told, skipped = BAD[case]
+    ends = []
+    for impl in ("reference", "triton"):
+        p = nn.Parameter(torch.linspace(-1, 1, math.prod(size)).view(size).to(torch.bfloat16).to(DEVICE))
+        optimizer = make("adamw", [p], state="8bit", weights="bf16_ecc")
+        grad = torch.linspace(-1, 1, p.numel(), device=DEVICE)
+        grad[-len(values) :] = torch.tensor(values)
+        p.grad = grad.view(size).to(p.dtype)
+        norm = None if told is ... else torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        with use_kernels(impl):
+            optimizer.step_param(p, optimizer.param_groups[0], norm=norm)
+            p.grad = None
+            optimizer.step()
+        assert optimizer.skipped().updates == skipped
+        ends.append(optimizer)
+    assert_same(*ends)
+
+
+def test_a_small_norm_spares_the_look_at_the_gradient() -> None:
+    """So a norm that is not the gradient's is believed: nothing was read."""
+    p = nn.Parameter(torch.ones(40, 30, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = make("adamw", [p])
+    p.grad = torch.full_like(p, 3e15)
+    with use_kernels("triton"):
+        optimizer.step_param(p, optimizer.param_groups[0], norm=torch.ones((), device=DEVICE))
+        p.grad = None
+        optimizer.step()
+        assert optimizer.skipped() == (0, 0, 0)
+
+
 @pytest.mark.parametrize("name", ["lamb", "soap"])
 def test_methods_without_a_kernel_are_not_touched(name: str) -> None:
     results = []
@@ -245,6 +402,62 @@ def test_codecs_without_a_kernel_take_the_loop(codec: str, launched: list[int]) 
     params = parameters(torch.float32)[:2]
     run("adamw", "triton", range(2), torch.float32, params, state=codec)
     assert not launched
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "apollo", "galore"])
+def test_a_strided_gradient_is_put_in_order(name: str, launched: list[int]) -> None:
+    """As autograd makes one of a transposed product; the weights are contiguous, so the kernel steps them."""
+    ends = []
+    for impl in ("reference", "triton"):
+        params = parameters(torch.bfloat16)[:2]
+        optimizer = make(name, params, state="8bit", weights="bf16_sr")
+        with use_kernels(impl):
+            for step in range(2):
+                grad = torch.randn(25, 23, generator=torch.Generator().manual_seed(step))
+                params[0].grad = grad.to(torch.bfloat16).to(DEVICE).T
+                assert not params[0].grad.is_contiguous()
+                optimizer.step()
+        ends.append(optimizer)
+    assert_same(*ends)
+    assert sum(launched) == 2
+
+
+UNFUSED = {
+    "int4": ({"state": "int4"}, 0, "stored as int4", "8bit"),
+    "bf16 and fp8": ({"state": "bf16,fp8"}, 0, "stored as bf16 and fp8", "int8"),
+    "strided weights": ({}, 5, "not contiguous", "p.data.contiguous()"),
+}
+
+
+@pytest.mark.parametrize("case", UNFUSED)
+def test_what_takes_the_loop_is_said_once_with_the_remedy(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings, at, reason, remedy = UNFUSED[case]
+    fused._warn.cache_clear()
+    params = [parameters(torch.float32)[at], parameters(torch.float32)[1]]
+    run("adamw", "auto", range(1), torch.float32, params, **settings)
+    assert not caplog.text, "on a CPU nothing is fused, and nothing is lost"
+    run("adamw", "triton", range(2), torch.float32, params, **settings)
+    assert caplog.text.count(reason) == 1
+    assert remedy in caplog.text
+
+
+def test_weights_that_fsdp2_has_cut_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    fused._warn.cache_clear()
+    p = parameters(torch.float32)[0]
+    optimizer = make("adamw", [p])
+    found = optimizer.slot(p, optimizer.param_groups[0])
+    found.sharded = True  # type: ignore[misc]
+    for _ in range(2):
+        fused.warn_unfused("adamw", p, found)
+    assert caplog.text.count("cut by FSDP2") == 1
+    assert "Use DDP" in caplog.text
+
+
+def test_nothing_is_said_where_the_kernel_runs(caplog: pytest.LogCaptureFixture) -> None:
+    fused._warn.cache_clear()
+    for name in ("adamw", "apollo", "lamb"):
+        run(name, "triton", range(1), torch.bfloat16, parameters(torch.bfloat16)[:4], state="8bit")
+    assert not caplog.text
 
 
 def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(launched: list[int]) -> None:

@@ -82,7 +82,7 @@ def test_cuda_peaks_are_exact_and_nest():
     assert (outer.added, inner.added) == (2**22, 2**21)
 
 
-def test_nested_cuda_peaks_fold_what_was_seen(monkeypatch):
+def test_nested_cuda_peaks_keep_what_was_seen(monkeypatch):
     now = SimpleNamespace(allocated=0, highest=0)
 
     def use(n: int) -> None:

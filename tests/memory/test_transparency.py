@@ -12,13 +12,6 @@ from hf_lowmem.memory import measure_saved
 from tests.memory.models import llama, llama_step, mlp, mlp_step
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _imports_are_not_garbage():
-    gc.freeze()  # or every gc.collect() walks through all of transformers, a third of a second each
-    yield
-    gc.unfreeze()
-
-
 def gradients(model: nn.Module, step: Callable[[], Tensor], measured: bool) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad()
     torch.manual_seed(1)

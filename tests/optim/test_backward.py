@@ -13,7 +13,7 @@ from tests.conftest import Mixed, tiny_llama
 from tests.contracts.test_optimizers import options, same_bits, weights
 
 CODECS = ("fp32", "8bit")
-FOLDING = [name for name, cls in OPTIMIZERS.items() if cls.ACCUMULATES]
+ACCUMULATING = [name for name, cls in OPTIMIZERS.items() if cls.ACCUMULATES]
 
 
 def build(name: str, model: nn.Module, state: str = "8bit", **kwargs: Any) -> Any:
@@ -28,10 +28,10 @@ def test_is_the_step_itself(name: str, state: str) -> None:
         model = Mixed()
         optimizer = build(name, model, state, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
-        release = StepInBackward(optimizer) if stepping else None
+        attached = StepInBackward(optimizer) if stepping else None
         for step in range(7):
             model.loss(step % 3).backward()
-            if release:
+            if attached:
                 assert all(p.grad is None for p in model.parameters())
             optimizer.step()
             optimizer.zero_grad()
@@ -48,9 +48,9 @@ def test_the_peak_of_gradients_is_one_parameter(name: str) -> None:
     alive: list[list[torch.Tensor]] = []
     inner = optimizer.step_param
 
-    def watch(p: torch.Tensor, group: dict[str, Any]) -> None:
+    def watch(p: torch.Tensor, group: dict[str, Any], **kwargs: Any) -> None:
         alive.append([q.grad for q in model.parameters() if q.grad is not None])
-        inner(p, group)
+        inner(p, group, **kwargs)
 
     optimizer.step_param = watch
     ids = torch.arange(2, 34)[None]
@@ -75,7 +75,7 @@ def test_tied_weights_are_updated_once() -> None:
     assert same_bits(*results)
 
 
-@pytest.mark.parametrize("name", FOLDING)
+@pytest.mark.parametrize("name", ACCUMULATING)
 def test_a_window_adds_up_projections(name: str) -> None:
     """Three backward passes are one of the summed loss, up to the order of fp32 sums, while the basis is the same."""
     runs = []
@@ -103,7 +103,7 @@ def test_a_window_adds_up_projections(name: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=label)
 
 
-@pytest.mark.parametrize("name", FOLDING)
+@pytest.mark.parametrize("name", ACCUMULATING)
 def test_a_window_that_begins_with_a_refresh_takes_its_first_gradient(name: str) -> None:
     model = Mixed()
     optimizer = build(name, model, "fp32")
@@ -123,7 +123,7 @@ def test_a_window_that_begins_with_a_refresh_takes_its_first_gradient(name: str)
     assert torch.equal(other.state[alone.linear.weight]["basis"], first)
 
 
-@pytest.mark.parametrize("name", FOLDING)
+@pytest.mark.parametrize("name", ACCUMULATING)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_bad_gradient_inside_a_window_spoils_only_that_window(
     name: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
@@ -149,13 +149,13 @@ def test_a_bad_gradient_inside_a_window_spoils_only_that_window(
 def test_the_norm_is_that_of_all_gradients() -> None:
     model, plain = Mixed(), Mixed()
     optimizer = build("adamw", model)
-    release = StepInBackward(optimizer)
-    assert release.grad_norm() is None
+    attached = StepInBackward(optimizer)
+    assert attached.grad_norm() is None
     model.loss().backward()
     optimizer.step()
     plain.loss().backward()
     want = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
-    assert release.grad_norm() == pytest.approx(want.item(), rel=1e-6)  # another order of fp32 sums
+    assert attached.grad_norm() == pytest.approx(want.item(), rel=1e-6)  # another order of fp32 sums
 
 
 def test_removed_it_is_a_plain_optimizer_again() -> None:

@@ -73,14 +73,14 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k], k
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a device"])
+@pytest.mark.parametrize("syncs", [True, False], ids=["cpu", "as on a device"])
 @pytest.mark.parametrize("store", ["bf16_sr", "bf16_ecc"])
 @pytest.mark.parametrize("name", ELEMENTWISE + FAMILY)
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_parts_give_the_bits_of_the_whole(
-    codec: str, name: str, store: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+    codec: str, name: str, store: str, syncs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: syncs)
     whole = bits(*train(name, codec, store, bad=2))
     monkeypatch.setattr(chunked, "CHUNK", SMALL)
     used = []
@@ -92,8 +92,8 @@ def test_parts_give_the_bits_of_the_whole(
 
 def test_a_bad_gradient_in_one_part_leaves_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK", SMALL)
-    for waits in (True, False):
-        monkeypatch.setattr(slot, "reads_are_free", lambda device, w=waits: w)
+    for syncs in (True, False):
+        monkeypatch.setattr(slot, "reads_are_free", lambda device, w=syncs: w)
         model, optimizer = train("adamw", "int4", steps=3)
         before = copy.deepcopy(bits(model, optimizer))
         fill(model, 9, bad=True)

@@ -54,7 +54,7 @@ DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float16, "cp
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "waits"),
+    ("dtype", "device", "syncs"),
     [
         (*DEFAULTS[0], False),
         (*DEFAULTS[3], True),
@@ -64,9 +64,9 @@ DEFAULTS = [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float16, "cp
 )
 @pytest.mark.parametrize(("name", "options"), settings(), ids=str)
 def test_no_state_follows_the_defaults(
-    name: str, options: dict[str, Any], dtype: torch.dtype, device: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], dtype: torch.dtype, device: str, syncs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: syncs)
     for codec in ("fp32", "8bit"):
         chosen = options | {"state": codec}
         right, made = run(name, chosen, restore=False)

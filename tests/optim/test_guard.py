@@ -13,14 +13,14 @@ from hf_lowmem.optim.guard import SkipCount, Skipped
 from hf_lowmem.optim.soap import eigenbasis
 from hf_lowmem.optim.state import COUNTS
 
-DEVICES = pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a device"])
+DEVICES = pytest.mark.parametrize("syncs", [True, False], ids=["cpu", "as on a device"])
 SHAPE = (80, 64)
 
 
 @pytest.fixture(autouse=True)
 def _as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = request.node.callspec.params.get("waits", True) if hasattr(request.node, "callspec") else True
-    monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
+    syncs = request.node.callspec.params.get("syncs", True) if hasattr(request.node, "callspec") else True
+    monkeypatch.setattr(slot, "reads_are_free", lambda device: syncs)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Parameter, LowMemOptimizer]:
@@ -41,12 +41,12 @@ def values(p: nn.Parameter, optimizer: LowMemOptimizer) -> dict[str, torch.Tenso
     return copy.deepcopy(state | {"weight": p.detach()})
 
 
-@pytest.mark.parametrize(("waits", "bad"), [(True, math.nan), (False, math.inf)], ids=["cpu", "as on a device"])
+@pytest.mark.parametrize(("syncs", "bad"), [(True, math.nan), (False, math.inf)], ids=["cpu", "as on a device"])
 @pytest.mark.parametrize("what", ["weight", "exp_avg"])
 @pytest.mark.parametrize("codec", ["fp32", "8bit"])
 @pytest.mark.parametrize("name", [n for n, cls in OPTIMIZERS.items() if not cls.ELEMENTWISE])
 def test_an_update_that_is_not_finite_is_taken_back(
-    name: str, codec: str, what: str, bad: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, codec: str, what: str, bad: float, syncs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p, optimizer = make(name, state=codec)
     for seed in range(3):
@@ -83,7 +83,7 @@ def test_an_update_that_is_not_finite_is_taken_back(
 @DEVICES
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("codec", ["fp32", "8bit"])
-def test_a_state_that_is_not_finite_spoils_no_weight(name: str, codec: str, waits: bool) -> None:
+def test_a_state_that_is_not_finite_spoils_no_weight(name: str, codec: str, syncs: bool) -> None:
     p, optimizer = make(name, state=codec)
     step(p, optimizer, 0)
     floats = [v for k, v in optimizer.state[p].items() if k not in COUNTS and v.is_floating_point()]
@@ -97,7 +97,7 @@ def test_a_state_that_is_not_finite_spoils_no_weight(name: str, codec: str, wait
 
 @DEVICES
 @pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "soap", "apollo", "galore"])
-def test_fp16_weights_do_not_become_infinite(name: str, waits: bool) -> None:
+def test_fp16_weights_do_not_become_infinite(name: str, syncs: bool) -> None:
     p, optimizer = make(name, torch.float16, lr=1e7)
     for seed in range(3):
         step(p, optimizer, seed)
@@ -108,7 +108,7 @@ def test_fp16_weights_do_not_become_infinite(name: str, waits: bool) -> None:
 @DEVICES
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("settings", [{"eps": 1e-60}, {"lr": 1e36}], ids=str)
-def test_settings_at_the_end_of_fp32(name: str, settings: dict[str, Any], waits: bool) -> None:
+def test_settings_at_the_end_of_fp32(name: str, settings: dict[str, Any], syncs: bool) -> None:
     if "eps" in settings and "eps" not in OPTIMIZERS[name].DEFAULTS:
         pytest.skip("it has no eps")
     p, optimizer = make(name, **settings)
@@ -147,16 +147,16 @@ def low_rank_factors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("syncs", [True, False])
 @pytest.mark.parametrize("kind", low_rank_factors())
-def test_an_eigenbasis_is_one_whatever_the_factor(kind: str, waits: bool) -> None:
-    basis = eigenbasis(low_rank_factors()[kind], syncs=waits)
+def test_an_eigenbasis_is_one_whatever_the_factor(kind: str, syncs: bool) -> None:
+    basis = eigenbasis(low_rank_factors()[kind], syncs=syncs)
     eye = torch.eye(basis.shape[-1]).expand_as(basis)
     torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_an_eigenbasis_survives_a_solver_that_returns_nan(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("syncs", [True, False])
+def test_an_eigenbasis_survives_a_solver_that_returns_nan(syncs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     factor = low_rank_factors()["rank 3"]
     real = torch.linalg.eigh
 
@@ -168,8 +168,8 @@ def test_an_eigenbasis_survives_a_solver_that_returns_nan(waits: bool, monkeypat
 
     right = eigenbasis(factor)
     monkeypatch.setattr(torch.linalg, "eigh", broken)
-    basis = eigenbasis(factor, syncs=waits)
-    if waits:
+    basis = eigenbasis(factor, syncs=syncs)
+    if syncs:
         top = (basis[:, :3].T @ right[:, :3]).abs()
         torch.testing.assert_close(top, torch.eye(3), rtol=0, atol=1e-3)
     else:
@@ -178,7 +178,7 @@ def test_an_eigenbasis_survives_a_solver_that_returns_nan(waits: bool, monkeypat
 
 @DEVICES
 @pytest.mark.parametrize("shape", [(100, 64), (64, 100), (300, 32), (257, 31)], ids=str)
-def test_soap_trains_an_embedding(shape: tuple[int, int], waits: bool) -> None:
+def test_soap_trains_an_embedding(shape: tuple[int, int], syncs: bool) -> None:
     for seed in range(6):
         g = torch.Generator().manual_seed(seed)
         p = nn.Parameter(torch.randn(shape, generator=g))
@@ -196,7 +196,7 @@ def test_soap_trains_an_embedding(shape: tuple[int, int], waits: bool) -> None:
 
 @DEVICES
 @pytest.mark.parametrize("name", ["adamw", "soap", "apollo", "galore"])
-def test_what_is_left_out_is_counted_and_survives_a_checkpoint(name: str, waits: bool) -> None:
+def test_what_is_left_out_is_counted_and_survives_a_checkpoint(name: str, syncs: bool) -> None:
     p, optimizer = make(name)
     q = nn.Parameter(torch.zeros(SHAPE))
     optimizer.add_param_group({"params": [("v", q)]})

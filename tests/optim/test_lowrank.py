@@ -23,9 +23,9 @@ from hf_lowmem.optim.state import WINDOW
 from tests.peers.gradients import gradient, start
 
 METHODS: dict[str, type[LowRankOptimizer]] = {m.name: m for m in (GaLore, Fira, NaturalGaLore, Apollo, ApolloMini)}
-LIFTING = [name for name, cls in METHODS.items() if cls.PROJECTS_BACK]
+PROJECTS_BACK = [name for name, cls in METHODS.items() if cls.PROJECTS_BACK]
 TABLE = [(n, p, r) for n, p, r in itertools.product(METHODS, ("svd", "subspace", "random"), (False, True))]
-TABLE = [(n, p, r) for n, p, r in TABLE if not r or (n in LIFTING and p != "random")]
+TABLE = [(n, p, r) for n, p, r in TABLE if not r or (n in PROJECTS_BACK and p != "random")]
 combinations = pytest.mark.parametrize(("name", "projection", "rotate"), TABLE, ids=str)
 
 SHAPE = (72, 64)
@@ -100,8 +100,8 @@ def test_a_first_gradient_that_is_bad_costs_one_step(
 ) -> None:
     """And the same steps are taken on a device that is not asked whether it was bad."""
     results = []
-    for waits in (True, False):
-        monkeypatch.setattr(slot, "reads_are_free", lambda device, waits=waits: waits)
+    for syncs in (True, False):
+        monkeypatch.setattr(slot, "reads_are_free", lambda device, syncs=syncs: syncs)
         p = nn.Parameter(start(SHAPE))
         optimizer = make(name, [p], projection, rotate, update_gap=100)
         p.grad = torch.full(SHAPE, torch.nan)
@@ -114,7 +114,7 @@ def test_a_first_gradient_that_is_bad_costs_one_step(
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", LIFTING)
+@pytest.mark.parametrize("name", PROJECTS_BACK)
 def test_an_exact_projection_of_a_low_rank_gradient_loses_nothing(name: str) -> None:
     """Where all gradients lie in one space of the projection's rank, any basis of it gives the same step."""
     weights = []
@@ -150,7 +150,7 @@ def test_moments_follow_a_basis_that_only_changes_its_coordinates(right: bool) -
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_the_lifted_first_moment_survives_a_rotation_inside_the_space(right: bool) -> None:
+def test_the_first_moment_projected_back_survives_a_rotation_inside_the_space(right: bool) -> None:
     old = orthonormal(30, 4)
     new = old @ orthonormal(4, 4, seed=1)
     m = start((50, 4))
@@ -170,7 +170,7 @@ def test_a_rotated_second_moment_lies_within_the_channel_s_old_values(right: boo
         assert (turned <= v.amax(1, keepdim=True) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("name", LIFTING)
+@pytest.mark.parametrize("name", PROJECTS_BACK)
 def test_a_new_basis_of_the_same_space_changes_no_step_if_the_moments_turn(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +203,7 @@ def test_a_new_basis_of_the_same_space_changes_no_step_if_the_moments_turn(
 def test_projections_are_added_up_as_gradients_would_be(name: str, projection: str) -> None:
     """Between refreshes exactly, as a projection is linear; at a refresh the first gradient makes the basis."""
     p, q = (nn.Parameter(start(SHAPE)) for _ in range(2))
-    folded = make(name, [("w", p)], projection, update_gap=100)
+    accumulated = make(name, [("w", p)], projection, update_gap=100)
     whole = make(name, [("w", q)], projection, update_gap=100)
     for step in range(4):
         parts = [gradient(SHAPE, 3 * step + i) for i in range(3)]
@@ -211,11 +211,11 @@ def test_projections_are_added_up_as_gradients_would_be(name: str, projection: s
             parts[1:] = [0 * parts[0]] * 2  # a sum that has the first gradient's basis
         for part in parts[:-1]:
             p.grad = part
-            assert folded.accumulate_param(p, folded.param_groups[0])
-        assert WINDOW in folded.state[p]
+            assert accumulated.accumulate_param(p, accumulated.param_groups[0])
+        assert WINDOW in accumulated.state[p]
         p.grad = parts[-1]
-        folded.step()
-        assert WINDOW not in folded.state[p]
+        accumulated.step()
+        assert WINDOW not in accumulated.state[p]
         q.grad = torch.stack(parts).sum(0)
         whole.step()
     # Sums of 72 products in another order, through 4 steps of at most 0.01 each.

@@ -55,12 +55,12 @@ class Stepper:
         self.group = {"rank": rank, "update_gap": gap, "projection": projection, "state": codec, "weights": "keep"}
         self.cls, self.projects_back = PROJECTORS[projection], projects_back
         self.rotation: Tensor | None = None
-        self.waits = True
+        self.syncs = True
 
     def __call__(self, grad: Tensor, step: int) -> Projector:
         mine = slot.Slot(grad, self.group, {"basis": LowRankOptimizer.STATES["basis"]})
         mine.open(self.raw)
-        mine.syncs = self.waits
+        mine.syncs = self.syncs
         projector = self.cls(grad, mine, self.group, step, projects_back=self.projects_back)
         self.rotation = projector.refresh_(grad)
         return projector
@@ -68,7 +68,7 @@ class Stepper:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("projection", ["svd", "subspace"])
-def test_a_basis_is_orthonormal_and_goes_down_and_up(projection: str, shape: tuple[int, ...]) -> None:
+def test_a_basis_is_orthonormal_and_projects_there_and_back(projection: str, shape: tuple[int, ...]) -> None:
     grad = decaying(shape)
     projector = Stepper(projection)(grad, 0)
     tall = shape[-2] >= shape[-1]
@@ -168,18 +168,18 @@ def test_a_bad_gradient_makes_no_basis(projection: str, bad: float) -> None:
     torch.testing.assert_close(stepper.rotation[1], torch.eye(4), msg="a kept basis turns no moment")
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("syncs", [True, False])
 @pytest.mark.parametrize("projection", ["svd", "subspace"])
-def test_a_missing_basis_is_looked_for_ever_more_rarely(projection: str, waits: bool) -> None:
+def test_a_missing_basis_is_looked_for_ever_more_rarely(projection: str, syncs: bool) -> None:
     stepper = Stepper(projection, gap=100)
-    stepper.waits = waits
+    stepper.syncs = syncs
     tried = []
     for step in range(20):
         stepper(torch.zeros(40, 24), step)
         trial = Stepper(projection, gap=100)
         trial.raw = dict(stepper.raw)
         trial.raw["basis"] = stepper.raw["basis"].clone()
-        trial.waits = waits
+        trial.syncs = syncs
         if trial(normal(40, 24), step).basis.any():
             tried.append(step)
     assert tried == [0, 1, 2, 4, 8, 16]
@@ -188,9 +188,9 @@ def test_a_missing_basis_is_looked_for_ever_more_rarely(projection: str, waits: 
 def test_a_basis_that_is_there_is_not_made_again_where_the_answer_costs_something() -> None:
     """On an asynchronous device the result of a needless search is dropped."""
     results = []
-    for waits in (True, False):
+    for syncs in (True, False):
         stepper = Stepper("subspace", gap=20)
-        stepper.waits = waits
+        stepper.syncs = syncs
         results.append([stepper(normal(40, 24, seed=step), step).basis.clone() for step in range(25)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert torch.equal(results[0][0], results[0][19])
@@ -230,18 +230,18 @@ def test_random_keeps_nothing_and_draws_the_same_again() -> None:
 @pytest.mark.parametrize("shape", [(900, 800), (800, 900)], ids=str)
 def test_random_projections_have_the_size_that_the_docstring_says(shape: tuple[int, int]) -> None:
     grad, small, rank = normal(*shape), 800, 32
-    lifting, reading = (Stepper("random", rank=rank, projects_back=back)(grad, 0) for back in (True, False))
-    assert isinstance(lifting, RandomProjector)
+    projecting, reading = (Stepper("random", rank=rank, projects_back=back)(grad, 0) for back in (True, False))
+    assert isinstance(projecting, RandomProjector)
     # A mean over 900 channels of chi-squared variables with 32 degrees of freedom is off by 0.8 %; five times that.
     assert reading.project(grad).square().sum() / grad.square().sum() == pytest.approx(1, rel=0.04)
-    assert lifting.project(grad).square().sum() / grad.square().sum() == pytest.approx(rank / small, rel=0.04)
-    values = torch.linalg.svdvals(lifting.basis @ lifting.basis.mT)[:rank]
+    assert projecting.project(grad).square().sum() / grad.square().sum() == pytest.approx(rank / small, rel=0.04)
+    values = torch.linalg.svdvals(projecting.basis @ projecting.basis.mT)[:rank]
     spread = math.sqrt(rank / small)
     # The edges of the spectrum fluctuate by about small**(-2/3), a hundredth.
     assert (1 - spread) ** 2 - 0.03 < values.min()
     assert values.max() < (1 + spread) ** 2 + 0.03
-    direction = torch.sign(lifting.project(grad))
-    assert lifting.project_back(direction).norm() / direction.norm() == pytest.approx(1, rel=0.04)
+    direction = torch.sign(projecting.project(grad))
+    assert projecting.project_back(direction).norm() / direction.norm() == pytest.approx(1, rel=0.04)
 
 
 @pytest.mark.slow

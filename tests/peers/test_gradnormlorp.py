@@ -1,7 +1,7 @@
 """GradNormLoRP (arXiv 2412.19616) as peft's DoRA adapters under a projected method, against the formula in float64.
 
     W = magnitude * (W0 + s * B @ A) / norm of each row of (W0 + s * B @ A), the norm taken as a constant by gradients
-    A, B: projected to a small rank, Adam there, lifted back.        magnitude: Adam.
+    A, B: projected to a small rank, Adam there, projected back.     magnitude: Adam.
 
 The authors' code trains such adapters with projected gradients too, but has no package to compare with.
 """
@@ -105,7 +105,7 @@ def test_agrees_with_the_formula(method: str, init: bool) -> None:
 def formula(
     method: str, name: str, grad: Tensor, moments: list[Tensor], previous: dict[str, float], state: dict[str, Any]
 ) -> Tensor:
-    """Adam's direction of the projected gradient, lifted. The basis alone is taken from the optimizer.
+    """Adam's direction of the projected gradient, projected back. The basis alone is taken from the optimizer.
 
     A is (8, 24), so it is projected from the left; B is (18, 8), from the right.
     """

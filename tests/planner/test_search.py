@@ -193,7 +193,7 @@ def test_between_two_needs_the_faster_that_fits_is_chosen_and_fits(asked: Search
     assert len(needs) >= 3
     for low, high in ((needs[0], needs[1]), (needs[1], needs[2])):
         # `really` is the plan that the search itself makes; the last line below asks for another.
-        found = asked.within("budget", (low + high) // 2).answer(tokens)
+        found = asked.for_budget("budget", (low + high) // 2).answer(tokens)
         best = next(c for c in order if asked.really(c, tokens) <= found.budget)
         assert found.args.lowmem_state == best.state
         assert (found.args.optim, found.args.lowmem_activations) == ("lion", "fp8")
@@ -223,10 +223,10 @@ def test_what_a_model_refuses_is_left_out_and_said() -> None:
 def test_a_no_says_what_would_fit(asked: Search) -> None:
     tokens = asked.args.max_length
     with pytest.raises(NothingFits, match=r"budget='1MiB': nothing fits in 1.00 MiB. The smallest of 4 ") as no:
-        asked.within("budget='1MiB'", 2**20).answer(tokens)
+        asked.for_budget("budget='1MiB'", 2**20).answer(tokens)
     smallest = min(asked.really(c, tokens) for c in asked.found)
     assert no.value.plan.reserved_bytes == smallest
-    again = asked.within("budget", smallest).answer(tokens)
+    again = asked.for_budget("budget", smallest).answer(tokens)
     assert again.chosen == no.value.chosen
     assert "max_grad_norm" not in again.chosen
 
@@ -241,7 +241,7 @@ def test_a_mixture_is_chosen_between_two_tiers() -> None:
     asked = prepare(config, args, dtype="bfloat16", device="cpu")
     asked.found = [c for c in asked.found if set(layers_by_tier(c.activations, 4)) <= {"fp8", "exact"} and c.batch == 8]
     needs = {c.activations: asked.estimate(c, 256) or 0 for c in asked.found}
-    found = asked.within("budget", (needs["exact"] + needs["fp8"]) // 2).answer(256)
+    found = asked.for_budget("budget", (needs["exact"] + needs["fp8"]) // 2).answer(256)
     assert found.args.lowmem_activations in {"fp8:0-1,exact:2-", "fp8:0-2,exact:3-"}
     assert found.next is not None
     assert found.next["planned"]

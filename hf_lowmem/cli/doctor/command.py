@@ -66,7 +66,7 @@ def table_of(results: Sequence[Trial]) -> str:
 
 
 def verdict(results: Sequence[Trial]) -> str:
-    """What is wrong and what becomes of it; "" where nothing was compared."""
+    """Summary of the comparisons: which kernels differ, and what happens to those; "" where nothing was compared."""
     bad = [trial for trial in results if trial.wrong]
     if not bad:
         return f"All {len(results)} kernels are what their references are." if results else ""

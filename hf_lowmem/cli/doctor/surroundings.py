@@ -83,7 +83,7 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def packages() -> dict[str, dict[str, str]]:
-    """By name: `version` ("" where it is missing), `needs` (the oldest that is supported), `costs` (what is lost)."""
+    """Package → its `version` ("" where missing), `needs` (the oldest supported), `costs` (what does not work)."""
     least = _least()
     found = {}
     for name, costs in PACKAGES.items():

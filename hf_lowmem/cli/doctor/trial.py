@@ -18,10 +18,14 @@ REPEATS = 20
 
 @dataclass
 class Trial:
-    """What came of one kernel.
+    """Result of comparing one kernel with its reference, and of timing it.
 
-    wrong: case → how it differs, or the error. `exact`: whether the promise is the same bits, or a bound for a sum.
-    seconds, bandwidth: of one call at the size of an 8B model, bytes that must move a second; None where not measured.
+    Attributes:
+        cases: how many were compared.
+        exact: whether the kernel promises its reference's bits; else it stays within a bound.
+        wrong: case → how the kernel differs, or the error.
+        seconds: of one call at the size of an 8B model; None where not measured.
+        bandwidth: bytes per second in that call, of those that must move; None where not measured.
     """
 
     kernel: str

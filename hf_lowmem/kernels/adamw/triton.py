@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowmem.kernels.adamw.reference import corrected_lr
-from hf_lowmem.kernels.step.ahead import check_case, step_cases
+from hf_lowmem.kernels.step.ahead import check_cases, step_cases
 from hf_lowmem.kernels.step.cases import PAIRS
+from hf_lowmem.kernels.step.launch import run_steps
 from hf_lowmem.kernels.step.reference import States
-from hf_lowmem.kernels.step.triton import run_steps
 
 
 def fp32(x: float) -> float:
@@ -38,12 +38,15 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    *,
+    norm: Tensor | None = None,
 ) -> None:
+    """`adamw_step` of the reference. `norm`: of the gradient of one parameter alone, where it is known."""
     states = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     weight = fp32(1 - beta1)
-    numbers = []
+    numbers = {}
     coded = {first_codec, second_codec} != {"fp32"}
-    for step in steps:
+    for step in set(steps):  # mostly all are at the same
         if rule == "adamw":
             # torch's lerp takes the complement of the weight in fp32.
             averages = weight, 1 - weight, beta2, 1 - beta2
@@ -53,11 +56,13 @@ def adamw_step(
         else:
             averages = weight, beta1, beta2, 1 - beta2
             pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0
-        numbers.append((*averages, *pace))
-    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
+        numbers[step] = *averages, *pace
+    of_each = [numbers[step] for step in steps]
+    heavy = weight >= 0.5
+    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, of_each, heavy=heavy, norm=norm)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """The variants that are compiled ahead of time; every other pair of codecs runs, too."""
     small, best = PAIRS[0], PAIRS[-1]
-    return [check_case(), *step_cases("adamw", PAIRS, [small, best]), *step_cases("family", [best], [])]
+    return [*check_cases(), *step_cases("adamw", PAIRS, [small, best]), *step_cases("family", [best], [])]

@@ -11,8 +11,8 @@ __all__ = ["APOLLO_FACTORS", "APOLLO_STEP"]
 UNIT = 2.0**-24  # of fp32: half a unit in the last place of 1
 
 
-def _bound(grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool) -> list[Tensor]:
-    """How far apart two ways of summing may be, for s, the factor and the new norm.
+def _bound(grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool) -> list[Tensor]:
+    """Largest difference between two orders of summation, for s, the factor and the new norm.
 
     A sum of w values that are not negative, in any order, is off by at most w units in proportion, one of them for
     the rounding of each square. Its root halves that, and is itself off by two (torch's on a CPU) at most; so is a norm
@@ -22,8 +22,8 @@ def _bound(grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_
     covers the products of errors.
     """
     before = prev_norm.clone()
-    s, factor = reference.apollo_factors(grad, low, direction, before, per_channel)
-    width = low.shape[-2:].numel() // (max(grad.shape[-2:]) if per_channel else 1)
+    s, factor = reference.apollo_factors(grad, projected, direction, before, per_channel)
+    width = projected.shape[-2:].numel() // (max(grad.shape[-2:]) if per_channel else 1)
     of_s = width + 6
     of_norm = grad.shape[-2:].numel() / 2 + 2 + of_s + 1
     units = 2 * UNIT * (1 + 1 / 256)

@@ -18,9 +18,9 @@ def _matrices(shape: tuple[int, ...], dtype: torch.dtype, per_channel: bool, dev
     generator = torch.Generator().manual_seed(sum(shape))
     size = torch.Size(shape)
     grad = torch.randn(shape, generator=generator) * 1e-2
-    low = list(shape)
-    low[reference.channel_dim(size)] = RANK if per_channel else 1
-    projected, direction = (torch.randn(low, generator=generator) for _ in range(2))
+    smaller = list(shape)
+    smaller[reference.channel_dim(size)] = RANK if per_channel else 1
+    projected, direction = (torch.randn(smaller, generator=generator) for _ in range(2))
     projected[..., 0, :] = 0  # a channel without a gradient
     last = torch.full(shape[:-2], 0.0 if shape[0] == 24 else 0.5)
     return [t.to(device) for t in (grad.to(dtype), projected * 1e-2, direction, last)]
@@ -43,8 +43,8 @@ def step_cases() -> Iterator[Case]:
     ) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(2)
         dtype = torch.float32 if store == "fp32" else torch.bfloat16
-        grad, low, direction, last = _matrices(shape, dtype, per_channel, torch.device("cpu"))
-        s, factor = reference.apollo_factors(grad, low, direction, last, per_channel)
+        grad, projected, direction, last = _matrices(shape, dtype, per_channel, torch.device("cpu"))
+        s, factor = reference.apollo_factors(grad, projected, direction, last, per_channel)
         param = torch.randn(shape, generator=generator).to(dtype)
         fine = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
         tensors = param, grad, fine if store == "bf16_ecc" else None, torch.tensor(finite), s, factor

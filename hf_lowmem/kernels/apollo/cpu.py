@@ -104,9 +104,9 @@ def _of_matrices(s: Tensor, shape: torch.Size, per_channel: bool) -> tuple[np.nd
 
 
 def apollo_factors(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
+    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
-    s = reference.rescaling(grad.shape, low, direction, per_channel)
+    s = reference.rescaling(grad.shape, projected, direction, per_channel)
     m, n = grad.shape[-2:]
     matrices = grad.shape[:-2].numel()
     grad = grad.contiguous()

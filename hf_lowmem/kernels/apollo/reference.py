@@ -21,24 +21,24 @@ def channel_dim(shape: torch.Size) -> int:
     return -1 if shape[-2] >= shape[-1] else -2
 
 
-def channel_scale(direction: Tensor, low: Tensor, dim: int) -> Tensor:
-    """How much Adam would enlarge each channel: ||N_j|| / (||R_j|| + 1e-8), (..., m, 1) or (..., 1, n).
+def channel_scale(direction: Tensor, projected: Tensor, dim: int) -> Tensor:
+    """Factor by which Adam would enlarge each channel: ||N_j|| / (||R_j|| + 1e-8), (..., m, 1) or (..., 1, n).
 
     APOLLO, arXiv 2412.05270, equation 5.
     """
-    return direction.norm(dim=dim, keepdim=True) / low.norm(dim=dim, keepdim=True).add_(TINY)
+    return direction.norm(dim=dim, keepdim=True) / projected.norm(dim=dim, keepdim=True).add_(TINY)
 
 
-def tensor_scale(direction: Tensor, low: Tensor) -> Tensor:
+def tensor_scale(direction: Tensor, projected: Tensor) -> Tensor:
     """One factor a matrix: ||N|| / (||R|| + 1e-8), (..., 1, 1). APOLLO-Mini, arXiv 2412.05270, section 4.3."""
-    return direction.norm(dim=(-2, -1), keepdim=True) / low.norm(dim=(-2, -1), keepdim=True).add_(TINY)
+    return direction.norm(dim=(-2, -1), keepdim=True) / projected.norm(dim=(-2, -1), keepdim=True).add_(TINY)
 
 
 def growth_(norm: Tensor, prev_norm: Tensor) -> Tensor:
-    """What a matrix of this norm is divided by so that it is at most 1.01 times the last one, which is replaced.
+    """Divisor of a matrix that keeps its norm at most 1.01 times the previous one; `prev_norm` becomes the new norm.
 
-    Both are (...). A previous norm of zero means that there was none: a matrix whose gradient was once all zero would
-    otherwise be held near zero for thousands of steps. Fira, arXiv 2410.01623, equation 8.
+    Both norms are (...). A previous norm of zero means that there was none: a matrix whose gradient was once all zero
+    would otherwise be held near zero for thousands of steps. Fira, arXiv 2410.01623, equation 8.
     """
     factor = (norm / (prev_norm + TINY)).clamp_(min=GROWTH_LIMIT).div_(GROWTH_LIMIT)
     factor = torch.where(prev_norm > 0, factor, torch.ones_like(factor))
@@ -51,46 +51,48 @@ def limit_norm_growth_(x: Tensor, prev_norm: Tensor) -> Tensor:
     return x.div_(growth_(x.norm(dim=(-2, -1)), prev_norm)[..., None, None])
 
 
-def rescaling(shape: torch.Size, low: Tensor, direction: Tensor, per_channel: bool) -> Tensor:
+def rescaling(shape: torch.Size, projected: Tensor, direction: Tensor, per_channel: bool) -> Tensor:
     """s of a gradient of `shape`: for each channel, or for each matrix."""
-    return channel_scale(direction, low, channel_dim(shape)) if per_channel else tensor_scale(direction, low)
+    return (
+        channel_scale(direction, projected, channel_dim(shape)) if per_channel else tensor_scale(direction, projected)
+    )
 
 
 def apollo_update(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
+    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
 ) -> Tensor:
     """The update of a matrix, limit_growth(grad * s) * sqrt(scale), all fp32; `apollo_factors` for the arguments."""
-    x = grad * rescaling(grad.shape, low, direction, per_channel)
+    x = grad * rescaling(grad.shape, projected, direction, per_channel)
     return limit_norm_growth_(x, prev_norm).mul_(math.sqrt(scale))
 
 
 def apollo_factors(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
+    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
-    """What APOLLO multiplies a gradient by, and what it then divides by: s, and `growth_` of the norm of grad * s.
+    """The factor s by which APOLLO multiplies a gradient, and the divisor after it, `growth_` of the norm of grad * s.
 
     Args:
         grad: (..., m, n) of any float dtype.
-        low: the projected gradient R, fp32 (..., m, r) or (..., r, n).
+        projected: the projected gradient R, fp32 (..., m, r) or (..., r, n).
         direction: Adam's direction N for it, of the same shape.
         prev_norm: fp32 (...), norm of the last update; changed in place.
         per_channel: one s for each channel, (..., m, 1) or (..., 1, n), or (Mini) for each matrix, (..., 1, 1).
     """
-    s = rescaling(grad.shape, low, direction, per_channel)
+    s = rescaling(grad.shape, projected, direction, per_channel)
     return s, growth_((grad.to(torch.float32) * s).norm(dim=(-2, -1)), prev_norm)
 
 
 def apollo_factors_fake(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
+    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
     shape = [*grad.shape[:-2], 1, 1]
     if per_channel:
         shape[-2 if channel_dim(grad.shape) == -1 else -1] = max(grad.shape[-2:])
-    return low.new_empty(shape), torch.empty_like(prev_norm)
+    return projected.new_empty(shape), torch.empty_like(prev_norm)
 
 
 def update_by_factors(grad: Tensor, s: Tensor, factor: Tensor, scale: float) -> Tensor:
-    """What `apollo_update` is from its factors: grad * s / factor * sqrt(scale)."""
+    """The result of `apollo_update`, from its factors: grad * s / factor * sqrt(scale)."""
     return (grad * s).div_(factor[..., None, None]).mul_(math.sqrt(scale))
 
 

@@ -35,7 +35,15 @@ GROWTH_LIMIT: tl.constexpr = tl.constexpr(reference.GROWTH_LIMIT)
 
 @triton.jit
 def scale_kernel(
-    direction, low, out, channels, width, channel_stride, width_stride, CHANNELS: tl.constexpr, WIDTH: tl.constexpr
+    direction,
+    projected,
+    out,
+    channels,
+    width,
+    channel_stride,
+    width_stride,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """s of CHANNELS channels of one matrix: ||N_j|| / (||R_j|| + 1e-8), over `width` values each."""
     batch = tl.program_id(1).to(tl.int64)
@@ -49,7 +57,7 @@ def scale_kernel(
         mask = (channel < channels)[:, None] & (place < width)[None, :]
         offset = base + place.to(tl.int64)[None, :] * width_stride
         n = tl.load(direction + offset, mask=mask, other=0.0)
-        r = tl.load(low + offset, mask=mask, other=0.0)
+        r = tl.load(projected + offset, mask=mask, other=0.0)
         above += n * n
         below += r * r
         start += WIDTH
@@ -130,20 +138,20 @@ def _axes(shape: torch.Size, per_channel: bool) -> dict[str, Any]:
 
 
 def apollo_factors(
-    grad: Tensor, low: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
+    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
-    s, factor = reference.apollo_factors_fake(grad, low, direction, prev_norm, per_channel)
+    s, factor = reference.apollo_factors_fake(grad, projected, direction, prev_norm, per_channel)
     m, n = grad.shape[-2:]
     batch = grad.shape[:-2].numel()
-    low, direction, grad = low.contiguous(), direction.contiguous(), grad.contiguous()
+    projected, direction, grad = projected.contiguous(), direction.contiguous(), grad.contiguous()
     options: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     channels = max(m, n) if per_channel else 1
-    width = low.shape[-2:].numel() // channels
+    width = projected.shape[-2:].numel() // channels
     by_row = reference.channel_dim(grad.shape) == -1 or not per_channel
     strides = (width, 1) if by_row else (1, channels)
     block = {"CHANNELS": 32, "WIDTH": 32} if per_channel else {"CHANNELS": 1, "WIDTH": 1024}
     scale_kernel[(triton.cdiv(channels, block["CHANNELS"]), batch)](
-        direction, low, s, channels, width, *strides, **block, **options
+        direction, projected, s, channels, width, *strides, **block, **options
     )
     tiles = triton.cdiv(m, ROWS.value) * triton.cdiv(n, COLUMNS.value)
     count = min(tiles, PARTS)
@@ -181,7 +189,7 @@ def apollo_step(
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """Of a 4096 × 14336 matrix, its transpose, and Mini's single factor; bf16 weights and gradients."""
+    """Kernels to compile ahead: a 4096 × 14336 matrix, its transpose, Mini's single factor; bf16 weights, gradients."""
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
     sizes = {"m": "i32:16", "n": "i32:16"}
     for label, by_row, by_column in (("rows", True, False), ("columns", False, True), ("matrix", False, False)):
@@ -190,7 +198,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
         # A launch makes constants of strides that are 1.
         strides: dict[str, str] = {"columns": {"width_stride": "i32:16"}}.get(label, {"channel_stride": "i32:16"})
         one: dict[str, Any] = {"channel_stride" if label == "columns" else "width_stride": 1}
-        norms = {"direction": "*fp32", "low": "*fp32", "out": "*fp32", "channels": "i32", "width": "i32:16"}
+        norms = {"direction": "*fp32", "projected": "*fp32", "out": "*fp32", "channels": "i32", "width": "i32:16"}
         cases.append((f"scale of {label}", scale_kernel, norms | strides, block | one, NUM_WARPS))
         reads = {"grad": "*bf16", "s_ptr": "*fp32", "parts": "*fp32"} | sizes | {"tiles": "i32:16"}
         cases.append((f"norm by {label}", norm_kernel, reads, axes, NUM_WARPS))

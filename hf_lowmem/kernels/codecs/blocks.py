@@ -1,4 +1,4 @@
-"""What the block codecs share: a code of 8 or 4 bits a value, few scalars a block, blocks over the flattened tensor.
+"""Common part of block codecs: a code of 8 or 4 bits a value, few scalars a block, blocks over the flattened tensor.
 
 A codec is two pure functions on a matrix whose rows are blocks. The loops here cut the flattened tensor into spans of
 whole blocks, hand each span over as (rows, block), pad the ragged last block with zeros, and write the result into the

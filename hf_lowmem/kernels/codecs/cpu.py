@@ -49,7 +49,7 @@ def _decode(tile, last, n, out, address, how, values):
 
 
 def state_keys(seed: int) -> tuple[int, int, int]:
-    """What a kernel takes in place of a state's seed: the keys of the pair, and all ones for its mirrored step."""
+    """Numbers that stand for a state's seed in a kernel: the keys of the pair, and all ones for its mirrored step."""
     return (*seed_keys(even(seed)), -(seed & 1))
 
 
@@ -73,7 +73,7 @@ def tables_of(codec: str, signed: bool, dither: bool) -> tuple[np.ndarray, ...]:
 
 
 def addresses(parts: list[Tensor]) -> tuple[int, int, int]:
-    """Of a state's codes, scale and power; what a codec has not got is another of its tensors, never read."""
+    """Addresses of a state's codes, scale and power; what a codec has not got is another of its tensors, never read."""
     return parts[0].data_ptr(), parts[min(1, len(parts) - 1)].data_ptr(), parts[-1].data_ptr()
 
 

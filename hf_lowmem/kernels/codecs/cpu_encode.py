@@ -239,7 +239,7 @@ def narrow(codes, out, count):
 
 @inlined
 def make_room():
-    """What `encode_tile` needs beside its arguments."""
+    """Scratch memory for `encode_tile`: scaled values, and codes."""
     return np.empty(TILE, float32), np.empty(TILE, int32)
 
 

@@ -216,7 +216,7 @@ def expanding_places(signed: bool) -> Tensor:
 
 
 def expanding_rows(nearest: bool, signed: bool) -> Tensor:
-    """What tells the place of |x| / a in `expanding_table`, int32 (256, 3), by power: shift, first bits, offset.
+    """Rows that locate |x| / a in `expanding_table`, int32 (256, 3), one a power: shift, first bits, offset.
 
     ```python
     bits = clamp(bits(abs(x) / a), first, LARGEST_BITS)

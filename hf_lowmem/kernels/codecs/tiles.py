@@ -7,9 +7,6 @@ but by the shuffles of a maximum, and no layout is converted.
 The fused optimizers call `encode_tile` and `decode_tile` on values that never leave the registers.
 """
 
-# pyright: reportArgumentType=false
-# It reads the Python, not the language that @triton.jit makes of it.
-
 import triton
 import triton.language as tl
 
@@ -240,7 +237,7 @@ def _int8_codes(x, table, places, word, GROUP: tl.constexpr, SIGNED: tl.constexp
 
 @triton.jit
 def _softsign_codes(x, inverse, word, DITHER: tl.constexpr):
-    """Of a signed state. Reference: `softsign_encode`."""
+    """Codes of a signed state. Reference: `softsign_encode`."""
     b = tl.abs(x) * (inverse * SLOPE)[:, None] + OFFSET
     y = FARTHEST - reciprocal(b)
     near = (y + 12582912.0) - 12582912.0  # 1.5 * 2**23

@@ -92,7 +92,7 @@ def _decode(
 
 
 def state_keys(seed: int) -> tuple[int, int, int]:
-    """What a kernel takes in place of a state's seed: the keys of the pair, and -1 for the mirrored step of it."""
+    """Kernel arguments for a state's seed: the two keys of its pair of steps, and -1 in the mirrored step, else 0."""
     return (*seed_keys(even(seed)), -(seed & 1))
 
 

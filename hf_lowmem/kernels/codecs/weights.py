@@ -31,7 +31,7 @@ def round_stochastic(x: Tensor, seed: int, offset: int = 0) -> Tensor:
 
 
 def round_by_(words: Callable[[int, int, torch.device], Tensor], x: Tensor, to: Tensor) -> None:
-    """As `round_stochastic`, over `to`, contiguous. `words(start, stop, device)`: random bits of the values, int32."""
+    """Write `round_stochastic` of `x` into `to` (contiguous), random bits, int32, by `words(start, stop, device)`."""
     flat, out = x.reshape(-1), to.view(-1)
     for start, stop in spans(flat.numel(), 1, x.device):
         noise = words(start, stop, x.device).bitwise_and_(0xFFFF)

@@ -86,10 +86,13 @@ def _save_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     _, *saved = output
     ctx.dtype = gate.dtype
     ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # else zeros of their sizes are written in backward, and read by nobody
     ctx.save_for_backward(*saved)
 
 
-def _save_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _save_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None, None
     gate, gate_scales, up, up_scales = ctx.saved_tensors
     return *GLU_BACKWARD(grad, gate, up, gate_scales, up_scales, ctx.act, ctx.dtype), None, None, None
 

@@ -17,7 +17,7 @@ SHAPES = (((5, 256), BF16), ((3, 200), FP16), ((9, 64), FP32), ((1, 1), BF16), (
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """From 1e-4 to 100: both tails of an activation, and its middle."""
+    """Random values with magnitudes from about 1e-4 to 100: both tails of an activation, and its middle."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g) * torch.exp2(14 * torch.rand(shape, generator=g) - 10)
     return x.to(dtype).to(device)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hf_lowmem.kernels.codecs.tiles import NUMBERS
 from hf_lowmem.kernels.step.ahead import step_cases
+from hf_lowmem.kernels.step.launch import run_steps
 from hf_lowmem.kernels.step.reference import States
-from hf_lowmem.kernels.step.triton import run_steps
 
 
 def lion_step(
@@ -25,10 +25,14 @@ def lion_step(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    *,
+    norm: Tensor | None = None,
 ) -> None:
+    """`lion_step` of the reference. `norm`: of the gradient of one parameter alone, where it is known."""
     numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
     states = [States(first_codec, first, True, state_seeds)]
-    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, [numbers] * len(params))
+    of_each = [numbers] * len(params)
+    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, of_each, norm=norm)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:

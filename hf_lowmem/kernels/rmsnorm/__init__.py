@@ -53,7 +53,7 @@ def _backward_fake(
 
 
 def _unsupported(*args: Any) -> str:
-    """Of all three: the first tensor is (..., n), and every float tensor counts."""
+    """Reason why none of the three kernels takes these arguments, or "". The first tensor is (..., n)."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if tensors[0].shape[-1] > LONGEST:
         return f"a row has {tensors[0].shape[-1]} values; the kernel holds at most {LONGEST} in registers"
@@ -89,15 +89,20 @@ RMSNORM_BACKWARD = Kernel(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, residual, ctx.eps, ctx.plus_one, _, _ = inputs
-    _, codes, scales, total = output
-    ctx.dtype, ctx.residual = x.dtype, residual is not None
+    y, codes, scales, total = output
+    ctx.dtype, ctx.out, ctx.residual = x.dtype, y.dtype, residual is not None
     ctx.mark_non_differentiable(codes, scales, *(() if ctx.residual else (total,)))
+    ctx.set_materialize_grads(False)  # else zeros of their sizes are written in backward, and read by nobody
     ctx.save_for_backward(codes, scales, weight)
 
 
-def _backward(ctx: Any, dy: Tensor, _codes: Any, _scales: Any, d_total: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _codes: Any, _scales: Any, d_total: Tensor | None) -> tuple[Any, ...]:
     codes, scales, weight = ctx.saved_tensors
     extra = d_total if ctx.residual else None
+    if dy is None:
+        if extra is None:
+            return None, None, None, None, None, None, None
+        dy = torch.zeros(codes.shape, dtype=ctx.out, device=codes.device)
     wanted = ctx.needs_input_grad[1]
     dx, dw = RMSNORM_BACKWARD(dy, codes, scales, weight, extra, ctx.eps, ctx.plus_one, ctx.dtype, wanted)
     return dx, dw if wanted else None, dx if ctx.residual else None, None, None, None, None

@@ -103,7 +103,7 @@ def backward_cases() -> Iterator[Case]:
             yield Case(f"{name}{'' if wanted else ', no dw'}", args)
 
     def expanded(device: torch.device) -> tuple[Any, ...]:
-        """As the gradient of a sum comes: one value under every index."""
+        """A gradient with stride 0, like that of a sum: one value under every index."""
         dy = torch.ones((), dtype=BF16, device=device).expand(2, 256)
         return dy, *saved((2, 256), BF16, device), weights(256, BF16, device), None, 1e-5, False, BF16, True
 

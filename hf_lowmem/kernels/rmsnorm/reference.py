@@ -45,7 +45,7 @@ def sum_pairs(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def parts_of(rows: int) -> tuple[int, int]:
-    """How many parts, and how many rows in each (the last may have fewer)."""
+    """Number of parts, and of rows in each (the last may have fewer)."""
     each = max(-(-rows // PARTS), LEAST_ROWS)
     return -(-rows // each), each
 

@@ -188,7 +188,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, n, PARTS: tl.constexpr, LOG2: tl
 
 
 def tile(n: int) -> dict[str, Any]:
-    """Of a row: a power of two of groups. EVEN: it fills them, and nothing is masked."""
+    """Constants of a kernel for rows of n values: a power of two of groups. EVEN: n fills them, nothing is masked."""
     log2 = max((n - 1).bit_length(), 7)
     return {"GROUPS": 1 << (log2 - 7), "LOG2": log2, "EVEN": n == 1 << log2}
 

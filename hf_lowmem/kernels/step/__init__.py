@@ -1,1 +1,1 @@
-"""What the fused optimizer steps (adamw, lion, apollo) share: gradients that are finite, states, weights, launches."""
+"""Common part of the fused steps (adamw, lion, apollo): finite gradients, states, weights, launches."""

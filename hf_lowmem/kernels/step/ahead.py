@@ -6,25 +6,29 @@ from typing import Any
 import triton.language as tl
 
 from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS
-from hf_lowmem.kernels.step.triton import RULES, check_kernel, step_kernel, steps_kernel, warps
+from hf_lowmem.kernels.step.triton import RULES, check_kernel, check_one_kernel, step_kernel, steps_kernel, warps
 from hf_lowmem.specs import WEIGHT_STORES
 
-__all__ = ["check_case", "step_cases"]
+__all__ = ["check_cases", "step_cases"]
 
 _TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*i64", "powers": "*i32", "rows": "*i32"}
 
 
-def check_case() -> tuple[str, Any, dict[str, str], dict[str, Any], int]:
-    """The check of the gradients: (label, function, signature, constants, warps)."""
+def check_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """The check of many gradients and of one, which may have a norm: (label, function, signature, constants, warps)."""
     constants = {"GRADIENT": tl.bfloat16, "ALIGNED": True}
-    return "check", check_kernel, {"table": "*i64", "finite_ptr": "*i32"}, constants, NUM_WARPS
+    many = "check", check_kernel, {"table": "*i64", "finite_ptr": "*i32"}, constants, NUM_WARPS
+    one = {"grad": "*bf16", "finite_ptr": "*i32", "skipped": "*i64", "norm_ptr": "*fp32", "n": "i32"}
+    return [many, ("check, one", check_one_kernel, one, {"NORM": True}, NUM_WARPS)]
 
 
 def step_cases(
     rule: str, pairs: Sequence[tuple[str, str]], shared: Sequence[tuple[str, str]]
 ) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """For compilation ahead of time, with every store and bf16 weights and gradients: one large parameter with each
-    pair of codecs, and many small ones with those of `shared`."""
+    """Variants to compile ahead of time, with every store and bf16 weights and gradients.
+
+    One large parameter with each of `pairs` of codecs, and many small ones with those of `shared`.
+    """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
     values = {f"{state}_{name}": kind for state in "mv" for name, kind in _TABLE_TYPES.items()}
     floats = dict.fromkeys(("x0", "x1", "x2", "x3", "decay", "step", "eps", "root"), "fp32")

@@ -50,7 +50,7 @@ def parameters(
 
 
 def skips_of(device: torch.device) -> Tensor:
-    """Where bad gradients are counted, after some."""
+    """A counter of bad gradients that has counted five."""
     return torch.full((), 5, dtype=torch.int64, device=device)
 
 

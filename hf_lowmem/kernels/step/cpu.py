@@ -216,7 +216,7 @@ def _check(tile, last, table, ends, bf16, finite):
 
 @kernel
 def _step(tile, last, table, ends, numbers, finite, how, of_states, bf16, tables):
-    """Of these tiles of all parameters. `of_states`: for each of both, as `encode_tile` has it."""
+    """Step these tiles of all parameters. `of_states`: for each of both, as `encode_tile` has it."""
     rule, heavy, store, draws = how
     first, second = of_states
     coded = first[0] != FP32 or second[0] != FP32

@@ -1,4 +1,4 @@
-"""What the fused optimizer steps share, in torch: which gradients are finite, states and weights read and written."""
+"""Common part of the fused steps, in torch: which gradients are finite, states and weights read and written."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence

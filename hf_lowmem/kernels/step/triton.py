@@ -19,14 +19,11 @@ What changes from step to step is passed as floats or is declared not to be spec
 # A jit function is called with launch options, and with plain numbers where it declares constants.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
-import struct
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from hf_lowmem.kernels._device import (
     as_bf16,
@@ -46,21 +43,14 @@ from hf_lowmem.kernels._device import (
 from hf_lowmem.kernels.codecs.tiles import (
     FP32,
     NUM_WARPS,
-    NUMBERS,
     ROWS,
     SOFTSIGN,
-    TILE,
     WIDTH,
     decode_tile,
     encode_tile,
     tile_offsets,
 )
-from hf_lowmem.kernels.codecs.triton import state_keys, tables_of
-from hf_lowmem.kernels.exact import seed_keys
-from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT, States
-from hf_lowmem.specs import WEIGHT_STORES
-
-SMALL = 1 << 16  # values: 64 tiles, less than one for every multiprocessor of a large GPU
+from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
 
 KEEP: tl.constexpr = tl.constexpr(0)
 BF16_SR: tl.constexpr = tl.constexpr(1)
@@ -76,6 +66,8 @@ LEAST_SQUARE: tl.constexpr = tl.constexpr(2.0**-100)  # of adamw/reference.py
 LIMIT: tl.constexpr = tl.constexpr(
     torch.tensor(LARGEST_GRADIENT, dtype=torch.float32, device="cpu").view(torch.int32).item()
 )
+# A sum of squares is never rounded to less than one of them, so half covers the errors of a square and a root.
+SAFE: tl.constexpr = tl.constexpr(LARGEST_GRADIENT / 2)
 CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
 CHECK_PROGRAMS = 1024  # at most, for one parameter
 
@@ -269,24 +261,47 @@ def steps_kernel(
 
 
 @triton.jit
+def _is_bad(grad, n, part, parts):
+    """Whether a value that is not finite and below 1e15 is in the `part`-th of `parts` shares of a gradient."""
+    lane = tl.arange(0, CHECK_BLOCK)
+    whole = n // CHECK_BLOCK * CHECK_BLOCK  # without a mask values are read 16 bytes at a time
+    worst = tl.zeros((CHECK_BLOCK,), tl.int32)
+    hop = parts.to(tl.int64) * CHECK_BLOCK
+    start = part.to(tl.int64) * CHECK_BLOCK
+    while start < whole:  # a range of loaded numbers is beyond the interpreter of triton 3.6
+        worst = tl.maximum(worst, magnitude(widen(tl.load(grad + start + lane))))
+        start += hop
+    if part == 0:
+        worst = tl.maximum(worst, magnitude(load_fp32(grad + whole + lane, lane < (n - whole).to(tl.int32))))
+    return tl.max(worst, axis=0) >= LIMIT
+
+
+@triton.jit
 def check_kernel(table, finite_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
     """Clear the flag of the i-th parameter if its gradient is bad. Programs (i, ...) share the values of one."""
     i = tl.program_id(0)
     row = table + i * COLUMNS
     grad = _address(row, 1, GRADIENT, ALIGNED)
     n = tl.load(row + _NUMEL)
-    lane = tl.arange(0, CHECK_BLOCK)
-    whole = n // CHECK_BLOCK * CHECK_BLOCK  # without a mask values are read 16 bytes at a time
-    worst = tl.zeros((CHECK_BLOCK,), tl.int32)
-    hop = tl.num_programs(1).to(tl.int64) * CHECK_BLOCK
-    start = tl.program_id(1).to(tl.int64) * CHECK_BLOCK
-    while start < whole:  # a range of loaded numbers is beyond the interpreter of triton 3.6
-        worst = tl.maximum(worst, magnitude(widen(tl.load(grad + start + lane))))
-        start += hop
-    if tl.program_id(1) == 0:
-        worst = tl.maximum(worst, magnitude(load_fp32(grad + whole + lane, lane < (n - whole).to(tl.int32))))
-    if tl.max(worst, axis=0) >= LIMIT:
+    if _is_bad(grad, n, tl.program_id(1), tl.num_programs(1)):
         tl.store(finite_ptr + i, 0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def check_one_kernel(grad, finite_ptr, skipped, norm_ptr, n, NORM: tl.constexpr):
+    """`check_kernel` of a parameter that is stepped by itself: its addresses are arguments, and no table is copied.
+
+    NORM: at `norm_ptr` is the gradient's norm. No value is larger, so one below `SAFE` spares the pass over memory.
+    """
+    safe = False
+    if NORM:
+        safe = tl.load(norm_ptr) < SAFE  # nan is not
+    if not safe:  # `and` would read the gradient all the same
+        bad = _is_bad(grad, n, tl.program_id(0), tl.num_programs(0))
+        if bad:
+            first = tl.atomic_xchg(finite_ptr, 0) == 1
+            if first:  # the only program that counts it
+                tl.atomic_add(skipped, 1)
 
 
 def warps(*codecs: str) -> int:
@@ -294,89 +309,6 @@ def warps(*codecs: str) -> int:
     return 2 * NUM_WARPS if set(codecs) == {"fp32"} else NUM_WARPS
 
 
-def _fp32_bits(x: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
+def dtype_of(dtype: torch.dtype) -> Any:
+    """Triton's type of the same name."""
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
-
-
-def _three(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and power of an encoded state. What a codec has not got is another of its tensors, never read."""
-    return parts[0], parts[min(1, len(parts) - 1)], parts[-1]
-
-
-def _tables(codec: str, signed: bool, like: Tensor) -> tuple[Tensor, ...]:
-    return (like,) * 5 if codec == "fp32" else tables_of(codec, signed, True, like.device)
-
-
-def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
-    """The table on the device, and whether all its addresses are aligned. Copied from pinned memory: no wait."""
-    aligned = all(address % 16 == 0 for row in rows for address in row[PARAM : SECOND + 3])
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), aligned
-
-
-def run_steps(
-    rule: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    skipped: Tensor,
-    corrections: Sequence[Tensor],
-    states: Sequence[States],
-    store: str,
-    seeds: Sequence[int],
-    numbers: Sequence[Sequence[float]],
-    *,
-    heavy: bool = False,
-) -> None:
-    """One step for all of `params`: one launch to check the gradients, one for the small ones, one for each large one.
-
-    Args: as those of `adamw_step`; `states`: one or two; `numbers`: the eight of a rule's formula, for each parameter.
-    """
-    count = len(params)
-    if not count:
-        return
-    device = params[0].device
-    finite = torch.ones(count, dtype=torch.int32, device=device)
-    first, second = states[0], states[-1]
-    parts = [(_three(first.of(i)), _three(second.of(i))) for i in range(count)]
-    fixed = {
-        "RULE": RULES[rule],
-        "FIRST": NUMBERS[first.codec],
-        "SECOND": NUMBERS[second.codec],
-        "STORE": WEIGHT_STORES.index(store),
-        "HEAVY": heavy,
-    }
-    shared = (*_tables(first.codec, True, params[0]), *_tables(second.codec, second.signed, params[0]))
-    weight_keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
-    of_states = [state_keys(seed) for seed in first.seeds] or [(0, 0, 0)] * count
-    keys = [first_two + rest for first_two, rest in zip(weight_keys, of_states, strict=True)]
-    rows = []
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        tensors = (p, g, corrections[i] if store == "bf16_ecc" else p, *parts[i][0], *parts[i][1])
-        row = [t.data_ptr() for t in tensors]
-        rows.append([*row, p.numel(), *keys[i], *(_fp32_bits(x) for x in numbers[i])])
-    # The small ones first, so that their rows and flags are the head of one table.
-    order = sorted(range(count), key=lambda i: params[i].numel() > SMALL)
-    small = sum(p.numel() <= SMALL for p in params)
-    table, aligned = _table([rows[i] for i in order], device)
-    kinds = {"GRADIENT": _triton_dtype(grads[0].dtype), "ALIGNED": aligned}
-    options: dict[str, Any] = {"num_warps": warps(first.codec, second.codec), "enable_fp_fusion": False}
-
-    largest = max(p.numel() for p in params)
-    programs = min(triton.cdiv(largest, CHECK_BLOCK.value), CHECK_PROGRAMS)
-    check_kernel[(count, programs)](table, finite, **kinds, **options | {"num_warps": NUM_WARPS})
-    skipped.add_((finite == 0).sum())
-    if small:
-        sizes = [params[i].numel() for i in order[:small]]
-        kinds |= {"WEIGHT": _triton_dtype(params[0].dtype), "WHOLE": all(size % 16 == 0 for size in sizes)}
-        steps_kernel[(small, triton.cdiv(max(sizes), TILE))](table, finite, *shared, **kinds, **fixed, **options)
-    for place, i in enumerate(order[small:], small):
-        p = params[i]
-        correction = corrections[i] if store == "bf16_ecc" else p
-        step_kernel[(triton.cdiv(p.numel(), TILE),)](
-            finite[place:], p, grads[i], correction, *parts[i][0], *parts[i][1], *shared,
-            p.numel(), *numbers[i], *keys[i], **fixed, EVEN=p.numel() % TILE == 0, **options,
-        )  # fmt: skip

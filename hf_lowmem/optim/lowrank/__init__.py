@@ -1,1 +1,1 @@
-"""The low-rank family: project the gradient, keep Adam's moments of the projection, lift the direction by a rule."""
+"""The low-rank family: project the gradient, keep Adam's moments there, project the direction back by a rule."""

@@ -88,12 +88,14 @@ class Apollo(LowRankOptimizer):
             super().apply(weights, grad, slot, group)
             return
         projected, direction, _ = self.adam(grad, slot, group)
-        s, factor = APOLLO_FACTORS(p.grad, projected, direction, slot.load("prev_norm"), self.per_channel)
+        assert p.grad is not None
+        whole = p.grad.contiguous()
+        s, factor = APOLLO_FACTORS(whole, projected, direction, slot.load("prev_norm"), self.per_channel)
         slot.judge(s)
         slot.judge(factor)
         finite = weights.finite & is_finite(s) & is_finite(factor)
         settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], slot.step
-        APOLLO_STEP(p, p.grad, weights.correction, finite, s, factor, *settings, weights.seed)
+        APOLLO_STEP(p, whole, weights.correction, finite, s, factor, *settings, weights.seed)
 
 
 class ApolloMini(Apollo):

@@ -54,6 +54,11 @@ PREVIOUS_NORM = StateDecl(signed=False, shape=one_a_matrix, coded=False)
 SUM = StateDecl(signed=True, shape=low_rank_shape, coded=False, rows=channels, passing=True)
 
 
+def step_settings(group: Group, steps: list[int]) -> tuple[object, ...]:
+    """Last arguments of ADAMW_STEP: see FusedStep."""
+    return steps, "family", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+
+
 class LowRankOptimizer(LowMemOptimizer):
     """Base of the low-rank methods.
 
@@ -77,7 +82,7 @@ class LowRankOptimizer(LowMemOptimizer):
         "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False),
     }
     PROJECTIONS = tuple(PROJECTORS)
-    FUSED = FusedStep(ADAMW_STEP, lambda g, steps: (steps, "family", g["lr"], *g["betas"], g["eps"], g["weight_decay"]))
+    FUSED = FusedStep(ADAMW_STEP, step_settings)
     # Whether `full_update` goes back through the basis; else it only reads norms.
     PROJECTS_BACK: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.lowrank.family import channels, low_rank_shape
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.pipeline import rotate_first
@@ -56,7 +57,7 @@ def natural_gradient(history: Tensor, newest: int, damping: float | None, shards
     unit = torch.zeros_like(squares)
     unit[..., newest] = 1 if damping is not None else strength[..., 0]
     gram = gram + torch.diag_embed(strength.expand_as(squares))
-    weights = torch.linalg.solve_ex(gram, unit)[0].to(columns.dtype)  # `solve` would wait for the device
+    weights = linalg.solve_ex(gram, unit)[0].to(columns.dtype)  # `solve` would sync
     return (weights[..., None, :] @ columns).view(history[..., 0, :, :].shape)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of moments when their basis turns, as pure functions on fp32 tensors.
+"""Moments in the coordinates of a new basis, norms and factors: pure functions on fp32 tensors.
 
 Shapes: a gradient is (..., m, n); leading dimensions are a batch of independent matrices (fused experts). The
 projected gradient is (..., m, r) where m >= n and (..., r, n) otherwise: the larger dimension is kept, and its rows or

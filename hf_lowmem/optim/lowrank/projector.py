@@ -7,7 +7,7 @@ the bytes of both.
 
 | name       | basis                                          | stored  | cost of a refresh                  |
 |------------|------------------------------------------------|---------|------------------------------------|
-| `svd`      | the leading singular vectors of this gradient  | r·d     | an SVD; waits for the device       |
+| `svd`      | the leading singular vectors of this gradient  | r·d     | an SVD; syncs                      |
 | `subspace` | the last basis after one power step and a QR   | r·d     | two products with the gradient, QR |
 | `random`   | a seeded Gaussian, drawn again at every step   | nothing | none; every step draws r·d numbers |
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from hf_lowmem.distributed import WHOLE, Whole
 from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Shape, stream_key
 
@@ -37,7 +38,7 @@ COLD_STEPS = 4  # power steps from a Gaussian start; later refreshes start from 
 
 def svd_basis(grad: Tensor, rank: int) -> Tensor:
     """The `rank` leading singular vectors of the smaller side, (..., m, n) -> (..., d, rank). GaLore, 2403.03507."""
-    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    u, _, vh = linalg.svd(grad, full_matrices=False)
     return (vh.mT if channel_dim(grad.shape) == -1 else u)[..., :rank]
 
 
@@ -67,7 +68,7 @@ def power_basis(grad: Tensor, start: Tensor, steps: int, shards: Whole = WHOLE) 
         else:
             projected = shards.sum_((grad.mT @ shards.rows(basis)).div_(peak))
             product = shards.gather((grad @ projected).div_(peak), rows)
-        basis, triangle = torch.linalg.qr(product)
+        basis, triangle = linalg.qr(product)
         signs = torch.diagonal(triangle, dim1=-2, dim2=-1).sign()
         basis = basis * torch.where(signs == 0, 1.0, signs)[..., None, :]
     return basis
@@ -150,8 +151,8 @@ class Projector:
 class StoredProjector(Projector):
     """A basis that is made from gradients and kept in the state "basis", by the codec of signed states."""
 
-    # Whether making a basis waits for the device as it is.
-    WAITS: ClassVar[bool]
+    # Whether making a basis syncs, by itself.
+    SYNCS: ClassVar[bool]
 
     def find(self, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
         """A basis for `grad`, (..., d, r). What it is where not `usable`, (..., 1, 1), does not matter."""
@@ -167,7 +168,7 @@ class StoredProjector(Projector):
         old = self.basis
         missing = (old == 0).all(-1, keepdim=True).all(-2, keepdim=True)
         # Here the answer costs nothing; elsewhere a basis is made in vain in a handful of the first steps.
-        if not due and (self.slot.syncs or self.WAITS) and not missing.any():
+        if not due and (self.slot.syncs or self.SYNCS) and not missing.any():
             return None
         peak = self.shards.largest(grad)
         usable = (peak > 0) & (peak < LARGEST_GRADIENT)  # False for NaN too
@@ -185,7 +186,7 @@ class StoredProjector(Projector):
 class SvdProjector(StoredProjector):
     """Exact: the leading singular vectors. For comparison with the authors' packages, whose bits it gives."""
 
-    WAITS = True
+    SYNCS = True
 
     def find(self, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
         return svd_basis(torch.where(usable, grad, 0.0), self.rank)  # torch's SVD raises on NaN
@@ -199,7 +200,7 @@ class SubspaceProjector(StoredProjector):
     refresh, in three runs of the slow test in tests/optim/test_projector.py.
     """
 
-    WAITS = False
+    SYNCS = False
 
     def find(self, grad: Tensor, old: Tensor, usable: Tensor) -> Tensor:
         key = stream_key(self.slot.key, "start")

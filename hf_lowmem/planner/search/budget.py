@@ -84,7 +84,7 @@ def _check(trainer: Any, args: Any, given: dict[str, Any], label: str) -> None:
 
 
 def _model(model: Any, peft_config: Any, label: str) -> dict[str, Any]:
-    """What `search` is told of the model."""
+    """Arguments of `search` that describe the model: `model`, `peft_config` and perhaps `dtype`."""
     if isinstance(model, str | os.PathLike):
         return {"model": model, "peft_config": peft_config}
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

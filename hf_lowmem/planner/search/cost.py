@@ -1,4 +1,4 @@
-"""How long a combination takes: a stated model of a nominal device, not a measurement.
+"""Cost of a combination in time: a stated model of a nominal device, not a measurement.
 
 Only the order of combinations is asked of it, so its unit is the floating-point operation of a matrix product, and it
 counts, for one token:
@@ -61,7 +61,7 @@ class Work:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, shapes: Sequence[Shape], tokens: int) -> "Work":
-        """From the parameters' shapes. Of experts, only those count that a token meets."""
+        """Work of a model, from its parameters' shapes. Only the experts that a token meets are counted."""
         text: Any = config.get_text_config()
         experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
         met = (getattr(text, "num_experts_per_tok", None) or experts) / experts
@@ -123,7 +123,7 @@ def _moved(tier: str, kept: Mapping[str, float]) -> float:
 
 
 def _update(choice: Choice, work: Work, update: Update) -> float:
-    """Of one step."""
+    """Cost of the optimizer's update in one step, in FLOPs."""
     weights = gradients = work.trained_bytes
     moved = 2 * weights + gradients + 2 * update.states + 2 * update.temporaries
     moved += 2 * gradients if choice.max_grad_norm else 0

@@ -186,7 +186,7 @@ class Estimator:
         return max(0.0, (high - low) / (n[1] - n[0]))
 
     def update(self, choice: Choice) -> Update | None:
-        """None: the rule would be plain Adam's on this model."""
+        """Memory of a choice's update; None where its rule would be plain Adam's on this model."""
         key = choice.optim, choice.state, choice.weights
         if key not in self._updates:
             ours = choice.optim in OPTIMIZERS
@@ -345,7 +345,7 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
 
 @contextlib.contextmanager
 def _as_simulated(accelerator: bool) -> Iterator[None]:
-    """What `simulate_step` sets up, for an optimizer without a trainer."""
+    """Context that `simulate_step` sets up, for an optimizer without a trainer."""
     device = as_on_accelerator() if accelerator else contextlib.nullcontext()
     with quiet(), as_with_real_tensors(), device:
         yield

@@ -1,4 +1,4 @@
-"""What a search tells a person: what was chosen and why, what would have been faster, or that nothing fits."""
+"""Texts of a search: what was chosen and why, what would have been faster, or that nothing fits."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def describe(values: Mapping[str, Any]) -> str:
 
 
 def _rate(optim: str) -> str | None:
-    """What to do with the learning rate under a rule that scales its update; None for a rule that does not."""
+    """Advice on the learning rate of an optimizer that scales its update; None for one that does not."""
     scale = getattr(OPTIMIZERS.get(optim), "DEFAULTS", {}).get("scale")
     if scale is None:
         return None

@@ -71,7 +71,7 @@ def search(
         model, args, dtype=dtype, peft_config=peft_config, world_size=world_size, parallel=parallel, device=device,
         progress=progress, **more,
     )  # fmt: skip
-    return asked.within(f"{label}={budget!r}", size).answer(args.max_length)
+    return asked.for_budget(f"{label}={budget!r}", size).answer(args.max_length)
 
 
 def longest(
@@ -90,7 +90,7 @@ def longest(
     far = min(limit, PROBE) // STEP * STEP
     args = args.lowmem_replace(max_length=far)
     found = prepare(model, args, points=((1, max(STEP, far // 2 // STEP * STEP)), (1, far)), **asked)
-    found.within(f"{label}={budget!r}", size)
+    found.for_budget(f"{label}={budget!r}", size)
     return found.answer(found.longest(limit))
 
 

@@ -136,7 +136,7 @@ class Search:
             raise next(iter(refused.values()))
 
     def in_order(self, tokens: int) -> tuple[list[Choice], dict[Choice, float]]:
-        """By preference, and the cost of each."""
+        """The combinations in order of preference, and the cost of each."""
         estimator = self.estimator
         work = Work.of(estimator.config, estimator.shapes, tokens)
         sequences = estimator.method.rows
@@ -150,7 +150,7 @@ class Search:
             costs[c] = cost_a_token(c, work, update, c.batch * sequences * tokens, estimator.depth, kept)
         return sorted(self.found, key=lambda c: (c.departure, costs[c], self.estimate(c, tokens), repr(c))), costs
 
-    def within(self, label: str, budget: int) -> "Search":
+    def for_budget(self, label: str, budget: int) -> "Search":
         """The same question for this budget, in bytes. `label`: how an error calls it."""
         self.label, self.budget = label, budget
         return self

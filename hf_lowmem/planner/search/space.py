@@ -1,4 +1,4 @@
-"""What a search may choose: every valid combination of the settings that the user left open.
+"""The space of a search: every valid combination of the settings that the user left open.
 
 A field is open where it had its class's default when the arguments were made (`LowMemArguments.lowmem_open`); any
 other is the user's, and is never changed. Open are, each if its fields are:
@@ -67,7 +67,7 @@ class Choice:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """As values of the arguments' fields."""
+        """The combination as values of the arguments' fields."""
         return {
             "per_device_train_batch_size": self.batch,
             "gradient_accumulation_steps": self.accumulation,

@@ -1,4 +1,4 @@
-"""What an optimizer's update takes, apart from the rest of the step: its states and its temporaries.
+"""Memory of an optimizer's update, apart from the rest of the step: its states and its temporaries.
 
 Neither depends on the batch or on what layers keep, so a search needs them once for each (optim, lowmem_state,
 lowmem_weights), not for each combination with the rest. Ours update parameter by parameter: states are counted over the

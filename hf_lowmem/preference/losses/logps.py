@@ -1,4 +1,4 @@
-"""What a preference loss reads: four numbers a pair, and nothing of size (B, T, V).
+"""The input of a preference loss: four numbers a pair, and nothing of size (B, T, V).
 
 TRL's fused head already gives the log-probability of every completion token without building the logits. All
 the preference losses of this package are functions of two sums and two lengths of those numbers, so this
@@ -155,9 +155,9 @@ def check_option(name: str, value: Any, role: str, *, positive: bool = False) ->
 def pair_metrics(
     policy: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tensor, **terms: Tensor
 ) -> dict[str, Tensor]:
-    """What every loss reports: detached (B,) tensors of the loss's dtype.
+    """Metrics that every loss reports: detached (B,) tensors of the loss's dtype.
 
-    As TRL names them: "rewards/chosen", "rewards/rejected", "rewards/accuracies" (0 or 1), "rewards/margins",
+    Under TRL's names: "rewards/chosen", "rewards/rejected", "rewards/accuracies" (0 or 1), "rewards/margins",
     "logps/chosen" and "logps/rejected" (sums, nats). And "logps_mean/chosen", "logps_mean/rejected" (nats a token):
     they show when both answers become unlikely together, which margins and accuracies hide. And a "loss/…" for each
     of `terms`, which add up to the loss.

@@ -140,7 +140,7 @@ def resolve_reference(args: Any, asking: list[str], *, peft: bool, passed: bool,
 
 @contextlib.contextmanager
 def without_reference(policy_is_loaded: bool) -> Iterator[None]:
-    """While DPOTrainer is constructed, let its request for a reference model come back empty.
+    """Give DPOTrainer's constructor None where it loads a reference model.
 
     TRL has no switch for that. `precompute_ref_log_probs=True` comes near, but it hashes every weight, and under FSDP
     it loads the model all the same. So `create_model_from_path` answers None once the policy exists; TRL guards each

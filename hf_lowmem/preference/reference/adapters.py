@@ -55,7 +55,7 @@ def check_adapter(kind: str, model: Any, peft_config: Any) -> None:
 
 
 def _trained_of_the_base(model: Any, config: Any, *, wrapped: bool) -> str | None:
-    """What is trained of a policy and not taken off with its adapter."""
+    """Trained weights of a policy that disabling its adapter does not undo, in words; None where there are none."""
     bias = getattr(config, "bias", "none")
     if isinstance(bias, str) and bias != "none":
         return f"bias={bias!r}: biases"

@@ -1,4 +1,4 @@
-"""What a reference's log-probabilities depend on, as one hash: where it is equal, so are they.
+"""Identity of a reference: one hash of all that its log-probabilities depend on; equal hash, equal values.
 
 A table that was computed before is read only under an equal hash. It covers the reference's weights, its config and
 adapters, the collator (which cuts and pads), the fields that vary the numbers, the precision, and the versions of the

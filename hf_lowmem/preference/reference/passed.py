@@ -24,7 +24,7 @@ PASS_ONE = "Pass the reference itself as ref_model"
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, no module of `model` is in training mode; afterwards each is in its own again, also after an exception.
+    """Put all modules of `model` in eval mode; afterwards each is in its own mode again, also after an exception.
 
     By the flags alone, since a module's own `train()` may do more than set them.
     """
@@ -40,7 +40,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def copied_reference(model: Any) -> Iterator[None]:
-    """While DPOTrainer is constructed, the reference that it would load by the name of `model` is a copy of `model`.
+    """Give DPOTrainer's constructor a copy of `model` where it would load a reference by the name of `model`.
 
     Where the weights of `model` are partitioned among processes (ZeRO-3) there is nothing whole to copy: then TRL loads
     by the name, and a warning says so.
@@ -74,8 +74,8 @@ def _copy_of(model: Any) -> Any:
 
 @contextlib.contextmanager
 def own_modules_only(policy: nn.Module) -> Iterator[None]:
-    """Inside, a call of a module of `policy` is an error: a copy may hold on to the original by a patched `forward`,
-    and would then change as the policy is trained.
+    """Make each call of a module of `policy` an error: a copy may hold on to the original by a patched `forward`, and
+    would then change as the policy is trained.
 
     Raises:
         ValueError: in the forward pass that does it.

@@ -75,7 +75,7 @@ class ReferenceLogps:
         return at, self.keys[at] == wanted
 
     def of(self, keys: list[int], device: torch.device) -> dict[str, Tensor]:
-        """What TRL's precomputed columns would have brought: (B,) each.
+        """Reference log-probabilities of a batch under the names of TRL's precomputed columns, (B,) each.
 
         Raises:
             ValueError: for a pair that the pass before training has not seen.

@@ -1,4 +1,4 @@
-"""For which models a shared batch is exact: by their structure, and then by trying it.
+"""Check that a shared batch is exact for a model: by its structure, and then by trying it.
 
 Exact means: every token is computed from the same tokens at the same positions as in the plain batch. That needs three
 things of a model: positions come from `position_ids` (not from columns, as ALiBi's do), what a token sees comes from
@@ -67,7 +67,7 @@ def check_sharing(model: Any, args: Any = None, *, trial: bool = True) -> None:
 
 
 def _obstacles(model: Any, module: nn.Module, args: Any) -> Iterator[tuple[str, str]]:
-    """What is known to be inexact: the reason and the remedy."""
+    """Reasons why sharing would not be exact for a model, each with its remedy."""
     config: Any = module.config
     if any(p.is_prompt_learning or p.is_adaption_prompt for p in getattr(model, "peft_config", {}).values()):
         yield "prompt-learning PEFT puts virtual tokens before each row, not before each sequence", "Use LoRA"
@@ -138,7 +138,7 @@ def _trial(vocabulary: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @torch.no_grad()
 def sharing_error(model: Any) -> tuple[float, float]:
-    """How far the trial's hidden states are from the plain batch's, and how far rounding can explain.
+    """Error of the hidden states of a shared trial batch against the plain one, and the bound that rounding explains.
 
     The error is the largest over tokens of ||shared - plain|| / ||plain||. Measured on SmolLM2-135M on a CPU: 3e-6 in
     fp32 and 0.018 in bf16; with an ordinary causal mask 1.2, with a row's ordinary positions 0.28, in either dtype. The

@@ -1,4 +1,4 @@
-"""What the fields `lowmem_share_prompt` and `lowmem_pack_tokens` do to a trainer."""
+"""Effect of the fields `lowmem_share_prompt` and `lowmem_pack_tokens` on a trainer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def share_batches(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def sharing(trainer: Any) -> Iterator[None]:
-    """While the block runs, a trainer's models take shared batches; afterwards they are as without it.
+    """Let a trainer's models take shared batches while the block runs; afterwards they are as without it.
 
     Does nothing for a trainer whose arguments do not ask for it, inside of another such block, and to models that the
     user shares by hand.

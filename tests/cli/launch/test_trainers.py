@@ -77,7 +77,14 @@ def launched(base: Path, label: str, file: Path, cases: list[Case]) -> Path:
     for case in cases:
         save_rows(folder, case)
     names = ",".join(case.name for case in cases)
-    script = [str(ROOT / "tests" / "launch" / "train_cases.py"), str(base), str(folder), names, "--flag", "of it"]
+    script = [
+        str(ROOT / "tests" / "cli" / "launch" / "train_cases.py"),
+        str(base),
+        str(folder),
+        names,
+        "--flag",
+        "of it",
+    ]
     done = run("--config_file", str(file), "--main_process_port", "0", *script)
     # gloo may complain when the processes end, after everything has passed: the files say what counts.
     missing = [case.name for case in cases if not (folder / f"{case.name}.pt").exists()]

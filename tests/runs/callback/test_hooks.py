@@ -1,7 +1,6 @@
 """Which forward passes count, and that nothing goes on measuring whatever happens."""
 
 import copy
-import gc
 import weakref
 from typing import Any
 
@@ -18,13 +17,6 @@ from tests.runs.callback.runs import (
     samplers,
     trainer_of,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imports_are_not_garbage():
-    gc.freeze()  # or every gc.collect() walks through all of transformers, a third of a second each
-    yield
-    gc.unfreeze()
 
 
 class Boom(Trainer):

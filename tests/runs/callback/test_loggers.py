@@ -1,6 +1,5 @@
 """What the Trainer's loggers are handed, by callbacks that stand where W&B's and TensorBoard's do."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -13,13 +12,6 @@ from tests.runs.callback.runs import data, llama, nothing_is_left, trainer_of
 
 PARTS = ("weights", "trainable", "gradients", "optimizer", "saved")
 PEAK = {"memory/peak_rss_gib", "memory/peak_rss_added_gib"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imports_are_not_garbage():
-    gc.freeze()  # or every gc.collect() walks through all of transformers, a third of a second each
-    yield
-    gc.unfreeze()
 
 
 class Logger(TrainerCallback):

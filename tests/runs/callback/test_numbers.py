@@ -1,6 +1,5 @@
 """The numbers are direct measurements, and training is the same."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -24,13 +23,6 @@ from tests.runs.callback.runs import (
 )
 
 pytestmark = pytest.mark.train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imports_are_not_garbage():
-    gc.freeze()  # or every gc.collect() walks through all of transformers, a third of a second each
-    yield
-    gc.unfreeze()
 
 
 def test_numbers_are_the_direct_measurements(tmp_path):

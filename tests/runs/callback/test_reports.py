@@ -1,7 +1,6 @@
 """When a LowMemCallback measures, and where its numbers go."""
 
 import copy
-import gc
 import json
 import logging
 import pickle
@@ -15,13 +14,6 @@ from tests.runs.callback.runs import (
     records,
     trainer_of,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imports_are_not_garbage():
-    gc.freeze()  # or every gc.collect() walks through all of transformers, a third of a second each
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.train

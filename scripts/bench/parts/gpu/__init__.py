@@ -1,1 +1,1 @@
-"""Parts of gpu.py and plan_vs_cuda.py: what only a CUDA device can show."""
+"""Parts of gpu_once.py, gpu_report.py and plan_vs_cuda.py: what only a CUDA device can show."""

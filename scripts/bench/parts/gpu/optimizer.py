@@ -1,10 +1,11 @@
-"""Part optimizer: one step over the weights of a 1B Llama, ours beside torch's fused AdamW and others' 8-bit ones.
+"""Step optimizer: one update over the weights of a 1B Llama, ours beside torch's fused AdamW and others' 8-bit ones.
 
 bf16 weights and gradients, as on a card that is too small. Each optimizer is built, stepped and deleted alone: together
 their states would not fit. `moved` is what a step must read and write at least: the gradient once, the weight and the
 state twice. Time over it is the bandwidth that the step reaches.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import make_optimizer
-from parts.gpu.timing import copy_bandwidth, free, peak_bytes, seconds_of
+from parts.gpu.steps import Case
+from parts.gpu.timing import copy_bandwidth, device_and_host, free, peak_bytes
 from parts.peers import PEERS, REFERENCE, Peer
 from parts.record import Row
 
@@ -22,22 +24,21 @@ RATE = 1e-6
 SIZE = {"width": 2048, "inner": 8192, "layers": 15, "vocabulary": 128256}
 TOY = {"width": 64, "inner": 160, "layers": 1, "vocabulary": 256}
 
-OURS: dict[str, dict[str, Any]] = {
-    "adamw fp32": {"name": "adamw", "state": "fp32"},
-    "adamw 8bit": {"name": "adamw", "state": "8bit"},
+OURS: dict[str, dict[str, Any]] = {  # by how much somebody who has ten minutes wants to know
     "adamw 8bit, bf16_sr": {"name": "adamw", "state": "8bit", "weights": "bf16_sr"},
-    "adamw 8bit, bf16_ecc": {"name": "adamw", "state": "8bit", "weights": "bf16_ecc"},
-    "adamw int8": {"name": "adamw", "state": "int8"},
-    "adamw fp8_expand": {"name": "adamw", "state": "fp8_expand"},
-    "lion int8": {"name": "lion", "state": "int8"},
+    "adamw 8bit": {"name": "adamw", "state": "8bit"},
     "apollo_mini 8bit": {"name": "apollo_mini", "state": "8bit"},
+    "adamw int8": {"name": "adamw", "state": "int8"},
+    "lion int8": {"name": "lion", "state": "int8"},
     "apollo 8bit": {"name": "apollo", "state": "8bit"},
+    "adamw fp32": {"name": "adamw", "state": "fp32"},
+    "adamw 8bit, bf16_ecc": {"name": "adamw", "state": "8bit", "weights": "bf16_ecc"},
+    "adamw fp8_expand": {"name": "adamw", "state": "fp8_expand"},
     "galore 8bit": {"name": "galore", "state": "8bit", "projection": "subspace"},
 }
 
 
 THEIRS = (
-    REFERENCE,
     "torch AdamW foreach",
     "bitsandbytes AdamW8bit",
     "bitsandbytes Lion8bit",
@@ -75,48 +76,42 @@ def build_ours(spec: dict[str, Any]) -> Callable[[nn.Module], Optimizer]:
     return lambda model: make_optimizer(model=model, lr=RATE, **spec)
 
 
-def measure(build: Callable[[nn.Module], Optimizer], size: dict[str, int], device: torch.device) -> Row:
-    free(device)
+def measure(
+    build: Callable[[nn.Module], Optimizer],
+    size: dict[str, int],
+    device: torch.device,
+    roof: Callable[[], float],
+    repeats: int,
+) -> Row:
     model = Weights(size, device)
     optimizer = build(model)
     optimizer.step()  # the state is allocated
     state = optimizer_bytes(optimizer)
     free(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    seconds = seconds_of(optimizer.step, device, repeats=10)
+    seconds, host = device_and_host(optimizer.step, device, repeats=repeats)
     count = sum(p.numel() for p in model.parameters())
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    moved = 3 * sum(p.numel() * p.itemsize for p in model.parameters()) + 2 * state
     peak = peak_bytes(device)
     return {
         "parameters": count,
         "state_bytes": state,
         "state_bytes_per_parameter": state / count,
-        "moved": 3 * weights + 2 * state,
+        "moved": moved,
         "seconds": seconds,
-        "bandwidth": (3 * weights + 2 * state) / seconds,
+        "host_seconds": host,
+        "bandwidth": moved / seconds,
+        "of_copy_bandwidth": moved / seconds / roof(),
         "temporary_bytes": None if peak is None else peak - before,
     }
 
 
-def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[Row]:
-    roof = copy_bandwidth(device, 1 << (16 if toy else 30))
-    yield {"setting": "device copy", "bandwidth": roof}
-    base: float | None = None
-    builds = {name: build_theirs(PEERS[name]) for name in THEIRS}
-    builds |= {name: build_ours(spec) for name, spec in OURS.items()}
+def cases(device: torch.device, toy: bool, theirs: bool) -> Iterator[Case]:
+    """Torch's optimizers and ours, the most wanted first; with `theirs`, those of other packages."""
+    size, repeats = (TOY, 1) if toy else (SIZE, 8)
+    roof = functools.cache(lambda: copy_bandwidth(device, 1 << (16 if toy else 31)))
+    builds = {name: build_theirs(PEERS[name]) for name in (THEIRS if theirs else (REFERENCE,))}
+    if not theirs:
+        builds |= {name: build_ours(spec) for name, spec in OURS.items()}
     for name, build in builds.items():
-        if not in_time():
-            yield {"setting": name, "note": "left out: no time"}
-            continue
-        ours = name in OURS
-        try:
-            row = measure(build, TOY if toy else SIZE, device)
-        except Exception as error:
-            if ours and not isinstance(error, torch.OutOfMemoryError):
-                raise  # a package of somebody else's may not run here; ours must
-            yield {"setting": name, "note": f"{type(error).__name__}: {str(error)[:200]}"}
-            continue
-        if name == REFERENCE:
-            base = row["seconds"]
-        ratio = row["seconds"] / base if base else None
-        yield {"setting": name, **row, "of_copy_bandwidth": row["bandwidth"] / roof, "ratio_to_torch_fused": ratio}
+        yield Case({"setting": name}, lambda b=build: measure(b, size, device, roof, repeats), theirs=theirs)

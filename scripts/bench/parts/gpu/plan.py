@@ -1,6 +1,6 @@
-"""Foretold and measured peaks: the one table of settings, and how one of them is measured, in a process of its own.
+"""Predicted and measured peaks: the one table of settings, and how one of them is measured, in a process of its own.
 
-`plan_vs_cuda.py` runs all of them and writes their record; part plan of `gpu.sh` runs them beside its other parts.
+`plan_vs_cuda.py` runs all of them and writes their record.
 Models have random weights and the layer shape of a known one at reduced depth, so that even AdamW's fp32 states fit a
 card of 80 GB. Each trains two steps on full rows by the trainer itself. On a CUDA device the measured peak is the
 caching allocator's since the first step began; on a CPU (`--toy`) it is the trace of the CPU allocator, as in
@@ -12,9 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -102,7 +100,7 @@ TOYS = (
 
 
 def row(setting: Setting, device: torch.device) -> Row:
-    """Foretold and measured bytes of one setting."""
+    """Predicted and measured bytes of one setting."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, LlamaConfig
 
@@ -175,8 +173,8 @@ def _measured(
 
 
 def in_own_process(name: str, toy: bool) -> Row:
-    """The row of one setting, or a note that says why there is none. The allocator is as it comes, whatever gpu.py
-    sets."""
+    """The row of one setting, or a note that says why there is none. The allocator is as it comes, whatever this
+    process sets."""
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "plan_vs_cuda.py"), "--one", name, *(["--toy"] * toy)]
     env = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -184,12 +182,3 @@ def in_own_process(name: str, toy: bool) -> Row:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"note": lines[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def rows(device: torch.device, toy: bool, in_time: Callable[[], bool]) -> Iterator[Row]:
-    """For gpu.py."""
-    if not find_spec("trl") or not find_spec("datasets"):
-        yield {"setting": "all", "note": "ModuleNotFoundError: No module named 'trl'; what is planned is its trainer"}
-        return
-    for name in TOYS[:1] if toy else SETTINGS:
-        yield {"setting": name} | (in_own_process(name, toy) if in_time() else {"note": "left out: no time"})

@@ -1,10 +1,10 @@
-"""Tables and plot of gpu.py, from its record alone."""
+"""Tables and plot of gpu_once.py, from its record alone."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parts.record import Rows, of_part
+from parts.record import Rows
 from parts.tables import markdown
 
 GIB, GB = 2**30, 1e9
@@ -14,77 +14,90 @@ def number(form: str, factor: float = 1.0) -> Callable[[Any], str]:
     return lambda value: "" if value is None else form.format(value * factor)
 
 
-# part → (title, the columns: key, head, how a value is written)
-COLUMNS: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
-    "kernels": (
-        "Kernels: equal to the reference, and speed against a device copy",
+SPEED = [
+    ("case", "case", str),
+    ("way", "way", str),
+    ("head", "head", str),
+    ("tokens_per_second", "tokens/s", number("{:.0f}")),
+    ("seconds", "ms", number("{:.1f}", 1e3)),
+    ("host_seconds", "host, ms", number("{:.1f}", 1e3)),
+    ("peak", "peak, GiB", number("{:.2f}", 1 / GIB)),
+    ("last_loss", "loss", number("{:.3f}")),
+]
+UPDATE = [
+    ("setting", "optimizer", str),
+    ("state_bytes_per_parameter", "state B/param", number("{:.2f}")),
+    ("moved", "moved, GB", number("{:.2f}", 1 / GB)),
+    ("seconds", "ms", number("{:.2f}", 1e3)),
+    ("host_seconds", "host, ms", number("{:.2f}", 1e3)),
+    ("bandwidth", "GB/s", number("{:.0f}", 1 / GB)),
+    ("of_copy_bandwidth", "of copy", number("{:.2f}")),
+    ("temporary_bytes", "temporaries, GiB", number("{:.2f}", 1 / GIB)),
+]
+# (title, steps whose rows it shows, a column that its rows have, the columns: key, head, how a value is written)
+TABLES: tuple[tuple[str, tuple[str, ...], str, list[tuple[str, str, Callable[[Any], str]]]], ...] = (
+    (
+        "Kernels against their references, bit by bit or within their bounds",
+        ("check",),
+        "kernel",
+        [("kernel", "kernel", str), ("case", "compared", str), ("equal", "equal", str)],
+    ),
+    (
+        "Hardware's operations over all values",
+        ("proofs",),
+        "case",
+        [("case", "operation", str), ("values", "values", number("{:,}")), ("differ", "differ", str)],
+    ),
+    (
+        "The device at its best",
+        ("roof",),
+        "case",
+        [
+            ("case", "what", str),
+            ("bandwidth", "GB/s", number("{:.0f}", 1 / GB)),
+            ("flops", "TFLOP/s", number("{:.0f}", 1e-12)),
+        ],
+    ),
+    (
+        "Kernels, inputs not in the L2",
+        ("kernels",),
+        "kernel",
         [
             ("kernel", "kernel", str),
             ("case", "case", str),
-            ("equal", "equal", str),
             ("seconds", "µs", number("{:.1f}", 1e6)),
+            ("seconds_by_operator", "by the operator, µs", number("{:.1f}", 1e6)),
             ("bandwidth", "GB/s", number("{:.0f}", 1 / GB)),
             ("of_copy_bandwidth", "of copy", number("{:.2f}")),
-            ("speed_up", "× reference", number("{:.1f}")),
         ],
     ),
-    "optimizer": (
-        "One optimizer step, bf16 weights and gradients",
-        [
-            ("setting", "optimizer", str),
-            ("state_bytes_per_parameter", "state B/param", number("{:.2f}")),
-            ("moved", "moved, GB", number("{:.2f}", 1 / GB)),
-            ("seconds", "ms", number("{:.2f}", 1e3)),
-            ("ratio_to_torch_fused", "× torch fused AdamW", number("{:.2f}")),
-            ("of_copy_bandwidth", "of copy", number("{:.2f}")),
-            ("temporary_bytes", "temporaries, GiB", number("{:.2f}", 1 / GIB)),
-        ],
-    ),
-    "training": (
-        "Training, Llama-3-8B shape, bf16",
-        [
-            ("case", "case", str),
-            ("way", "way", str),
-            ("head", "head", str),
-            ("tokens_per_second", "tokens/s", number("{:.0f}")),
-            ("speed_to_first_way", "× first", number("{:.2f}")),
-            ("peak", "peak, GiB", number("{:.2f}", 1 / GIB)),
-            ("kept_bytes", "kept by the layer, MiB", number("{:.1f}", 2**-20)),
-            ("last_loss", "loss", number("{:.3f}")),
-        ],
-    ),
-    "plan": (
-        "Foretold and measured peaks",
-        [
-            ("setting", "setting", str),
-            ("foretold", "foretold, GiB", number("{:.3f}", 1 / GIB)),
-            ("measured", "measured, GiB", number("{:.3f}", 1 / GIB)),
-            ("difference", "difference, %", number("{:+.2f}", 100)),
-        ],
-    ),
-}
+    ("One optimizer step, bf16 weights and gradients", ("optimizer", "peers"), "setting", UPDATE),
+    ("Forward and backward, Llama-3-8B's layers, bf16", ("layers", "peers"), "way", SPEED),
+    ("Whole steps, Llama-3-8B, bf16", ("whole",), "way", SPEED),
+)
 
 
 def tables(rows: Rows) -> str:
+    """All tables, each for every device that the record has."""
     texts = []
-    for part, (title, columns) in COLUMNS.items():
-        found = of_part(rows, part)
+    for title, steps, key, columns in TABLES:
+        found = [row for row in rows if row["step"] in steps and key in row]
         for device in dict.fromkeys(row["device"] for row in found):
             shown = [row for row in found if row["device"] == device]
             used = [c for c in columns if any(row.get(c[0]) is not None for row in shown)]
             lines = []
             for row in shown:
-                cells = [show(row[key]) if row.get(key) is not None else "" for key, _, show in used]
-                if "note" in row:
-                    cells[-1] = row["note"]
+                cells = [show(row[name]) if row.get(name) is not None else "" for name, _, show in used]
+                if "error" in row:
+                    cells[-1] = row["error"]
                 lines.append(cells)
-            texts.append(f"{title}, on {device}\n" + markdown([head for _, head, _ in used], lines))
+            texts.append(f"{title}, on {device}\n\n" + markdown([head for _, head, _ in used], lines))
     return "\n".join(texts)
 
 
 def draw(rows: Rows, path: Path) -> None:
     """Tokens/s against peak of the whole model, one point a way; nothing where there are no such rows."""
-    points = [r for r in rows if r["part"] == "training" and r["case"].startswith("whole") and r.get("peak")]
+    points = [row for row in rows if row["step"] == "whole" and row.get("peak")]
     if not points:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,5 +111,5 @@ def draw(rows: Rows, path: Path) -> None:
         axes.annotate(row["way"], (row["peak"] / GIB, row["tokens_per_second"]), fontsize=7)
     axes.set_xlabel("peak, GiB")
     axes.set_ylabel("tokens a second")
-    axes.set_title(f"{points[0]['case']}, {points[0]['tokens']:,} tokens, on {points[0]['device']}")
+    axes.set_title(f"{points[0]['case']}, on {points[0]['device']}")
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Part training: a Llama-3-8B's layer and the whole model, forward and backward (and step): tokens/s and peak.
+"""Steps layers and whole: a Llama-3-8B at reduced and at full depth, forward and backward (and update): tokens/s, peak.
 
 Random weights from a config, random tokens. The head is TRL's fused one where trl is installed, so that no logits are
 built, else HuggingFace's; every row says which, and one run has one head for all rows. `ways` at a reduced depth are
@@ -15,32 +15,43 @@ import torch
 from hf_lowmem.activations import convert
 from hf_lowmem.optim import StepInBackward, make_optimizer
 from hf_lowmem.specs import TIERS
-from parts.gpu.timing import free, peak_bytes, seconds_of
+from parts.gpu.steps import Case
+from parts.gpu.timing import device_and_host, free, peak_bytes, reserved_bytes
 from parts.record import Row
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
-WAYS = ("HuggingFace", "HuggingFace + Liger", "checkpointing", "torch.compile", *TIERS)
-LAYER_WAYS = ("HuggingFace", "torch.compile", *TIERS)
+WAYS = ("HuggingFace", "fp8", "checkpointing", "exact", "checkpoint_fp8", "fp8_recompute", "hooks_fp8")
+assert {"HuggingFace", "checkpointing", *TIERS} == set(WAYS)
+THEIRS = ("HuggingFace + Liger", "torch.compile")
 
-# Whole training: what stands beside weights in bf16, from the usual to the least.
+EIGHT_BIT = {"state": "8bit", "weights": "bf16_sr"}
+# Whole training, the recommended setting first. fields: what a config says for the same, for who plans it.
 WHOLE: dict[str, dict[str, Any]] = {
-    "torch AdamW fused, checkpointing": {"way": "checkpointing"},
-    "bitsandbytes AdamW8bit, checkpointing": {"way": "checkpointing", "bitsandbytes": True},
-    "adamw 8bit bf16_sr, exact": {"way": "exact", "ours": {"name": "adamw", "state": "8bit", "weights": "bf16_sr"}},
     "adamw 8bit bf16_sr, fp8, step in backward": {
         "way": "fp8",
-        "ours": {"name": "adamw", "state": "8bit", "weights": "bf16_sr"},
+        "ours": {"name": "adamw", **EIGHT_BIT},
         "in_backward": True,
+        "fields": {"optim": "adamw", "lowmem_activations": "fp8", "lowmem_step_in_backward": True},
     },
-    "apollo_mini 8bit bf16_sr, fp8, step in backward": {
-        "way": "fp8",
-        "ours": {"name": "apollo_mini", "state": "8bit", "weights": "bf16_sr"},
-        "in_backward": True,
+    "torch AdamW fused, checkpointing": {
+        "way": "checkpointing",
+        "fields": {"optim": "adamw_torch_fused", "gradient_checkpointing": True},
+    },
+    "adamw 8bit bf16_sr, exact": {
+        "way": "exact",
+        "ours": {"name": "adamw", **EIGHT_BIT},
+        "fields": {"optim": "adamw", "lowmem_activations": "exact"},
     },
     "apollo_mini 8bit bf16_sr, checkpoint_fp8, step in backward": {
         "way": "checkpoint_fp8",
-        "ours": {"name": "apollo_mini", "state": "8bit", "weights": "bf16_sr"},
+        "ours": {"name": "apollo_mini", **EIGHT_BIT},
         "in_backward": True,
+        "fields": {"optim": "apollo_mini", "lowmem_activations": "checkpoint_fp8", "lowmem_step_in_backward": True},
+    },
+    "bitsandbytes AdamW8bit, checkpointing": {
+        "way": "checkpointing",
+        "bitsandbytes": True,
+        "fields": {"optim": "adamw_8bit", "gradient_checkpointing": True},
     },
 }
 
@@ -96,51 +107,40 @@ def with_head(model: Any) -> Any:
     return lambda ids: -model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.mean()
 
 
-def ids_of(model: Any, tokens: int, device: torch.device) -> torch.Tensor:
+def ids_of(model: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
     draw = torch.Generator(device).manual_seed(1)
-    return torch.randint(1, model.config.vocab_size, (1, tokens), device=device, generator=draw)
+    return torch.randint(1, model.config.vocab_size, (rows, tokens), device=device, generator=draw)
 
 
-def reduced(way: str, shape: dict[str, Any], layers: int, tokens: int, device: torch.device) -> Row:
-    """Forward and backward of a few layers and the head; the gradients are kept."""
-    free(device)
+def reduced(
+    way: str, shape: dict[str, Any], layers: int, rows: int, tokens: int, device: torch.device, repeats: int
+) -> Row:
+    """Forward and backward of a few layers and the head: `rows` rows of `tokens` tokens."""
     model = prepare(way, build(shape, layers, tokens, device))
-    loss, ids = with_head(model), ids_of(model, tokens, device)
+    loss, ids = with_head(model), ids_of(model, rows, tokens, device)
 
     def call() -> None:
         loss(ids).backward()
-
-    seconds = seconds_of(call, device, repeats=5)
-    return {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak": peak_bytes(device)}
-
-
-def layer(way: str, shape: dict[str, Any], tokens: int, device: torch.device) -> Row:
-    """One decoder layer alone."""
-    free(device)
-    model = prepare(way, build(shape | {"vocab_size": 256}, 1, tokens, device))
-    hidden = torch.randn(1, tokens, shape["hidden_size"], device=device, dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn_like(hidden)
-
-    def call() -> None:
-        model.model(inputs_embeds=hidden).last_hidden_state.backward(grad)
+        model.zero_grad(set_to_none=True)
 
     call()
     free(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    output = model.model(inputs_embeds=hidden).last_hidden_state
-    kept = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else None
-    del output
-    seconds = seconds_of(call, device, repeats=10)
-    return {"seconds": seconds, "tokens_per_second": tokens / seconds, "kept_bytes": kept}
+    seconds, host = device_and_host(call, device, repeats=repeats, warm_up=1)
+    return {
+        "seconds": seconds,
+        "host_seconds": host,
+        "tokens_per_second": rows * tokens / seconds,
+        "peak": peak_bytes(device),
+        "reserved": reserved_bytes(device),
+    }
 
 
 def whole(
-    spec: dict[str, Any], shape: dict[str, Any], layers: int, tokens: int, device: torch.device
+    spec: dict[str, Any], shape: dict[str, Any], layers: int, tokens: int, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     """Training steps of the whole model: forward, backward, optimizer."""
-    free(device)
     model = prepare(spec["way"], build(shape, layers, tokens, device))
-    loss, ids = with_head(model), ids_of(model, tokens, device)
+    loss, ids = with_head(model), ids_of(model, 1, tokens, device)
     optimizer: Any
     if "ours" in spec:
         optimizer = make_optimizer(model=model, lr=1e-5, **spec["ours"])
@@ -161,50 +161,47 @@ def whole(
         optimizer.zero_grad()
         losses.append(value.detach())
 
-    seconds = seconds_of(call, device, repeats=3)
+    call()  # states are made, kernels compiled
+    free(device)
+    seconds, host = device_and_host(call, device, repeats=repeats, warm_up=1)
     found = [value.item() for value in losses]
     return {
         "seconds": seconds,
+        "host_seconds": host,
         "tokens_per_second": tokens / seconds,
         "peak": peak_bytes(device),
+        "reserved": reserved_bytes(device),
         "first_loss": found[0],
         "last_loss": found[-1],
         "wrong": not all(torch.isfinite(torch.tensor(found))),
     }
 
 
-def rows(device: torch.device, toy: bool, in_time: Any) -> Iterator[Row]:
+def cases(device: torch.device, toy: bool, theirs: bool = False) -> Iterator[Case]:
+    """Layers and head at reduced depth: all ways on four rows of 2,048 tokens, the first two on one row."""
+    shape, layers, tokens, repeats = (TOY_SHAPE, 2, 32, 1) if toy else (LLAMA_8B, 8, 2048, 4)
+    shown = [(way, 4) for way in (THEIRS if theirs else WAYS)] + ([] if theirs else [(way, 1) for way in WAYS[:2]])
+    for way, rows in shown:
+        what = {"case": f"{layers} layers, {rows} x {tokens} tokens", "way": way, "head": head()}
+        yield Case(what, lambda w=way, r=rows: _alone(w, shape, layers, r, tokens, device, repeats), theirs=theirs)
+
+
+def _alone(*arguments: Any) -> Row:
+    """A reduced model, after which HuggingFace's classes are its own again: Liger puts others in their place."""
     from transformers.models.llama import modeling_llama
 
-    shape = TOY_SHAPE if toy else LLAMA_8B
-    tokens = 32 if toy else 2048
-    some, all_layers = (2, 2) if toy else (8, 32)
-    common = {"head": head(), "tokens": tokens}
-    cases: list[tuple[str, str, Any]] = [
-        ("layer", way, lambda w=way: layer(w, shape, tokens, device)) for way in LAYER_WAYS
-    ]
-    cases += [(f"{some} layers", way, lambda w=way: reduced(w, shape, some, tokens, device)) for way in WAYS]
-    cases += [
-        (f"whole, {all_layers} layers", name, lambda s=spec: whole(s, shape, all_layers, tokens, device))
-        for name, spec in WHOLE.items()
-    ]
-    base: dict[str, float] = {}
     before = dict(modeling_llama.__dict__)
-    for case, way, measure in cases:
-        row: Row = {"case": case, "way": way, **common}
-        if not in_time():
-            yield row | {"note": "left out: no time"}
-            continue
-        theirs = way in ("HuggingFace + Liger", "torch.compile") or "bitsandbytes" in way
-        try:
-            row |= measure()
-        except Exception as error:  # what somebody else's package cannot do here is said; ours may only lack memory
-            if not theirs and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            yield row | {"note": f"{type(error).__name__}: {str(error)[:200]}"}
-            continue
-        finally:
-            torch.compiler.reset()
-            modeling_llama.__dict__.update(before)  # Liger puts classes of its own there
-        base.setdefault(case, row["tokens_per_second"])
-        yield row | {"speed_to_first_way": row["tokens_per_second"] / base[case]}
+    try:
+        return reduced(*arguments)
+    finally:
+        torch.compiler.reset()
+        modeling_llama.__dict__.update(before)
+
+
+def whole_cases(device: torch.device, toy: bool) -> Iterator[Case]:
+    """Training steps at full depth, the setting that is recommended first."""
+    shape, layers, tokens, repeats = (TOY_SHAPE, 2, 32, 1) if toy else (LLAMA_8B, 32, 4096, 3)
+    for name, spec in WHOLE.items():
+        what = {"case": f"{layers} layers, 1 x {tokens} tokens", "way": name, "head": head()}
+        theirs = "bitsandbytes" in spec
+        yield Case(what, lambda s=spec: whole(s, shape, layers, tokens, device, repeats), theirs=theirs)

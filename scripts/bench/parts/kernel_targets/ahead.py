@@ -33,6 +33,7 @@ TARGETS: dict[str, GPUTarget] = {
 }
 # What a PTX must not hold if its floats are to be the reference's: denormals flushed, approximate functions.
 INEXACT = re.compile(r"^\s*(?:@\S+\s+)?(\S+\.ftz\S*|\S+\.approx\S*|div\.full\S*)\s", re.MULTILINE)
+# The short reciprocal and root of _device.py are no lines of their own, and not found: they have a test of their own.
 # Nor products fused into sums, but for those that the kernel asks for (_device.py: fma), which LLVM's code shows.
 FUSED = re.compile(r"^\s*(?:@\S+\s+)?(?:fma|mad)\.\S*?f(?:32|64)(?:x(\d+))?\s", re.MULTILINE)
 ASKED = re.compile(r"\bcall\b[^\n]*@llvm\.fma\.(?:v(\d+))?f(?:32|64)\(")

@@ -1,0 +1,136 @@
+"""Launches of the steps' kernels: which parameters share one, and what each is handed."""
+
+# Of a jit function: its idea of parameters lacks those of the launch, and takes numbers for constexprs.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS, TILE
+from hf_lowmem.kernels.codecs.triton import state_keys, tables_of
+from hf_lowmem.kernels.exact import seed_keys
+from hf_lowmem.kernels.step import triton as jit
+from hf_lowmem.kernels.step.flags import fresh_flag
+from hf_lowmem.kernels.step.reference import States
+from hf_lowmem.specs import WEIGHT_STORES
+
+__all__ = ["SMALL", "run_steps"]
+
+SMALL = 1 << 16  # values: 64 tiles, less than one for every multiprocessor of a large GPU
+
+
+def _fp32_bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def _three(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and power of an encoded state. What a codec has not got is another of its tensors, never read."""
+    return parts[0], parts[min(1, len(parts) - 1)], parts[-1]
+
+
+def _tables(codec: str, signed: bool, like: Tensor) -> tuple[Tensor, ...]:
+    return (like,) * 5 if codec == "fp32" else tables_of(codec, signed, True, like.device)
+
+
+def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, bool]:
+    """The table on the device, and whether all its addresses are aligned. Copied from pinned memory: no wait."""
+    aligned = all(address % 16 == 0 for row in rows for address in row[jit.PARAM : jit.SECOND + 3])
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), aligned
+
+
+def _parts(values: int, each: int) -> int:
+    """Number of parts that cover so many values. (Triton's own `cdiv` takes as long as a launch's arguments.)"""
+    return -(-values // each)
+
+
+def _check_programs(largest: int) -> int:
+    return min(_parts(largest, jit.CHECK_BLOCK.value), jit.CHECK_PROGRAMS)
+
+
+def run_steps(
+    rule: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    skipped: Tensor,
+    corrections: Sequence[Tensor],
+    states: Sequence[States],
+    store: str,
+    seeds: Sequence[int],
+    numbers: Sequence[Sequence[float]],
+    *,
+    heavy: bool = False,
+    norm: Tensor | None = None,
+) -> None:
+    """One step for all of `params`: one launch to check the gradients, one for the small ones, one for each large one.
+
+    One parameter alone has two launches whatever its size, with its addresses as arguments: no table is copied.
+
+    Args: as those of `adamw_step`; `states`: one or two; `numbers`: the eight of a rule's formula, for each parameter;
+        `norm`: of the gradient of one parameter alone, fp32, where it is known.
+    """
+    count = len(params)
+    if not count:
+        return
+    first, second = states[0], states[-1]
+    fixed = {
+        "RULE": jit.RULES[rule],
+        "FIRST": NUMBERS[first.codec],
+        "SECOND": NUMBERS[second.codec],
+        "STORE": WEIGHT_STORES.index(store),
+        "HEAVY": heavy,
+        "num_warps": jit.warps(first.codec, second.codec),
+        "enable_fp_fusion": False,
+    }
+    shared = (*_tables(first.codec, True, params[0]), *_tables(second.codec, second.signed, params[0]))
+    weight_keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
+    of_states = [state_keys(seed) for seed in first.seeds] or [(0, 0, 0)] * count
+    keys = [first_two + rest for first_two, rest in zip(weight_keys, of_states, strict=True)]
+    fine = corrections if store == "bf16_ecc" else params
+    tensors = [
+        (*here, *_three(first.of(i)), *_three(second.of(i)))
+        for i, here in enumerate(zip(params, grads, fine, strict=True))
+    ]
+    sizes = [p.numel() for p in params]
+
+    def step(flag: Tensor, i: int) -> None:
+        grid = (_parts(sizes[i], TILE),)
+        even = sizes[i] % TILE == 0
+        jit.step_kernel[grid](flag, *tensors[i], *shared, sizes[i], *numbers[i], *keys[i], EVEN=even, **fixed)
+
+    if count == 1:
+        step(_checked(grads[0], skipped, norm), 0)
+        return
+    # The small ones first, so that their rows and flags are the head of one table.
+    order = sorted(range(count), key=lambda i: sizes[i] > SMALL)
+    small = sum(size <= SMALL for size in sizes)
+    bits = {id(x): [*map(_fp32_bits, x)] for x in {id(numbers[i]): numbers[i] for i in order[:small]}.values()}
+    rows = [[*(t.data_ptr() for t in tensors[i]), sizes[i], *keys[i], *bits[id(numbers[i])]] for i in order[:small]]
+    for i in order[small:]:  # the check reads two columns, and nothing else does
+        rows.append(row := [0] * jit.COLUMNS.value)
+        row[jit.GRAD], row[jit.NUMEL] = grads[i].data_ptr(), sizes[i]
+    table, aligned = _table(rows, params[0].device)
+    finite = torch.ones(count, dtype=torch.int32, device=params[0].device)
+    kinds = {"GRADIENT": jit.dtype_of(grads[0].dtype), "ALIGNED": aligned, "enable_fp_fusion": False}
+    jit.check_kernel[(count, _check_programs(max(sizes)))](table, finite, **kinds, num_warps=NUM_WARPS)
+    skipped.add_((finite == 0).sum())
+    if small:
+        whole = all(sizes[i] % 16 == 0 for i in order[:small])
+        kinds |= {"WEIGHT": jit.dtype_of(params[0].dtype), "WHOLE": whole}
+        grid = small, _parts(sizes[max(order[:small], key=sizes.__getitem__)], TILE)
+        jit.steps_kernel[grid](table, finite, *shared, **kinds | fixed)
+    for flag, i in zip(finite.split(1)[small:], order[small:], strict=True):
+        step(flag, i)
+
+
+def _checked(grad: Tensor, skipped: Tensor, norm: Tensor | None) -> Tensor:
+    """The flag of a gradient; a bad one is counted."""
+    flag = fresh_flag(grad.device)
+    jit.check_one_kernel[(_check_programs(grad.numel()),)](
+        grad, flag, skipped, flag if norm is None else norm, grad.numel(),
+        NORM=norm is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return flag
