@@ -28,7 +28,12 @@ def sqrt(x: Tensor) -> Tensor:
 
     By way of fp64: the root of an fp32 lies far enough from the middle of two fp32 for fp64 to tell the side.
     """
-    return x.double().sqrt_().float()
+    return sqrt_wide(x).float()
+
+
+def sqrt_wide(x: Tensor) -> Tensor:
+    """The square root of an fp32 in fp64, whose nearest fp32 is the correctly rounded one."""
+    return x.double().sqrt_()
 
 
 def divide(x: Tensor, number: float) -> Tensor:

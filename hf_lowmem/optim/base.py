@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
+from hf_lowmem.kernels import current_impl
 from hf_lowmem.optim.checkpoint import load
 from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
-from hf_lowmem.optim.guard import SkipCount, Skipped
+from hf_lowmem.optim.guard import SkipCount, Skipped, stays_finite
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.names import without_wrappers
 from hf_lowmem.optim.options import plain, resolve, with_rate
@@ -248,14 +249,14 @@ class LowMemOptimizer(Method, Optimizer):
         for group, entries in work:
             together: list[tuple[Tensor, Slot]] = []
             for p, slot in entries:
-                if self._fuses(p, slot, runs):
+                if self._fuses(p, slot, group, runs):
                     together.append((p, slot))
                 else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))
             if self.FUSED is not None:
                 step_fused(self.FUSED, together, group, self._skips.on, norm)
 
-    def _fuses(self, p: Tensor, slot: Slot, runs: dict[tuple[object, ...], bool]) -> bool:
+    def _fuses(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
         if self.FUSED is None or slot.low_rank:
             return False
@@ -266,9 +267,11 @@ class LowMemOptimizer(Method, Optimizer):
         if kind not in runs:
             runs[kind] = kernel_runs(self.FUSED.kernel, p, slot.codec_names)
         fits = slot.fusable and is_plain(p)
-        if runs[kind] and not fits:
+        on_cpu = slot.device.type == "cpu" and current_impl() != "triton"
+        if runs[kind] and not fits and not on_cpu:
             warn_unfused(self.name, p, slot)
-        return fits and runs[kind]
+        # A CPU may be asked, so there the loop leaves out what might not be finite.
+        return fits and runs[kind] and (not on_cpu or stays_finite(p, slot, group))
 
     def state_bytes(self, p: Tensor, group: Group) -> int:
         """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""

@@ -6,8 +6,8 @@ taken back as a whole where it is not finite (`keep_or_take`). An asynchronous d
 selected by a flag on it.
 
 Adam and Lion, value by value, need no copies to go back to: what they make of finite numbers is finite (`is_bounded`),
-so on a CPU, which may be asked first, only their states are judged, before the update. Kernels that make whole steps
-(optim/fused.py) are of these two, and of APOLLO's step, which is given the flag.
+so on a CPU, which may be asked first, only their states are judged, before the update (`stays_finite`), by loop or
+kernel. Kernels that make whole steps (optim/fused.py) are of these two, and of APOLLO's step, which is given the flag.
 
 How often that happened is counted where it is known (`SkipCount`), and read when somebody asks.
 """
@@ -23,7 +23,7 @@ from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import CORRECTION, Group, is_finite, values_of
 
-__all__ = ["SkipCount", "Skipped", "keep_or_take"]
+__all__ = ["SkipCount", "Skipped", "keep_or_take", "stays_finite"]
 
 LARGEST_UPDATE = 1e36  # far from the end of fp32
 
@@ -38,6 +38,13 @@ def is_bounded(p: Tensor, slot: Slot, group: Group) -> bool:
     return slot.elementwise and p.dtype != torch.float16 and abs(group["lr"]) * max(largest, 1.0) < LARGEST_UPDATE
 
 
+def stays_finite(p: Tensor, slot: Slot, group: Group) -> bool:
+    """Whether a good gradient is sure to give a finite update: a look at the states, which waits for their device."""
+    if not is_bounded(p, slot, group):
+        return False
+    return all(bool(is_finite(local(v))) for v in values_of(slot.raw).values() if v.is_floating_point())
+
+
 def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: Slot, group: Group) -> Tensor:
     """Update `p` and its state if the gradient is `finite` and the result is; else all stays as it was.
 
@@ -45,11 +52,9 @@ def keep_or_take(method: Method, p: Tensor, grad: Tensor, finite: Tensor, slot: 
     result is judged by each for the rows it has.
     """
     raw = slot.raw
-    if slot.syncs and is_bounded(p, slot, group):
-        floats = [v for v in values_of(raw).values() if v.is_floating_point()]
-        if finite and all(bool(is_finite(local(v))) for v in floats):
-            method.apply(slot.weights(p, finite, keep=False), grad, slot, group)
-            return finite
+    if slot.syncs and stays_finite(p, slot, group) and finite:
+        method.apply(slot.weights(p, finite, keep=False), grad, slot, group)
+        return finite
     slot.finite = []
     weights = slot.weights(p, finite, keep=True)
     before = {k: local(v).clone() for k, v in values_of(raw).items() if k != CORRECTION}

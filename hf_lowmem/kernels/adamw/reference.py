@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hf_lowmem.kernels.exact import sqrt
+from hf_lowmem.kernels.exact import sqrt, sqrt_wide
 from hf_lowmem.kernels.registry import current_impl
 from hf_lowmem.kernels.step.reference import States, each_finite, on_the_cpu
 
@@ -32,9 +32,10 @@ LEAST_SQUARE = 2.0**-100
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, a fresh tensor: on a CPU torch's own, unless an implementation is forced; else the exact one.
+    """The square root of fp32 states, a fresh tensor: on a CPU torch's own, unless an implementation is forced.
 
-    Torch's is a fifth of the exact one's time and has the bits of torch.optim.AdamW. Who forces one compares two.
+    That has the bits of torch.optim.AdamW, and a fifth of the exact one's time. So no CPU kernel steps such states
+    unless it is forced; and who forces an implementation compares two, so that then the root is exact.
     """
     return x.sqrt() if x.device.type != "cpu" or current_impl() == "auto" else sqrt(x)
 
@@ -69,8 +70,10 @@ def adamw_(
 
 
 def inverse_root(x: Tensor, eps: float) -> Tensor:
-    """1 / (sqrt(x) + eps), a fresh tensor; a root is of LEAST_SQUARE at least."""
-    return root(x.clamp(min=LEAST_SQUARE)).add_(eps).reciprocal_()
+    """1 / (sqrt(x) + eps), a fresh tensor; the root is correctly rounded, and of LEAST_SQUARE at least."""
+    y = x.clamp(min=LEAST_SQUARE)
+    y = y.copy_(sqrt_wide(y)) if x.device.type == "cpu" else y.sqrt_()
+    return y.add_(eps).reciprocal_()
 
 
 def adam_direction(
