@@ -39,9 +39,12 @@ from numba.extending import intrinsic as numba_intrinsic
 from hf_lowmem.kernels.exact import HASH_A, HASH_B
 from hf_lowmem.kernels.proof import cache_folder, source_hash
 
-TILE = 512
+TILE = 1024
 
 float32, int32, uint32, uint8, uint16, int8 = np.float32, np.int32, np.uint32, np.uint8, np.uint16, np.int8
+
+
+_INNER = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 class _NoAlias(Compiler):
@@ -54,9 +57,16 @@ class _NoAlias(Compiler):
 
 
 def inlined(function: Callable[..., Any]):
-    """A function that kernels call; its arrays must be different memory, unless it writes none of them."""
-    how = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(pipeline_class=_NoAlias, **how)(function)
+    """A function that kernels call; its arrays must be different memory, unless it writes none of them.
+
+    Truly inlined: left to itself LLVM calls the larger ones, with flags that it could have known.
+    """
+    return numba.njit(pipeline_class=_NoAlias, forceinline=True, **_INNER)(function)
+
+
+def called(function: Callable[..., Any]):
+    """The same for what is large and called in several places: compiled once, in half the time."""
+    return numba.njit(pipeline_class=_NoAlias, **_INNER)(function)
 
 
 def kernel(function: Callable[..., Any]):

@@ -53,7 +53,7 @@ def is_proved(name: str, args: tuple[object, ...], device: torch.device) -> bool
     return (name, device, kind(args)) in _proved
 
 
-def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device, impl: str = "triton") -> str:
+def prove(kernel: Comparable, args: tuple[object, ...], device: torch.device, impl: str = "triton") -> str:
     """Compare the kernel on a case like this call, unless that was done; why it is not to be used, or "".
 
     `impl`: which implementation, "triton" or "cpu".
@@ -89,12 +89,12 @@ def prove(kernel: Comparable, args: tuple[Any, ...], device: torch.device, impl:
     return ""
 
 
-def kind(args: tuple[Any, ...]) -> Kind:
+def kind(args: tuple[object, ...]) -> Kind:
     """All of a call by which Triton's code differs: dtypes, names and flags. Of a list, its first entry's."""
     return tuple(map(_kind_of, args))
 
 
-def _kind_of(arg: Any) -> Any:
+def _kind_of(arg: object) -> object:
     if isinstance(arg, Tensor):
         return arg.dtype
     if isinstance(arg, list | tuple):

@@ -129,7 +129,7 @@ def launched_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     inner = cpu.run_steps
 
-    def watch(rule: str, params: Any, *args: Any, **kwargs: Any) -> None:
+    def watch(rule: str, params: list[Tensor], *args, **kwargs) -> None:
         counts.append(len(params))
         inner(rule, params, *args, **kwargs)
 

@@ -6,6 +6,7 @@ from hf_lowmem.kernels._cpu import (
     TILE,
     add,
     bytes_at,
+    called,
     float32,
     floats_at,
     halves_at,
@@ -48,7 +49,7 @@ def decode_softsign(codes, scale, x):
         x[j] = softsign_value(int32(int8(codes[j]))) * scale
 
 
-@inlined
+@called
 def decode_tile(how, address, start, count, values, room, x):
     """The values of a tile, zeros beyond `count`. `room`: for a ragged tile's codes; the rest as for `encode_tile`."""
     codec, signed, _ = how

@@ -11,6 +11,7 @@ from hf_lowmem.kernels._cpu import (
     bits_of,
     both,
     bytes_at,
+    called,
     clamp,
     either,
     float32,
@@ -176,12 +177,38 @@ def softsign_unsigned(x, scale, table, q, codes):
 
 
 @inlined
-def power_of(a, b, powers, signed):
-    """The stored power of a block."""
-    ratio = bits_of(inverse(b) * a)
-    place = int32(both(right(ratio, uint32(16)), uint32(0x7FFF)))
-    below = shift_right(add(look_up(powers, place), int32(both(ratio, uint32(0xFFFF)))), int32(16))
-    return max(255 - below, _POWER_OF_ONE) if signed else 255 - below
+def largest_of(x):
+    """The bits of the largest |x|."""
+    largest = uint32(0)
+    for j in range(len(x)):
+        size = size_of(x[j])
+        largest = size if size > largest else largest
+    return largest
+
+
+@inlined
+def softsign_scales(largest, dither, scales, slopes):
+    """The bf16 scale of each block, from the bits of its largest value, and what its codes need of it."""
+    for b in range(len(largest)):
+        bits = both(plus(_within(largest[b], _SMALLEST_SCALE, _BF16_MAX), uint32(0xFFFF)), uint32(0xFFFF0000))
+        scales[b] = uint16(right(bits, uint32(16)))
+        bits = largest[b] if dither and largest[b] > bits else bits
+        slopes[b] = inverse(from_bits(bits)) * _SLOPE
+
+
+@inlined
+def powers_of(largest, least, powers, signed, scales, stored, factors):
+    """The scale and the stored power of each block, from `largest_and_least`; `factors`: 1 / scale."""
+    floor = int32(_POWER_OF_ONE if signed else 0)
+    for b in range(len(largest)):
+        a = from_bits(_within(largest[b], _SMALLEST_A, _FLOAT_MAX))
+        bits = plus(_NO_VALUE if least[b] > _NO_VALUE else least[b], uint32(1))
+        ratio = bits_of(inverse(from_bits(_SMALLEST_B if bits < _SMALLEST_B else bits)) * a)
+        place = int32(both(right(ratio, uint32(16)), uint32(0x7FFF)))
+        below = shift_right(add(look_up(powers, place), int32(both(ratio, uint32(0xFFFF)))), int32(16))
+        power = subtract(int32(255), below)
+        scales[b], factors[b] = a, inverse(a)
+        stored[b] = uint8(floor if power < floor else power)
 
 
 @inlined
@@ -239,8 +266,10 @@ def narrow(codes, out, count):
 
 @inlined
 def make_room():
-    """Scratch memory for `encode_tile`: scaled values, and codes."""
-    return np.empty(TILE, float32), np.empty(TILE, int32)
+    """Scratch memory for `encode_tile`: scaled values, codes; of each block the largest, the least, a factor."""
+    blocks = TILE // min(INT8_BLOCK, SOFTSIGN_BLOCK, EXPAND_BLOCK)
+    of_blocks = np.empty(blocks, uint32), np.empty(blocks, uint32), np.empty(blocks, float32)
+    return np.empty(TILE, float32), np.empty(TILE, int32), *of_blocks
 
 
 @inlined
@@ -264,23 +293,23 @@ def _int8_tile(x, words, how, address, start, blocks, tables, room):
 
 @inlined
 def _softsign_tile(x, words, how, address, start, blocks, tables, room):
+    """Encode blocks: scales first, then codes, so that what each waits for is computed for all at once."""
     _, table, places, _, _ = tables
     _, signed, dither = how
     first = start // SOFTSIGN_BLOCK
+    largest, slopes = part(room[2], 0, blocks), part(room[4], 0, blocks)
+    for b in range(blocks):
+        largest[b] = largest_of(part(x, b * SOFTSIGN_BLOCK, SOFTSIGN_BLOCK))
+    if signed:
+        softsign_scales(largest, dither, halves_at(address[1] + 2 * first, blocks), slopes)
     for b in range(blocks):
         here, q, codes, words_here = _parts(x, room[0], room[1], words, b, SOFTSIGN_BLOCK)
-        largest, _ = largest_and_least(here)
-        if signed:
-            bits = both(plus(_within(largest, _SMALLEST_SCALE, _BF16_MAX), uint32(0xFFFF)), uint32(0xFFFF0000))
-            halves_at(address[1] + 2 * (first + b), 1)[0] = uint16(right(bits, uint32(16)))
-            bits = largest if dither and largest > bits else bits
-            slope = inverse(from_bits(bits)) * _SLOPE
-            if dither:
-                softsign_random(here, slope, words_here, codes)
-            else:
-                softsign_nearest(here, slope, codes)
+        if signed and dither:
+            softsign_random(here, slopes[b], words_here, codes)
+        elif signed:
+            softsign_nearest(here, slopes[b], codes)
         else:
-            scale = from_bits(_within(largest, _SMALLEST_SCALE, _FLOAT_MAX))
+            scale = from_bits(_within(largest[b], _SMALLEST_SCALE, _FLOAT_MAX))
             floats_at(address[1] + 4 * (first + b), 1)[0] = scale
             softsign_unsigned(here, scale, table, q, codes)
             if dither:
@@ -289,18 +318,19 @@ def _softsign_tile(x, words, how, address, start, blocks, tables, room):
 
 @inlined
 def _expand_tile(x, words, how, address, start, blocks, tables, room):
+    """Encode blocks in that order, too."""
     _, table, places, powers, rows = tables
     _, signed, dither = how
     first = start // EXPAND_BLOCK
     scales, stored = floats_at(address[1] + 4 * first, blocks), bytes_at(address[2] + first, blocks)
+    largest, least, factors = part(room[2], 0, blocks), part(room[3], 0, blocks), part(room[4], 0, blocks)
+    for b in range(blocks):
+        largest[b], least[b] = largest_and_least(part(x, b * EXPAND_BLOCK, EXPAND_BLOCK))
+    powers_of(largest, least, powers, signed, scales, stored, factors)
     for b in range(blocks):
         here, q, codes, words_here = _parts(x, room[0], room[1], words, b, EXPAND_BLOCK)
-        largest, least = largest_and_least(here)
-        a = from_bits(_within(largest, _SMALLEST_A, _FLOAT_MAX))
-        least = plus(_NO_VALUE if least > _NO_VALUE else least, uint32(1))
-        power = power_of(a, from_bits(_SMALLEST_B if least < _SMALLEST_B else least), powers, signed)
-        scales[b], stored[b] = a, uint8(power)
-        expand_codes(here, inverse(a), table, rows[power], int32(power * 128) if dither else int32(0), q, codes)
+        power = int(stored[b])
+        expand_codes(here, factors[b], table, rows[power], int32(power * 128) if dither else int32(0), q, codes)
         if dither:
             round_up(q, codes, places, words_here, signed)
             if signed:
@@ -309,9 +339,11 @@ def _expand_tile(x, words, how, address, start, blocks, tables, room):
                 limit_unsigned(here, codes)
 
 
-@inlined
+@called
 def encode_tile(x, words, how, address, start, count, tables, room):
     """Write the codes and scalars of a tile, the values from `start` on, of which `count` are there; the rest is zero.
+
+    What a step of the recommended pair does is written out, so that its loops are compiled for it alone.
 
     Args:
         words: random bits, where they are rounded at random.
@@ -328,9 +360,17 @@ def encode_tile(x, words, how, address, start, count, tables, room):
     if codec == INT8:
         _int8_tile(x, words, how, address, start, (count + INT8_BLOCK - 1) // INT8_BLOCK, tables, room)
     elif codec == SOFTSIGN:
-        _softsign_tile(x, words, how, address, start, (count + SOFTSIGN_BLOCK - 1) // SOFTSIGN_BLOCK, tables, room)
+        blocks = (count + SOFTSIGN_BLOCK - 1) // SOFTSIGN_BLOCK
+        if signed and dither:
+            _softsign_tile(x, words, (codec, True, True), address, start, blocks, tables, room)
+        else:
+            _softsign_tile(x, words, how, address, start, blocks, tables, room)
     else:
-        _expand_tile(x, words, how, address, start, (count + EXPAND_BLOCK - 1) // EXPAND_BLOCK, tables, room)
+        blocks = (count + EXPAND_BLOCK - 1) // EXPAND_BLOCK
+        if not signed and dither:
+            _expand_tile(x, words, (codec, False, True), address, start, blocks, tables, room)
+        else:
+            _expand_tile(x, words, how, address, start, blocks, tables, room)
     if codec == EXPAND:
         if not dither:
             floor_sizes(x, codes)
