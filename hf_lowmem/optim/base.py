@@ -271,7 +271,7 @@ class LowMemOptimizer(Method, Optimizer):
         if runs[kind] and not fits and not on_cpu:
             warn_unfused(self.name, p, slot)
         # A CPU may be asked, so there the loop leaves out what might not be finite.
-        return fits and runs[kind] and (not on_cpu or stays_finite(p, slot, group))
+        return fits and runs[kind] and (not on_cpu or (slot.syncs and stays_finite(p, slot, group)))
 
     def state_bytes(self, p: Tensor, group: Group) -> int:
         """Bytes of the tensors that the state of `p` takes here (predicted: nothing is allocated)."""
