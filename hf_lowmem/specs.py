@@ -103,7 +103,8 @@ class OptimSpec:
         name: a name of `hf_lowmem.optim.OPTIMIZERS`.
         lr: learning rate, >= 0.
         betas: decay rates of the two moments, each in [0, 1); `None` for the method's own.
-        eps: added to the root of the second moment, > 0 (0 would make 0/0 of a row that has had no gradient).
+        eps: added to the root of the second moment, > 0 (0 would make 0/0 of a row that has had no gradient); with
+            moments in fewer bits than fp32, 1e-10 or more.
         weight_decay: decoupled decay, >= 0.
         state: what stores the moments: the name of a codec, of a pair of them, or two names "signed,unsigned".
         weights: how updated weights are written back.

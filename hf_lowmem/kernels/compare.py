@@ -18,10 +18,14 @@ Implementation = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments, shared by tests, benchmarks and ahead-of-time compilation. `make(device)` builds it."""
+    """One set of arguments, shared by tests, benchmarks and ahead-of-time compilation. `make(device)` builds it.
+
+    `beside(args)` is what Triton is told besides where it is called directly, and the reference finds out for itself.
+    """
 
     name: str
     make: Callable[[torch.device], tuple[Any, ...]]
+    beside: Callable[[tuple[object, ...]], dict[str, Tensor]] = lambda args: {}
 
 
 class Comparable(Protocol):
@@ -35,6 +39,8 @@ class Comparable(Protocol):
     def mutates(self) -> tuple[str, ...]: ...
     @property
     def cases(self) -> Callable[[], Iterable[Case]]: ...
+    @property
+    def parts(self) -> Callable[[Case], Iterable[Case]]: ...
     @property
     def bound(self) -> Callable[..., Sequence[Tensor | float]] | None: ...
     @property
@@ -61,8 +67,10 @@ def difference(kernel: Comparable, case: Case, device: torch.device, impl: str =
     with use_kernels("reference"):
         want = _tensors(kernel.reference(*here)) + written(kernel, here)
     with on(device):
-        run = kernel.load_cpu() if impl == "cpu" else kernel.load_triton()
-        got = _tensors(run(*there)) + written(kernel, there)
+        if impl == "cpu":
+            got = _tensors(kernel.load_cpu()(*there)) + written(kernel, there)
+        else:
+            got = _tensors(kernel.load_triton()(*there, **case.beside(there))) + written(kernel, there)
     if len(got) != len(want):
         return f"{len(got)} tensors in place of {len(want)}"
     bounds = [0.0] * len(want) if kernel.bound is None else kernel.bound(*before)

@@ -115,7 +115,7 @@ def like(kernel: Comparable, wanted: Kind) -> Case:
     return best
 
 
-def _compare(kernel: Comparable, wanted: Kind, device: torch.device, impl: str) -> str:
+def _compare(kernel: Comparable, wanted: Kind, device: torch.device, impl: str = "triton") -> str:
     """Compare on plain tensors, whatever modes and defaults the caller has set: "" where both agree."""
     dtype = torch.get_default_dtype()
     plain = torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction()
@@ -123,10 +123,12 @@ def _compare(kernel: Comparable, wanted: Kind, device: torch.device, impl: str) 
         torch.set_default_dtype(torch.float32)
         try:
             case = like(kernel, wanted)
-            found = difference(kernel, case, device, impl)
+            for each in (case, *(kernel.parts(case) if impl == "triton" else ())):
+                if found := difference(kernel, each, device, impl):
+                    return f"on {each.name!r} it is not what the reference computes, {found}"
         finally:
             torch.set_default_dtype(dtype)
-    return f"on {case.name!r} it is not what the reference computes, {found}" if found else ""
+    return ""
 
 
 def _warn(kernel: Comparable, device: torch.device, reason: str, impl: str) -> None:

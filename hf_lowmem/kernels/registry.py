@@ -53,6 +53,7 @@ class Kernel:
         mutates: names of the arguments that are written in place.
         supports: why Triton cannot take these arguments, or "" if it can.
         cases: arguments on which the two are compared.
+        parts: of a case, others that launch what it does not; a kernel proves itself on those too.
         bound: how far apart the two may be: from the arguments of a call, the largest |triton - reference| allowed for
             each result and then for each argument that is written in place, as a tensor or a number; 0: the same bits.
             None: the same bits throughout. For kernels that sum, whose order of summation differs; the comment at its
@@ -67,6 +68,7 @@ class Kernel:
     mutates: tuple[str, ...] = ()
     supports: Callable[..., str] = lambda *args: ""
     cases: Callable[[], Iterable[Case]] = tuple
+    parts: Callable[[Case], Iterable[Case]] = lambda case: ()
     bound: Callable[..., Sequence[Tensor | float]] | None = None
     op: Any = field(init=False, repr=False)
     _written: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that are

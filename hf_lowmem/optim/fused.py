@@ -76,6 +76,9 @@ def warn_unfused(method: str, p: Tensor, slot: Slot) -> None:
         )
     elif p.dtype not in FLOATS:
         why = f"its weights are {p.dtype}", "Load the model in bfloat16 or float32"
+    elif p.is_contiguous():
+        assert p.grad is not None
+        why = f"its gradient is {p.grad.dtype}, {p.grad.layout}", "Keep gradients in bfloat16 or float32"
     else:
         why = "its weights are not contiguous", "Set `p.data = p.data.contiguous()` before the optimizer is made"
     _warn(method, *why)

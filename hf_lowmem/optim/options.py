@@ -12,6 +12,8 @@ from hf_lowmem.specs import OptimSpec, check_choice
 
 __all__ = ["plain", "resolve", "with_rate"]
 
+LEAST_EPS = 1e-10  # with a coded state, whose root is of LEAST_SQUARE of adamw/reference.py at least
+
 
 def resolve(cls: type[Method], spec: OptimSpec) -> Group:
     """See `LowMemOptimizer.resolve`."""
@@ -28,6 +30,11 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
                 f"Leave it unset, or choose a method that uses it: {', '.join(methods_with(option))}."
             )
     group["betas"] = (group["betas"][0], group["betas"][1])
+    if group.get("eps", LEAST_EPS) < LEAST_EPS and set(names) != {"fp32"}:
+        raise ValueError(
+            f"{spec.label('eps')}={group['eps']!r} with {spec.label('state')}={spec.state!r}: second moments "
+            f"in few bits say nothing of gradients that small. Take {LEAST_EPS:g} or more, or state 'fp32'."
+        )
     if "projection" in group:
         check_choice(
             f"{spec.label('name')}={cls.name!r} with {spec.label('projection')}", group["projection"], cls.PROJECTIONS

@@ -54,7 +54,7 @@ class StepCount:
         """Count one update more, in place; how many there have been."""
         step = raw.get("step")
         if step is None or step is not self._tensor or step.data_ptr() != self._address:
-            if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.int64:
+            if not isinstance(step, Tensor) or (step.device.type, step.dtype, step.dim()) != ("cpu", torch.int64, 0):
                 raw["step"] = step = count(0 if step is None else number(step))
             self._tensor, self._address, self._memory = step, step.data_ptr(), _really(step.numpy)
         self._memory += 1

@@ -275,6 +275,25 @@ def test_nothing_but_codes_is_kept() -> None:
     assert both == 3 * norm
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gates_far_below_zero_shut(act: str, dtype: torch.dtype) -> None:
+    """A sigmoid that ended at 4.5e-38 would let a part of them through, times a gate of 3e38."""
+    exact = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[act]
+    gates = [-80.0, -86.0, -86.5, -90.0, -1e3, -6e4, *([-1e10, -1e30, -3e38] if dtype == BF16 else ())]
+    gate = torch.tensor([gates + [0.0] * (128 - len(gates))], dtype=dtype)
+    up = torch.full_like(gate, 8.0)
+    x = gate.clone().requires_grad_()
+    y = glu(x, up, act, save=False)
+    (d_gate,) = torch.autograd.grad(y.sum(), x)
+    least = 8 * 2e-33  # |x act(x)| of 80 is 1.4e-33
+    assert (y - exact(gate.double()) * 8).abs().max() <= least
+    assert d_gate[:, : len(gates)].abs().max() <= least
+    for value in (-math.inf, math.nan):
+        ours = GLU(torch.full_like(gate, value), up, None, None, act, dtype)
+        assert ours.isnan().all() == exact(torch.tensor(value)).isnan()
+
+
 class Zeros(TorchDispatchMode):
     """The bytes of the zeros that are made."""
 

@@ -459,6 +459,23 @@ def test_what_takes_the_loop_is_said_once_with_the_remedy(case: str, caplog: pyt
     assert remedy in caplog.text
 
 
+def test_a_gradient_in_float64_is_what_the_reason_says(caplog: pytest.LogCaptureFixture) -> None:
+    fused._warn.cache_clear()
+    params = parameters(torch.float32)[:2]
+    run("adamw", "triton", range(2), torch.float32, params, grad_dtype=torch.float64)
+    assert caplog.text.count("its gradient is torch.float64") == 1
+    assert "Keep gradients in" in caplog.text
+
+
+@pytest.mark.parametrize("step", [torch.tensor([9]), torch.tensor(9.0), torch.tensor(9, dtype=torch.int32), 9])
+def test_a_step_of_somebody_else_s_making_counts_on(step: Any) -> None:
+    params = parameters(torch.float32)[:1]
+    optimizer = run("adamw", "triton", range(1), torch.float32, params)
+    optimizer.state[params[0]]["step"] = step
+    run("adamw", "triton", range(2, 4), torch.float32, params, optimizer)
+    assert torch.equal(optimizer.state[params[0]]["step"], torch.tensor(11))
+
+
 def test_weights_that_fsdp2_has_cut_are_said(caplog: pytest.LogCaptureFixture) -> None:
     fused._warn.cache_clear()
     p = parameters(torch.float32)[0]

@@ -263,7 +263,7 @@ def test_surroundings_do_not_reach_the_comparison(
     surroundings: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real kernel's reference and cases, which draw, cast and allocate."""
-    monkeypatch.setattr(Kernel, "load_triton", lambda self: self.reference)
+    monkeypatch.setattr(Kernel, "load_triton", lambda self: lambda *args, norm=None: self.reference(*args))
     before = torch.get_rng_state()
     for kernel in (KERNELS["quantize"], KERNELS["lion_step"], KERNELS["apollo_factors"]):
         args = next(iter(kernel.cases())).make(CPU)
@@ -315,6 +315,42 @@ def test_a_real_kernel_with_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Kernel, "load_triton", lambda self: spoilt)
     assert difference(kernel, case, CPU) == "tensor 0: 1 of 1920 values differ, by 1 at most"
+
+
+@pytest.mark.parametrize("name", ["adamw_step", "lion_step"])
+def test_a_step_proves_every_kernel_that_it_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many parameters share launches, one alone has its own; wrong in any of them is found."""
+    from hf_lowmem.kernels.step import launch, triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernel = KERNELS[name]
+    wanted = kind(next(iter(kernel.cases())).make(CPU))
+    seen: set[tuple[str, bool, bool]] = set()
+
+    class Watched:
+        def __init__(self, name: str) -> None:
+            self.name, self.inner = name, getattr(triton, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> None:
+                seen.add((self.name, kwargs.get("NORM", False), kwargs.get("EVEN", False)))
+                if self.name != spoilt:
+                    self.inner[grid](*args, **kwargs)
+
+            return run
+
+    spoilt, all_of = "", ("check_kernel", "check_one_kernel", "step_kernel", "steps_kernel")
+    for each in all_of:
+        monkeypatch.setattr(launch.jit, each, Watched(each))
+    assert proof._compare(kernel, wanted, CPU) == ""
+    assert seen == {
+        ("check_kernel", False, False), ("steps_kernel", False, False),
+        ("check_one_kernel", True, False), ("check_one_kernel", False, False),
+        ("step_kernel", False, True), ("step_kernel", False, False),
+    }  # fmt: skip
+    for each in ("step_kernel", "steps_kernel", "check_kernel"):
+        spoilt = each
+        assert "not what the reference computes" in proof._compare(kernel, wanted, CPU)
 
 
 def test_what_differs_is_said() -> None:

@@ -34,11 +34,9 @@ def run(out: Path, *args: str) -> tuple[subprocess.CompletedProcess[str], list[d
 # Bytes that a thread spills, where it does: rounding states at random has cost registers. It costs time and no bits.
 STEP = "int8_softsign,fp8_expand"
 SPILLS = {
-    ("codecs", "encode fp8_expand signed at random", "cuda:89"): 8,
-    **{("adamw", f"{rule} {STEP} {store}", "cuda:100"): 8
-       for rule in ("adamw", "family") for store in ("keep", "bf16_sr", "bf16_ecc")},
-    **{("adamw", f"adamw {STEP} {store}, many", "cuda:100"): 8 for store in ("keep", "bf16_sr", "bf16_ecc")},
-}  # fmt: skip
+    ("adamw", "adamw int8 keep", "cuda:90"): 8,
+    ("adamw", f"adamw {STEP} bf16_ecc", "cuda:75"): 8,
+}
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -76,8 +74,9 @@ def test_the_record_has_every_kernel_on_every_target() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.parent.name)
 def test_whatever_is_launched_is_compiled_ahead(path: Path) -> None:
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    launched = {ast.unparse(func.value) for func in calls if isinstance(func, ast.Subscript)}  # name[grid](...)
+    nodes = [node for file in path.parent.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    grids = [node.func.value for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    launched = {ast.unparse(kernel).rpartition(".")[2] for kernel in grids}  # name[grid](...)
     module = f"hf_lowmem.kernels.{path.parent.name}.triton"
     assert launched == {c.function.fn.__name__ for c in CASES if c.function.fn.__module__ == module}
 

@@ -78,6 +78,8 @@ def test_accelerates_wrapper_is_its_optimizer():
 def test_bitsandbytes_counts_codes_scales_and_the_shared_code_book():
     import bitsandbytes as bnb
 
+    # Trainer keeps embeddings in 32 bits by their parameters' addresses, in a table that outlives them.
+    bnb.optim.GlobalOptimManager.get_instance().initialize()
     model = nn.Linear(64, 128)  # 8192 values in blocks of 256; the bias, under 4096 values, stays fp32
     optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1e-3)
     model(torch.randn(2, 64)).sum().backward()

@@ -189,3 +189,12 @@ def test_rows_of_every_state_can_be_put_in_front_and_back(name: str, shape: tupl
         turned = value.movedim(dim, 0)
         assert turned.shape == rows[key].shape
         assert torch.equal(turned.movedim(0, dim), value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "apollo", "galore"])
+def test_an_eps_below_what_coded_moments_reach_is_refused(name: str) -> None:
+    p = nn.Parameter(torch.ones(8, 8))
+    with pytest.raises(ValueError, match=r"eps=1e-12 with state='8bit'.*Take 1e-10 or more, or state 'fp32'"):
+        OPTIMIZERS[name]([("p", p)], state="8bit", eps=1e-12)
+    OPTIMIZERS[name]([("p", p)], state="fp32", eps=1e-12)
+    OPTIMIZERS[name]([("p", p)], state="8bit", eps=1e-10)

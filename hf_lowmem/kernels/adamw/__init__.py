@@ -3,6 +3,7 @@
 from hf_lowmem.kernels.adamw.cases import adamw_cases
 from hf_lowmem.kernels.adamw.reference import adamw_step
 from hf_lowmem.kernels.registry import Kernel
+from hf_lowmem.kernels.step.cases import alone
 
 __all__ = ["ADAMW_STEP"]
 
@@ -13,4 +14,5 @@ ADAMW_STEP = Kernel(
     cpu="hf_lowmem.kernels.adamw.cpu:adamw_step",
     mutates=("params", "skipped", "corrections", "first", "second"),
     cases=adamw_cases,
+    parts=alone,
 )

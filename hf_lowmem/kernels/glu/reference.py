@@ -70,6 +70,8 @@ SHORT = (
     1.0000001192092896,
 )
 
+SHORT_ENDS = 86.0  # from where on its argument is cut
+
 
 def exp_short(x: Tensor) -> Tensor:
     """e**x, fp32, for what is rounded to 16 bits afterwards: |x| cut at 86. Relative error 2**-22, and
@@ -80,7 +82,7 @@ def exp_short(x: Tensor) -> Tensor:
     e**x = 2**n * polynomial(f)
     ```
     """
-    t = x.clamp(-86.0, 86.0) * LOG2_E
+    t = x.clamp(-SHORT_ENDS, SHORT_ENDS) * LOG2_E
     n = t + 1.5 * 2.0**23
     f = t - (n - 1.5 * 2.0**23)
     p = torch.full_like(f, SHORT[0])
@@ -94,7 +96,7 @@ def activate(x: Tensor, act: str, *, short: bool = False) -> tuple[Tensor, Tenso
 
     `short`: x is fp32, and what is made of both is rounded to 16 bits. An error of 2**-20 is nothing beside that.
 
-    Where x is -inf both are nan, as torch's silu is.
+    Where x is -inf both are nan, as torch's silu is. Below -86, where |act(x)| is less than 4e-36, short ones are 0.
     """
     if act == "silu":
         z, dz = x, None
@@ -104,7 +106,7 @@ def activate(x: Tensor, act: str, *, short: bool = False) -> tuple[Tensor, Tenso
         z = t * (square * (SQRT_8_PI * CUBIC) + SQRT_8_PI)
         dz = square * (3 * SQRT_8_PI * CUBIC) + SQRT_8_PI
     if short:
-        s = (exp_short(-z) + 1.0).reciprocal_()
+        s = (exp_short(-z) + 1.0).reciprocal_().masked_fill_(z < -SHORT_ENDS, 0.0)
         value = x * s
     else:
         denominator = exp(-z) + 1.0

@@ -24,13 +24,14 @@ from hf_lowmem.kernels._device import (
 )
 from hf_lowmem.kernels._groups import e4m3_decode, e4m3_groups, load_codes
 from hf_lowmem.kernels.exact import seed_keys
-from hf_lowmem.kernels.glu.reference import CUBIC, GELU_FLAT, SQRT_8_PI
+from hf_lowmem.kernels.glu.reference import CUBIC, GELU_FLAT, SHORT_ENDS, SQRT_8_PI
 from hf_lowmem.kernels.quantize.reference import GROUPS
 
 E4M3 = GROUPS["e4m3"]
 TILE = 8
 WARPS = 4
 LAUNCH: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
+ENDS = tl.constexpr(SHORT_ENDS)
 BEYOND, LINEAR = tl.constexpr(GELU_FLAT), tl.constexpr(SQRT_8_PI)
 CUBE, SLOPE = tl.constexpr(SQRT_8_PI * CUBIC), tl.constexpr(3 * SQRT_8_PI * CUBIC)
 
@@ -47,7 +48,7 @@ def activate(x, GELU: tl.constexpr, SHORT: tl.constexpr):
         z = x
         dz = 1.0
     if SHORT:
-        s = reciprocal(exp_short(z * -1.0) + 1.0)
+        s = tl.where(z < -ENDS, 0.0, reciprocal(exp_short(z * -1.0) + 1.0))
         value = x * s
     else:
         denominator = exp(-z) + 1.0

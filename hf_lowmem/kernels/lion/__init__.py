@@ -3,6 +3,7 @@
 from hf_lowmem.kernels.lion.cases import lion_cases
 from hf_lowmem.kernels.lion.reference import lion_step
 from hf_lowmem.kernels.registry import Kernel
+from hf_lowmem.kernels.step.cases import alone
 
 __all__ = ["LION_STEP"]
 
@@ -13,4 +14,5 @@ LION_STEP = Kernel(
     cpu="hf_lowmem.kernels.lion.cpu:lion_step",
     mutates=("params", "skipped", "corrections", "first"),
     cases=lion_cases,
+    parts=alone,
 )

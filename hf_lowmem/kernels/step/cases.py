@@ -1,17 +1,19 @@
 """Parameters, gradients and encoded states for the cases of the fused steps, the same on every device."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.codecs.cases import room, values
 from hf_lowmem.kernels.codecs.reference import encode_state
+from hf_lowmem.kernels.compare import Case
 from hf_lowmem.specs import WEIGHT_STORES
 
 PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("fp8_expand", "fp8_expand"), ("int8_softsign", "fp8_expand"))
 # A scalar, an odd size, a matrix with a ragged last block, one of a whole tile.
-SHAPES = ((), (7,), (37, 41), (16, 64))
+SHAPES = ((), (7,), (37, 41), (32, 64))
 # Two beyond `SMALL` of triton.py, which have a launch each, of the kernel that does nearly all of a real model's step;
 # the gradient of the first is bad. Before them two for the shared launch.
 LARGE = ((), (7,), (3, 21_850), (65_537,))
@@ -66,3 +68,22 @@ def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:
     yield torch.float32, torch.float32, "keep"
     yield torch.bfloat16, torch.float32, "bf16_ecc"
     yield torch.float16, torch.float16, "keep"
+
+
+def alone(case: Case) -> Iterator[Case]:
+    """The last two parameters of a case in a call of their own, whose launches are others; one with the norm known."""
+    yield Case(f"{case.name}, one alone, norm known", lambda device: _only(case.make(device), -2), _norm)
+    yield Case(f"{case.name}, one alone", lambda device: _only(case.make(device), -1))
+
+
+def _norm(args: tuple[object, ...]) -> dict[str, Tensor]:
+    """The norm of the only gradient."""
+    return {"norm": cast(list[Tensor], args[1])[0].float().norm()}
+
+
+def _only(args: tuple[object, ...], i: int) -> tuple[object, ...]:
+    """Arguments of a step with what belongs to parameter `i` alone: of each list its share."""
+    lists = [cast(list[object], a) for a in args if isinstance(a, list)]
+    count = len(lists[0])
+    shares = iter([a[i % count * (len(a) // count) :][: len(a) // count] for a in lists])
+    return tuple(next(shares) if isinstance(a, list) else a for a in args)

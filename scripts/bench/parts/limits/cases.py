@@ -44,7 +44,7 @@ def work_of(case: CompileCase) -> Work | None:
 
 
 def _step(words: list[str], threads: int) -> Work:
-    if words == ["check"]:
+    if words[0].startswith("check"):
         return Work(CHECK_BLOCK.value / threads, 0.0, 2.0, loop=True)
     rule, codecs, store = words
     first, *rest = codecs.split(",")
