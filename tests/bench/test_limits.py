@@ -28,9 +28,9 @@ CEILINGS = {
     "dequantize e4m3 bf16": (12, 1.0),
     "rmsnorm bf16": (28, 1.0),
     "rmsnorm_again bf16": (28, 1.0),
-    "glu silu saved bf16": (36, 1.3),
-    "glu_save silu bf16": (54, 1.05),
-    "glu_backward silu saved bf16": (42, 1.0),
+    "glu silu saved bf16": (37, 1.34),  # one of them shuts gates below -86
+    "glu_save silu bf16": (55, 1.05),
+    "glu_backward silu saved bf16": (43, 1.0),
 }
 TEXT = """
 .section .text.kernel,"ax",@progbits
