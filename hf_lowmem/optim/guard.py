@@ -23,7 +23,7 @@ from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import CORRECTION, Group, is_finite, values_of
 
-__all__ = ["SkipCount", "Skipped", "keep_or_take", "stays_finite"]
+__all__ = ["LARGEST_UPDATE", "SkipCount", "Skipped", "keep_or_take", "stays_finite"]
 
 LARGEST_UPDATE = 1e36  # far from the end of fp32
 

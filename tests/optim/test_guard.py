@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowmem.kernels import registry
+from hf_lowmem.kernels import registry, use_kernels
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
 from hf_lowmem.optim.guard import SkipCount, Skipped
 from hf_lowmem.optim.soap import eigenbasis
@@ -260,3 +260,25 @@ def test_dtypes_that_cannot_be_trained_are_refused(name: str) -> None:
         OPTIMIZERS[name]([nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn))])
     frozen = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     OPTIMIZERS[name]([frozen, nn.Parameter(torch.zeros(4, 4))])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "cpu"])
+@pytest.mark.parametrize("name", ["apollo", "apollo_mini"])
+def test_a_rate_that_would_overflow_weights_moves_none(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel has no weights to go back to, so it must know before."""
+    if impl == "cpu":
+        pytest.importorskip("numba", reason="numba, of the extra `cpu`, compiles the CPU's kernels")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    p, optimizer = make(name, state="8bit")
+    with use_kernels(impl):
+        step(p, optimizer, 0)
+        before = values(p, optimizer)
+        optimizer.param_groups[0]["lr"] = 3e38
+        step(p, optimizer, 1, factor=1e3)
+        after = values(p, optimizer)
+        assert all(torch.equal(v, before[k]) for k, v in after.items())
+        assert optimizer.skipped() == (1, 1, 1)
+        optimizer.param_groups[0]["lr"] = 0.01
+        step(p, optimizer, 2)
+    assert not torch.equal(p, before["weight"])
+    assert p.isfinite().all()

@@ -5,13 +5,16 @@ projection of the gradient to a few dimensions, so the moments live in rank r (M
 nothing of the weight's size is kept.
 """
 
+import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
 from hf_lowmem.kernels.apollo.reference import apollo_update, update_by_factors
 from hf_lowmem.optim.fused import is_plain, kernel_runs
+from hf_lowmem.optim.guard import LARGEST_UPDATE
 from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
@@ -90,10 +93,14 @@ class Apollo(LowRankOptimizer):
         projected, direction, _ = self.adam(grad, slot, group)
         assert p.grad is not None
         whole = p.grad.contiguous()
-        s, factor = APOLLO_FACTORS(whole, projected, direction, slot.load("prev_norm"), self.per_channel)
-        slot.judge(s)
-        slot.judge(factor)
-        finite = weights.finite & is_finite(s) & is_finite(factor)
+        norm = slot.load("prev_norm")
+        s, factor = APOLLO_FACTORS(whole, projected, direction, norm, self.per_channel)
+        # No value of an update is larger than its norm: so weights stay finite, and there is no copy to go back to.
+        reach = norm * (abs(group["lr"]) * math.sqrt(group["scale"]) / (1 - group["betas"][0]))
+        finite = weights.finite
+        for x in (s, factor, torch.where(reach < LARGEST_UPDATE, reach, torch.inf)):
+            slot.judge(x)
+            finite = finite & is_finite(x)
         settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], slot.step
         APOLLO_STEP(p, whole, weights.correction, finite, s, factor, *settings, weights.seed)
 
