@@ -26,10 +26,11 @@ from hf_lowmem.preference.collate import KEYS, MARGINS, PairCollator, has_images
 from hf_lowmem.preference.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
 from hf_lowmem.preference.reference import check_none_loaded, free_reference, resolve_reference, without_reference
 from hf_lowmem.preference.reference.adapters import check_adapter
-from hf_lowmem.preference.reference.identity import digest_of, identity_of
+from hf_lowmem.preference.reference.identity import first_digest_of, identity_of
 from hf_lowmem.preference.reference.passed import copied_reference, in_eval_mode, own_modules_only
 from hf_lowmem.preference.reference.precomputed import ReferenceLogps, ReferenceRecord, read_stream
 from hf_lowmem.preference.reference.quantized import quantized_reference
+from hf_lowmem.preference.reference.sharded import prepare_fsdp
 from hf_lowmem.preference.sharing import SharedPairs, share_batches, sharing
 from hf_lowmem.specs import LossSpec
 from hf_lowmem.training.dpo_config import TRL_LOSSES, LowMemDPOConfig
@@ -109,7 +110,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     train_dataset: Any
     _metrics: dict[str, Any]
     reference_logps: ReferenceLogps | None = None
-    _precompute_model_hash: str | None  # TRL's name; of `digest_of`
+    _precompute_model_hash: str | None  # TRL's name; of `first_digest_of`
     _reference_identity: str | None = None
     _identified = False
     _passed_reference_is_freed = False
@@ -138,7 +139,8 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             check_adapter(kind, model, kwargs.get("peft_config"))
         self._reference_is_an_untried_copy = ref_model is None and not isinstance(model, str)
         loading = contextlib.ExitStack()
-        loading.enter_context(mock.patch.object(dpo_trainer, "hash_module", digest_of))
+        loading.enter_context(mock.patch.object(dpo_trainer, "hash_module", first_digest_of))
+        loading.enter_context(mock.patch.object(dpo_trainer, "prepare_fsdp", prepare_fsdp))
         if kind == "none":
             loading.enter_context(without_reference(not isinstance(model, str)))
         elif self._reference_is_an_untried_copy:
@@ -234,7 +236,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
             raise ValueError(
                 f"lowmem_reference='precomputed': the reference model was freed before training, {TOO_LATE}."
             )
-        now = digest_of(self.model)
+        now = first_digest_of(self.model)
         if now is None:
             self._reference_identity = None
         elif now != self._precompute_model_hash:

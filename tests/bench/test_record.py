@@ -32,4 +32,4 @@ def test_a_row_says_where_it_comes_from() -> None:
     assert list(found) == ["device", "versions", "commit"]
     assert set(PACKAGES) < set(found["versions"])
     assert found["device"]
-    assert set(provenance(("torch",))["versions"]) == {"python", "hf-lowmem", "torch"}
+    assert set(provenance(("torch",))["versions"]) - {"cuda"} == {"python", "hf-lowmem", "torch"}

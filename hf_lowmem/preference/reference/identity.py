@@ -16,12 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["NotHashable", "digest_of", "identity_of"]
+__all__ = ["NotHashable", "digest_of", "first_digest_of", "identity_of"]
 
 FROZEN = "ref"  # TRL's name for its frozen copy of an adapter that was trained before
 # Fields of the config that vary a reference's numbers, beside the collator's.
@@ -60,6 +60,13 @@ def digest_of(model: nn.Module) -> str | None:
     except NotHashable:
         return None
     return digest.hexdigest()
+
+
+def first_digest_of(model: nn.Module) -> str | None:
+    """`digest_of` on process 0, on every process: the others may have zeros where transformers loads weights for it."""
+    found = [digest_of(model)]
+    broadcast_object_list(found, from_process=0)
+    return found[0]
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Any]]:
