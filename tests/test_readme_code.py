@@ -38,6 +38,7 @@ COMMANDS = {
     "bash scripts/demo.sh": "installs, then minutes; its parts in tests/demo/test_demo.py",
     "bash scripts/test.sh": "is what runs this test",
     "pip install -e .": "changes the environment that runs this test",
+    "pip install 'hf-lowmem[cpu]'": "changes the environment that runs this test",
     "accelerate": "another program's",
     "HF_LOWMEM_CONFIG=": "LLaMA-Factory is not installed; its glue in tests/integrations",
     "hf-lowmem card": "needs a run; tests/runs/test_commands.py",

@@ -110,7 +110,7 @@ def apollo_factors(
     m, n = grad.shape[-2:]
     matrices = grad.shape[:-2].numel()
     grad = grad.contiguous()
-    squares = torch.empty(matrices * m, dtype=torch.float64)
+    squares = torch.empty(matrices * m, dtype=torch.float64, device="cpu")
     where, bf16, out = grad.data_ptr(), grad.dtype == torch.bfloat16, squares.numpy()
     found, kind = _of_matrices(s, grad.shape, per_channel)
     in_parts(lambda first, last: _norms(first, last, where, bf16, (m, n), found, kind, out), matrices * m, values=n)

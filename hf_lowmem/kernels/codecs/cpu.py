@@ -88,7 +88,7 @@ def encode_state(
 
 
 def decode_state(codes: Tensor, scalars: list[Tensor], codec: str, signed: bool) -> Tensor:
-    out, n = torch.empty(codes.shape, dtype=torch.float32), codes.numel()
+    out, n = torch.empty(codes.shape, dtype=torch.float32, device="cpu"), codes.numel()
     here, there, values = addresses([codes, *scalars]), out.data_ptr(), tables_of(codec, signed, False)[0]
     how = NUMBERS[codec], signed, False
     in_parts(lambda tile, last: _decode(tile, last, n, there, here, how, values), -(-n // TILE))
