@@ -198,7 +198,8 @@ class Slot:
         """Encode `value` over the state `name`, which was loaded before."""
         encoded = self._encoded(name)
         assert encoded is not None, f"state {name!r} is saved before it was loaded"
-        self.judge(value)
+        if self.finite is not None:
+            self.judge(value)
         if encoded.get("data") is value:
             return
         decl, codec, *_ = self.states[name]
@@ -207,10 +208,12 @@ class Slot:
             dither = Dither(self.state_seed, self.first(name))
         codec.encode_(encoded, value, dither)
 
-    def judge(self, value: Tensor) -> None:
-        """Note whether a result is finite: an update with one that is not is taken back."""
+    def judge(self, value: Tensor) -> Tensor:
+        """Whether a result is finite, which is noted: an update with one that is not is taken back."""
+        flag = is_finite(value)
         if self.finite is not None:
-            self.finite.append(is_finite(value))
+            self.finite.append(flag)
+        return flag
 
     def tensors(self, name: str) -> list[Tensor]:
         """The tensors of the state `name` as a kernel takes them: its values, or its codes and scalars."""

@@ -19,8 +19,10 @@ from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group, is_finite
+from hf_lowmem.optim.state import Group
 from hf_lowmem.weights import Weights
+
+FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class Apollo(LowRankOptimizer):
@@ -95,12 +97,11 @@ class Apollo(LowRankOptimizer):
         whole = p.grad.contiguous()
         norm = slot.load("prev_norm")
         s, factor = APOLLO_FACTORS(whole, projected, direction, norm, self.per_channel)
-        # No value of an update is larger than its norm: so weights stay finite, and there is no copy to go back to.
-        reach = norm * (abs(group["lr"]) * math.sqrt(group["scale"]) / (1 - group["betas"][0]))
-        finite = weights.finite
-        for x in (s, factor, torch.where(reach < LARGEST_UPDATE, reach, torch.inf)):
-            slot.judge(x)
-            finite = finite & is_finite(x)
+        # No value of an update is larger than its norm, so weights stay finite without a copy to go back to: `reach` is
+        # inf from LARGEST_UPDATE on.
+        reach = abs(group["lr"]) * math.sqrt(group["scale"]) / (1 - group["betas"][0]) * (FLOAT_MAX / LARGEST_UPDATE)
+        found = slot.judge(torch.cat([s.flatten(), factor.flatten(), (norm * reach).flatten()]))
+        finite = weights.finite & found
         settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], slot.step
         APOLLO_STEP(p, whole, weights.correction, finite, s, factor, *settings, weights.seed)
 
