@@ -238,8 +238,13 @@ def short(what: str, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("exponent", [-126, -125, -101, -100, -37, -1, 0, 1, 63, 124])
 def test_short_reciprocals_and_roots_are_rounded_once(exponent: int) -> None:
-    """All mantissas of a binade. On a CUDA device this is the proof that its approximations carry the short forms."""
-    x = torch.arange(1 << 23, dtype=torch.int32, device=DEVICE).add_((exponent + 127) << 23).view(torch.float32)
+    """All mantissas of a binade. On a CUDA device this is the proof that its approximations carry the short forms.
+
+    The interpreter has none: it divides as numpy does, and every 61st shows that.
+    """
+    every = 1 if DEVICE.type == "cuda" else 61
+    x = torch.arange(0, 1 << 23, every, dtype=torch.int32, device=DEVICE)[: (1 << 23) // every // BLOCK * BLOCK]
+    x = x.add_((exponent + 127) << 23).view(torch.float32)
     wide = x.double()
     assert torch.equal(short("reciprocal", x), (1 / wide).float())
     assert torch.equal(short("reciprocal", -x), (-1 / wide).float())
