@@ -90,7 +90,7 @@ WHOLE = Whole()
 
 
 class Shards(Whole):
-    """Where the rows of a DTensor parameter lie.
+    """Layout of the rows of a DTensor parameter.
 
     Args:
         p: cut along dimension 0 by at most one dimension of its mesh, and replicated along the others (HSDP).

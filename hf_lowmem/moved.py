@@ -40,7 +40,7 @@ MOVED = {
 
 
 def places(fullname: str) -> tuple[str, ...]:
-    """Where the attributes of a module are now, by name; empty for one that has not moved."""
+    """Places where the attributes of a module are now, by name; empty for one that has not moved."""
     room, _, name = fullname.partition(".")
     if room != "hf_lowmem":
         return ()

@@ -1,4 +1,4 @@
-"""Which random numbers a module draws, seen from the state of the generators before and after its call.
+"""Random numbers that a module draws, seen from the state of the generators before and after its call.
 
 Neither a class nor a name tells: DropPath, adapters with `rank_dropout`, a noisy activation draw without any
 nn.Dropout. What tells is that a generator's state has moved. The CPU's generator and that of the input's device are

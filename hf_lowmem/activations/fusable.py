@@ -1,4 +1,4 @@
-"""Which norms and gated MLPs a kernel can stand in for, found out by trying, and when it does.
+"""Norms and gated MLPs that a kernel can stand in for, found out by trying, and when it does.
 
 A kernel knows one formula, and a model's module is code. Neither its class nor its name says what that computes, so a
 copy of the module is run: a norm with a weight of ours on a few rows, against the formula's variants, in three

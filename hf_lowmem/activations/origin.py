@@ -1,4 +1,4 @@
-"""Where a tensor inside attention comes from: whether it is an activation of the layer's tokens, or a bias.
+"""Origin of a tensor inside attention: whether it is an activation of the layer's tokens, or a bias.
 
 A bias on attention's scores has the shape of an activation where its first dimension is as long as the batch, and a
 gradient where it is learned (T5's relative positions). Coded in groups it would be lost: it holds a mask's -inf, beside

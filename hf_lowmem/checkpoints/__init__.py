@@ -1,4 +1,4 @@
-"""Which checkpoint of a killed run can be trusted.
+"""Checkpoints of a killed run: which of them can be trusted.
 
 transformers writes the files of `checkpoint-N` one after the other, in place, and resumes from the highest N that is a
 folder. A run killed inside a save leaves a folder with the highest number and half of its files; a full disk, a cut

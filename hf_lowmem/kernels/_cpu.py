@@ -85,7 +85,7 @@ def kernel(function: Callable[..., Any]):
 
 
 def _folder() -> str:
-    """Where compiled kernels are kept, or "" where that cannot be."""
+    """Folder in which compiled kernels are kept, or "" where that cannot be."""
     try:
         folder = cache_folder() / "cpu" / source_hash()
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which implementation of the kernels is asked for, by the environment or in a block."""
+"""Choice of the kernels' implementation, by the environment or in a block."""
 
 import contextlib
 import os

@@ -205,7 +205,7 @@ def source_hash() -> str:
 
 
 def cache_folder() -> Path:
-    """Where what was proved is remembered: beside HuggingFace's own caches, or in the user's."""
+    """Folder in which what was proved is remembered: beside HuggingFace's own caches, or in the user's."""
     if home := os.environ.get("HF_HOME"):
         return Path(home).expanduser() / "hf_lowmem" / "kernels"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_lowmem" / "kernels"

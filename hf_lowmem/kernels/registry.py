@@ -152,7 +152,7 @@ class Kernel:
         return self.reference
 
     def _fast(self, args: Iterable[object]) -> str:
-        """Which of the two fast implementations is meant: the forced one, or by the tensors' device."""
+        """The one of the two fast implementations that is meant: the forced one, or by the tensors' device."""
         impl = current_impl()
         if impl in ("triton", "cpu"):
             return impl

@@ -1,4 +1,4 @@
-"""Where a parameter lies, and whether a method can work there: FSDP1 and DeepSpeed flatten, FSDP2 cuts by rows.
+"""Place of a parameter, and whether a method can work there: FSDP1 and DeepSpeed flatten, FSDP2 cuts by rows.
 
 FSDP1 and ZeRO-3 are refused. ZeRO-1 and ZeRO-2 turn each parameter group into one vector, after the optimizer was made,
 in place and without a word to it. So what has to be known of single weights is decided before (`small_apart`), and what

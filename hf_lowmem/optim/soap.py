@@ -142,7 +142,7 @@ def check_shampoo_beta(label: str, value: Any) -> None:
 
 
 def preconditioned(shape: Shape, group: Group) -> list[int]:
-    """Which dimensions of a parameter are preconditioned: rows (-2) and columns (-1) of a matrix or of experts."""
+    """Dimensions of a parameter that are preconditioned: rows (-2) and columns (-1) of a matrix or of experts."""
     matrices = len(shape) == 2 or (len(shape) == 3 and group["experts"])
     return [dim for dim in (-2, -1) if shape[dim] <= LARGEST_SIDE] if matrices else []
 

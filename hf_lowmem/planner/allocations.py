@@ -1,4 +1,4 @@
-"""Which bytes are alive when, and what they are: a log of every storage that an operator makes.
+"""Bytes that are alive at a time, and what they are: a log of every storage that an operator makes.
 
 A storage is born when the first tensor on it comes out of an operator, and dies when nothing refers to it any more,
 which a weak reference tells. Views and aliases share their storage and so count once. Nothing is decided while the step

@@ -40,7 +40,7 @@ class Trial:
 
 
 def device_of_trials() -> tuple[torch.device | None, str]:
-    """Where kernels are tried, None for nowhere, and a sentence about it."""
+    """The device on which kernels are tried, None for none, and a sentence about it."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
     if torch.cuda.is_available() and has_triton() and not interpreted:
         device = torch.device("cuda", torch.cuda.current_device())

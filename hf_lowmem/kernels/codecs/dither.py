@@ -44,7 +44,7 @@ def seed_of(pair: int, step: int) -> int:
 
 
 class Dither(NamedTuple):
-    """Which random numbers round a state's codes: those of `seed` from the index `offset` on.
+    """Random numbers that round a state's codes: those of `seed` from the index `offset` on.
 
     The index of a value is its place in the whole parameter, so that a part of it, or a shard, draws what the whole
     would. The seed is another one at each step, but for two steps of a pair, whose seeds differ in the lowest bit: an

@@ -203,7 +203,7 @@ def expanded_values() -> Tensor:
 
 
 def expanding_thresholds(nearest: bool) -> Tensor:
-    """Where |x| / a reaches each code, (middle of two codes / 448)^(1/k), or its value: int64 bits, (256, 126)."""
+    """Bounds of |x| / a for each code, (middle of two codes / 448)^(1/k), or its value: int64 bits, (256, 126)."""
     values = e4m3_values()[: LARGEST_CODE + 1].double()
     reached = (values[1:] + values[:-1]) / 2 if nearest else values[1:]
     return bits_of((reached / E4M3_MAX) ** (1 / exponents()[:, None]))
@@ -254,7 +254,7 @@ def expanding_table(nearest: bool) -> Tensor:
 
 
 def power_thresholds(signed: bool) -> Tensor:
-    """Where a / b reaches the powers 255, 254, ... 1 from above, fp32 (255,), ascending; 2.1 % apart at least.
+    """Bounds of a / b for the powers 255, 254, ... 1 from above, fp32 (255,), ascending; 2.1 % apart at least.
 
     Power p stands for the k = 2**((p - 105) / 60) that is nearest to binades / log2(a / b), so it is taken up to the
     ratio whose k is half a step below.

@@ -59,7 +59,7 @@ def activate(x, GELU: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def place(row, column, stride, FLAT: tl.constexpr):
-    """Where the values of a tile are in a matrix whose rows have that stride; FLAT: `row` is the tile's first value."""
+    """Places of a tile's values in a matrix whose rows have that stride; FLAT: `row` is the tile's first value."""
     return row + column if FLAT else row * stride + column
 
 

@@ -188,7 +188,7 @@ def _is_bad(x):
 
 @inlined
 def _place(tile, ends):
-    """Which parameter a tile is of; ends[i]: the number of tiles up to the end of the i-th."""
+    """Index of the parameter that a tile is of; ends[i]: the number of tiles up to the end of the i-th."""
     low, high = 0, len(ends) - 1
     while low < high:
         middle = (low + high) // 2

@@ -95,7 +95,7 @@ def check_reference(args: Any, asking: list[str]) -> None:
 
 
 def resolve_reference(args: Any, asking: list[str], *, peft: bool, passed: bool, images: bool) -> str:
-    """Which of `none`, `adapter`, `precomputed`, `quantized` and `full` it is, now that the model is known.
+    """The one of `none`, `adapter`, `precomputed`, `quantized` and `full` that it is, now that the model is known.
 
     Args:
         args: the config.

@@ -1,4 +1,4 @@
-"""Where each token of a preference batch stands when a pair holds its prompt once.
+"""Places of the tokens of a preference batch when a pair holds its prompt once.
 
 TRL's batch is plain: 2B rows, the B chosen sequences above the B rejected ones, each with the prompt in front. Both
 copies of a prompt are the same numbers: same tokens, same positions, nothing before them that differs. So a pair
