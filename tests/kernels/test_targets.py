@@ -31,8 +31,8 @@ def run(out: Path, *args: str) -> tuple[subprocess.CompletedProcess[str], list[d
     return done, [json.loads(row) for row in rows]
 
 
-# Bytes that a thread spills, where it does: rounding states at random has cost registers. It costs time and no bits.
 STEP = "int8_softsign,fp8_expand"
+# Bytes that a thread spills with triton 3.9, of which the record is; with 3.6 none does. They cost time and no bits.
 SPILLS = {
     ("adamw", "adamw int8 keep", "cuda:90"): 8,
     ("adamw", f"adamw {STEP} bf16_ecc", "cuda:75"): 8,
@@ -44,10 +44,10 @@ def key(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    """Compiled, within the 255 registers of a thread (AMD: 512), no fused or flushed float; spills as listed."""
+    """Compiled, within the 255 registers of a thread (AMD: 512), no fused or flushed float, spills as listed."""
     for row in rows:
         assert 0 < row["registers"] <= (255 if row["target"].startswith("cuda") else 512), row
-        assert row["spills"] == SPILLS.get(key(row), 0), row
+        assert row["spills"] <= SPILLS.get(key(row), 0), row
         assert row["inexact"] == {}, row
 
 
@@ -68,6 +68,7 @@ def test_the_record_has_every_kernel_on_every_target() -> None:
     rows = [json.loads(row) for row in RECORD.read_text().splitlines()]
     assert {key(row) for row in rows} == {(c.kernel, c.label, target) for c in CASES for target in TARGETS}
     check(rows)
+    assert {key(row): row["spills"] for row in rows if row["spills"]} == SPILLS
     weights = [Weight(**{name: row[name] for name in Weight.__dataclass_fields__}) for row in rows]
     assert RECORD.with_suffix(".txt").read_text() == table(weights)
 
