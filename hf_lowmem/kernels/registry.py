@@ -54,7 +54,7 @@ class Kernel:
         supports: why Triton cannot take these arguments, or "" if it can.
         cases: arguments on which the two are compared.
         parts: of a case, others that launch what it does not; a kernel proves itself on those too.
-        bound: how far apart the two may be: from the arguments of a call, the largest |triton - reference| allowed for
+        bound: how far apart the two may be: from the arguments of a call, the largest |kernel - reference| allowed for
             each result and then for each argument that is written in place, as a tensor or a number; 0: the same bits.
             None: the same bits throughout. For kernels that sum, whose order of summation differs; the comment at its
             definition derives it.

@@ -64,7 +64,7 @@ def is_plain(p: Tensor) -> bool:
 
 def warn_unfused(method: str, p: Tensor, slot: Slot) -> None:
     """Say, once for each reason, why a parameter takes the loop where others of its method have a kernel."""
-    if in_dispatch_mode():  # planned with, not trained
+    if in_dispatch_mode() or not p.numel():  # planned with, not trained; or nothing to step
         return
     unknown = [name for name in slot.codec_names if name not in KNOWN]
     if slot.sharded:

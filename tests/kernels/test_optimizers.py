@@ -15,127 +15,32 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_lowmem.kernels import Kernel, registry, use_kernels
+from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import inverse_root, root
 from hf_lowmem.kernels.exact import sqrt
 from hf_lowmem.kernels.lion import LION_STEP
-from hf_lowmem.kernels.registry import has_numba
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, fused, slot
+from hf_lowmem.optim import LowMemOptimizer
 from hf_lowmem.optim.backward import StepInBackward
 from hf_lowmem.optim.state import number, values_of
+from tests.kernels.steps import (
+    BAD_STEP,
+    CODECS,
+    DEVICE,
+    STORES,
+    assert_same,
+    make,
+    parameters,
+    run,
+    same,
+    set_gradients,
+)
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CODECS = ("fp32", "int8", "fp8_expand", "int8_softsign,fp8_expand")
-STORES = ("keep", "bf16_sr", "bf16_ecc")
-# The first two are compressed, with a ragged last block; the rest keeps fp32 states.
-SHAPES = ((23, 25), (515,), (5, 9), (), (0, 4))
-BAD_STEP = 1
-SETTINGS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def _small_ones_are_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those from 4096 values on are: in the interpreter a step of so many takes a second."""
-    monkeypatch.setattr(slot, "SMALLEST_COMPRESSED", 500)
-
-
-def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in SHAPES]
-    tensors.append(torch.randn(22, 25, generator=generator).to(dtype).to(DEVICE).T)
-    tensors.append(torch.randn(13, 80, generator=generator).to(dtype).to(DEVICE)[:, ::2])
-    return [nn.Parameter(t) for t in tensors]
-
-
-def set_gradients(params: list[nn.Parameter], step: int, dtype: torch.dtype | None = None) -> None:
-    """In `BAD_STEP` two of them are bad: a nan in the first, something too large in the third."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator) * 0.1
-        if step == BAD_STEP and i in (0, 2):
-            grad.view(-1)[-1] = float("nan") if i == 0 else -2e15
-        if dtype not in (None, p.dtype):
-            p.grad_dtype = None  # any
-        p.grad = torch.empty_like(p, dtype=dtype or p.dtype).copy_(grad)  # strided as p is
-
-
-def make(name: str, params: list[nn.Parameter], **settings: Any) -> LowMemOptimizer:
-    names = [f"p{i}" for i in range(len(params))]
-    return OPTIMIZERS[name](list(zip(names, params, strict=True)), **SETTINGS | settings)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
-    return a == b
-
-
-def assert_same(one: LowMemOptimizer, other: LowMemOptimizer) -> None:
-    for p, q in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
-        assert torch.equal(p, q), f"weights of {tuple(p.shape)}"
-        for key, value in one.state[p].items():
-            assert same(value, other.state[q][key]), f"{key} of {tuple(p.shape)}"
-    assert one.skipped() == other.skipped()
-
-
-def run(
-    name: str,
-    impl: str,
-    steps: range,
-    dtype: torch.dtype,
-    params: list[nn.Parameter],
-    optimizer: LowMemOptimizer | None = None,
-    *,
-    grad_dtype: torch.dtype | None = None,
-    **settings: Any,
-) -> LowMemOptimizer:
-    optimizer = optimizer or make(name, params, **settings)
-    with use_kernels(impl):
-        for step in steps:
-            set_gradients(params, step, grad_dtype)
-            optimizer.step()
-    return optimizer
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many parameters each launch of a fused kernel had."""
-    from hf_lowmem.kernels.step import launch as steps
-
-    counts: list[int] = []
-    inner = steps.run_steps
-
-    def watch(rule: str, params: Any, *args: Any, **kwargs: Any) -> None:
-        counts.append(len(params))
-        inner(rule, params, *args, **kwargs)
-
-    for module in ("adamw", "lion"):
-        monkeypatch.setattr(f"hf_lowmem.kernels.{module}.triton.run_steps", watch)
-    return counts
-
-
-@pytest.fixture
-def launched_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many parameters each call of a CPU's fused kernel had."""
-    from hf_lowmem.kernels.step import cpu
-
-    counts: list[int] = []
-    inner = cpu.run_steps
-
-    def watch(rule: str, params: list[Tensor], *args, **kwargs) -> None:
-        counts.append(len(params))
-        inner(rule, params, *args, **kwargs)
-
-    for module in ("adamw", "lion"):
-        monkeypatch.setattr(f"hf_lowmem.kernels.{module}.cpu.run_steps", watch)
-    return counts
+pytestmark = pytest.mark.usefixtures("small_ones_are_compressed")
 
 
 # The kernels alone have every codec with every store in test_contract.py; around them each is met once, and the
@@ -406,22 +311,6 @@ def test_a_small_norm_spares_the_look_at_the_gradient() -> None:
         assert optimizer.skipped() == (0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["lamb", "soap"])
-def test_methods_without_a_kernel_are_not_touched(name: str) -> None:
-    results = []
-    for impl in ("reference", "triton"):
-        params = parameters(torch.float32)[1:4]
-        results.append(run(name, impl, range(2), torch.float32, params))
-    assert_same(*results)
-
-
-@pytest.mark.parametrize("codec", ["int4", "fp8", "bf16"])
-def test_codecs_without_a_kernel_take_the_loop(codec: str, launched: list[int]) -> None:
-    params = parameters(torch.float32)[:2]
-    run("adamw", "triton", range(2), torch.float32, params, state=codec)
-    assert not launched
-
-
 @pytest.mark.parametrize("name", ["adamw", "lion", "apollo", "galore"])
 def test_a_strided_gradient_is_put_in_order(name: str, launched: list[int]) -> None:
     """As autograd makes one of a transposed product; the weights are contiguous, so the kernel steps them."""
@@ -440,33 +329,6 @@ def test_a_strided_gradient_is_put_in_order(name: str, launched: list[int]) -> N
     assert sum(launched) == 2
 
 
-UNFUSED = {
-    "int4": ({"state": "int4"}, 0, "stored as int4", "8bit"),
-    "bf16 and fp8": ({"state": "bf16,fp8"}, 0, "stored as bf16 and fp8", "int8"),
-    "strided weights": ({}, 5, "not contiguous", "p.data.contiguous()"),
-}
-
-
-@pytest.mark.parametrize("case", UNFUSED)
-def test_what_takes_the_loop_is_said_once_with_the_remedy(case: str, caplog: pytest.LogCaptureFixture) -> None:
-    settings, at, reason, remedy = UNFUSED[case]
-    fused._warn.cache_clear()
-    params = [parameters(torch.float32)[at], parameters(torch.float32)[1]]
-    run("adamw", "auto", range(1), torch.float32, params, **settings)
-    assert not caplog.text, "on a CPU nothing is fused, and nothing is lost"
-    run("adamw", "triton", range(2), torch.float32, params, **settings)
-    assert caplog.text.count(reason) == 1
-    assert remedy in caplog.text
-
-
-def test_a_gradient_in_float64_is_what_the_reason_says(caplog: pytest.LogCaptureFixture) -> None:
-    fused._warn.cache_clear()
-    params = parameters(torch.float32)[:2]
-    run("adamw", "triton", range(2), torch.float32, params, grad_dtype=torch.float64)
-    assert caplog.text.count("its gradient is torch.float64") == 1
-    assert "Keep gradients in" in caplog.text
-
-
 @pytest.mark.parametrize("step", [torch.tensor([9]), torch.tensor(9.0), torch.tensor(9, dtype=torch.int32), 9])
 def test_a_step_of_somebody_else_s_making_counts_on(step: Any) -> None:
     params = parameters(torch.float32)[:1]
@@ -476,60 +338,12 @@ def test_a_step_of_somebody_else_s_making_counts_on(step: Any) -> None:
     assert torch.equal(optimizer.state[params[0]]["step"], torch.tensor(11))
 
 
-def test_weights_that_fsdp2_has_cut_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    fused._warn.cache_clear()
-    p = parameters(torch.float32)[0]
-    optimizer = make("adamw", [p])
-    found = optimizer.slot(p, optimizer.param_groups[0])
-    found.sharded = True  # type: ignore[misc]
-    for _ in range(2):
-        fused.warn_unfused("adamw", p, found)
-    assert caplog.text.count("cut by FSDP2") == 1
-    assert "Use DDP" in caplog.text
-
-
-def test_nothing_is_said_where_the_kernel_runs(caplog: pytest.LogCaptureFixture) -> None:
-    fused._warn.cache_clear()
-    for name in ("adamw", "apollo", "lamb"):
-        run(name, "triton", range(1), torch.bfloat16, parameters(torch.bfloat16)[:4], state="8bit")
-    assert not caplog.text
-
-
-def test_nothing_is_fused_on_a_cpu_unless_it_is_asked_for(launched: list[int]) -> None:
-    params = [nn.Parameter(p.detach().cpu()) for p in parameters(torch.float32)]
-    run("adamw", "auto", range(1), torch.float32, params)
-    assert not launched
-
-
 def test_automatic_roots_are_torch_s_and_forced_ones_and_those_of_coded_states_exact() -> None:
     x = torch.rand(10_000)
     assert torch.equal(root(x), x.sqrt())
     assert torch.equal(inverse_root(x, 0.0), sqrt(x).reciprocal())
     with use_kernels("reference"):
         assert torch.equal(root(x), sqrt(x))
-
-
-@pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
-@pytest.mark.parametrize("weights", ["keep", "bf16_sr"])
-@pytest.mark.parametrize("name", ["adamw", "lion", "galore"])
-def test_who_has_no_compiler_gets_the_same_bits_on_a_cpu(
-    name: str, weights: str, monkeypatch: pytest.MonkeyPatch, launched_on_cpu: list[int]
-) -> None:
-    """With nothing forced: of 200,000 values a sixth would show a root that is not correctly rounded."""
-    results = []
-    for installed in (True, False):
-        monkeypatch.setattr(registry, "has_numba", lambda found=installed: found)
-        dtype = torch.float32 if weights == "keep" else torch.bfloat16
-        generator = torch.Generator().manual_seed(0)
-        params = [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in (200_001, 3_000, 7)]
-        optimizer = make(name, params, state="8bit", weights=weights)
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3).to(dtype)
-            optimizer.step()
-        results.append(optimizer)
-    assert_same(*results)
-    assert launched_on_cpu[-3:] == [2, 2, 2], "the smallest keeps fp32 states, whose step torch makes"
 
 
 @pytest.mark.parametrize(("kernel", "name"), [(ADAMW_STEP, "adamw"), (LION_STEP, "lion")])
