@@ -65,6 +65,7 @@ COMMANDS = {
     "python scripts/bench/preference.py": MINUTES + "tests/bench/test_preference.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
     "python scripts/bench/wire.py": MINUTES + "tests/dist/test_wire.py",
+    "python scripts/examples/sft.py": "trains on a model of the hub; on a tiny one in tests/examples",
     "python scripts/train_gradnormlorp.py": "tests/peers/test_gradnormlorp.py",
     "python scripts/train_preference.py": TRAINS,
     "python scripts/train_sft.py": TRAINS,
@@ -93,6 +94,10 @@ def words_to_parse(command: str) -> list[str] | None:
     """The words for tests/readme_parser.py; None for what another program reads."""
     words = [STANDS.get(word, word) for word in shlex.split(command)]
     if words[0] not in ("python", "hf-lowmem"):
+        return None
+    if words[1].startswith("scripts/examples/"):  # which have no flags
+        assert (ROOT / words[1]).is_file()
+        assert len(words) == 2
         return None
     alone = len(words) == 2 and (words[0] == "hf-lowmem" or not words[1].startswith("scripts/bench/"))
     trains = "--model_name_or_path" in words
@@ -199,7 +204,10 @@ PYTHON = (
     Python(
         "README.md",
         "args = LowMemSFTConfig(",
-        SHORT | {'"HuggingFaceTB/SmolLM2-135M"': "MODEL"},
+        {
+            '"out",\n    bf16=torch.cuda.is_available(),': '"out", **FEW,',
+            '"HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL",
+        },
         reported,
     ),
     Python("README.md", 'optimizer = make_optimizer("apollo_mini"', {}, trained),

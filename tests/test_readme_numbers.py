@@ -214,6 +214,14 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "Phi 3": NAME,
     },
     "hf_lowmem/training/README.md": {"off; 0.5, 0.5": SETTING},
+    "scripts/examples/README.md": {
+        "under 40 lines": RULE,
+        "by at most three lines": RULE,
+        "4-bit": NAME,
+        "8-bit states": NAME,
+        "in 8 bits": NAME,
+        "16,384 tokens": SETTING,
+    },
     "scripts/bench/README.md": {
         "a 1B at": NAME,
         "5,000 steps of that": SETTING,

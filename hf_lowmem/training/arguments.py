@@ -35,6 +35,7 @@ from hf_lowmem.specs import (
 )
 from hf_lowmem.training import section
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, settle
+from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,14 @@ class LowMemArguments:
 
     READER: ClassVar[str | None] = None  # the trainer that alone reads what a config adds to these fields
 
+    lowmem: str | None = field(
+        default=None,
+        metadata={
+            "help": "One word for several fields, which are filled in where they have their default: "
+            + "; ".join(f"{name} ({said(preset)})" for name, preset in PRESETS.items())
+            + f". With bf16 weights also lowmem_weights={WEIGHTS}."
+        },
+    )
     optim: str = field(
         default=DEFAULT_OPTIM,
         metadata={
@@ -187,8 +196,14 @@ class LowMemArguments:
 
     def __post_init__(self) -> None:
         self._take_section()
+        filled = fill(self, open_fields(self))
         self._lowmem_open = open_fields(self)
-        self._settled(getattr(super(), "__post_init__", lambda: None))
+        try:
+            self._settled(getattr(super(), "__post_init__", lambda: None))
+        except ValueError as error:
+            if is_about(filled, error):
+                raise ValueError(f"{error} (lowmem={self.lowmem!r} sets {said(filled)}.)") from error
+            raise
 
     def _settled(self, parents: Callable[[], None] = lambda: None) -> None:
         """Settle what is open and check all fields, each for itself and together.

@@ -21,6 +21,7 @@ from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import ActivationSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
+from hf_lowmem.training.presets import take_weights
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class LowMemTrainerMixin:
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)
+        take_weights(self.args, opt_model, flat=flat)
         optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay), flat=flat)
         log_groups(optimizer)
         if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced

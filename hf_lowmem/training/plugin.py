@@ -30,6 +30,7 @@ from hf_lowmem.specs import check_choice
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
+from hf_lowmem.training.presets import take_weights
 
 TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
 
@@ -145,6 +146,7 @@ class LowMemPlugin(LowMemArguments):
                 "it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
         self._taken()
+        take_weights(self, model, flat=flat)
         return from_spec(self.lowmem_optim_spec(), model, flat=flat)
 
     def _taken(self) -> None:
