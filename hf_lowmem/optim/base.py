@@ -172,8 +172,8 @@ class LowMemOptimizer(Method, Optimizer):
         check_placement(self, p, group)
         check_flattened(self, p, group, self._shapes)
         kind = Slot if cut is None else ShardedSlot
-        valuewise = self.ELEMENTWISE or self.FUSED is not None
-        new = kind(p, group, self.STATES, elementwise=valuewise, groups=self.param_groups)
+        reach, rule = self.reach(p.shape, group), self.rule(p.shape, group)
+        new = kind(p, group, self.STATES, reach=reach, rule=rule, groups=self.param_groups)
         new.facts = facts
         self._slots[id(p)] = new
         return new
@@ -258,7 +258,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _fuses(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
-        if self.FUSED is None or slot.low_rank:
+        if self.FUSED is None or not slot.elementwise:
             return False
         if slot.coded and not slot.dithers:  # kernels round every coded state at random
             return False

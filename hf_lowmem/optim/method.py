@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowmem.optim.fused import FusedStep
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group, StateDecl
+from hf_lowmem.optim.state import Group, Reach, StateDecl
 from hf_lowmem.weights import Weights
 
 __all__ = ["METHODS", "Method", "elementwise", "methods_with"]
@@ -58,6 +58,19 @@ class Method:
         For methods that say `ACCUMULATES`, of low-rank parameters.
         """
         raise NotImplementedError
+
+    @classmethod
+    def rule(cls, shape: torch.Size, group: Group) -> str:
+        """Name of the rule that a parameter of this shape takes: the method's own, or one that it leaves others to."""
+        return cls.name
+
+    @classmethod
+    def reach(cls, shape: torch.Size, group: Group) -> Reach:
+        """How much of a parameter of this shape the update of one of its values sees.
+
+        "value": any part of it may be stepped alone, with that part of its states; "row": any rows; "whole": no part.
+        """
+        return "value" if cls.ELEMENTWISE else "whole"
 
     @classmethod
     def unsharded_only(cls, shape: torch.Size, group: Group) -> str | None:

@@ -25,6 +25,7 @@ from hf_lowmem.optim.state import (
     CORRECTION,
     COUNT_BYTES,
     Group,
+    Reach,
     State,
     StateDecl,
     StepCount,
@@ -61,7 +62,8 @@ class Slot:
         p: the parameter; only read here.
         group: its parameter group.
         decls: the method's states.
-        elementwise: whether the update of each value of a parameter that is not low-rank needs that value alone.
+        reach: how much of the parameter the update of one value sees.
+        rule: name of the rule that it takes.
         groups: all of the optimizer's.
 
     Attributes:
@@ -70,6 +72,7 @@ class Slot:
         whole: the same as one process would keep them all.
         coded: whether any of them is stored in fewer bits than fp32.
         low_rank: whether the low-rank rule applies.
+        elementwise: whether the update of a value sees that value alone.
         fusable: whether the kernels of optim/fused.py know such weights and states.
         store: how its weights are stored.
         shards: where the rest of the parameter is; of a batch of matrices that is cut, each is whole.
@@ -91,13 +94,15 @@ class Slot:
         group: Group,
         decls: Mapping[str, StateDecl],
         *,
-        elementwise: bool = False,
+        reach: Reach = "whole",
+        rule: str = "",
         groups: Sequence[Group] = (),
     ) -> None:
         self.shape, self.device, self.values = p.shape, p.device, local(p).numel()
         self.codecs = codec_pair(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
         self.low_rank = is_low_rank(p.shape, group.get("rank"))
-        self.elementwise = elementwise and not self.low_rank
+        self.reach, self.rule = reach, rule
+        self.elementwise = reach == "value"
         self.store = store_for(group["weights"], p.dtype)
         self.syncs = reads_are_free(p.device)
         self.whole = whole_layout(decls, self.codecs, p.shape, group)

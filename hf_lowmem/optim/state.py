@@ -7,7 +7,7 @@ accelerator. They are real tensors also in a step on fake ones, which are planne
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from hf_lowmem.codecs import CODECS, StateCodec
 
 Shape = torch.Size
 Group = dict[str, Any]
+
+# How much of a parameter the update of one of its values sees: that value, its row (along dimension 0), or all of it.
+Reach = Literal["value", "row", "whole"]
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"

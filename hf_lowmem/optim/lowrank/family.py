@@ -17,7 +17,7 @@ from hf_lowmem.optim.fused import FusedStep
 from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, projected_shape
 from hf_lowmem.optim.slot import Slot, is_low_rank
-from hf_lowmem.optim.state import WINDOW, Group, Shape, StateDecl
+from hf_lowmem.optim.state import WINDOW, Group, Reach, Shape, StateDecl
 
 
 def low_rank_shape(shape: Shape, group: Group) -> Shape | None:
@@ -145,6 +145,14 @@ class LowRankOptimizer(LowMemOptimizer):
         if rotation is not None and group.get("rotate"):
             self.rotate(rotation, projector.tall, slot)
         return projector, projected
+
+    @classmethod
+    def rule(cls, shape: Shape, group: Group) -> str:
+        return cls.name if is_low_rank(shape, group["rank"]) else "adam"
+
+    @classmethod
+    def reach(cls, shape: Shape, group: Group) -> Reach:
+        return "whole" if is_low_rank(shape, group["rank"]) else "value"
 
     @classmethod
     def unsharded_only(cls, shape: Shape, group: Group) -> str | None:
