@@ -81,11 +81,13 @@ class Slot:
         draws: whether updates draw random numbers, so that the state has a `key`.
         finite: of what an update computes and saves, whether it is finite; None: nobody asks.
         facts: all that these decisions depend on, for who wants to know whether they still hold.
-        start: of a chunk of a parameter, its first value's place in the whole.
+        start: of a part of a parameter, its first value's place in the whole.
+        is_part: whether it is the slot of a part.
     """
 
     sharded = False
     cut = False
+    is_part = False
     shards: Whole = WHOLE
 
     def __init__(
@@ -137,12 +139,13 @@ class Slot:
         self._key: int | None = None
         self._state_seed: int | None = None
 
-    def chunk(self, raw: dict[str, Any], start: int, stop: int) -> "Slot":
-        """The slot of the values from `start` to `stop`, whose state is `raw`."""
+    def chunk(self, raw: dict[str, Any], start: int, stop: int, rows: int | None = None) -> "Slot":
+        """The slot of the values from `start` to `stop`, whose state is `raw`; `rows`: they are so many whole rows."""
         part = copy.copy(self)
         part.open(raw)
-        part.start = start
-        part.states = {name: state._replace(shape=torch.Size([stop - start])) for name, state in self.states.items()}
+        part.start, part.is_part = start, True
+        shapes = {k: [stop - start] if rows is None else [rows, *s.shape[1:]] for k, s in self.states.items()}
+        part.states = {k: s._replace(shape=torch.Size(shapes[k])) for k, s in self.states.items()}
         return part
 
     def nbytes(self) -> int:
@@ -159,7 +162,8 @@ class Slot:
 
     def count_step(self) -> None:
         """Count one update more, in the state."""
-        self._step, self._state_seed = self._count.one_more(self.raw), None
+        if not self.is_part:  # of which the whole is counted
+            self._step, self._state_seed = self._count.one_more(self.raw), None
 
     @property
     def key(self) -> int:
