@@ -139,6 +139,10 @@ class StepInBackward:
         norms.append(norm)
         return norm
 
+    def has(self, p: Tensor) -> bool:
+        """Whether it steps this parameter."""
+        return self._group_of(p) is not None
+
     def whole_only(self, p: Tensor) -> str | None:
         """Why the gradient of `p` must come whole, as the end of a sentence; None: `step_rows` takes it by rows."""
         group = self._group_of(p)
