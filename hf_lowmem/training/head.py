@@ -37,6 +37,7 @@ _forward = cast(Callable[..., Gradients], TheirFunction.forward)
 _backward = cast(Callable[..., Gradients], TheirFunction.backward)
 
 OFF = "lowmem_step_in_backward is off"
+FROZEN = "it is not trained"
 GATHERED = "FSDP2 has cut it, and gathers it for each pass"
 TIED = "the embedding has the same weight, and its gradient comes later"
 HOOKED = "somebody's hook waits for its gradient"
@@ -82,7 +83,10 @@ class HeadFunction(TheirFunction):
         weight = ctx.call.weight
         heads = [head for head in _standing if head.steps(weight)] or _standing
         # With `create_graph` this pass is differentiated itself; under ZeRO-3 TRL's code gathers the weight.
-        if not heads or not ctx.needs_input_grad[1] or torch.is_grad_enabled() or hasattr(weight, "ds_id"):
+        if not heads or torch.is_grad_enabled() or hasattr(weight, "ds_id"):
+            return _backward(ctx, *grads)
+        if not ctx.needs_input_grad[1]:
+            heads[-1].why = FROZEN
             return _backward(ctx, *grads)
         return heads[-1].backward(ctx, grads[0], grads[1])
 
