@@ -82,6 +82,19 @@ class Measured:
     shapes: list[Shape] = field(default_factory=list)
 
 
+class Seen:
+    """A hook that notes a parameter's gradient, if it comes whole."""
+
+    only_looks = True  # so an output head's may come by blocks all the same
+
+    def __init__(self, measured: Measured) -> None:
+        self.measured = measured
+
+    def __call__(self, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            self.measured.gradients |= self.measured.live.rows_of([grad])
+
+
 class Phases(TrainerCallback):
     """Tells the log where in the step the trainer is, and what has become of the storages by then."""
 
@@ -162,7 +175,7 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             measured.shapes = shapes_of(model, measured.stack)
             for p in model.parameters():
                 if p.requires_grad:
-                    p.register_hook(lambda g: measured.gradients.update(live.rows_of([g])))
+                    p.register_hook(Seen(measured))
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             if not self.model.training:
