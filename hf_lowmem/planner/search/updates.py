@@ -15,17 +15,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowmem.optim import OPTIMIZERS, from_spec
+from hf_lowmem.optim.rows import whole_only
 from hf_lowmem.planner.allocations import Live
 
-__all__ = ["Update", "count_states", "own_temporaries"]
+__all__ = ["Update", "count_states", "head_by_rows", "own_temporaries"]
 
 
 @dataclass(frozen=True)
 class Update:
-    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest."""
+    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest. head_by_rows: whether it takes
+    the gradient of an output head of its own a block of rows at a time."""
 
     states: int
     temporaries: int
+    head_by_rows: bool = False
 
 
 def count_states(spec: Any, meta: nn.Module) -> int | None:
@@ -36,6 +39,13 @@ def count_states(spec: Any, meta: nn.Module) -> int | None:
     if "rank" in OPTIMIZERS[spec.name].DEFAULTS and all(group["rank"] is None for group in groups):
         return None
     return sum(optimizer.state_bytes(p, group) for group in groups for p in group["params"])
+
+
+def head_by_rows(spec: Any, meta: Any) -> bool:
+    """Whether our optimizer takes the gradient of the output head by rows, on a model on the meta device."""
+    optimizer, head = from_spec(spec, meta), meta.get_output_embeddings().weight
+    group = next((g for g in optimizer.param_groups for p in g["params"] if p is head), None)
+    return group is not None and whole_only(head, optimizer.slot(head, group)) is None
 
 
 def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:
