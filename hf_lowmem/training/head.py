@@ -58,7 +58,7 @@ class _Kept(Context, Protocol):
 
 
 class Trainer(Protocol):
-    """What is asked of the trainer whose head it is."""
+    """A trainer, as far as its head asks it."""
 
     model: nn.Module
     stepping: StepInBackward | None
@@ -137,7 +137,7 @@ class BlockedHead:
             setattr(trl_utils, NAME, TheirFunction)
 
     def facts(self) -> dict[str, object]:
-        """What was done, as plain values."""
+        """Plain values: what was done, for the run's report."""
         return {"block_rows": self.rows, "passes_by_rows": self.by_rows, "passes_whole": self.whole, "why": self.why}
 
     @property

@@ -33,7 +33,7 @@ BLOCK_BYTES = 2**29  # of a block in fp32
 
 
 class Context(Protocol):
-    """What TRL's autograd function keeps for its backward pass."""
+    """Context of TRL's autograd function, as its backward pass finds it."""
 
     saved_tensors: tuple[Tensor, ...]  # Saved: to be read once, as a tensor that was changed since cannot be
     needs_input_grad: tuple[bool, ...]
