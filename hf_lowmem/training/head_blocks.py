@@ -19,7 +19,7 @@ many rows as TRL's tile has columns, or of the whole vocabulary, have its bits.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -126,9 +126,10 @@ def _logits_gradient(ctx: Context, tile: Tensor, start: int, of_tokens: list[Ten
     targets, log_z, entropy, of_logps, of_entropy = of_tokens
     count = tile.shape[1]
     block = chunked_logprob._BLOCK_SIZE
-    run = chunked_logprob._backward_tile
+    run: Callable[..., object] = chunked_logprob._backward_tile
     if chunked_logprob._use_triton(tile.device):
-        run = chunked_logprob._backward_kernel[len(tile), -(-count // block)]
+        kernel = cast(Mapping[tuple[int, int], Callable[..., object]], chunked_logprob._backward_kernel)
+        run = kernel[len(tile), -(-count // block)]
     run(
         tile,
         tile.stride(0),

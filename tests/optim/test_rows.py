@@ -170,7 +170,7 @@ class ByRow(LowMemOptimizer):
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_rule_that_sees_a_row_is_stepped_by_rows(store: str) -> None:
-    made = []
+    made: list[tuple[Tensor, LowMemOptimizer]] = []
     for _ in range(2):
         p = Head(torch.float32 if store == "keep" else torch.bfloat16).head.weight
         made.append((p, ByRow([p], lr=0.01, state="int8", weights=store)))

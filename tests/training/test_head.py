@@ -204,7 +204,7 @@ def test_nothing_of_the_size_of_the_weight_is_made(
 
     monkeypatch.setattr(BlockedHead, "backward", watched)
     model = tiny_llama(dtype=torch.bfloat16, vocab_size=2048)
-    fields = in_backward() if stepping else {"optim": "adamw_torch"}
+    fields: dict[str, Any] = in_backward() if stepping else {"optim": "adamw_torch"}
     train(tmp_path, model=model, max_steps=2, **fields)
     assert largest.values == (TILE * 64 if stepping else 2048 * 64)  # the block, or the gradient in bf16
 
