@@ -26,7 +26,7 @@ from trl.trainer import utils as trl_utils
 from hf_lowmem.optim import StepInBackward
 from hf_lowmem.training.head_blocks import Context, Saved, by_blocks, rows_of_block, stays_finite
 
-__all__ = ["BlockedHead"]
+__all__ = ["GATHERED", "BlockedHead"]
 
 logger = logging.getLogger(__name__)
 
