@@ -26,7 +26,7 @@ from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
-from hf_lowmem.optim.rows import RowStep, unit_of, whole_only
+from hf_lowmem.optim.row_steps import RowStep, unit_of, whole_only
 from hf_lowmem.optim.state import Group
 
 MOST_NORMS = 4096  # kept one by one; no model has so many parameters

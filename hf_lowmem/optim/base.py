@@ -13,7 +13,7 @@ is a flat dict of plain tensors: `{"step": int64, "exp_avg.codes": uint8, "exp_a
     sharded     the same, of weights that FSDP2 has cut
     stepping    a step by decoding, `update` and encoding
     chunked     the same of long parameters, a chunk at a time
-    rows        the same of a matrix whose gradient comes a block of rows at a time
+    row_steps   the same of a matrix whose gradient comes a block of rows at a time
     fused       kernels that do a whole step
     guard       what is not finite is left out, and counted
     checkpoint  states loaded without torch's casts
@@ -38,7 +38,7 @@ from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.names import without_wrappers
 from hf_lowmem.optim.options import plain, resolve, with_rate
 from hf_lowmem.optim.placement import check_flattened, check_placement
-from hf_lowmem.optim.rows import RowStep
+from hf_lowmem.optim.row_steps import RowStep
 from hf_lowmem.optim.sharded import ShardedSlot, agreed
 from hf_lowmem.optim.slot import FLOATS, Slot
 from hf_lowmem.optim.state import Group
@@ -217,7 +217,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     @torch.no_grad()
     def step_rows(self, p: Tensor, group: Group, finite: Tensor) -> RowStep:
-        """Begin a step of a matrix whose gradient comes by rows: see hf_lowmem/optim/rows.py, also for the arguments.
+        """Begin a step of a matrix whose gradient comes by rows: see hf_lowmem/optim/row_steps.py, also for the arguments.
 
         Raises:
             ValueError: for a learning rate that is no number.

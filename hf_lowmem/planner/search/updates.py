@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from hf_lowmem.optim import OPTIMIZERS, from_spec
-from hf_lowmem.optim.rows import whole_only
+from hf_lowmem.optim.row_steps import whole_only
 from hf_lowmem.planner.allocations import Live
 from hf_lowmem.specs import OptimSpec
 

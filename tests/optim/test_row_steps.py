@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.kernels import registry
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, StepInBackward, chunked, make_optimizer, slot
-from hf_lowmem.optim.rows import unit_of, whole_only
+from hf_lowmem.optim.row_steps import unit_of, whole_only
 from hf_lowmem.optim.state import Group, Reach, StateDecl
 from tests.optim.test_chunked import assert_same
 
