@@ -17,6 +17,28 @@ def step_settings(group: Group, steps: list[int]) -> tuple[object, ...]:
     return steps, "adamw", group["lr"], *group["betas"], group["eps"], group["weight_decay"]
 
 
+def adamw_update(p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+    """AdamW's step of a parameter, or of a part of one; see `Method.update`."""
+    exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
+    adamw_(
+        p,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        step=slot.step,
+        coded=slot.coded,
+    )
+    slot.save("exp_avg", exp_avg)
+    slot.save("exp_avg_sq", exp_avg_sq)
+
+
+FUSED_ADAMW = FusedStep(ADAMW_STEP, step_settings)
+
+
 class AdamW(LowMemOptimizer):
     """AdamW (arXiv 1711.05101) whose moments are stored by a codec.
 
@@ -40,21 +62,7 @@ class AdamW(LowMemOptimizer):
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
     DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
     ELEMENTWISE = True
-    FUSED = FusedStep(ADAMW_STEP, step_settings)
+    FUSED = FUSED_ADAMW
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
-        exp_avg, exp_avg_sq = slot.load("exp_avg"), slot.load("exp_avg_sq")
-        adamw_(
-            p,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=slot.step,
-            coded=slot.coded,
-        )
-        slot.save("exp_avg", exp_avg)
-        slot.save("exp_avg_sq", exp_avg_sq)
+        adamw_update(p, grad, slot, group)

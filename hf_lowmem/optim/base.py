@@ -55,8 +55,8 @@ class LowMemOptimizer(Method, Optimizer):
     Args:
         params: as for any torch optimizer; `named_parameters()` or groups of such where a method draws random numbers,
             whose stream is derived from the parameter's name. Without names, from shape and position.
-        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, seed: see `OptimSpec`
-            and may also be set per group. An option that means nothing to the method is refused.
+        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, embeddings, seed: see
+            `OptimSpec`; they may also be set per group. An option that means nothing to the method is refused.
         **options: what this method alone understands; see its docstring.
 
     A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were, and
@@ -85,6 +85,7 @@ class LowMemOptimizer(Method, Optimizer):
         scale: float | None = None,
         projection: str | None = None,
         rotate: bool | None = None,
+        embeddings: str | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -101,6 +102,7 @@ class LowMemOptimizer(Method, Optimizer):
             scale=scale,
             projection=projection,
             rotate=rotate,
+            embeddings=embeddings,
             seed=seed,
             options=options,
         )
@@ -133,7 +135,7 @@ class LowMemOptimizer(Method, Optimizer):
             OptimSpec(
                 name=self.name,
                 **{k: v for k, v in merged.items() if k in fields},
-                options={k: merged[k] for k in self.CHECKS},
+                options={k: merged[k] for k in (*self.CHECKS, *self.FACTS)},
             )
         )
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
@@ -180,7 +182,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _options(self, group: Group) -> tuple[Any, ...]:
         """The options of a group on which the decisions of its slots depend."""
-        return group.get("experts"), *map(group.get, self.STRUCTURAL)
+        return group.get("experts"), *map(group.get, self.FACTS), *map(group.get, self.STRUCTURAL)
 
     @overload
     def step(self, closure: None = None) -> None: ...
