@@ -45,6 +45,13 @@ def from_spec(
     options = cls.resolve(spec)
     check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
     groups = parameter_groups(model, spec, rank=options.get("rank"), facts=cls.facts(options), decay=decay)
+    if spec.embeddings not in (None, cls.DEFAULTS.get("embeddings")) and not any(
+        group["role"] in ("embedding", "head") for group in groups
+    ):
+        raise ValueError(
+            f"{spec.label('embeddings')}={spec.embeddings!r} has no effect: neither an embedding nor an output head of "
+            f"{type(model).__name__} is trained. Leave it unset, or train one of them."
+        )
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
     return cls(groups, **{k: v for k, v in options.items() if k != "method"})
@@ -153,11 +160,17 @@ def _check_model(name: str, model: object) -> None:
         )
 
 
+def _rule_of(optimizer: LowMemOptimizer, group: dict[str, Any]) -> str:
+    """The rule of a group's parameters, and of what, where it goes by that."""
+    rules = ", ".join(sorted({optimizer.rule(p.shape, group) for p in group["params"]}))
+    return f"{rules} ({group['role']})" if group.get("role") in ("embedding", "head") else rules
+
+
 def group_table(optimizer: LowMemOptimizer) -> list[dict[str, Any]]:
     """One row a group, for a log: what it holds and how its state is stored."""
     return [
         {
-            "rule": ", ".join(sorted({optimizer.rule(p.shape, group) for p in group["params"]})),
+            "rule": _rule_of(optimizer, group),
             "rank": group.get("rank"),
             "weight_decay": group["weight_decay"],
             "state": group["state"],

@@ -7,9 +7,11 @@ weights their AdamW states are almost all there is: 2 GiB in 8 bits. The option 
     "scale"        the embedding: none; the head: a first moment
     "adam_mini"    a first moment, and one number a token
 
-A tied weight is the head's. Methods that have the option take their states from here (`STATES`) and hand over what is
+A tied weight is the head's. Methods that have the option take states from here (`other_states`) and hand over what is
 not theirs (`update_other`).
 """
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,7 +19,9 @@ from hf_lowmem.optim.rows import mini_, scale_lookup_, square_shape
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Reach, Shape, StateDecl
 
-__all__ = ["ROW_SQ", "first_shape", "other_reach", "other_rule", "second_shape", "update_other"]
+__all__ = ["other_reach", "other_rule", "other_states", "update_other"]
+
+OwnShape = Callable[[Shape, Group], Shape | None]
 
 
 def other_rule(group: Group) -> str:
@@ -33,23 +37,27 @@ def other_reach(group: Group) -> Reach:
     return "value" if rule == "adam" else "row"
 
 
-def first_shape(shape: Shape, group: Group) -> Shape | None:
-    """Shape of its first moment, where it has one."""
-    return None if other_rule(group) == "scale" and group["role"] == "embedding" else shape
+def other_states(owns: Callable[[Shape, Group], bool]) -> dict[str, StateDecl]:
+    """States of the parameters that a method leaves to others. `owns`: which it does not."""
 
+    def of_others(shape_of: OwnShape) -> OwnShape:
+        return lambda shape, group: None if owns(shape, group) else shape_of(shape, group)
 
-def second_shape(shape: Shape, group: Group) -> Shape | None:
-    """Shape of its second moment, where it has one for each value."""
-    return shape if other_rule(group) == "adam" else None
+    def first(shape: Shape, group: Group) -> Shape | None:
+        return None if other_rule(group) == "scale" and group["role"] == "embedding" else shape
 
+    def second(shape: Shape, group: Group) -> Shape | None:
+        return shape if other_rule(group) == "adam" else None
 
-def row_shape(shape: Shape, group: Group) -> Shape | None:
-    """Shape of its second moment, where it has one for each row."""
-    return square_shape(shape, group) if other_rule(group) == "adam_mini" else None
+    def of_rows(shape: Shape, group: Group) -> Shape | None:
+        return square_shape(shape, group) if other_rule(group) == "adam_mini" else None
 
-
-# One second moment a row is a few numbers: never coded, so that no rounding moves a whole row.
-ROW_SQ = StateDecl(signed=False, shape=row_shape, coded=False)
+    return {
+        "exp_avg": StateDecl(signed=True, shape=of_others(first)),
+        "exp_avg_sq": StateDecl(signed=False, shape=of_others(second)),
+        # A few numbers, never coded: no rounding moves a whole row.
+        "row_sq": StateDecl(signed=False, shape=of_others(of_rows), coded=False),
+    }
 
 
 def update_other(p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:

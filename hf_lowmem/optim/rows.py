@@ -6,11 +6,9 @@ means along a row are its own business, and those along a column are sums over p
 
 import math
 
-import torch
 from torch import Tensor
 
 from hf_lowmem.distributed import WHOLE
-from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Shape
 

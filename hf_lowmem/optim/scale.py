@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hf_lowmem.optim.adamw import FUSED_ADAMW, adamw_update
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.embeddings import ROW_SQ, first_shape, other_reach, other_rule, second_shape, update_other
+from hf_lowmem.optim.embeddings import other_reach, other_rule, other_states, update_other
 from hf_lowmem.optim.rows import inputs_dim, normalized, scale_
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group, Reach, Shape, StateDecl
+from hf_lowmem.optim.state import Group, Reach, Shape
 from hf_lowmem.specs import check_integer
 
 
@@ -34,11 +34,6 @@ def sinkhorn(grad: Tensor, iterations: int, slot: Slot, group: Group) -> Tensor:
     for _ in range(iterations):
         grad = normalized(normalized(grad, inputs, slot), -3 - inputs, slot)
     return grad
-
-
-def _moment(own: Any) -> Any:
-    """Shape of a moment, which linear weights do not have."""
-    return lambda shape, group: None if is_matrix(shape, group) else own(shape, group)
 
 
 class Scale(LowMemOptimizer):
@@ -74,11 +69,7 @@ class Scale(LowMemOptimizer):
     """
 
     name = "scale"
-    STATES = {
-        "exp_avg": StateDecl(signed=True, shape=_moment(first_shape)),
-        "exp_avg_sq": StateDecl(signed=False, shape=_moment(second_shape)),
-        "row_sq": ROW_SQ._replace(shape=_moment(ROW_SQ.shape)),
-    }
+    STATES = other_states(is_matrix)
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "betas": (0.9, 0.999),
         "eps": 1e-8,

@@ -28,7 +28,11 @@ class Net(nn.Module):
         self.one = nn.Linear(5000, 1, bias=False)  # one row: the other processes have none
         self.norm = nn.LayerNorm(4100)
         self.experts, self.num_experts = nn.Parameter(torch.randn(3, 40, 48)), 3
+        self.words, self.head = nn.Embedding(71, 64), nn.Linear(64, 69, bias=False)
         self.to(dtype)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def forward(self, seed: int) -> Tensor:
         """A quadratic with its minimum elsewhere than at the parameters."""
@@ -52,7 +56,9 @@ def options(name: str) -> dict[str, Any]:
 
 
 def make(name: str, codec: str, model: nn.Module, **kwargs: Any) -> LowMemOptimizer:
-    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1} | options(name) | kwargs
+    """`name`: of a method, perhaps with the rule of embedding and head: "apollo_mini+scale"."""
+    name, _, rule = name.partition("+")
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "embeddings": rule or None} | options(name) | kwargs
     return make_optimizer(name, model, state=codec, **settings)
 
 

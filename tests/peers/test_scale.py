@@ -96,11 +96,11 @@ def test_fused_experts_that_are_transposed_and_their_biases() -> None:
             vocab_size=32,
             num_local_experts=3,
             num_experts_per_tok=2,
-        )  # fmt: skip
+        )
     )
     formulas = {}
     for name, p in model.named_parameters():
-        linear = name.endswith("proj.weight") or name.endswith("experts.gate_up_proj") or name.endswith("down_proj")
+        linear = name.endswith(("proj.weight", "experts.gate_up_proj", "down_proj"))
         if linear or "embed" in name or "lm_head" in name:
             along = -2 if p.ndim == 3 or "embed" in name else -1
         else:

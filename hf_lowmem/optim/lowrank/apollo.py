@@ -62,6 +62,7 @@ class Apollo(LowRankOptimizer):
         "update_gap": 200,
         "scale": 1.0,
         "projection": "random",
+        "embeddings": "adam",
     }
     PROJECTS_BACK = False
     per_channel: ClassVar[bool] = True

@@ -55,6 +55,7 @@ class GaLore(LowRankOptimizer):
         "update_gap": 200,
         "scale": 0.25,
         "projection": "subspace",
+        "embeddings": "adam",
         "rotate": False,
     }
     ACCUMULATES = True
