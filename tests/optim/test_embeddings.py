@@ -76,7 +76,7 @@ def test_it_is_the_rule_of_the_method_of_that_name(name: str, rule: str) -> None
     results = []
     for other, lookups in ((name, rule), (name, "adam"), ("scale", rule), ("adam_mini", None)):
         model = copy.deepcopy(start)
-        optimizer = make(other, lookups, model, state="fp32", weight_decay=0.0)
+        optimizer = make(other, lookups, model, state="fp32", weight_decay=0.0, eps=1e-8)
         for step in range(3):
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
