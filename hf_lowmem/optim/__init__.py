@@ -21,6 +21,7 @@ from hf_lowmem.optim.lowrank.fira import Fira
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
 from hf_lowmem.optim.method import METHODS, elementwise, methods_with
+from hf_lowmem.optim.muon import Muon
 from hf_lowmem.optim.placement import small_apart
 from hf_lowmem.optim.scale import Scale
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
@@ -28,7 +29,8 @@ from hf_lowmem.optim.soap import Soap
 from hf_lowmem.specs import OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
-    cls.name: cls for cls in (AdamW, AdamMini, Lion, Lamb, Soap, Scale, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
+    cls.name: cls
+    for cls in (AdamW, AdamMini, Lion, Lamb, Soap, Muon, Scale, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
 }
 METHODS.update(OPTIMIZERS)
 
@@ -193,6 +195,7 @@ __all__ = [
     "Lamb",
     "Lion",
     "LowMemOptimizer",
+    "Muon",
     "NaturalGaLore",
     "Scale",
     "Soap",

@@ -15,6 +15,11 @@ from hf_lowmem.optim.state import Group, Shape
 LEAST_RMS = 1e-8
 
 
+def is_matrix(shape: Shape, group: Group) -> bool:
+    """Whether a parameter is a linear weight, or a batch of such."""
+    return group["role"] == "linear" and (len(shape) == 2 or (len(shape) == 3 and group["experts"]))
+
+
 def inputs_dim(group: Group) -> int:
     """The dimension of a matrix that its outputs do not have."""
     return -1 if group["outputs"] == -2 else -2

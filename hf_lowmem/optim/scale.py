@@ -13,15 +13,10 @@ from torch import Tensor
 from hf_lowmem.optim.adamw import FUSED_ADAMW, adamw_update
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.embeddings import other_reach, other_rule, other_states, update_other
-from hf_lowmem.optim.rows import inputs_dim, normalized, scale_
+from hf_lowmem.optim.rows import inputs_dim, is_matrix, normalized, scale_
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Reach, Shape
 from hf_lowmem.specs import check_integer
-
-
-def is_matrix(shape: Shape, group: Group) -> bool:
-    """Whether a parameter is a linear weight, or a batch of such."""
-    return group["role"] == "linear" and (len(shape) == 2 or (len(shape) == 3 and group["experts"]))
 
 
 def sinkhorn(grad: Tensor, iterations: int, slot: Slot, group: Group) -> Tensor:
