@@ -28,7 +28,7 @@ def test_one_of_each_kind_is_one_process(passed: Passed) -> None:
     check(
         passed("equals"),
         "fsdp2",
-        ["adamw", "lamb", "natural_galore", "scale", "galore+adam_mini"],
+        ["adamw", "lamb", "natural_galore", "scale", "muon", "galore+adam_mini"],
         ("fp32", "fp8_expand"),
     )
 
