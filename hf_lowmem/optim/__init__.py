@@ -26,6 +26,7 @@ from hf_lowmem.optim.placement import small_apart
 from hf_lowmem.optim.scale import Scale
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.soap import Soap
+from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
@@ -162,7 +163,7 @@ def _check_model(name: str, model: object) -> None:
         )
 
 
-def _rule_of(optimizer: LowMemOptimizer, group: dict[str, Any]) -> str:
+def _rule_of(optimizer: LowMemOptimizer, group: Group) -> str:
     """The rule of a group's parameters, and of what, where it goes by that."""
     rules = ", ".join(sorted({optimizer.rule(p.shape, group) for p in group["params"]}))
     return f"{rules} ({group['role']})" if group.get("role") in ("embedding", "head") else rules

@@ -8,7 +8,7 @@ Each row keeps its number, and the rows of one head keep the same one. That cost
 value, and makes of all states something that has rows, so that FSDP2 cuts it as it cuts the weights.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class AdamMini(LowMemOptimizer):
         "exp_avg": StateDecl(signed=True),
         "row_sq": StateDecl(signed=False, shape=square_shape, coded=False, rows=square_rows),
     }
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    DEFAULTS: ClassVar[Group] = {"betas": (0.9, 0.999), "eps": 1e-8}
     FACTS = ("experts", "outputs", "head", "bias")
 
     @classmethod

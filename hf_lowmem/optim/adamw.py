@@ -1,6 +1,6 @@
 """AdamW with its two moments in any codec."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -60,7 +60,7 @@ class AdamW(LowMemOptimizer):
 
     name = "adamw"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    DEFAULTS: ClassVar[Group] = {"betas": (0.9, 0.999), "eps": 1e-8}
     ELEMENTWISE = True
     FUSED = FUSED_ADAMW
 

@@ -30,7 +30,7 @@ def other_rule(group: Group) -> str:
 
 
 def other_reach(group: Group) -> Reach:
-    """How far an update of such a parameter sees."""
+    """Reach of an update of such a parameter."""
     rule = other_rule(group)
     if rule == "scale":
         return "row" if group["role"] == "head" else "whole"

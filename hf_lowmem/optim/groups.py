@@ -9,13 +9,13 @@ import statistics
 import warnings
 import weakref
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from torch import nn
 
 from hf_lowmem.optim import roles
 from hf_lowmem.optim.names import named_parameters
 from hf_lowmem.optim.roles import linear_parameters
+from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import OptimSpec
 
 # Models that were told of a rank without effect, with what they were told: each is told once.
@@ -48,7 +48,7 @@ def parameter_groups(
     rank: int | None,
     facts: Collection[str] = (),
     decay: Collection[str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Group]:
     """Groups of (name, parameter) for `LowMemOptimizer(params)`: low-rank or not × facts × decayed or not.
 
     Args:
@@ -70,8 +70,8 @@ def parameter_groups(
         )
     low_rank = _low_rank(model, spec, rank) if rank is not None else set[int]()
     said = roles.facts_of(model) if facts else {}
-    groups: dict[tuple[Any, ...], list[tuple[str, nn.Parameter]]] = {}
-    own: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[bool, str, bool], list[tuple[str, nn.Parameter]]] = {}
+    own: dict[tuple[bool, str, bool], Group] = {}
     for path, name, p in named:
         decays = p.ndim >= 2 if decay is None else path in decay or name in decay
         apart = {fact: said[id(p)][fact] for fact in facts}

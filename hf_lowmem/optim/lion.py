@@ -8,7 +8,7 @@ Why not bitsandbytes' Lion8bit: the codec decides the bytes here, so the same fe
 device, and resume bit for bit.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class Lion(LowMemOptimizer):
 
     name = "lion"
     STATES = {"exp_avg": StateDecl(signed=True)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
+    DEFAULTS: ClassVar[Group] = {"betas": (0.9, 0.99)}
     ELEMENTWISE = True
     FUSED = FusedStep(LION_STEP, step_settings)
 

@@ -25,7 +25,7 @@ class Method:
     name: ClassVar[str]
     STATES: ClassVar[dict[str, StateDecl]]
     # Options whose default is the method's own. An option that is absent here means nothing to the method.
-    DEFAULTS: ClassVar[dict[str, Any]]
+    DEFAULTS: ClassVar[Group]
     # Of those, the ones that OptimSpec does not know, each with a function (label, value) that raises if it is bad.
     CHECKS: ClassVar[dict[str, Callable[[str, Any], None]]] = {}
     # Facts of the model that the method needs of a parameter (optim/roles.py); each is an option of its group.
@@ -39,9 +39,7 @@ class Method:
     # The kernel that makes a whole step, value by value, of the parameters that take no low-rank rule.
     FUSED: ClassVar[FusedStep | None] = None
     # Options that decide what the state looks like: a checkpoint made with others cannot be continued.
-    STRUCTURAL: ClassVar[tuple[str, ...]] = (
-        "method", "state", "weights", "rank", "projection", "seed", "embeddings",
-    )  # fmt: skip
+    STRUCTURAL: ClassVar[tuple[str, ...]] = ("method", "state", "weights", "rank", "projection", "seed", "embeddings")
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
         """Update `p` in place. `p` (fp32, or a parameter in fp64) and `grad` (fp32, finite) are of one shape."""
@@ -76,7 +74,7 @@ class Method:
 
     @classmethod
     def reach(cls, shape: torch.Size, group: Group) -> Reach:
-        """How much of a parameter of this shape the update of one of its values sees.
+        """Reach of an update: how much of a parameter of this shape each of its values depends on.
 
         "value": any part of it may be stepped alone, with that part of its states; "row": any rows; "whole": no part.
         """

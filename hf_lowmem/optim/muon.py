@@ -14,7 +14,7 @@ never has.
 
 import functools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ ADAMW_RMS = 0.2  # of AdamW's updates, which Muon's are given (arXiv 2502.16982,
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """What the iteration computes in: bf16, which is enough for it; fp32 on a CPU, where bf16 is slow."""
+    """Dtype of the iteration: bf16, which is enough for it; fp32 on a CPU, where bf16 is slow."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -107,7 +107,7 @@ class Muon(LowMemOptimizer):
 
     name = "muon"
     STATES = {"exp_avg": StateDecl(signed=True, shape=_first), **{k: v for k, v in OTHERS.items() if k != "exp_avg"}}
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS: ClassVar[Group] = {
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "embeddings": "adam",

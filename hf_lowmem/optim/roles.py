@@ -17,11 +17,11 @@ make queries and keys, and which are fused. A module of one's own says the latte
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
 from hf_lowmem.optim.names import named_modules
+from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import check_choice, check_flag, check_integer
 
 __all__ = ["CHECKS", "DEFAULTS", "ROLES", "facts_of", "linear_parameters"]
@@ -29,7 +29,7 @@ __all__ = ["CHECKS", "DEFAULTS", "ROLES", "facts_of", "linear_parameters"]
 ROLES = ("linear", "embedding", "head", "other")
 
 # Of bare parameters and groups that say nothing: matrices are linear weights.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Group = {
     "role": "linear",
     "experts": False,
     "outputs": -2,
@@ -46,28 +46,28 @@ FUSED_GATE = "gate_up_proj"
 COUNTS_OF_EXPERTS = ("num_experts", "n_experts", "num_local_experts")
 
 
-def _check_role(label: str, value: Any) -> None:
+def _check_role(label: str, value: object) -> None:
     check_choice(label, value, ROLES)
 
 
-def _check_outputs(label: str, value: Any) -> None:
+def _check_outputs(label: str, value: object) -> None:
     if value not in (-2, -1):
         raise ValueError(f"{label}={value!r}: must be -2, where a row is an output, or -1, where a column is.")
 
 
-def _check_head(label: str, value: Any) -> None:
+def _check_head(label: str, value: object) -> None:
     if value is not None:
         check_integer(label, value, low=1)
 
 
-def _check_splits(label: str, value: Any) -> None:
+def _check_splits(label: str, value: object) -> None:
     if value is not None and not isinstance(value, list | tuple):
         raise TypeError(f"{label}={value!r}: expected the sizes of what was fused, such as [64, 32, 32], or None.")
     for i, size in enumerate(value or ()):
         check_integer(f"{label}[{i}]", size, low=1)
 
 
-CHECKS: dict[str, Callable[[str, Any], None]] = {
+CHECKS: dict[str, Callable[[str, object], None]] = {
     "role": _check_role,
     "experts": check_flag,
     "outputs": _check_outputs,
@@ -130,12 +130,12 @@ def linear_parameters(model: nn.Module) -> Iterator[tuple[str, str, str, nn.Modu
                 yield path, name, own, module, p
 
 
-def facts_of(model: nn.Module) -> dict[int, dict[str, Any]]:
+def facts_of(model: nn.Module) -> dict[int, Group]:
     """The facts of each of a model's parameters, by its id."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, Group] = {}
     for module in model.modules():
         for own, p in module.named_parameters(recurse=False):
-            bias = own == "bias" or own.endswith("_bias")
+            bias = own.endswith("bias")
             experts = is_experts(module, p)
             found.setdefault(id(p), DEFAULTS | {"role": "other", "bias": bias, "experts": experts})
     for _, _, own, module, p in linear_parameters(model):

@@ -6,7 +6,7 @@ the noisiest, keeps a momentum. SinkGD divides rows and columns in turns until b
 """
 
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -65,7 +65,7 @@ class Scale(LowMemOptimizer):
 
     name = "scale"
     STATES = other_states(is_matrix)
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS: ClassVar[Group] = {
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "embeddings": "scale",
