@@ -13,6 +13,7 @@ never has.
 """
 
 import functools
+import itertools
 import math
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from hf_lowmem.optim.adamw import FUSED_ADAMW, adamw_update
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.embeddings import other_reach, other_rule, other_states, update_other
+from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.rows import is_matrix
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Reach, Shape, StateDecl
@@ -44,7 +46,7 @@ def orthogonalized(update: Tensor) -> Tensor:
     x = update.to(iteration_dtype(update.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM)  # no singular value above 1
+    x = x / linalg.matrix_norm(x, keepdim=True).clamp(min=LEAST_NORM)  # no singular value above 1
     a, b, c = COEFFICIENTS
     multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(STEPS):
@@ -60,10 +62,13 @@ def matched(update: Tensor) -> Tensor:
 
 def muon_direction(update: Tensor, group: Group) -> Tensor:
     """`matched` of a whole weight, of each matrix that is fused in it."""
-    sizes, dim = group["splits"], group["outputs"]
+    sizes: list[int] | None = group["splits"]
+    dim: int = group["outputs"]
     if sizes is None or sum(sizes) != update.shape[dim]:
         return matched(update)
-    return torch.cat([matched(part) for part in update.split(list(sizes), dim)], dim)
+    ends = list(itertools.accumulate(sizes))
+    parts = [update.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+    return torch.cat([matched(part) for part in parts], dim)
 
 
 def _first(shape: Shape, group: Group) -> Shape | None:

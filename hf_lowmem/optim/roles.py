@@ -16,7 +16,8 @@ what it calls its children, so these names are listed here: which of the project
 make queries and keys, and which are fused. A module of one's own says the latter by an attribute `split_sizes`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -61,9 +62,11 @@ def _check_head(label: str, value: object) -> None:
 
 
 def _check_splits(label: str, value: object) -> None:
-    if value is not None and not isinstance(value, list | tuple):
+    if value is None:
+        return
+    if not isinstance(value, list | tuple):
         raise TypeError(f"{label}={value!r}: expected the sizes of what was fused, such as [64, 32, 32], or None.")
-    for i, size in enumerate(value or ()):
+    for i, size in enumerate(cast(Sequence[object], value)):
         check_integer(f"{label}[{i}]", size, low=1)
 
 
@@ -143,12 +146,13 @@ def facts_of(model: nn.Module) -> dict[int, Group]:
         facts = found[id(p)]
         facts |= {"role": "linear", "outputs": -1 if across else -2}
         if p.ndim == 3 and own == FUSED_GATE and getattr(module, "is_concatenated", False) is True:
-            facts["splits"] = _equal(p.shape[facts["outputs"]], 2)
+            facts["splits"] = _equal(p.shape[-1 if across else -2], 2)
     for parent in model.modules():
         for own, child in parent.named_children():
             weight = dict(child.named_parameters(recurse=False)).get("weight")
             if weight is not None and found[id(weight)]["role"] == "linear" and weight.ndim == 2:
-                outputs = weight.shape[found[id(weight)]["outputs"]]
+                dim: int = found[id(weight)]["outputs"]
+                outputs = weight.shape[dim]
                 found[id(weight)] |= {
                     "head": _head(parent, own, outputs),
                     "splits": _splits(parent, own, child, outputs),

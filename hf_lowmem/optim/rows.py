@@ -64,7 +64,8 @@ def square_shape(shape: Shape, group: Group) -> Shape:
     if len(shape) < 2:
         return shape if group.get("bias") else Shape([])
     if len(shape) == 2 or (len(shape) == 3 and group.get("experts")):
-        return Shape([*shape[:-2], shape[group.get("outputs", -2)]])
+        outputs: int = group.get("outputs", -2)
+        return Shape([*shape[:-2], shape[outputs]])
     return shape[:1]
 
 

@@ -23,7 +23,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tall = nn.Linear(256, 272)  # rows of 256: the blocks are those of the flattened tensor
-        self.tall.split_sizes = (136, 136)  # two matrices in one
+        vars(self.tall)["split_sizes"] = (136, 136)  # two matrices in one
         self.wide = nn.Linear(256, 40, bias=False)  # m < n: the projected dimension is the one that is cut
         self.odd = nn.Linear(70, 67, bias=False)  # neither rows nor blocks are even
         self.one = nn.Linear(5000, 1, bias=False)  # one row: the other processes have none

@@ -74,10 +74,9 @@ def blocks_of(kind: str, name: str, p: nn.Parameter) -> Tensor:
 
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+WIDE: dict[str, Any] = SMALL | {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 MODELS = {
-    "qwen3": Qwen3Config(
-        **SMALL | {"hidden_size": 64}, num_attention_heads=4, num_key_value_heads=2, head_dim=32, attention_bias=True
-    ),
+    "qwen3": Qwen3Config(**WIDE, attention_bias=True),
     "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8),
     "mixtral": MixtralConfig(**SMALL, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, head_dim=16),
 }

@@ -19,7 +19,7 @@ def test_agrees_with_torch_s(shape: tuple[int, int], momentum: float, monkeypatc
     """Which has bf16 for its iteration everywhere."""
     monkeypatch.setattr(muon, "iteration_dtype", lambda device: torch.bfloat16)
     theirs_p, ours_p = (nn.Parameter(start(shape)) for _ in range(2))
-    settings = SETTINGS | {"momentum": momentum}
+    settings: dict[str, Any] = SETTINGS | {"momentum": momentum}
     theirs = torch.optim.Muon([theirs_p], adjust_lr_fn="match_rms_adamw", **settings)
     ours = OPTIMIZERS["muon"]([ours_p], **settings)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS) for o in (theirs, ours)]
