@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import current_impl
+from hf_lowmem.optim.cautious import warn_slower
 from hf_lowmem.optim.checkpoint import load
 from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
 from hf_lowmem.optim.guard import SkipCount, Skipped, stays_finite
@@ -220,7 +221,7 @@ class LowMemOptimizer(Method, Optimizer):
         """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
         assert p.grad is not None
         slot = self._slot(p, group)
-        if not (self.ACCUMULATES and slot.low_rank):
+        if not (self.ACCUMULATES and slot.low_rank) or group.get("cautious"):  # which needs the sum itself
             return False
         slot.open(self.state[p])
         self.accumulate(local(p.grad).to(torch.float32), slot, group)
@@ -261,6 +262,8 @@ class LowMemOptimizer(Method, Optimizer):
     def _fuses(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
         if self.FUSED is None or not slot.elementwise:
+            if self.FUSED is not None and group.get("cautious") and kernel_runs(self.FUSED.kernel, p):
+                warn_slower(self.name)
             return False
         if slot.coded and not slot.dithers:  # kernels round every coded state at random
             return False

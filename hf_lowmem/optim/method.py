@@ -78,7 +78,7 @@ class Method:
 
         "value": any part of it may be stepped alone, with that part of its states; "row": any rows; "whole": no part.
         """
-        return "value" if cls.ELEMENTWISE else "whole"
+        return "value" if cls.ELEMENTWISE and not group.get("cautious") else "whole"
 
     @classmethod
     def unsharded_only(cls, shape: torch.Size, group: Group) -> str | None:

@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def passed(folder: Path) -> Callable[[str], list[str]]:
     """What a job printed, by its name."""
     jobs = {
-        "equals": ["fsdp2", "adamw,lamb,natural_galore,scale,muon,galore+adam_mini", "fp32,fp8_expand"],
+        "equals": ["fsdp2", "adamw,lamb,natural_galore,scale,muon,galore+adam_mini,adamw+cautious", "fp32,fp8_expand"],
         "replicas": ["ddp,fsdp2", "adamw,galore", "bf16_sr", "20"],
         "shards": [],
         "refused": [],

@@ -57,9 +57,10 @@ def options(name: str) -> dict[str, Any]:
 
 
 def make(name: str, codec: str, model: nn.Module, **kwargs: Any) -> LowMemOptimizer:
-    """`name`: of a method, perhaps with the rule of embedding and head: "apollo_mini+scale"."""
-    name, _, rule = name.partition("+")
-    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "embeddings": rule or None} | options(name) | kwargs
+    """`name`: of a method, perhaps with the rule of embedding and head, or cautious: "apollo_mini+scale"."""
+    name, _, more = name.partition("+")
+    own: dict[str, Any] = {"cautious": True} if more == "cautious" else {"embeddings": more or None}
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1} | own | options(name) | kwargs
     return make_optimizer(name, model, state=codec, **settings)
 
 

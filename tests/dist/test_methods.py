@@ -10,6 +10,7 @@ from tests.dist.launch import launch
 
 SHARDABLE = [name for name in OPTIMIZERS if name != "soap"]  # which is refused by name
 OTHER_RULES = ["apollo_mini+scale", "galore+adam_mini", "scale+adam_mini", "scale+adam"]  # of embedding and head
+CAUTIOUS = [f"{name}+cautious" for name in ("adamw", "lion", "apollo", "galore", "fira", "natural_galore")]
 CODECS = ("fp32", "int8", "fp8_expand")
 pytestmark = [pytest.mark.dist, pytest.mark.train]
 Passed = Callable[[str], list[str]]
@@ -28,7 +29,7 @@ def test_one_of_each_kind_is_one_process(passed: Passed) -> None:
     check(
         passed("equals"),
         "fsdp2",
-        ["adamw", "lamb", "natural_galore", "scale", "muon", "galore+adam_mini"],
+        ["adamw", "lamb", "natural_galore", "scale", "muon", "galore+adam_mini", "adamw+cautious"],
         ("fp32", "fp8_expand"),
     )
 
@@ -36,13 +37,13 @@ def test_one_of_each_kind_is_one_process(passed: Passed) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_method_under_fsdp2_is_one_process(codec: str) -> None:
-    equals("fsdp2", SHARDABLE + OTHER_RULES, codec)
+    equals("fsdp2", SHARDABLE + OTHER_RULES + CAUTIOUS, codec)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_method_under_ddp_is_one_process(codec: str) -> None:
-    equals("ddp", [*OPTIMIZERS, *OTHER_RULES], codec)
+    equals("ddp", [*OPTIMIZERS, *OTHER_RULES, *CAUTIOUS], codec)
 
 
 def test_replicas_stay_equal(passed: Passed) -> None:

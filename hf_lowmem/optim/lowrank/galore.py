@@ -56,6 +56,7 @@ class GaLore(LowRankOptimizer):
         "scale": 0.25,
         "projection": "subspace",
         "embeddings": "adam",
+        "cautious": False,
         "rotate": False,
     }
     ACCUMULATES = True
