@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import current_impl
+from hf_lowmem.optim.cautious import warn_slower
 from hf_lowmem.optim.checkpoint import load
 from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
 from hf_lowmem.optim.guard import SkipCount, Skipped, stays_finite
@@ -57,8 +58,8 @@ class LowMemOptimizer(Method, Optimizer):
     Args:
         params: as for any torch optimizer; `named_parameters()` or groups of such where a method draws random numbers,
             whose stream is derived from the parameter's name. Without names, from shape and position.
-        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, seed: see `OptimSpec`
-            and may also be set per group. An option that means nothing to the method is refused.
+        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, embeddings, seed: see
+            `OptimSpec`; they may also be set per group. An option that means nothing to the method is refused.
         **options: what this method alone understands; see its docstring.
 
     A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were, and
@@ -87,6 +88,7 @@ class LowMemOptimizer(Method, Optimizer):
         scale: float | None = None,
         projection: str | None = None,
         rotate: bool | None = None,
+        embeddings: str | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -103,6 +105,7 @@ class LowMemOptimizer(Method, Optimizer):
             scale=scale,
             projection=projection,
             rotate=rotate,
+            embeddings=embeddings,
             seed=seed,
             options=options,
         )
@@ -135,7 +138,7 @@ class LowMemOptimizer(Method, Optimizer):
             OptimSpec(
                 name=self.name,
                 **{k: v for k, v in merged.items() if k in fields},
-                options={k: merged[k] for k in self.CHECKS},
+                options={k: merged[k] for k in (*self.CHECKS, *self.FACTS)},
             )
         )
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
@@ -182,7 +185,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _options(self, group: Group) -> tuple[Any, ...]:
         """The options of a group on which the decisions of its slots depend."""
-        return group.get("experts"), *map(group.get, self.STRUCTURAL)
+        return group.get("experts"), *map(group.get, self.FACTS), *map(group.get, self.STRUCTURAL)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -217,7 +220,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     @torch.no_grad()
     def step_rows(self, p: Tensor, group: Group, finite: Tensor) -> RowStep:
-        """Begin a step of a matrix whose gradient comes by rows: see hf_lowmem/optim/row_steps.py, also for the arguments.
+        """Begin a step of a matrix whose gradient comes by rows. See hf_lowmem/optim/row_steps.py, for arguments too.
 
         Raises:
             ValueError: for a learning rate that is no number.
@@ -231,7 +234,7 @@ class LowMemOptimizer(Method, Optimizer):
         """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
         assert p.grad is not None
         slot = self._slot(p, group)
-        if not (self.ACCUMULATES and slot.low_rank):
+        if not (self.ACCUMULATES and slot.low_rank) or group.get("cautious"):  # which needs the sum itself
             return False
         slot.open(self.state[p])
         self.accumulate(local(p.grad).to(torch.float32), slot, group)
@@ -272,6 +275,8 @@ class LowMemOptimizer(Method, Optimizer):
     def _fuses(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
         if self.FUSED is None or not slot.elementwise:
+            if self.FUSED is not None and group.get("cautious") and kernel_runs(self.FUSED.kernel, p):
+                warn_slower(self.name)
             return False
         if slot.coded and not slot.dithers:  # kernels round every coded state at random
             return False

@@ -99,7 +99,8 @@ class StateDecl(NamedTuple):
         signed: False promises values >= 0, such as a second moment's.
         shape: of the state, from a parameter's shape and group; None where that parameter has no such state.
         coded: whether the group's codec stores it, that of signed or that of unsigned states; else it is fp32.
-        rows: the dimension of the state that is cut where a matrix is cut by rows; None: each process keeps all of it.
+        rows: the dimension of the state that is cut where a matrix is cut by rows; None, itself or what it returns:
+            each process keeps all of it.
         average: it moves a little in each step, so its codes are rounded at random; else it is written once, or carried
             along, and rounded to the nearest.
         passing: it is there only between the backward passes of one accumulation window.
@@ -108,7 +109,7 @@ class StateDecl(NamedTuple):
     signed: bool
     shape: Callable[[Shape, Group], Shape | None] = as_parameter
     coded: bool = True
-    rows: Callable[[Shape, Group], int] | None = first_dimension
+    rows: Callable[[Shape, Group], int | None] | None = first_dimension
     average: bool = True
     passing: bool = False
 

@@ -23,6 +23,7 @@ from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.specs import (
+    EMBEDDING_RULES,
     LABELS,
     OPTIMIZER_FIELDS,
     PROJECTIONS,
@@ -137,6 +138,13 @@ class LowMemArguments:
         metadata={
             "help": "Rotate the moments into the new basis when it is refreshed. Default: False. Only with: "
             f"{', '.join(methods_with('rotate'))}."
+        },
+    )
+    lowmem_embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Rule of embedding and output head, where an optim has one of its own for linear weights: "
+            f"{', '.join(EMBEDDING_RULES)}. Default: {own_defaults('embeddings')}."
         },
     )
     lowmem_step_in_backward: bool = field(

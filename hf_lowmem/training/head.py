@@ -1,7 +1,7 @@
 """An output head whose gradient never exists whole, for as long as a trainer trains.
 
-With step in backward each block of rows of the head's gradient is applied as soon as it is complete (head_blocks.py,
-and hf_lowmem/optim/row_steps.py for the step), so that neither the gradient nor its fp32 sums exist whole. Where that cannot
+With step in backward each block of rows of the head's gradient is applied as soon as it is complete (head_blocks.py;
+the step is hf_lowmem/optim/row_steps.py), so that neither the gradient nor its fp32 sums exist whole. Where that cannot
 be, blocks are written into the gradient, and what is saved is the fp32 copy. Which of the two, and why, is in the run's
 report.
 

@@ -34,13 +34,39 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Rules that keep rows, matrices or nothing: in every other file a state has a value for each of a parameter's.
+BY_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("bfloat16", {"optim": name, "lowmem_state": "8bit"}) for name in ("scale", "muon", "adam_mini")},
+    "sinkgd": ("float32", {"optim": "scale", "optim_args": "sinkhorn_iters=5", "lowmem_embeddings": "adam"}),
+    **{
+        f"{rule} for embedding and head": (
+            "bfloat16",
+            {
+                "optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_embeddings": rule,
+                "lowmem_step_in_backward": True, "max_grad_norm": 0,
+            },
+        )
+        for rule in ("scale", "adam_mini")
+    },
+}  # fmt: skip
+
+
 def within(predicted: int, measured: int, tolerance: float) -> bool:
     return abs(predicted - measured) <= tolerance * measured
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str) -> None:
-    dtype, settings = SETTINGS[name]
+    check(*SETTINGS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rules_by_rows_are_predicted_too(name: str) -> None:
+    check(*BY_ROWS[name])
+
+
+def check(dtype: str, settings: dict[str, Any]) -> None:
     args = arguments(**settings)
     predicted = plan(small_config(), args, dtype=dtype, device="cpu")
     real = measure(small_config(), args, getattr(torch, dtype))
