@@ -34,7 +34,9 @@ from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import COUNTS, Group
 
-__all__ = ["RowStep", "unit_of", "whole_only"]
+__all__ = ["PART", "RowStep", "unit_of", "whole_only"]
+
+PART = 1 << 22  # values that are stepped at once; the temporaries of a rule without a kernel are several times 16 MiB
 
 Fuses = Callable[[Tensor, Slot, Group, dict[tuple[object, ...], bool]], bool]
 
@@ -92,7 +94,7 @@ class RowStep:
         slot.count_step()
         chunked.allocate(self.p, slot)
         unit = unit_of(p, slot)
-        self._each = max(1, chunked.CHUNK // p.shape[1] // unit) * unit
+        self._each = max(1, PART // p.shape[1] // unit) * unit
         self._unit, self._next = unit, 0
         self._bad = torch.zeros((), dtype=torch.int64, device=p.device)  # parts that a kernel has left out
         self._runs: dict[tuple[object, ...], bool] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.kernels import registry
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, StepInBackward, chunked, make_optimizer, slot
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, StepInBackward, make_optimizer, row_steps, slot
 from hf_lowmem.optim.row_steps import unit_of, whole_only
 from hf_lowmem.optim.state import Group, Reach, StateDecl
 from tests.optim.test_chunked import assert_same
@@ -22,9 +22,9 @@ ALL = [pytest.param(name, marks=pytest.mark.slow) for name in ("galore", "fira",
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "has_numba", lambda: False)
-    monkeypatch.setattr(chunked, "CHUNK", 32 * COLUMNS)
+    monkeypatch.setattr(row_steps, "PART", 32 * COLUMNS)
 
 
 class Head(nn.Module):
@@ -98,7 +98,7 @@ def test_kernels_give_them_too(name: str, impl: str, monkeypatch: pytest.MonkeyP
     if impl == "cpu":
         pytest.importorskip("numba")
         monkeypatch.undo()
-        monkeypatch.setattr(chunked, "CHUNK", 64 * COLUMNS)
+        monkeypatch.setattr(row_steps, "PART", 64 * COLUMNS)
     else:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("HF_LOWMEM_KERNELS", impl)
