@@ -17,8 +17,14 @@ from tests.optim.test_chunked import assert_same
 
 ROWS, COLUMNS = 83, 64  # the last rows are no whole number of blocks of any codec
 STORES = ["keep", "bf16_sr", "bf16_ecc"]
-RULES = ["adamw", "lion", "apollo"]  # apollo's leaves embeddings to the Adam of the low-rank family
-ALL = [pytest.param(name, marks=pytest.mark.slow) for name in ("galore", "fira", "apollo_mini", "natural_galore")]
+# The low-rank family leaves embeddings to one Adam of its own. What takes long is that there are so many.
+CHEAP = [("adamw", codec) for codec in (*CODECS, "8bit")] + [(name, "8bit") for name in ("lion", "apollo")]
+RULES = ("adamw", "lion", "apollo", "apollo_mini", "galore", "fira", "natural_galore")
+EVERY = [
+    pytest.param(name, codec, marks=[] if (name, codec) in CHEAP else pytest.mark.slow)
+    for name in RULES
+    for codec in (*CODECS, "8bit")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +78,7 @@ def bits(p: Tensor, optimizer: LowMemOptimizer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("syncs", [True, False], ids=["cpu", "as on a device"])
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("codec", [*CODECS, "8bit"])
-@pytest.mark.parametrize("name", RULES + ALL)
+@pytest.mark.parametrize(("name", "codec"), EVERY)
 def test_rows_give_the_bits_of_the_whole(
     name: str, codec: str, store: str, syncs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
