@@ -102,13 +102,13 @@ def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
 
     def adamw(d: torch.device) -> tuple[Any, ...]:
         moments = (flat(d, codec, signed) for codec, signed in zip(pair, (True, False), strict=True))
-        numbers = [3], "adamw", 1e-4, 0.9, 0.999, 1e-8, 0.1
+        numbers = [3], "adamw", 1e-4, 0.9, 0.999, 1e-8, 0.1, 0
         return [_draw(d, *shape)], [_draw(d, *shape)], skips_of(d), [], *moments, *pair, "bf16_sr", [5], [6], *numbers
 
     def lion(d: torch.device) -> tuple[Any, ...]:
         momentum = flat(d, pair[0], True)
         weight = [_draw(d, *shape)], [_draw(d, *shape)], skips_of(d), []
-        return *weight, momentum, pair[0], "bf16_sr", [5], [6], 1e-4, 0.9, 0.99, 0.1
+        return *weight, momentum, pair[0], "bf16_sr", [5], [6], 1e-4, 0.9, 0.99, 0.1, 0
 
     def factors(d: torch.device) -> tuple[Any, ...]:
         projected, direction = (_draw(d, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))

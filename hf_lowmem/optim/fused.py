@@ -30,7 +30,8 @@ class FusedStep(NamedTuple):
     """A kernel for whole steps.
 
     Args:
-        settings: its last arguments, after tensors, codecs, store and seeds; from the group and each parameter's step.
+        settings: its arguments after tensors, codecs, store and seeds; from the group and each parameter's step. The
+            last one is the place of the first value, of a part of a parameter.
     """
 
     kernel: Kernel
@@ -145,7 +146,7 @@ def _step_alike(
     settings = fused.settings(group, [slot.step for slot in slots])
     stored = *moments, *kind.codecs, store.name
     grads = [p.grad.contiguous() for p in params if p.grad is not None]
-    args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings
+    args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings, first.first()
     direct = fused.kernel.directly(
         first.device, (fused.settings, kind, store.name, first.dithers), lambda: _one_of(args)
     )

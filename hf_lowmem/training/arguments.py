@@ -12,7 +12,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from transformers import Trainer, TrainingArguments
@@ -23,6 +23,7 @@ from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.specs import (
+    EMBEDDING_RULES,
     LABELS,
     OPTIMIZER_FIELDS,
     PROJECTIONS,
@@ -34,7 +35,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
-from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, settle
+from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, settle
 from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,13 @@ class LowMemArguments:
         metadata={
             "help": "Rotate the moments into the new basis when it is refreshed. Default: False. Only with: "
             f"{', '.join(methods_with('rotate'))}."
+        },
+    )
+    lowmem_embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Rule of embedding and output head, where an optim has one of its own for linear weights: "
+            f"{', '.join(EMBEDDING_RULES)}. Default: {own_defaults('embeddings')}."
         },
     )
     lowmem_step_in_backward: bool = field(
@@ -346,15 +354,6 @@ class LowMemArguments:
             self.optim = str(name)
             check_spec(self.lowmem_optim_spec())
         return self
-
-
-def open_fields(args: Any) -> frozenset[str]:
-    """Names of the fields of a config that have their class's default."""
-    return frozenset(
-        f.name
-        for f in fields(args)
-        if getattr(args, f.name, MISSING) == (f.default if f.default_factory is MISSING else f.default_factory())
-    )
 
 
 def section_fields() -> list[str]:

@@ -25,6 +25,7 @@ OP_BOUNDARY = {
     "kernels/lion/triton.py": ("lion_step",),
     "kernels/quantize/triton.py": ("quantize_kernel",),
     "kernels/rmsnorm/triton.py": ("forward_kernel", "again_kernel", "backward_kernel"),
+    "kernels/step/cpu.py": ("run_steps",),
     "kernels/step/launch.py": ("run_steps",),
     "kernels/step/triton.py": ("adamw", "adamw_coded", "adam_family", "step_tile", "step_kernel", "steps_kernel"),
 }

@@ -47,7 +47,7 @@ def step_cases(
             label = f"{rule} {','.join(dict.fromkeys(pair))} {store}"
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
             one = {"finite_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
-            keys = dict.fromkeys(("k0", "k1", "h0", "h1", "flip"), "i32")
+            keys = dict.fromkeys(("k0", "k1", "h0", "h1", "flip", "first_value"), "i32")
             cases.append((label, step_kernel, one | keys, fixed | {"EVEN": True}, warps(*pair)))
             kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
             many = {"table": "*i64", "finite_ptr": "*i32"} | values

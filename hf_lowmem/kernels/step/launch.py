@@ -64,13 +64,15 @@ def run_steps(
     *,
     heavy: bool = False,
     norm: Tensor | None = None,
+    first_value: int,
 ) -> None:
     """One step for all of `params`: one launch to check the gradients, one for the small ones, one for each large one.
 
     One parameter alone has two launches whatever its size, with its addresses as arguments: no table is copied.
 
     Args: as those of `adamw_step`; `states`: one or two; `numbers`: the eight of a rule's formula, for each parameter;
-        `norm`: of the gradient of one parameter alone, fp32, where it is known.
+        `norm`: of the gradient of one parameter alone, fp32, where it is known; `first_value`: of one alone that is a
+        part, its place in the whole.
     """
     count = len(params)
     if not count:
@@ -99,7 +101,9 @@ def run_steps(
     def step(flag: Tensor, i: int) -> None:
         grid = (_parts(sizes[i], TILE),)
         even = sizes[i] % TILE == 0
-        jit.step_kernel[grid](flag, *tensors[i], *shared, sizes[i], *numbers[i], *keys[i], EVEN=even, **fixed)
+        jit.step_kernel[grid](
+            flag, *tensors[i], *shared, sizes[i], *numbers[i], *keys[i], first_value, EVEN=even, **fixed
+        )
 
     if count == 1:
         step(_checked(grads[0], skipped, norm), 0)

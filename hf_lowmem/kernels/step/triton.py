@@ -157,13 +157,14 @@ def lion(w, m, g, x0, x1, x2, x3, decay, step):
 def step_tile(
     param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
-    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
+    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, place,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """The whole step of the tile that begins at value `start` (int64) and has `left` values or more.
 
-    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'. EVEN: it is a whole tile.
+    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'; place: of the tile's first value in the
+    whole parameter (int64, even), by which it draws them. EVEN: it is a whole tile.
     """
     CODED: tl.constexpr = FIRST != FP32 or SECOND != FP32
     local = tile_offsets()
@@ -182,9 +183,9 @@ def step_tile(
         else:
             w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED)
     # The weights first: their registers are free while a state is encoded, where most are needed.
-    word = paired_words(start, k0, k1, 0, ROWS, WIDTH) if STORE != KEEP else local.to(tl.uint32)
+    word = paired_words(place, k0, k1, 0, ROWS, WIDTH) if STORE != KEEP else local.to(tl.uint32)
     save_weight(param + start + local, correction + start + local, w, word, mask, STORE)
-    word = paired_words(start, h0, h1, flip.to(tl.uint32), ROWS, WIDTH) if CODED else word
+    word = paired_words(place, h0, h1, flip.to(tl.uint32), ROWS, WIDTH) if CODED else word
     m_tables = m_table, m_places, m_powers, m_rows
     encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
     if RULE != LION:
@@ -192,22 +193,22 @@ def step_tile(
         encode_tile(v, word, v_codes, v_scale, v_power, *v_tables, start, left, SECOND, False, True, EVEN)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip"])
+@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip", "first_value"])
 def step_kernel(
     finite_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
-    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
+    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, first_value,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One parameter of n values."""
+    """One parameter of n values, or a part of one that begins at its value `first_value`."""
     if tl.load(finite_ptr) != 0:
         start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
             param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
             m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
-            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
+            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, start + first_value,
             RULE, FIRST, SECOND, STORE, HEAVY, EVEN,
         )  # fmt: skip
 
@@ -255,7 +256,7 @@ def steps_kernel(
             _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
             tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
-            tl.load(row + _KEYS + 4).to(tl.int32),
+            tl.load(row + _KEYS + 4).to(tl.int32), start,
             RULE, FIRST, SECOND, STORE, HEAVY, False,
         )  # fmt: skip
 

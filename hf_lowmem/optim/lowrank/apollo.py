@@ -62,6 +62,8 @@ class Apollo(LowRankOptimizer):
         "update_gap": 200,
         "scale": 1.0,
         "projection": "random",
+        "embeddings": "adam",
+        "cautious": False,
     }
     PROJECTS_BACK = False
     per_channel: ClassVar[bool] = True
@@ -89,7 +91,7 @@ class Apollo(LowRankOptimizer):
 
     def apply(self, weights: Weights, grad: Tensor, slot: Slot, group: Group) -> None:
         p = weights.p
-        if not (slot.low_rank and is_plain(p) and kernel_runs(APOLLO_STEP, p)):
+        if group["cautious"] or not (slot.low_rank and is_plain(p) and kernel_runs(APOLLO_STEP, p)):
             super().apply(weights, grad, slot, group)
             return
         projected, direction, _ = self.adam(grad, slot, group)
