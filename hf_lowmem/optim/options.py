@@ -9,10 +9,11 @@ from hf_lowmem.codecs import codec_pair
 from hf_lowmem.optim import roles
 from hf_lowmem.optim.method import Method, methods_with
 from hf_lowmem.optim.state import Group
-from hf_lowmem.specs import OptimSpec, check_choice
+from hf_lowmem.specs import LABELS, OptimSpec, check_choice
 
 __all__ = ["plain", "resolve", "with_rate"]
 
+ARGUMENTS = {field: argument for argument, field in LABELS.items()}
 LEAST_EPS = 1e-10  # with a coded state, whose root is of LEAST_SQUARE of adamw/reference.py at least
 
 
@@ -48,8 +49,10 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
     checks = {**cls.CHECKS, **{fact: roles.CHECKS[fact] for fact in cls.FACTS}}
     for option, value in spec.options.items():
         if option not in checks:
-            others = methods_with(option)
+            others, mine = methods_with(option), ARGUMENTS.get(option)
             remedy = f"It belongs to: {', '.join(others)}" if others else f"It has: {', '.join(cls.CHECKS) or 'none'}"
+            if mine is not None and not spec.labels:
+                remedy = f"That is the field of training arguments; here it is {mine}={value!r}"
             raise ValueError(
                 f"{spec.label('options')}: {option}={value!r} is not an option of "
                 f"{spec.label('name')}={cls.name!r} alone. {remedy}."

@@ -180,6 +180,12 @@ class LowMemPlugin(LowMemArguments):
                 f"scheduler={scheduler!r}: expected a function from the optimizer to its scheduler, such as "
                 "lambda optimizer: get_cosine_schedule_with_warmup(optimizer, 10, 100)."
             )
+        if (handed := next((other for other in others if isinstance(other, Optimizer)), None)) is not None:
+            raise TypeError(
+                f"{type(handed).__name__} beside the model: accelerator.prepare takes one there, and this makes its "
+                "own from optim. Leave it out: plugin.prepare(accelerator, model, loader); or hand over one of yours as "
+                "optimizer=, with optim left unset."
+            )
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
         spec = self.lowmem_activation_spec()
         if spec is not None:
