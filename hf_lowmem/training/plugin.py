@@ -182,8 +182,8 @@ class LowMemPlugin(LowMemArguments):
             )
         if (handed := next((other for other in others if isinstance(other, Optimizer)), None)) is not None:
             raise TypeError(
-                f"{type(handed).__name__} beside the model: accelerator.prepare takes one there, and this makes its "
-                "own from optim. Leave it out: plugin.prepare(accelerator, model, loader); or hand over one of yours as "
+                f"{type(handed).__name__} beside the model: accelerator.prepare takes one there, and this makes "
+                "its own from optim. Leave it out: plugin.prepare(accelerator, model, loader); or hand over yours as "
                 "optimizer=, with optim left unset."
             )
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
