@@ -387,8 +387,11 @@ def test_a_resumed_run_has_the_same_bits(tiles: None, tmp_path: Path) -> None:
 class Stub:
     """As much of a trainer as its head asks."""
 
+    stepping: StepInBackward | None
+
     def __init__(self, stepping: StepInBackward) -> None:
-        self.model, self.stepping = torch.nn.Module(), stepping
+        self.model: torch.nn.Module = torch.nn.Module()
+        self.stepping = stepping
 
 
 def test_a_gathered_head_has_its_gradient_whole() -> None:
