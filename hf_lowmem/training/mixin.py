@@ -226,8 +226,8 @@ class LowMemTrainerMixin:
                 self._put_on()
             for owner in owners_of(self.model) if self._tiers is None else ():
                 logger.warning("this training keeps the tiers that the model has from %s", owner)
-            if reporter is not None and self.output_head is not None:
-                reporter.head = self.output_head.facts
+            if reporter is not None:
+                reporter.head = None if self.output_head is None else self.output_head.facts
             result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._take_off()

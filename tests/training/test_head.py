@@ -12,6 +12,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer, LowMemSFTConfig, LowMemSFTTrainer
+from hf_lowmem.optim import StepInBackward, make_optimizer
 from hf_lowmem.runs.report import read_report
 from hf_lowmem.training import head as head_module
 from hf_lowmem.training import head_blocks
@@ -381,3 +382,53 @@ def test_a_resumed_run_has_the_same_bits(tiles: None, tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(Path(part.args.output_dir) / "checkpoint-4"))
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+class Stub:
+    """As much of a trainer as its head asks."""
+
+    stepping: StepInBackward | None
+
+    def __init__(self, stepping: StepInBackward) -> None:
+        self.model: torch.nn.Module = torch.nn.Module()
+        self.stepping = stepping
+
+
+def test_a_gathered_head_has_its_gradient_whole() -> None:
+    """FSDP2's weight is a copy that is made for each pass, and autograd hands its gradient on."""
+    gradients = []
+    for ours in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((5, 8), (600, 8)))
+        head = BlockedHead(trainer := Stub(StepInBackward(make_optimizer("adamw", torch.nn.Linear(8, 600)))))
+        assert trainer.stepping is not None
+        if ours:
+            head.put()
+        function = getattr(trl_utils, head_module.NAME)
+        logps, *_ = function.apply(hidden, weight * 1, None, torch.arange(5), 1.0, 32, None, 1.0, ())
+        gradients.append(torch.autograd.grad(logps.sum(), (hidden, weight)))
+        head.take_off()
+    assert all(map(torch.equal, *gradients))
+    assert head.facts() == {"block_rows": 32, "passes_by_rows": 0, "passes_whole": 1, "why": head_module.GATHERED}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "gradient", "log_z", "good"),
+    [
+        (1.0, 1.0, 1.0, True),
+        (1e12, 1.0, 1.0, True),
+        (1e12, 1e3, 1.0, False),  # 4 tokens * 1e15 is beyond what a gradient may be
+        (float("nan"), 1.0, 1.0, False),
+        (1.0, float("inf"), 1.0, False),
+        (1.0, 1.0, float("inf"), False),
+    ],
+)
+def test_what_a_gradient_is_made_of_bounds_it(hidden: float, gradient: float, log_z: float, good: bool) -> None:
+    class Kept:
+        kernel_args = {"logit_scale": 2.0, "inv_t": 0.5}
+
+    fill = lambda value, *shape: torch.full(shape, value)  # noqa: E731
+    saved = head_blocks.Saved(fill(hidden, 4, 8), fill(1.0, 9, 8), None, torch.arange(4), fill(log_z, 4), fill(2.0, 4))
+    kept: Any = Kept()
+    assert bool(head_blocks.stays_finite(kept, saved, (fill(gradient, 4), None))) is good
+    assert bool(head_blocks.stays_finite(kept, saved, (None, fill(gradient, 4)))) is good
