@@ -121,7 +121,7 @@ def best_rate(rows: Rows, name: str) -> float:
 def table(rows: Rows) -> list[str]:
     """Markdown: bytes, rate, mean loss over seeds, difference to `adam` for embedding and head seed by seed."""
     lines = [
-        "| method, rule of embedding and head | bytes a parameter | learning rate | held-out loss | against `adam`, % |",
+        "| method, rule of embedding and head | bytes a parameter | learning rate | loss, held out | against `adam` |",
         "|---|---|---|---|---|",
     ]
     scored = {name: [r for r in rows if r["setting"] == name and r["seed"] != TUNING_SEED] for name in SETTINGS}
@@ -134,7 +134,7 @@ def table(rows: Rows) -> list[str]:
         shown = "not measured"
         if len(apart) > 1:
             error = statistics.stdev(apart) / len(apart) ** 0.5
-            shown = f"{statistics.fmean(apart):+.2f} ± {error:.2f} ({len(apart)} seeds)"
+            shown = f"{statistics.fmean(apart):+.2f} ± {error:.2f} %"
         method, _, rule = name.partition(", ")
         cells = f"`{method}`" + (f", `{rule}`" if rule else ""), f"{found[0]['state_bytes_per_parameter']:.3f}"
         lines.append(f"| {' | '.join(cells)} | {found[0]['lr']:g} | {statistics.fmean(losses):.4f} | {shown} |")
