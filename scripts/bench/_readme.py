@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import plan_table as plans
+import embeddings as embedding_rules
 import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
@@ -216,6 +217,11 @@ def wire() -> list[str]:
     return sent.table(records("wire.jsonl"), "layers")
 
 
+def embeddings() -> list[str]:
+    """Loss and bytes of fine-tuning by the rule of embedding and head."""
+    return embedding_rules.table(records("embeddings.jsonl"))
+
+
 def targets() -> list[str]:
     """How many kernels compile for each GPU target, and how many of them spill registers."""
     rows = records("kernels_targets.jsonl")
@@ -241,6 +247,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "preference_memory": preference_memory,
     "preference_time": preference_time,
     "wire": wire,
+    "embeddings": embeddings,
     "targets": targets,
 }
 
