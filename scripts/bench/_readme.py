@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import plan_table as plans
 import embeddings as embedding_rules
+import plan_table as plans
 import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
