@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
 }
 STATE = "8bit"
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 BEFORE_RATE = 3e-3  # AdamW's from nothing, records/optimizers.jsonl
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 FINE_TUNING = {"steps": 80, "warmup": 0.1}
