@@ -12,7 +12,7 @@ from parts.small_llama import SIZE
 
 NOT_YET = "not measured yet"
 COLUMNS = ("bf16", "int8", "int8_softsign", "fp8", "fp8_expand", "8bit", "int8,fp8_expand", "int4")
-STATES = ("torch-adamw", "adamw-int8", "apollo-r256-int8", "apollo_mini-int8")
+STATES = ("torch-adamw", "adamw-int8", "adamw-fp8_expand", "apollo-r256-int8", "apollo_mini-int8")
 PAIRS = (
     ("fp8_expand", "fp8_expand"),
     ("int8", "int8"),

@@ -8,8 +8,8 @@ by each setting from those same weights; held-out plays score it. The learning r
 of its own, by the ladder of RATES; then three seeds, each with first weights, training and data of its own. Every
 finished run is a line of the record under its full configuration, and the same command makes what is missing.
 
-The first row of a seed is the model as it was before fine-tuning. A vocabulary of 1,024 is seen almost whole by each
-batch, which is kind to `scale`: see its docstring.
+`heldout_loss_before` is the model's before fine-tuning. A vocabulary of 1,024 is seen almost whole by each batch, which
+is kind to `scale`: see its docstring.
 """
 
 import os
