@@ -193,8 +193,6 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "a learning rate 3 to 10 times smaller than AdamW's": PAPER,
         "(2 + history)mr": "a formula",
         "3-D": NAME,
-        "COAT publishes 8.27 for": PAPER,
-        "12.31": PAPER,
         "None is more than 0.5 % worse": "the limit that test_what_the_records_promise holds",
         "keeps 8 more bits": "of the format",
         "takes 4 bytes beside": "of fp32",

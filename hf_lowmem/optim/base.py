@@ -185,7 +185,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     def _options(self, group: Group) -> tuple[Any, ...]:
         """The options of a group on which the decisions of its slots depend."""
-        return group.get("experts"), *map(group.get, self.FACTS), *map(group.get, self.STRUCTURAL)
+        return *map(group.get, ("experts", "cautious", *self.FACTS)), *map(group.get, self.STRUCTURAL)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import embeddings as embedding_rules
 import plan_table as plans
 import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
@@ -234,6 +235,11 @@ def wire() -> list[str]:
     return sent.table(records("wire.jsonl"), "layers")
 
 
+def embeddings() -> list[str]:
+    """Loss and bytes of fine-tuning by the rule of embedding and head."""
+    return embedding_rules.table(records("embeddings.jsonl"))
+
+
 def targets() -> list[str]:
     """How many kernels compile for each GPU target, and how many of them spill registers."""
     rows = records("kernels_targets.jsonl")
@@ -260,6 +266,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "preference_memory": preference_memory,
     "preference_time": preference_time,
     "wire": wire,
+    "embeddings": embeddings,
     "targets": targets,
 }
 

@@ -9,7 +9,7 @@ from hf_lowmem.optim import OPTIMIZERS
 from tests.dist.launch import launch
 
 SHARDABLE = [name for name in OPTIMIZERS if name != "soap"]  # which is refused by name
-OTHER_RULES = ["apollo_mini+scale", "galore+adam_mini", "scale+adam_mini", "scale+adam"]  # of embedding and head
+OTHER_RULES = ["apollo_mini+scale", "galore+adam_mini", "scale+adam_mini", "scale+sinkgd"]  # of embedding and head
 CAUTIOUS = [f"{name}+cautious" for name in ("adamw", "lion", "apollo", "galore", "fira", "natural_galore")]
 CODECS = ("fp32", "int8", "fp8_expand")
 pytestmark = [pytest.mark.dist, pytest.mark.train]
