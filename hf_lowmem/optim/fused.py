@@ -11,7 +11,7 @@ Kernels are told of a bad gradient by a flag on the device, so nothing is copied
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hf_lowmem.kernels.compare import on
 from hf_lowmem.optim.slot import FLOATS, KNOWN, Slot
 from hf_lowmem.optim.state import Group, in_dispatch_mode
 
-__all__ = ["FusedStep", "is_plain", "kernel_runs", "step_fused", "warn_unfused"]
+__all__ = ["FusedStep", "call_directly", "is_plain", "kernel_runs", "step_fused", "warn_unfused"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,15 +146,24 @@ def _step_alike(
     stored = *moments, *kind.codecs, store.name
     grads = [p.grad.contiguous() for p in params if p.grad is not None]
     args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings
-    direct = fused.kernel.directly(
-        first.device, (fused.settings, kind, store.name, first.dithers), lambda: _one_of(args)
-    )
-    if direct is None:
-        fused.kernel(*args)
-        return
-    with on(first.device):
-        direct(*args, norm=norm)
+    how = fused.settings, kind, store.name, first.dithers
+    beside = {} if norm is None else {"norm": norm}
+    call_directly(fused.kernel, first.device, how, *args, **beside)
     torch.autograd.graph.increment_version(params)
+
+
+def call_directly(kernel: Kernel, device: torch.device, kind: tuple[object, ...], *args: Any, **beside: Tensor) -> Any:
+    """Call a kernel past its operator where nobody listens to that; what autograd should know is left to the caller.
+
+    Args:
+        kind: all by which a call on this device differs from another for Triton.
+        beside: what only Triton's function takes, to spare work.
+    """
+    direct = kernel.directly(device, kind, lambda: _one_of(args))
+    if direct is None:
+        return kernel(*args)
+    with on(device):
+        return direct(*args, **beside)
 
 
 def _one_of(args: tuple[object, ...]) -> tuple[object, ...]:

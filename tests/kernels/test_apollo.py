@@ -56,9 +56,13 @@ def run(
 def update_by_the_kernel_s_factors(
     grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
 ) -> Tensor:
+    finite = torch.ones(1, dtype=torch.int32, device=grad.device)
     with use_kernels("triton"):
-        s, factor = APOLLO_FACTORS(grad, projected, direction, prev_norm, per_channel)
-    return update_by_factors(grad, s, factor, scale)
+        s, factors, norms = APOLLO_FACTORS(
+            [grad], projected[None], direction[None], finite, [prev_norm], per_channel, 1.0
+        )
+    prev_norm.copy_(norms[0])
+    return update_by_factors(grad, s[0], factors[0], scale)
 
 
 # One factor for a channel or for the whole matrix is the kernel's affair: APOLLO-Mini has each store and each way once.
@@ -147,8 +151,9 @@ def test_both_ways_to_the_update_are_one(per_channel: bool) -> None:
     grad, projected, direction = (torch.randn(2, 9, n, generator=generator) for n in (7, 3, 3))
     last = torch.tensor([0.0, 1.0])
     whole = apollo_update(grad, projected, direction, last.clone(), per_channel=per_channel, scale=3.0)
-    s, factor = apollo_factors(grad, projected, direction, last.clone(), per_channel)
-    assert torch.equal(update_by_factors(grad, s, factor, 3.0), whole)
+    finite = torch.ones(1, dtype=torch.int32)
+    s, factors, _ = apollo_factors([grad], projected[None], direction[None], finite, [last], per_channel, 1.0)
+    assert torch.equal(update_by_factors(grad, s[0], factors[0], 3.0), whole)
 
 
 def test_no_step_asks_the_device_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS
 from hf_lowmem.kernels.step.triton import RULES, check_kernel, check_one_kernel, step_kernel, steps_kernel, warps
 from hf_lowmem.specs import WEIGHT_STORES
 
-__all__ = ["check_cases", "step_cases"]
+__all__ = ["TABLE_TYPES", "check_cases", "step_cases"]
 
-_TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*i64", "powers": "*i32", "rows": "*i32"}
+TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*i64", "powers": "*i32", "rows": "*i32"}
 
 
 def check_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
@@ -30,7 +30,7 @@ def step_cases(
     One large parameter with each of `pairs` of codecs, and many small ones with those of `shared`.
     """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
-    values = {f"{state}_{name}": kind for state in "mv" for name, kind in _TABLE_TYPES.items()}
+    values = {f"{state}_{name}": kind for state in "mv" for name, kind in TABLE_TYPES.items()}
     floats = dict.fromkeys(("x0", "x1", "x2", "x3", "decay", "step", "eps", "root"), "fp32")
     for pair in pairs:
         state = {f"m_{part}": kind for part, kind in _types(pair[0], signed=True)}

@@ -136,12 +136,21 @@ def adamw_coded(w, m, v, g, x0, x1, x2, x3, decay, step, eps, HEAVY: tl.constexp
 
 
 @triton.jit
-def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED: tl.constexpr):
+def adam_moments(m, v, g, x0, x1, x2, x3):
     """x0, x1, x2, x3: 1 - beta1, beta1, beta2, 1 - beta2."""
-    m = fma(g, x0, m * x1)
-    v = fma(g * x3, g, v * x2)
-    direction = inverse_root(v, eps) * m if CODED else div(m, sqrt(v) + eps)
-    w = fma(direction, step, w)
+    return fma(g, x0, m * x1), fma(g * x3, g, v * x2)
+
+
+@triton.jit
+def family_direction(m, v, eps, CODED: tl.constexpr):
+    """m / (sqrt(v) + eps). Reference: `adam_direction` of adamw/reference.py."""
+    return inverse_root(v, eps) * m if CODED else div(m, sqrt(v) + eps)
+
+
+@triton.jit
+def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED: tl.constexpr):
+    m, v = adam_moments(m, v, g, x0, x1, x2, x3)
+    w = fma(family_direction(m, v, eps, CODED), step, w)
     return fma(w, decay, w), m, v
 
 
@@ -213,14 +222,14 @@ def step_kernel(
 
 
 @triton.jit
-def _address(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer from the table; ALIGNED: all of them are multiples of 16."""
+def row_address(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer from a table; ALIGNED: all of them are multiples of 16."""
     ptr = tl.load(row + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16) if ALIGNED else ptr
 
 
 @triton.jit
-def _number(row, place):
+def row_number(row, place):
     return from_bits(tl.load(row + _NUMBERS + place).to(tl.uint32))
 
 
@@ -241,18 +250,18 @@ def steps_kernel(
     if (start < n) & (tl.load(finite_ptr + i) != 0):
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
-            _address(row, 0, WEIGHT, ALIGNED),
-            _address(row, 1, GRADIENT, ALIGNED),
-            _address(row, 2, tl.int8, ALIGNED),
-            _address(row, _FIRST, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED),
-            _address(row, _FIRST + 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED),
-            _address(row, _FIRST + 2, tl.uint8, ALIGNED),
-            _address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
-            _address(row, _SECOND + 1, tl.float32, ALIGNED),
-            _address(row, _SECOND + 2, tl.uint8, ALIGNED),
+            row_address(row, 0, WEIGHT, ALIGNED),
+            row_address(row, 1, GRADIENT, ALIGNED),
+            row_address(row, 2, tl.int8, ALIGNED),
+            row_address(row, _FIRST, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED),
+            row_address(row, _FIRST + 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED),
+            row_address(row, _FIRST + 2, tl.uint8, ALIGNED),
+            row_address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
+            row_address(row, _SECOND + 1, tl.float32, ALIGNED),
+            row_address(row, _SECOND + 2, tl.uint8, ALIGNED),
             m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows, start, left,
-            _number(row, 0), _number(row, 1), _number(row, 2), _number(row, 3),
-            _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
+            row_number(row, 0), row_number(row, 1), row_number(row, 2), row_number(row, 3),
+            row_number(row, 4), row_number(row, 5), row_number(row, 6), row_number(row, 7),
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
             tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
             tl.load(row + _KEYS + 4).to(tl.int32),
@@ -281,7 +290,7 @@ def check_kernel(table, finite_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexp
     """Clear the flag of the i-th parameter if its gradient is bad. Programs (i, ...) share the values of one."""
     i = tl.program_id(0)
     row = table + i * COLUMNS
-    grad = _address(row, 1, GRADIENT, ALIGNED)
+    grad = row_address(row, 1, GRADIENT, ALIGNED)
     n = tl.load(row + _NUMEL)
     if _is_bad(grad, n, tl.program_id(1), tl.num_programs(1)):
         tl.store(finite_ptr + i, 0)

@@ -5,24 +5,22 @@ projection of the gradient to a few dimensions, so the moments live in rank r (M
 nothing of the weight's size is kept.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
+from hf_lowmem.kernels.apollo import APOLLO_STEP
 from hf_lowmem.kernels.apollo.reference import apollo_update, update_by_factors
 from hf_lowmem.optim.fused import is_plain, kernel_runs
-from hf_lowmem.optim.guard import LARGEST_UPDATE
 from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
-from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.lowrank.together import rescale, step_together
+from hf_lowmem.optim.slot import KNOWN, Slot
+from hf_lowmem.optim.state import WINDOW, Group
 from hf_lowmem.weights import Weights
-
-FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class Apollo(LowRankOptimizer):
@@ -94,16 +92,27 @@ class Apollo(LowRankOptimizer):
             return
         projected, direction, _ = self.adam(grad, slot, group)
         assert p.grad is not None
-        whole = p.grad.contiguous()
-        norm = slot.load("prev_norm")
-        s, factor = APOLLO_FACTORS(whole, projected, direction, norm, self.per_channel)
-        # No value of an update is larger than its norm, so weights stay finite without a copy to go back to: `reach` is
-        # inf from LARGEST_UPDATE on.
-        reach = abs(group["lr"]) * math.sqrt(group["scale"]) / (1 - group["betas"][0]) * (FLOAT_MAX / LARGEST_UPDATE)
-        found = slot.judge(torch.cat([s.flatten(), factor.flatten(), (norm * reach).flatten()]))
-        finite = weights.finite & found
-        settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], slot.step
-        APOLLO_STEP(p, whole, weights.correction, finite, s, factor, *settings, weights.seed)
+        finite = weights.finite.to(torch.int32).view(1)
+        one = [(p, slot)], [p.grad.contiguous()], projected.contiguous()[None], direction.contiguous()[None]
+        rescale(self, *one, finite, group)
+        if slot.finite is not None:
+            slot.finite.append(finite[0] != 0)
+
+    def steps_together(self, p: Tensor, slot: Slot, group: Group) -> bool:
+        return (
+            group["projection"] == "random"
+            and not slot.sharded
+            and WINDOW not in slot.raw
+            and (slot.dithers or not slot.coded)  # kernels round every coded state at random
+            and KNOWN.issuperset(slot.codec_names)
+            and is_plain(p)
+            and kernel_runs(APOLLO_STEP, p)
+        )
+
+    def step_together(
+        self, entries: Sequence[tuple[Tensor, Slot]], group: Group, skipped_on: Callable[[torch.device], Tensor]
+    ) -> None:
+        step_together(self, entries, group, skipped_on)
 
 
 class ApolloMini(Apollo):
