@@ -54,6 +54,6 @@ APOLLO_STEP = Kernel(
     reference=reference.apollo_step,
     triton="hf_lowmem.kernels.apollo.triton:apollo_step",
     cpu="hf_lowmem.kernels.apollo.cpu:apollo_step",
-    mutates=("params", "corrections", "prev_norms"),
+    mutates=("params", "corrections", "skipped", "prev_norms"),
     cases=step_cases,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.registry import Case
+from hf_lowmem.kernels.step.cases import skips_of
 
 SHAPES = ((37, 19), (19, 37), (24, 256), (3, 20, 33), (130, 130))
 RANK = 5
@@ -65,6 +66,7 @@ def step_cases() -> Iterator[Case]:
         return (
             *([t.to(device) for t in each] for each in lists),
             finite.to(device),
+            skips_of(device),
             [t.to(device) for t in last],
             *(t.to(device) for t in found),
             seeds,

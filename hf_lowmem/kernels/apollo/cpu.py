@@ -142,6 +142,7 @@ def apollo_step(
     grads: Sequence[Tensor],
     corrections: Sequence[Tensor],
     finite: Tensor,
+    skipped: Tensor,
     prev_norms: Sequence[Tensor],
     s: Tensor,
     factors: Tensor,
@@ -162,6 +163,7 @@ def apollo_step(
     bf16 = params[0].dtype == torch.bfloat16, grads[0].dtype == torch.bfloat16
     for i, param in enumerate(params):
         if not finite[i]:
+            skipped.add_(1)
             continue
         numbers = np.empty((matrices, 4), np.float32)
         numbers[:, 0] = factors[i].reshape(-1).numpy()

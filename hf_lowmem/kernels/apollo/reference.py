@@ -132,6 +132,7 @@ def apollo_step(
     grads: Sequence[Tensor],
     corrections: Sequence[Tensor],
     finite: Tensor,
+    skipped: Tensor,
     prev_norms: Sequence[Tensor],
     s: Tensor,
     factors: Tensor,
@@ -151,6 +152,7 @@ def apollo_step(
         grads: of that shape, contiguous, of any one of these dtypes.
         corrections: int8 of that shape, for bf16 weights of 24 bits; else none.
         finite: int32 (k,), one a weight.
+        skipped: one int64, to which the number of weights that are left is added.
         prev_norms: fp32 (...) each, which become `norms`.
         s, factors, norms: from `apollo_factors`.
         seeds: round bf16 weights at random, one a weight; else none.
@@ -158,7 +160,9 @@ def apollo_step(
         scale: the authors' `scale`; its root multiplies the update.
     """
     for i, (param, grad, prev_norm) in enumerate(zip(params, grads, prev_norms, strict=True)):
-        if finite[i]:
+        if not finite[i]:
+            skipped.add_(1)
+        else:
             correction, seed = (of_each[i] if of_each else None for of_each in (corrections, seeds))
             weights = load_weight(param, correction)
             update = update_by_factors(grad.to(torch.float32), s[i], factors[i], scale)

@@ -141,7 +141,7 @@ def growth_kernel(table, finite_ptr, parts, factors, norms, count, each, reach, 
 
 @triton.jit
 def apollo_kernel(
-    table, finite_ptr, s_ptr, factors, norms, m, n, each, root, decay,
+    table, finite_ptr, skipped, s_ptr, factors, norms, m, n, each, root, decay,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
@@ -174,6 +174,8 @@ def apollo_kernel(
         if tl.program_id(0) == 0:
             kept = row_address(row_of_table, 3, tl.float32, False) + b % each
             tl.store(kept, tl.load(norms + batch))
+    elif (tl.program_id(0) == 0) & (b % each == 0):
+        tl.atomic_add(skipped, 1)
 
 
 def _axes(shape: torch.Size, per_channel: bool) -> dict[str, Any]:
@@ -224,6 +226,7 @@ def apollo_step(
     grads: Sequence[Tensor],
     corrections: Sequence[Tensor],
     finite: Tensor,
+    skipped: Tensor,
     prev_norms: Sequence[Tensor],
     s: Tensor,
     factors: Tensor,
@@ -250,7 +253,7 @@ def apollo_step(
     table, aligned = table_on(rows, 3, s.device)
     tiles = parts_of(m, ROWS.value) * parts_of(n, COLUMNS.value)
     apollo_kernel[(tiles, each * len(params))](
-        table, finite, s, factors, norms, m, n, each, math.sqrt(scale), -lr * weight_decay,
+        table, finite, skipped, s, factors, norms, m, n, each, math.sqrt(scale), -lr * weight_decay,
         WEIGHT=dtype_of(params[0].dtype), GRADIENT=dtype_of(grads[0].dtype), ALIGNED=aligned,
         **_axes(shape, s.shape[-2:].numel() > 1), STORE=WEIGHT_STORES.index(store),
         num_warps=NUM_WARPS, enable_fp_fusion=False,
@@ -274,7 +277,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
         reads = flags | {"s_ptr": "*fp32", "parts": "*fp32"} | sizes | {"tiles": "i32:16"}
         cases.append((f"norm by {label}", norm_kernel, reads, axes | kinds | {"each": 1}, NUM_WARPS))
         for store in WEIGHT_STORES:
-            factors = flags | {"s_ptr": "*fp32", "factors": "*fp32", "norms": "*fp32"}
+            factors = flags | {"skipped": "*i64", "s_ptr": "*fp32", "factors": "*fp32", "norms": "*fp32"}
             constants = axes | kinds | {"STORE": WEIGHT_STORES.index(store), "WEIGHT": tl.bfloat16, "each": 1}
             signature = factors | sizes | {"root": "fp32", "decay": "fp32"}
             cases.append((f"step by {label} {store}", apollo_kernel, signature, constants, NUM_WARPS))

@@ -94,7 +94,8 @@ class Apollo(LowRankOptimizer):
         assert p.grad is not None
         finite = weights.finite.to(torch.int32).view(1)
         one = [(p, slot)], [p.grad.contiguous()], projected.contiguous()[None], direction.contiguous()[None]
-        rescale(self, *one, finite, group)
+        counted_elsewhere = torch.zeros((), dtype=torch.int64, device=p.device)
+        rescale(self, *one, finite, counted_elsewhere, group)
         if slot.finite is not None:
             slot.finite.append(finite[0] != 0)
 

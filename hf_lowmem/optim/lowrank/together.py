@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
 from hf_lowmem.kernels.moments import ADAM_DIRECTION, ADAM_MOMENTS
+from hf_lowmem.kernels.step.flags import fresh_flag
 from hf_lowmem.optim.fused import call_directly
 from hf_lowmem.optim.guard import LARGEST_UPDATE
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, projected_shape
@@ -55,13 +56,9 @@ def step_together(
         first, second = (slot.states[name].codec.name for name in MOMENTS)
         kind = _Kind(slot.device, p.dtype, p.grad.dtype, p.shape, (first, second))
         kinds.setdefault(kind, []).append((p, slot))
-    flags: dict[torch.device, list[Tensor]] = {}
     for kind, members in kinds.items():
         for some in _portions(members, projected_shape(kind.shape, group["rank"]).numel()):
-            flags.setdefault(kind.device, []).append(_step(method, some, kind, group))
-    for device, found in flags.items():
-        every = torch.cat(found)
-        skipped_on(device).add_(len(every) - every.sum())
+            _step(method, some, kind, group, skipped_on(kind.device))
 
 
 def _portions(members: list[tuple[Tensor, Slot]], values: int) -> Iterator[Entries]:
@@ -71,23 +68,23 @@ def _portions(members: list[tuple[Tensor, Slot]], values: int) -> Iterator[Entri
         yield members[start : start + most]
 
 
-def _step(method: "Apollo", entries: Entries, kind: _Kind, group: Group) -> Tensor:
-    """One step of matrices of one kind; the flags, int32, of those that were taken."""
+def _step(method: "Apollo", entries: Entries, kind: _Kind, group: Group, skipped: Tensor) -> None:
+    """One step of matrices of one kind."""
     slots = [slot for _, slot in entries]
     for slot in slots:
         slot.count_step()
     grads = [p.grad.contiguous() for p, _ in entries if p.grad is not None]
     projected = _project(method, grads, slots, group)
-    finite = torch.ones(len(slots), dtype=torch.int32, device=kind.device)
+    alone = len(slots) == 1
+    finite = fresh_flag(kind.device)[:1] if alone else torch.ones(len(slots), dtype=torch.int32, device=kind.device)
     first, second = ([t for slot in slots for t in slot.tensors(name)] for name in MOMENTS)
     moments = first, second, *kind.codecs
     seeds = [slot.state_seed for slot in slots] if slots[0].dithers else []
     direction = call_directly(
         ADAM_DIRECTION, kind.device, kind, projected, finite, *moments, *group["betas"], group["eps"]
     )
-    rescale(method, entries, grads, projected, direction, finite, group)
+    rescale(method, entries, grads, projected, direction, finite, skipped, group)
     call_directly(ADAM_MOMENTS, kind.device, kind, projected, finite, *moments, seeds, *group["betas"])
-    return finite
 
 
 def _project(method: "Apollo", grads: list[Tensor], slots: list[Slot], group: Group) -> Tensor:
@@ -108,6 +105,7 @@ def rescale(
     projected: Tensor,
     direction: Tensor,
     finite: Tensor,
+    skipped: Tensor,
     group: Group,
 ) -> None:
     """Step weights of one shape by their rescaled gradients, unless something is not finite: then clear their flags.
@@ -115,6 +113,7 @@ def rescale(
     Args:
         projected, direction: R and Adam's N of each, fp32 (k, ...), contiguous.
         finite: int32 (k,), flags of those that may be stepped.
+        skipped: one int64, to which the number of those that are not is added.
     """
     params, slots = [p for p, _ in entries], [slot for _, slot in entries]
     slot, store = slots[0], slots[0].store
@@ -130,7 +129,6 @@ def rescale(
     seeds = [slot.weight_seed for slot in slots] if store.draws else []
     settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"]
     steps = [slot.step for slot in slots]
-    call_directly(
-        APOLLO_STEP, slot.device, kind, params, grads, corrections, finite, last, *found, seeds, steps, *settings
-    )
+    stored = params, grads, corrections, finite, skipped, last
+    call_directly(APOLLO_STEP, slot.device, kind, *stored, *found, seeds, steps, *settings)
     torch.autograd.graph.increment_version(params)
