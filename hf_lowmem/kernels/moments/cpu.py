@@ -1,7 +1,4 @@
-"""Adam's direction for projected gradients on a CPU, and its moments: one pass over the tiles of each parameter.
-
-Where both moments are fp32 torch's own operators run, whose root is the reference's, whichever that takes.
-"""
+"""Adam's direction for projected gradients on a CPU, and its moments: one pass over the tiles of each parameter."""
 
 from collections.abc import Sequence
 
@@ -24,9 +21,8 @@ from hf_lowmem.kernels._cpu import (
     uint32,
 )
 from hf_lowmem.kernels.codecs.cpu import addresses, state_keys, tables_of, words_of
-from hf_lowmem.kernels.codecs.cpu_decode import NUMBERS, decode_tile
+from hf_lowmem.kernels.codecs.cpu_decode import FP32, NUMBERS, decode_tile
 from hf_lowmem.kernels.codecs.cpu_encode import encode_tile, make_room
-from hf_lowmem.kernels.moments import reference
 from hf_lowmem.kernels.step.cpu import inverse_root
 from hf_lowmem.kernels.step.reference import States
 
@@ -48,9 +44,9 @@ def _move(m, v, g, x):
 
 
 @inlined
-def _direct(m, v, eps, out, count):
+def _direct(m, v, eps, coded, out, count):
     for j in range(count):
-        out[j] = inverse_root(v[j], eps) * m[j]
+        out[j] = inverse_root(v[j], eps) * m[j] if coded else m[j] / (np.sqrt(v[j]) + eps)
 
 
 @kernel
@@ -70,7 +66,8 @@ def _moments(tile, last, n, grad, direction, address, how, x, keys, tables, fini
                 of_m[j], of_v[j] = m[j], v[j]
             if not _move(of_m, of_v, g, x):
                 finite[0] = 0
-            _direct(of_m, of_v, x[4], floats_at(direction + 4 * start, count), count)
+            coded = how[0][0] != FP32 or how[1][0] != FP32
+            _direct(of_m, of_v, x[4], coded, floats_at(direction + 4 * start, count), count)
         else:
             _move(m, v, g, x)
             random_words(start, keys[0], keys[1], keys[2], words)
@@ -87,17 +84,16 @@ def _run(
     eps: float,
 ) -> None:
     """The direction of every gradient; or, where there is no room for it, the moments of those whose flag is set."""
-    n = projected[0].numel()
+    n, write, seeds = projected[0].numel(), direction is None, states[0].seeds
     x = np.array([1 - betas[0], betas[0], betas[1], 1 - betas[1], eps], np.float32)
-    dither = direction is None
-    how = tuple((NUMBERS[state.codec], state.signed, dither) for state in states)
-    tables = tuple(tables_of(state.codec, state.signed, dither) for state in states)
+    how = tuple((NUMBERS[state.codec], state.signed, write) for state in states)
+    tables = tuple(tables_of(state.codec, state.signed, write) for state in states)
     for i in range(len(projected)):
-        if dither and not flags[i]:
+        if write and not flags[i]:
             continue
         grad, out = projected[i].data_ptr(), 0 if direction is None else direction[i].data_ptr()
         address = tuple(addresses(list(state.of(i))) for state in states)
-        keys = words_of(*(state_keys(states[0].seeds[i]) if dither else (0, 0, 0)))
+        keys = words_of(*(state_keys(seeds[i]) if seeds else (0, 0, 0)))
         flag = flags[i : i + 1]
 
         def part(first: int, last: int, of: tuple[object, ...] = (n, grad, out, address, how, x, keys, tables, flag)):
@@ -117,8 +113,6 @@ def adam_direction(
     beta2: float,
     eps: float,
 ) -> Tensor:
-    if first_codec == second_codec == "fp32":
-        return reference.adam_direction(projected, finite, first, second, first_codec, second_codec, beta1, beta2, eps)
     states = States(first_codec, first, True, ()), States(second_codec, second, False, ())
     direction = torch.empty_like(projected)
     _run(projected, finite.numpy(), direction, states, (beta1, beta2), eps)
@@ -136,8 +130,5 @@ def adam_moments(
     beta1: float,
     beta2: float,
 ) -> None:
-    if first_codec == second_codec == "fp32":
-        reference.adam_moments(projected, finite, first, second, first_codec, second_codec, state_seeds, beta1, beta2)
-        return
     states = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     _run(projected, finite.numpy(), None, states, (beta1, beta2), 1.0)

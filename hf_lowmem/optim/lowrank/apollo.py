@@ -107,7 +107,7 @@ class Apollo(LowRankOptimizer):
             and (slot.dithers or not slot.coded)  # kernels round every coded state at random
             and KNOWN.issuperset(slot.codec_names)
             and is_plain(p)
-            and kernel_runs(APOLLO_STEP, p)
+            and kernel_runs(APOLLO_STEP, p, slot.codec_names)
         )
 
     def step_together(

@@ -22,7 +22,7 @@ from hf_lowmem.optim.fused import call_directly
 from hf_lowmem.optim.guard import LARGEST_UPDATE
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, projected_shape
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.state import Group, in_dispatch_mode
 
 if TYPE_CHECKING:
     from hf_lowmem.optim.lowrank.apollo import Apollo
@@ -75,7 +75,7 @@ def _step(method: "Apollo", entries: Entries, kind: _Kind, group: Group, skipped
         slot.count_step()
     grads = [p.grad.contiguous() for p, _ in entries if p.grad is not None]
     projected = _project(method, grads, slots, group)
-    alone = len(slots) == 1
+    alone = len(slots) == 1 and not in_dispatch_mode()  # one that is kept for the next may not be of a mode
     finite = fresh_flag(kind.device)[:1] if alone else torch.ones(len(slots), dtype=torch.int32, device=kind.device)
     first, second = ([t for slot in slots for t in slot.tensors(name)] for name in MOMENTS)
     moments = first, second, *kind.codecs
