@@ -113,7 +113,7 @@ def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
     def projections(d: torch.device) -> tuple[Tensor, ...]:
         return tuple(_draw(d, 1, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))
 
-    def moments(d: torch.device) -> tuple[Any, ...]:
+    def moments(d: torch.device) -> tuple[object, ...]:
         codes = (_encoded(d, (ffn, min(256, hidden)), c, s) for c, s in zip(pair, (True, False), strict=True))
         return projections(d)[0], _flag(d), *([one, *scalars] for one, scalars in codes), *pair
 

@@ -11,7 +11,7 @@ Kernels are told of a bad gradient by a flag on the device, so nothing is copied
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def _step_alike(
     torch.autograd.graph.increment_version(params)
 
 
-def call_directly(kernel: Kernel, device: torch.device, kind: tuple[object, ...], *args: Any, **beside: Tensor) -> Any:
+def call_directly(kernel: Kernel, device: torch.device, kind: tuple[object, ...], *args: object, **beside: Tensor):
     """Call a kernel past its operator where nobody listens to that; what autograd should know is left to the caller.
 
     Args:

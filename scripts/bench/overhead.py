@@ -171,19 +171,23 @@ def counting(method: str) -> Iterator[list[str]]:
 
     APOLLO-Mini's projections have one side of a weight's, all others' have two.
     """
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     names: list[str] = []
 
-    def launch(self: JITFunction, *args: object, **kwargs: object) -> None:
-        names.append(self.__name__)
+    def launch(self: JITFunction | InterpretedFunction, *args: object, **kwargs: object) -> None:
+        names.append(self.fn.__name__)
 
     with (
         use_kernels("triton"),
         mock.patch.object(Kernel, "unsupported", _no_reason),
         mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch("hf_lowmem.kernels.step.launch.SMALL", 4096 // SMALLER),  # norms are small, and nothing else
-        mock.patch("hf_lowmem.optim.lowrank.together.VALUES", VALUES // SMALLER ** (1 if method == "apollo_mini" else 2)),
+        mock.patch(
+            "hf_lowmem.optim.lowrank.together.VALUES", VALUES // SMALLER ** (1 if method == "apollo_mini" else 2)
+        ),
         mock.patch("hf_lowmem.optim.slot.SMALLEST_COMPRESSED", 4096 // SMALLER + 1),
         mock.patch("hf_lowmem.optim.slot.reads_are_free", return_value=False),
     ):

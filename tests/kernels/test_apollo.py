@@ -259,5 +259,5 @@ def test_an_update_that_would_not_be_finite_leaves_all(impl: str) -> None:
     assert optimizer.skipped() == (6, 2, 0)
 
 
-def big_gaussian(*args: Any) -> Tensor:
-    return gaussian(*args).mul_(1e16)
+def big_gaussian(key: int, small: int, rank: int, device: torch.device) -> Tensor:
+    return gaussian(key, small, rank, device).mul_(1e16)

@@ -1,4 +1,4 @@
-"""Cases of APOLLO's kernels: channels by row, by column and one for all, batches, odd sizes, every store; bad gradients.
+"""Cases of APOLLO's kernels: channels by row, by column and one for all, batches, odd sizes, stores, bad gradients.
 
 Each has three matrices: the gradient of the second is too large in one place, that of the third has a nan.
 """
@@ -22,7 +22,7 @@ REACH = 1e3
 def _matrices(
     shape: tuple[int, ...], dtype: torch.dtype, per_channel: bool, device: torch.device
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients, projections, Adam's directions, flags, the last norms: of a growth that is limited, or there was none."""
+    """Gradients, projections, Adam's directions, flags; the last norms, of a limited growth, or there was none."""
     generator = torch.Generator().manual_seed(sum(shape))
     size = torch.Size(shape)
     grads = torch.randn((COUNT, *shape), generator=generator) * 1e-2

@@ -128,7 +128,7 @@ def apollo_factors(
             _norms(first, last, *of)
 
         in_parts(part, count, values=n)
-    sums = torch.from_numpy(squares).view(s.shape[:-2] + (m,)).sum(-1)
+    sums = torch.from_numpy(squares).view((*s.shape[:-2], m)).sum(-1)
     before = torch.stack([*prev_norms])
     norms = before.clone()
     factors = reference.growth_(sums.sqrt_().float(), norms)

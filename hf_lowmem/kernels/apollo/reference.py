@@ -76,9 +76,9 @@ def apollo_factors(
     per_channel: bool,
     reach: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What APOLLO multiplies and divides k gradients of one shape by, and their norms afterwards.
+    """Factors and divisors of k gradients of one shape, and their norms afterwards.
 
-    s, the factor of each channel; the divisor after it, `growth_` of the norm of grad * s; and that norm over it.
+    A gradient is multiplied by s, a factor for each channel, and divided by `growth_` of the norm of grad * s.
     Gradients are judged in the same pass that sums their norm.
 
     Args:
@@ -163,9 +163,9 @@ def apollo_step(
         if not finite[i]:
             skipped.add_(1)
         else:
-            correction, seed = (of_each[i] if of_each else None for of_each in (corrections, seeds))
+            correction = corrections[i] if corrections else None
             weights = load_weight(param, correction)
             update = update_by_factors(grad.to(torch.float32), s[i], factors[i], scale)
             descend_(weights, update, lr, (beta1, beta2), weight_decay, steps[i])
-            save_weight(param, weights, correction, seed)
+            save_weight(param, weights, correction, seeds[i] if seeds else None)
             prev_norm.copy_(norms[i])

@@ -24,7 +24,7 @@ from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.exact import seed_keys
 from hf_lowmem.kernels.step.launch import fp32_bits, parts_of, table_on
-from hf_lowmem.kernels.step.triton import KEEP, LIMIT, dtype_of, load_weight, row_address, save_weight
+from hf_lowmem.kernels.step.triton import INFINITY, KEEP, LIMIT, dtype_of, load_weight, row_address, save_weight
 from hf_lowmem.specs import WEIGHT_STORES
 
 ROWS: tl.constexpr = tl.constexpr(8)
@@ -34,7 +34,6 @@ NUM_WARPS = 4
 
 TINY: tl.constexpr = tl.constexpr(reference.TINY)
 GROWTH_LIMIT: tl.constexpr = tl.constexpr(reference.GROWTH_LIMIT)
-INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 
 # Columns of the tables: gradient, last norm; and weight, gradient, correction, last norm, two keys, the step's fp32.
 _FACTOR_COLUMNS: tl.constexpr = tl.constexpr(2)
@@ -89,9 +88,19 @@ def _scales(s_ptr, batch, row, column, m, n, BY_ROW: tl.constexpr, BY_COLUMN: tl
 
 @triton.jit
 def norm_kernel(
-    table, finite_ptr, s_ptr, parts, m, n, tiles, each,
-    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
-):  # fmt: skip
+    table,
+    finite_ptr,
+    s_ptr,
+    parts,
+    m,
+    n,
+    tiles,
+    each,
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):
     """Sum of the squares of grad * s over every num_programs(0)-th tile of one matrix; a bad value clears the flag.
 
     Program (j, b): of matrix b of all, which is one of the `each` of a parameter.
@@ -264,7 +273,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
     """Kernels to compile ahead: a 4096 × 14336 matrix, its transpose, Mini's single factor; bf16 weights, gradients."""
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
     sizes = {"m": "i32:16", "n": "i32:16"}
-    kinds: dict[str, Any] = {"GRADIENT": tl.bfloat16, "ALIGNED": True}
+    kinds = {"GRADIENT": tl.bfloat16, "ALIGNED": True}
     flags = {"table": "*i64", "finite_ptr": "*i32"}
     for label, by_row, by_column in (("rows", True, False), ("columns", False, True), ("matrix", False, False)):
         axes: dict[str, Any] = {"BY_ROW": by_row, "BY_COLUMN": by_column}

@@ -17,7 +17,7 @@ from hf_lowmem.kernels.step.flags import fresh_flag
 from hf_lowmem.kernels.step.reference import States
 from hf_lowmem.specs import WEIGHT_STORES
 
-__all__ = ["SMALL", "fp32_bits", "parts_of", "run_steps", "table_on", "tables_for", "three_of"]
+__all__ = ["SMALL", "fp32_bits", "parts_of", "run_moments", "run_steps", "table_on", "tables_for", "three_of"]
 
 SMALL = 1 << 16  # values: 64 tiles, less than one for every multiprocessor of a large GPU
 
@@ -139,3 +139,36 @@ def _checked(grad: Tensor, skipped: Tensor, norm: Tensor | None) -> Tensor:
         NORM=norm is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return flag
+
+
+def run_moments(
+    projected: Tensor,
+    finite: Tensor,
+    direction: Tensor | None,
+    states: tuple[States, States],
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One launch for k projected gradients: their directions; or, where there is no room for those, their moments.
+
+    Args: as those of `adam_direction` and `adam_moments` in moments/reference.py.
+    """
+    first, second = states
+    count, n = len(projected), projected[0].numel()
+    keys = [state_keys(seed) for seed in first.seeds] or [(0, 0, 0)] * count
+    tensors = [(*three_of(first.of(i)), *three_of(second.of(i))) for i in range(count)]
+    rows = [[*(t.data_ptr() for t in of_each), *keys[i]] for i, of_each in enumerate(tensors)]
+    table, aligned = table_on(rows, jit.MOMENTS_KEYS, projected.device)
+    shared = (*tables_for(first.codec, True, projected), *tables_for(second.codec, False, projected))
+    numbers = 1 - betas[0], betas[0], betas[1], 1 - betas[1], eps
+    fixed = {
+        "FIRST": NUMBERS[first.codec],
+        "SECOND": NUMBERS[second.codec],
+        "WRITE": direction is None,
+        "ALIGNED": aligned,
+        "EVEN": n % TILE == 0,
+        "num_warps": jit.warps(first.codec, second.codec),
+        "enable_fp_fusion": False,
+    }
+    out = projected if direction is None else direction
+    jit.moments_kernel[parts_of(n, TILE), count](table, finite, projected, out, *shared, n, *numbers, **fixed)

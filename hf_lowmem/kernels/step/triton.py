@@ -68,6 +68,7 @@ LIMIT: tl.constexpr = tl.constexpr(
 )
 # A sum of squares is never rounded to less than one of them, so half covers the errors of a square and a root.
 SAFE: tl.constexpr = tl.constexpr(LARGEST_GRADIENT / 2)
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
 CHECK_PROGRAMS = 1024  # at most, for one parameter
 
@@ -80,6 +81,11 @@ _KEYS: tl.constexpr = tl.constexpr(KEYS)
 _NUMBERS: tl.constexpr = tl.constexpr(COUNT)
 MOST_NUMBERS = 8
 COLUMNS: tl.constexpr = tl.constexpr(COUNT + MOST_NUMBERS)
+
+# Of the table of projected gradients: the addresses of both states, and the keys of their random numbers.
+MOMENTS_KEYS, MOMENTS_COLUMNS = 6, 9
+_MOMENTS_KEYS: tl.constexpr = tl.constexpr(MOMENTS_KEYS)
+_MOMENTS_COLUMNS: tl.constexpr = tl.constexpr(MOMENTS_COLUMNS)
 
 
 @triton.jit
@@ -267,6 +273,76 @@ def steps_kernel(
             tl.load(row + _KEYS + 4).to(tl.int32),
             RULE, FIRST, SECOND, STORE, HEAVY, False,
         )  # fmt: skip
+
+
+@triton.jit
+def moments_kernel(
+    table,
+    finite_ptr,
+    projected,
+    direction,
+    m_values,
+    m_table,
+    m_places,
+    m_powers,
+    m_rows,
+    v_values,
+    v_table,
+    v_places,
+    v_powers,
+    v_rows,
+    n,
+    x0,
+    x1,
+    x2,
+    x3,
+    eps,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    WRITE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Program (j, i): the j-th tile of the i-th projected gradient, of n values, and its encoded moments.
+
+    WRITE: the moments are moved, where the flag is set; else the direction is written, and the flag cleared where they
+    would not be finite. EVEN: all tiles are whole; ALIGNED: all addresses are multiples of 16.
+    """
+    CODED: tl.constexpr = FIRST != FP32 or SECOND != FP32
+    i = tl.program_id(1)
+    taken = True
+    if WRITE:
+        taken = tl.load(finite_ptr + i) != 0
+    if taken:
+        row = table + i * _MOMENTS_COLUMNS
+        start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
+        left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
+        here = i.to(tl.int64) * n + start
+        local = tile_offsets()
+        mask = None if EVEN else local < left
+        m_codes = row_address(row, 0, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED)
+        m_scale = row_address(row, 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED)
+        m_power = row_address(row, 2, tl.uint8, ALIGNED)
+        v_codes = row_address(row, 3, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED)
+        v_scale = row_address(row, 4, tl.float32, ALIGNED)
+        v_power = row_address(row, 5, tl.uint8, ALIGNED)
+        g = load_fp32(projected + here + local, mask)
+        m = decode_tile(m_codes, m_scale, m_power, m_values, start, left, FIRST, True, EVEN)
+        v = decode_tile(v_codes, v_scale, v_power, v_values, start, left, SECOND, False, EVEN)
+        m, v = adam_moments(m, v, g, x0, x1, x2, x3)
+        if WRITE:
+            k0, k1 = tl.load(row + _MOMENTS_KEYS).to(tl.int32), tl.load(row + _MOMENTS_KEYS + 1).to(tl.int32)
+            flip = tl.load(row + _MOMENTS_KEYS + 2).to(tl.uint32)
+            word = paired_words(start, k0, k1, flip, ROWS, WIDTH) if CODED else local.to(tl.uint32)
+            m_tables = m_table, m_places, m_powers, m_rows
+            v_tables = v_table, v_places, v_powers, v_rows
+            encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
+            encode_tile(v, word, v_codes, v_scale, v_power, *v_tables, start, left, SECOND, False, True, EVEN)
+        else:
+            tl.store(direction + here + local, family_direction(m, v, eps, CODED), mask=mask)
+            worst = tl.max(tl.max(tl.maximum(magnitude(m), magnitude(v)), axis=1), axis=0)
+            if worst >= INFINITY:
+                tl.store(finite_ptr + i, 0)
 
 
 @triton.jit

@@ -95,7 +95,7 @@ class Apollo(LowRankOptimizer):
         finite = weights.finite.to(torch.int32).view(1)
         one = [(p, slot)], [p.grad.contiguous()], projected.contiguous()[None], direction.contiguous()[None]
         counted_elsewhere = torch.zeros((), dtype=torch.int64, device=p.device)
-        rescale(self, *one, finite, counted_elsewhere, group)
+        rescale(*one, finite, counted_elsewhere, group, per_channel=self.per_channel)
         if slot.finite is not None:
             slot.finite.append(finite[0] != 0)
 
@@ -113,7 +113,7 @@ class Apollo(LowRankOptimizer):
     def step_together(
         self, entries: Sequence[tuple[Tensor, Slot]], group: Group, skipped_on: Callable[[torch.device], Tensor]
     ) -> None:
-        step_together(self, entries, group, skipped_on)
+        step_together(entries, group, skipped_on, per_channel=self.per_channel)
 
 
 class ApolloMini(Apollo):

@@ -10,7 +10,7 @@ A matrix alone, as in a step in backward, takes the same kernels, which sum in t
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,11 @@ from hf_lowmem.optim.lowrank.projector import PROJECTORS, projected_shape
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, in_dispatch_mode
 
-if TYPE_CHECKING:
-    from hf_lowmem.optim.lowrank.apollo import Apollo
-
 __all__ = ["rescale", "step_together"]
 
-VALUES = 1 << 24  # of projections at once: 64 MiB, and as much of directions; a model has some twenty to forty times that
+VALUES = (
+    1 << 24
+)  # of projections at once: 64 MiB, and as much of directions; a model has some twenty to forty times that
 FLOAT_MAX = torch.finfo(torch.float32).max
 MOMENTS = "exp_avg", "exp_avg_sq"
 
@@ -47,9 +46,14 @@ class _Kind(NamedTuple):
 
 
 def step_together(
-    method: "Apollo", entries: Entries, group: Group, skipped_on: Callable[[torch.device], Tensor]
+    entries: Entries, group: Group, skipped_on: Callable[[torch.device], Tensor], *, per_channel: bool
 ) -> None:
-    """One step of plain matrices of one group with a basis that is drawn; bad ones are left out and counted."""
+    """One step of plain matrices of one group with a basis that is drawn; bad ones are left out and counted.
+
+    Args:
+        skipped_on: for a device the number of updates that were left out there.
+        per_channel: whether each channel has a factor, or (Mini) a matrix.
+    """
     kinds: dict[_Kind, list[tuple[Tensor, Slot]]] = {}
     for p, slot in entries:
         assert p.grad is not None
@@ -58,7 +62,7 @@ def step_together(
         kinds.setdefault(kind, []).append((p, slot))
     for kind, members in kinds.items():
         for some in _portions(members, projected_shape(kind.shape, group["rank"]).numel()):
-            _step(method, some, kind, group, skipped_on(kind.device))
+            _step(some, kind, group, skipped_on(kind.device), per_channel)
 
 
 def _portions(members: list[tuple[Tensor, Slot]], values: int) -> Iterator[Entries]:
@@ -68,13 +72,13 @@ def _portions(members: list[tuple[Tensor, Slot]], values: int) -> Iterator[Entri
         yield members[start : start + most]
 
 
-def _step(method: "Apollo", entries: Entries, kind: _Kind, group: Group, skipped: Tensor) -> None:
+def _step(entries: Entries, kind: _Kind, group: Group, skipped: Tensor, per_channel: bool) -> None:
     """One step of matrices of one kind."""
     slots = [slot for _, slot in entries]
     for slot in slots:
         slot.count_step()
     grads = [p.grad.contiguous() for p, _ in entries if p.grad is not None]
-    projected = _project(method, grads, slots, group)
+    projected = _project(grads, slots, group)
     alone = len(slots) == 1 and not in_dispatch_mode()  # one that is kept for the next may not be of a mode
     finite = fresh_flag(kind.device)[:1] if alone else torch.ones(len(slots), dtype=torch.int32, device=kind.device)
     first, second = ([t for slot in slots for t in slot.tensors(name)] for name in MOMENTS)
@@ -83,23 +87,22 @@ def _step(method: "Apollo", entries: Entries, kind: _Kind, group: Group, skipped
     direction = call_directly(
         ADAM_DIRECTION, kind.device, kind, projected, finite, *moments, *group["betas"], group["eps"]
     )
-    rescale(method, entries, grads, projected, direction, finite, skipped, group)
+    rescale(entries, grads, projected, direction, finite, skipped, group, per_channel=per_channel)
     call_directly(ADAM_MOMENTS, kind.device, kind, projected, finite, *moments, seeds, *group["betas"])
 
 
-def _project(method: "Apollo", grads: list[Tensor], slots: list[Slot], group: Group) -> Tensor:
+def _project(grads: list[Tensor], slots: list[Slot], group: Group) -> Tensor:
     """The projections of gradients of one shape, fp32 (k, ...)."""
     shape = projected_shape(grads[0].shape, group["rank"])
     projected = grads[0].new_empty((len(grads), *shape), dtype=torch.float32)
     for grad, slot, out in zip(grads, slots, projected.unbind(), strict=True):
         wide = grad.to(torch.float32)
         kind = PROJECTORS[group["projection"]]
-        kind(wide, slot, group, slot.step - 1, projects_back=method.PROJECTS_BACK).project(wide, out=out)
+        kind(wide, slot, group, slot.step - 1, projects_back=False).project(wide, out=out)
     return projected
 
 
 def rescale(
-    method: "Apollo",
     entries: Entries,
     grads: list[Tensor],
     projected: Tensor,
@@ -107,6 +110,8 @@ def rescale(
     finite: Tensor,
     skipped: Tensor,
     group: Group,
+    *,
+    per_channel: bool,
 ) -> None:
     """Step weights of one shape by their rescaled gradients, unless something is not finite: then clear their flags.
 
@@ -121,9 +126,9 @@ def rescale(
     # inf from LARGEST_UPDATE on.
     reach = abs(group["lr"]) * math.sqrt(group["scale"]) / (1 - group["betas"][0]) * (FLOAT_MAX / LARGEST_UPDATE)
     last = [slot.load("prev_norm") for slot in slots]
-    kind = params[0].dtype, grads[0].dtype, params[0].ndim, store.name, method.per_channel
+    kind = params[0].dtype, grads[0].dtype, params[0].ndim, store.name, per_channel
     found = call_directly(
-        APOLLO_FACTORS, slot.device, kind, grads, projected, direction, finite, last, method.per_channel, reach
+        APOLLO_FACTORS, slot.device, kind, grads, projected, direction, finite, last, per_channel, reach
     )
     corrections = [slot.correction(p) for p, slot in entries] if store.corrected else []
     seeds = [slot.weight_seed for slot in slots] if store.draws else []
