@@ -50,8 +50,9 @@ def _direct(m, v, eps, coded, out, count):
 
 
 @kernel
-def _moments(tile, last, n, grad, direction, address, how, x, keys, tables, finite):
-    """Tiles of one parameter. direction: where it is to be written; 0: the moments are written instead."""
+def _moments(tile, last, n, here, address, how, x, keys, tables, finite):
+    """Tiles of one parameter. here: its gradient, and where its direction is to go; 0: the moments are written."""
+    grad, direction = here
     of_g, of_m, of_v = np.empty(TILE, float32), np.empty(TILE, float32), np.empty(TILE, float32)
     bytes_room, room, words = np.zeros(TILE, uint8), make_room(), np.empty(TILE, uint32)
     while tile < last:
@@ -91,12 +92,12 @@ def _run(
     for i in range(len(projected)):
         if write and not flags[i]:
             continue
-        grad, out = projected[i].data_ptr(), 0 if direction is None else direction[i].data_ptr()
+        here = projected[i].data_ptr(), 0 if direction is None else direction[i].data_ptr()
         address = tuple(addresses(list(state.of(i))) for state in states)
         keys = words_of(*(state_keys(seeds[i]) if seeds else (0, 0, 0)))
         flag = flags[i : i + 1]
 
-        def part(first: int, last: int, of: tuple[object, ...] = (n, grad, out, address, how, x, keys, tables, flag)):
+        def part(first: int, last: int, of: tuple[object, ...] = (n, here, address, how, x, keys, tables, flag)):
             _moments(first, last, *of)
 
         in_parts(part, -(-n // TILE))
