@@ -252,7 +252,7 @@ class LowMemOptimizer(Method, Optimizer):
             for p, slot in entries:
                 if self._fuses(p, slot, group, runs):
                     fused.append((p, slot))
-                elif slot.low_rank and self.steps_together(p, slot, group):
+                elif slot.low_rank and self.steps_together(p, slot, group, runs):
                     matrices.append((p, slot))
                 else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))

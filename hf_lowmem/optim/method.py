@@ -59,8 +59,8 @@ class Method:
         """
         raise NotImplementedError
 
-    def steps_together(self, p: Tensor, slot: Slot, group: Group) -> bool:
-        """Whether `step_together` makes the step of this low-rank parameter."""
+    def steps_together(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
+        """Whether `step_together` makes the step of this low-rank parameter. `runs`: what was found for its kind."""
         return False
 
     def step_together(

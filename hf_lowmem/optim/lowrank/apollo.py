@@ -99,16 +99,16 @@ class Apollo(LowRankOptimizer):
         if slot.finite is not None:
             slot.finite.append(finite[0] != 0)
 
-    def steps_together(self, p: Tensor, slot: Slot, group: Group) -> bool:
-        return (
-            group["projection"] == "random"
-            and not slot.sharded
-            and WINDOW not in slot.raw
-            and (slot.dithers or not slot.coded)  # kernels round every coded state at random
-            and KNOWN.issuperset(slot.codec_names)
-            and is_plain(p)
-            and kernel_runs(APOLLO_STEP, p, slot.codec_names)
-        )
+    def steps_together(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
+        if group["projection"] != "random" or slot.sharded or WINDOW in slot.raw or not is_plain(p):
+            return False
+        if slot.coded and not slot.dithers:  # kernels round every coded state at random
+            return False
+        assert p.grad is not None
+        kind = APOLLO_STEP.name, slot.device, p.dtype, p.grad.dtype, slot.codec_names
+        if kind not in runs:
+            runs[kind] = KNOWN.issuperset(slot.codec_names) and kernel_runs(APOLLO_STEP, p, slot.codec_names)
+        return runs[kind]
 
     def step_together(
         self, entries: Sequence[tuple[Tensor, Slot]], group: Group, skipped_on: Callable[[torch.device], Tensor]

@@ -9,7 +9,7 @@ A matrix alone, as in a step in backward, takes the same kernels, which sum in t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,9 @@ from hf_lowmem.optim.state import Group, in_dispatch_mode
 
 __all__ = ["rescale", "step_together"]
 
-VALUES = (
-    1 << 24
-)  # of projections at once: 64 MiB, and as much of directions; a model has some twenty to forty times that
+# Of projections at once: 64 MiB, and as much of directions. An 8B model with rank 256 has thirty times that.
+VALUES = 1 << 24
+MATRICES = (1 << 16) - 1  # at once: no grid is longer in its second dimension
 FLOAT_MAX = torch.finfo(torch.float32).max
 MOMENTS = "exp_avg", "exp_avg_sq"
 
@@ -61,15 +61,10 @@ def step_together(
         kind = _Kind(slot.device, p.dtype, p.grad.dtype, p.shape, (first, second))
         kinds.setdefault(kind, []).append((p, slot))
     for kind, members in kinds.items():
-        for some in _portions(members, projected_shape(kind.shape, group["rank"]).numel()):
-            _step(some, kind, group, skipped_on(kind.device), per_channel)
-
-
-def _portions(members: list[tuple[Tensor, Slot]], values: int) -> Iterator[Entries]:
-    """Members in order, as many at a time as have projections of `VALUES` values in all, or one."""
-    most = max(VALUES // values, 1)
-    for start in range(0, len(members), most):
-        yield members[start : start + most]
+        most = min(VALUES // projected_shape(kind.shape, group["rank"]).numel(), MATRICES // kind.shape[:-2].numel())
+        most = max(most, 1)
+        for start in range(0, len(members), most):
+            _step(members[start : start + most], kind, group, skipped_on(kind.device), per_channel)
 
 
 def _step(entries: Entries, kind: _Kind, group: Group, skipped: Tensor, per_channel: bool) -> None:
