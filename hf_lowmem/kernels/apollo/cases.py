@@ -13,7 +13,7 @@ from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.registry import Case
 from hf_lowmem.kernels.step.cases import skips_of
 
-SHAPES = ((37, 19), (19, 37), (24, 256), (3, 20, 33), (130, 130))
+SHAPES = ((37, 19), (19, 37), (24, 256), (3, 20, 33), (130, 130), (2, 6, 34))
 RANK = 5
 COUNT = 3
 REACH = 1e3
@@ -79,7 +79,7 @@ def step_cases() -> Iterator[Case]:
         )
 
     for shape, stores in zip(
-        SHAPES, (("keep", "fp32"), ("bf16_sr",), ("bf16_ecc",), ("bf16_sr",), ("keep",)), strict=True
+        SHAPES, (("keep", "fp32"), ("bf16_sr",), ("bf16_ecc",), ("bf16_sr",), ("keep",), ("bf16_sr",)), strict=True
     ):
         for per_channel in (True, False):
             for store in stores:

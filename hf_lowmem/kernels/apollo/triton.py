@@ -19,7 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem.kernels._device import div, fma, from_bits, load_fp32, magnitude, paired_word, sqrt
+from hf_lowmem.kernels._device import (
+    div,
+    fma,
+    from_bits,
+    load_fp32,
+    magnitude,
+    paired_word,
+    random_word,
+    rotate_half,
+    sqrt,
+)
 from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.exact import seed_keys
@@ -149,12 +159,32 @@ def growth_kernel(table, finite_ptr, parts, factors, norms, count, each, reach, 
 
 
 @triton.jit
+def _words(first, row, column, n, k0, k1, EVEN: tl.constexpr):
+    """Random bits of a tile of the values from `first` on, that of these rows and the columns from `column` on.
+
+    Values of one pair are neighbours in a row where rows are EVEN, and share a hash.
+    """
+    if EVEN:
+        half = column // 2 + tl.arange(0, COLUMNS // 2)
+        pair = (first >> 1).to(tl.uint32) + row.to(tl.uint32)[:, None] * (n // 2)  # modulo 2**32
+        word = random_word(pair + half.to(tl.uint32)[None, :], k0, k1)
+        words = tl.reshape(tl.join(word, rotate_half(word)), (ROWS, COLUMNS))
+    else:
+        place = column + tl.arange(0, COLUMNS)
+        words = paired_word(first + row.to(tl.int64)[:, None] * n + place[None, :], 0, k0, k1)
+    return words
+
+
+@triton.jit
 def apollo_kernel(
     table, finite_ptr, skipped, s_ptr, factors, norms, m, n, each, root, decay,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
-    BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, STORE: tl.constexpr,
+    BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, STORE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one matrix: w -= ... as in reference.apollo_step, whose operations are these one by one."""
+    """One tile of one matrix: w -= ... as in reference.apollo_step, whose operations are these one by one.
+
+    EVEN: a row has an even number of values.
+    """
     b = tl.program_id(1)
     i = b // each
     if tl.load(finite_ptr + i) != 0:
@@ -179,7 +209,8 @@ def apollo_kernel(
         else:
             k0 = tl.load(row_of_table + _KEYS).to(tl.int32)
             k1 = tl.load(row_of_table + _KEYS + 1).to(tl.int32)
-            save_weight(param + offset, correction + offset, w, paired_word(offset, 0, k0, k1), mask, STORE)
+            word = _words(first, row, tl.program_id(0) % across * COLUMNS, n, k0, k1, EVEN)
+            save_weight(param + offset, correction + offset, w, word, mask, STORE)
         if tl.program_id(0) == 0:
             kept = row_address(row_of_table, 3, tl.float32, False) + b % each
             tl.store(kept, tl.load(norms + batch))
@@ -264,7 +295,7 @@ def apollo_step(
     apollo_kernel[(tiles, each * len(params))](
         table, finite, skipped, s, factors, norms, m, n, each, math.sqrt(scale), -lr * weight_decay,
         WEIGHT=dtype_of(params[0].dtype), GRADIENT=dtype_of(grads[0].dtype), ALIGNED=aligned,
-        **_axes(shape, s.shape[-2:].numel() > 1), STORE=WEIGHT_STORES.index(store),
+        **_axes(shape, s.shape[-2:].numel() > 1), STORE=WEIGHT_STORES.index(store), EVEN=n % 2 == 0,
         num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -287,7 +318,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]
         cases.append((f"norm by {label}", norm_kernel, reads, axes | kinds | {"each": 1}, NUM_WARPS))
         for store in WEIGHT_STORES:
             factors = flags | {"skipped": "*i64", "s_ptr": "*fp32", "factors": "*fp32", "norms": "*fp32"}
-            constants = axes | kinds | {"STORE": WEIGHT_STORES.index(store), "WEIGHT": tl.bfloat16, "each": 1}
+            constants = (
+                axes | kinds | {"STORE": WEIGHT_STORES.index(store), "WEIGHT": tl.bfloat16, "EVEN": True, "each": 1}
+            )
             signature = factors | sizes | {"root": "fp32", "decay": "fp32"}
             cases.append((f"step by {label} {store}", apollo_kernel, signature, constants, NUM_WARPS))
     growth = flags | {"parts": "*fp32", "factors": "*fp32", "norms": "*fp32", "count": "i32:16", "reach": "fp32"}
