@@ -30,9 +30,9 @@ def test_a_low_rank_weight_has_few_launches(method: str, each: int) -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(("setting", "launches", "milliseconds"), [("apollo", 1600, 25), ("apollo_mini", 1600, 25)])
-def test_the_record_holds_the_ceilings(setting: str, launches: int, milliseconds: float) -> None:
-    rows = [row for row in read_rows(overhead.RECORD) if row["setting"] == f"{setting} 8bit bf16_sr"]
-    after = rows[-1]
-    assert after["triton"] + after["torch"] <= launches
-    assert after["step_ms"] <= milliseconds
+@pytest.mark.parametrize("setting", ["apollo", "apollo_mini"])
+def test_the_record_holds_the_ceilings(setting: str) -> None:
+    rows = {row["label"]: row for row in read_rows(overhead.RECORD) if row["setting"] == f"{setting} 8bit bf16_sr"}
+    before, after = rows["launches after"], rows["shared launches"]
+    assert after["triton"] + after["torch"] <= 1600
+    assert after["step_ms"] <= before["step_ms"] / 3

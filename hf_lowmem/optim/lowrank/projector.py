@@ -76,9 +76,12 @@ def power_basis(grad: Tensor, start: Tensor, steps: int, shards: Whole = WHOLE) 
 
 def gaussian(key: int, small: int, rank: int, device: torch.device) -> Tensor:
     """A (small, rank) Gaussian with variance 1/rank, the same for the same key."""
+    root = math.sqrt(rank)
     generator = torch.Generator(device).manual_seed(key)
-    drawn = torch.randn(small, rank, generator=generator, device=device, dtype=torch.float32)
-    return drawn if rank == 1 else drawn.div_(math.sqrt(rank))
+    drawn = torch.empty(small, rank, device=device, dtype=torch.float32)
+    if math.frexp(root)[0] == 0.5:  # a power of two, by which it makes no difference when the numbers are divided
+        return drawn.normal_(std=1 / root, generator=generator)
+    return drawn.normal_(generator=generator).div_(root)
 
 
 class Projector:
