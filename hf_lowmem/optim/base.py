@@ -263,14 +263,19 @@ class LowMemOptimizer(Method, Optimizer):
         finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True)) if cut else {}
         runs: dict[tuple[object, ...], bool] = {}
         for group, entries in work:
-            together: list[tuple[Tensor, Slot]] = []
+            fused: list[tuple[Tensor, Slot]] = []
+            matrices: list[tuple[Tensor, Slot]] = []
             for p, slot in entries:
                 if self._fuses(p, slot, group, runs):
-                    together.append((p, slot))
+                    fused.append((p, slot))
+                elif slot.low_rank and self.steps_together(p, slot, group, runs):
+                    matrices.append((p, slot))
                 else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))
             if self.FUSED is not None:
-                step_fused(self.FUSED, together, group, self._skips.on, norm)
+                step_fused(self.FUSED, fused, group, self._skips.on, norm)
+            if matrices:
+                self.step_together(matrices, group, self._skips.on)
 
     def _fuses(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""

@@ -4,7 +4,7 @@ A method is data, and `update` on plain fp32 tensors; it never sees a codec's by
 that does more than `update` takes the place of `apply`, or of the whole step (`FUSED`, see optim/fused.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,20 @@ class Method:
         """Add to the state WINDOW what `update` needs of a gradient that is not the last of its accumulation window.
 
         For methods that say `ACCUMULATES`, of low-rank parameters.
+        """
+        raise NotImplementedError
+
+    def steps_together(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
+        """Whether `step_together` makes the step of this low-rank parameter. `runs`: what was found for its kind."""
+        return False
+
+    def step_together(
+        self, entries: Sequence[tuple[Tensor, Slot]], group: Group, skipped_on: Callable[[torch.device], Tensor]
+    ) -> None:
+        """One step of low-rank parameters of one group, in calls of many; bad ones are left out.
+
+        Args:
+            skipped_on: for a device the number of updates that were left out there, to which they are added.
         """
         raise NotImplementedError
 

@@ -76,6 +76,13 @@ def inverse_root(x: Tensor, eps: float) -> Tensor:
     return y.add_(eps).reciprocal_()
 
 
+def adam_moments_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float]) -> None:
+    """Move both averages by a gradient, in place."""
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+
 def adam_direction(
     grad: Tensor,
     exp_avg: Tensor,
@@ -88,9 +95,7 @@ def adam_direction(
 
     `coded`: whether a moment is stored in fewer bits than fp32.
     """
-    beta1, beta2 = betas
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    adam_moments_(grad, exp_avg, exp_avg_sq, betas)
     if coded:
         return inverse_root(exp_avg_sq, eps).mul_(exp_avg)
     return exp_avg / root(exp_avg_sq).add_(eps)

@@ -178,7 +178,8 @@ def lion(w, m, g, x):
 
 
 @inlined
-def _is_bad(x):
+def is_bad(x):
+    """Whether a value of a tile is not finite or not below 1e15."""
     worst = uint32(0)
     for j in range(TILE):
         size = size_of(x[j])
@@ -209,7 +210,7 @@ def _check(tile, last, table, ends, bf16, finite):
             i += 1
         n = table[i, NUMEL]
         start = (tile - (ends[i] - (n + TILE - 1) // TILE)) * TILE
-        if _is_bad(load_floats(bf16, table[i, GRAD], start, min(n - start, TILE), x)):
+        if is_bad(load_floats(bf16, table[i, GRAD], start, min(n - start, TILE), x)):
             finite[i] = 0
         tile += 1
 
