@@ -71,6 +71,21 @@ def test_a_step_is_the_plain_one_without_what_goes_against_the_gradient(name: st
     assert left_out > 100
 
 
+@each
+@pytest.mark.parametrize("state", ["8bit", "int8"])
+def test_encoded_states_have_no_kernel_that_forgets_it(name: str, state: str) -> None:
+    """Where kernels step plain runs: whole, and matrices in shared launches."""
+    model = tiny_llama()
+    optimizer = make(name, model, cautious=True, state=state)
+    for step in range(4):
+        gradients(model, step)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert p.grad is not None
+            assert not ((p.detach() - old) * p.grad > 0).any()
+
+
 def test_adamw_against_its_formula() -> None:
     p = nn.Parameter(torch.randn(40, 24, generator=torch.Generator().manual_seed(0)))
     optimizer = OPTIMIZERS["adamw"]([p], lr=3e-3, weight_decay=0.1, cautious=True)
