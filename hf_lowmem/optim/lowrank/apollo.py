@@ -102,7 +102,9 @@ class Apollo(LowRankOptimizer):
             slot.finite.append(finite[0] != 0)
 
     def steps_together(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
-        if group["cautious"] or group["projection"] != "random" or slot.sharded or WINDOW in slot.raw or not is_plain(p):
+        if group["cautious"] or group["projection"] != "random":
+            return False
+        if slot.sharded or WINDOW in slot.raw or not is_plain(p):
             return False
         if slot.coded and not slot.dithers:  # kernels round every coded state at random
             return False
