@@ -155,8 +155,6 @@ class LowMemTrainerMixin:
         """Leave the model as it was before this training, whatever has ended it."""
         if self.stepping is not None:
             self.stepping.remove()
-        if self.output_head is not None:
-            self.output_head.take_off()
         if self._tiers is not None:
             self._tiers.take_off()
             self._tiers = None
@@ -231,6 +229,8 @@ class LowMemTrainerMixin:
             result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._take_off()
+            if self.output_head is not None:
+                self.output_head.take_off()
             for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, MemoryReportCallback):
                     callback.close()

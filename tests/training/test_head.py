@@ -434,3 +434,9 @@ def test_what_a_gradient_is_made_of_bounds_it(hidden: float, gradient: float, lo
     kept: Any = Kept()
     assert bool(head_blocks.stays_finite(kept, saved, (fill(gradient, 4), None))) is good
     assert bool(head_blocks.stays_finite(kept, saved, (None, fill(gradient, 4)))) is good
+
+
+@pytest.mark.parametrize("tier", ["exact", "checkpoint_fp8"])
+def test_tiers_leave_it_where_it_stands(tier: str, tmp_path: Path) -> None:
+    ours = train(tmp_path, **in_backward(max_steps=2, lowmem_activations=tier))
+    assert ours.output_head.facts()["passes_by_rows"] == 2
