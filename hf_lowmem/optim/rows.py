@@ -34,8 +34,9 @@ def column_norms(x: Tensor) -> Tensor:
     Squares are added up by pieces of rows of one size, so the bits do not depend on who asks, of a `.grad` in bf16 or
     of its fp32 copy; and one piece in fp32 is all the memory that it takes.
     """
-    pieces = x.split(max(1, PIECE // x.shape[1]))
-    found = [WHOLE.norms(piece.to(torch.float32), dim=(-2,), keepdim=True)[0] for piece in pieces]
+    each = max(1, PIECE // x.shape[1])
+    pieces = (x[first : first + each].to(torch.float32) for first in range(0, len(x), each))
+    found = [WHOLE.norms(piece, dim=(-2,), keepdim=True)[0] for piece in pieces]
     return found[0] if len(found) == 1 else WHOLE.norms(torch.cat(found), dim=(-2,), keepdim=True)[0]
 
 

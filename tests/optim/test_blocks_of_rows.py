@@ -125,7 +125,13 @@ def test_norms_do_not_depend_on_the_pieces_of_who_asks() -> None:
 
 def test_what_sees_the_whole_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "PART", 32 * 64)
-    for name, options in (("scale", {"sinkhorn_iters": 2}), ("muon", {}), ("adam_mini", {"outputs": -1}), ("lamb", {})):
+    cases: dict[str, dict[str, Any]] = {
+        "scale": {"sinkhorn_iters": 2},
+        "muon": {},
+        "adam_mini": {"outputs": -1},
+        "lamb": {},
+    }
+    for name, options in cases.items():
         p = nn.Parameter(torch.randn(MATRIX))
         optimizer = OPTIMIZERS[name]([p], lr=0.01, **options)
         p.grad = torch.randn(MATRIX)
