@@ -24,9 +24,10 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.chunked import unit_of
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
-from hf_lowmem.optim.row_steps import RowStep, unit_of, whole_only
+from hf_lowmem.optim.row_steps import RowStep, whole_only
 from hf_lowmem.optim.state import Group
 
 MOST_NORMS = 4096  # kept one by one; no model has so many parameters

@@ -33,7 +33,7 @@ def other_reach(group: Group) -> Reach:
     """Reach of an update of such a parameter."""
     rule = other_rule(group)
     if rule == "scale":
-        return "row" if group["role"] == "head" else "whole"
+        return "row" if group["role"] == "head" else "column"
     return "value" if rule == "adam" else "row"
 
 

@@ -90,7 +90,8 @@ class Method:
     def reach(cls, shape: torch.Size, group: Group) -> Reach:
         """Reach of an update: how much of a parameter of this shape each of its values depends on.
 
-        "value": any part of it may be stepped alone, with that part of its states; "row": any rows; "whole": no part.
+        "value": any part of it may be stepped alone, with that part of its states; "row": any rows; "column": any rows,
+        once the norms of the whole gradient's columns are known (`Slot.columns`); "whole": no part.
         """
         return "value" if cls.ELEMENTWISE and not group.get("cautious") else "whole"
 

@@ -18,25 +18,22 @@ it. So it must be known beforehand whether the gradient will be finite (`finite`
 is made of. Should a part be bad all the same, that part alone is left out, and counted.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.codecs import BlockCodec
 from hf_lowmem.kernels.step.reference import is_finite_gradient
 from hf_lowmem.optim import chunked
+from hf_lowmem.optim.chunked import has_rows, unit_of
 from hf_lowmem.optim.fused import step_fused
 from hf_lowmem.optim.guard import SkipCount, keep_or_take
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import COUNTS, Group
+from hf_lowmem.optim.state import Group
 
-__all__ = ["PART", "RowStep", "unit_of", "whole_only"]
-
-PART = 1 << 22  # values that are stepped at once; the temporaries of a rule without a kernel are several times 16 MiB
+__all__ = ["RowStep", "whole_only"]
 
 Fuses = Callable[[Tensor, Slot, Group, dict[tuple[object, ...], bool]], bool]
 
@@ -47,23 +44,11 @@ def whole_only(p: Tensor, slot: Slot) -> str | None:
         return "its rows lie on several processes"
     if p.ndim != 2 or not p.is_contiguous():
         return f"it is no matrix that lies in memory row after row (shape {tuple(p.shape)})"
-    if slot.reach == "whole":
+    if slot.reach not in ("value", "row"):
         return f"{slot.rule} needs all of a gradient at once"
     if p.dtype == torch.float16:
         return "in float16 no bound says beforehand that its gradient is finite; load the model in bfloat16"
-    for state in slot.states.values():
-        coded = isinstance(state.codec, BlockCodec)
-        if (coded and state.shape != p.shape) or state.shape[:1] != p.shape[:1]:
-            return f"{slot.rule} has a state of it that cannot be cut by its rows"
-    return None
-
-
-def unit_of(p: Tensor, slot: Slot) -> int:
-    """Rows of which a block must have a multiple, or all that are left: so that codes are cut at whole blocks, and the
-    pairs of neighbours that share a random number are whole."""
-    blocks = [s.codec.block for s in slot.states.values() if isinstance(s.codec, BlockCodec)]
-    whole = math.lcm(2, *blocks)
-    return whole // math.gcd(whole, p.shape[1])
+    return None if has_rows(p, slot) else f"{slot.rule} has a state of it that cannot be cut by its rows"
 
 
 class RowStep:
@@ -93,9 +78,8 @@ class RowStep:
         self.finite, self.taken, self.skips, self.fuses = finite, finite, skips, fuses
         slot.count_step()
         chunked.allocate(self.p, slot)
-        unit = unit_of(p, slot)
-        self._each = max(1, PART // p.shape[1] // unit) * unit
-        self._unit, self._next = unit, 0
+        self._unit, self._next = unit_of(p, slot), 0
+        self._each = chunked.rows_at_once(p, slot)
         self._bad = torch.zeros((), dtype=torch.int64, device=p.device)  # parts that a kernel has left out
         self._runs: dict[tuple[object, ...], bool] = {}
         self._norms: list[Tensor] = []
@@ -123,7 +107,7 @@ class RowStep:
             grad = grad.masked_fill_(~self.finite, torch.nan)  # which leaves it out, by whatever makes the step
         elif not self.finite:
             return
-        rows, part = self._rows(first, first + len(grad))
+        rows, part = chunked.rows_of(self.p, self.slot, first, first + len(grad))
         rows.grad = grad
         if self.method.FUSED is not None and self.fuses(rows, part, self.group, self._runs):
             step_fused(self.method.FUSED, [(rows, part)], self.group, lambda device: self._bad)
@@ -131,16 +115,6 @@ class RowStep:
         wide = grad.to(torch.float32)
         finite = is_finite_gradient(wide)
         self.taken = self.taken & keep_or_take(self.method, rows, wide, finite, part, self.group)
-
-    def _rows(self, first: int, last: int) -> tuple[Tensor, Slot]:
-        """The weights of some rows, and the slot of their state; both are views."""
-        columns = self.p.shape[1]
-        start, stop = first * columns, last * columns
-        raw = {
-            k: v if k in COUNTS else chunked.cut(k, v, self.slot, start, stop) if "." in k else v[first:last]
-            for k, v in self.slot.raw.items()
-        }
-        return self.p[first:last], self.slot.chunk(raw, start, stop, rows=last - first)
 
     def close(self) -> Tensor:
         """End the step, and count it if it was left out or a part of it was; the norm of the whole gradient."""

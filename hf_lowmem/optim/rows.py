@@ -1,11 +1,13 @@
 """Rules whose numbers belong to a row, a column or a matrix: SCALE's, SinkGD's and Adam-mini's, as fp32 functions.
 
 All of them need means of squares along a dimension. Of a matrix that FSDP2 has cut, each process has some rows whole:
-means along a row are its own business, and those along a column are sums over processes (`Shards.norms`).
+means along a row are its own business, and those along a column are sums over processes (`Shards.norms`). Where a
+matrix is stepped by blocks of rows (optim/chunked.py) those are found beforehand, in its whole gradient.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.distributed import WHOLE
@@ -13,6 +15,7 @@ from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, Shape
 
 LEAST_RMS = 1e-8
+PIECE = 1 << 22  # values whose squares are added up at once, in columns; 16 MiB in fp32
 
 
 def is_matrix(shape: Shape, group: Group) -> bool:
@@ -25,8 +28,22 @@ def inputs_dim(group: Group) -> int:
     return -1 if group["outputs"] == -2 else -2
 
 
+def column_norms(x: Tensor) -> Tensor:
+    """Norms of a matrix's columns in fp32, (1, columns).
+
+    Squares are added up by pieces of rows of one size, so the bits do not depend on who asks, of a `.grad` in bf16 or
+    of its fp32 copy; and one piece in fp32 is all the memory that it takes.
+    """
+    each = max(1, PIECE // x.shape[1])
+    pieces = (x[first : first + each].to(torch.float32) for first in range(0, len(x), each))
+    found = [WHOLE.norms(piece, dim=(-2,), keepdim=True)[0] for piece in pieces]
+    return found[0] if len(found) == 1 else WHOLE.norms(torch.cat(found), dim=(-2,), keepdim=True)[0]
+
+
 def norms(x: Tensor, dim: int, slot: Slot) -> tuple[Tensor, int]:
     """(norms along a dimension of a matrix, or of each of a batch, kept as one; how many values each is over)."""
+    if dim == -2 and x.ndim == 2 and not slot.cut:
+        return column_norms(x) if slot.columns is None else slot.columns.clone(), slot.shape[dim]
     crosses = slot.cut and dim == -2
     found = (slot.shards if crosses else WHOLE).norms(x, dim=(dim,), keepdim=True)[0]
     return found, slot.shape[dim] if crosses else x.shape[dim]

@@ -83,8 +83,11 @@ class Scale(LowMemOptimizer):
     def reach(cls, shape: Shape, group: Group) -> Reach:
         if not is_matrix(shape, group):
             return other_reach(group)
-        by_rows = group["outputs"] == -2 or len(shape) == 3  # the rows of a batch are its matrices
-        return "row" if by_rows and (not group["sinkhorn_iters"] or len(shape) == 3) else "whole"
+        if len(shape) == 3:  # a batch, whose rows are its matrices
+            return "row"
+        if group["sinkhorn_iters"]:
+            return "whole"
+        return "row" if group["outputs"] == -2 else "column"
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
         if is_matrix(slot.shape, group):

@@ -83,11 +83,13 @@ class Slot:
         facts: all that these decisions depend on, for who wants to know whether they still hold.
         start: of a part of a parameter, its first value's place in the whole.
         is_part: whether it is the slot of a part.
+        columns: of a part, where its reach is "column", the norms of the whole gradient's columns, (1, columns).
     """
 
     sharded = False
     cut = False
     is_part = False
+    columns: Tensor | None = None
     shards: Whole = WHOLE
 
     def __init__(

@@ -20,8 +20,9 @@ from hf_lowmem.codecs import CODECS, StateCodec
 Shape = torch.Size
 Group = dict[str, Any]
 
-# How much of a parameter the update of one of its values sees: that value, its row (along dimension 0), or all of it.
-Reach = Literal["value", "row", "whole"]
+# How much of a parameter the update of one of its values sees: that value, its row (along dimension 0), of all other
+# rows no more than the norm of its column, or all of it.
+Reach = Literal["value", "row", "column", "whole"]
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"

@@ -49,6 +49,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours: APOLLO, checkpoint_fp8": EIGHT_BIT | {"optim": "apollo", "lowmem_activations": "checkpoint_fp8"},
     "ours: APOLLO, checkpoint_fp8, step in backward": EIGHT_BIT | SMALLEST | {"optim": "apollo"},
     "ours: APOLLO-Mini, checkpoint_fp8, step in backward": EIGHT_BIT | SMALLEST | {"optim": "apollo_mini"},
+    "ours: APOLLO-Mini, scale for embeddings, checkpoint_fp8, step in backward": EIGHT_BIT
+    | SMALLEST
+    | {"optim": "apollo_mini", "lowmem_embeddings": "scale"},
 }
 
 

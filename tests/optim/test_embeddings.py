@@ -174,7 +174,7 @@ def test_who_sees_how_much() -> None:
     embedding, head = LOOKUPS
     for name in ("apollo_mini", "scale"):
         assert [reaches[name, rule, head] for rule in EMBEDDING_RULES] == ["value", "row", "row"]
-        assert [reaches[name, rule, embedding] for rule in EMBEDDING_RULES] == ["value", "whole", "row"]
+        assert [reaches[name, rule, embedding] for rule in EMBEDDING_RULES] == ["value", "column", "row"]
     linear = "model.layers.0.mlp.up_proj.weight"
     assert reaches["scale", "scale", linear] == "row"
     assert reaches["apollo_mini", "scale", linear] == "whole"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.kernels import registry
-from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, StepInBackward, make_optimizer, row_steps, slot
-from hf_lowmem.optim.row_steps import unit_of, whole_only
+from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, StepInBackward, chunked, make_optimizer, slot
+from hf_lowmem.optim.chunked import unit_of
+from hf_lowmem.optim.row_steps import whole_only
 from hf_lowmem.optim.state import Group, Reach, StateDecl
 from tests.optim.test_chunked import assert_same
 
@@ -30,7 +31,7 @@ EVERY = [
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "has_numba", lambda: False)
-    monkeypatch.setattr(row_steps, "PART", 32 * COLUMNS)
+    monkeypatch.setattr(chunked, "PART", 32 * COLUMNS)
 
 
 class Head(nn.Module):
@@ -103,7 +104,7 @@ def test_kernels_give_them_too(name: str, impl: str, monkeypatch: pytest.MonkeyP
     if impl == "cpu":
         pytest.importorskip("numba")
         monkeypatch.undo()
-        monkeypatch.setattr(row_steps, "PART", 64 * COLUMNS)
+        monkeypatch.setattr(chunked, "PART", 64 * COLUMNS)
     else:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("HF_LOWMEM_KERNELS", impl)
@@ -198,6 +199,9 @@ def test_what_cannot_be_cut_says_why() -> None:
     assert "no matrix" in str(why(nn.Parameter(torch.randn(128, 64).t()), "adamw"))
     assert why(matrix, "lamb") == "lamb needs all of a gradient at once"
     assert why(matrix, "galore", rank=4) == "galore needs all of a gradient at once"
+    assert why(matrix, "scale", outputs=-1) == "scale needs all of a gradient at once"
+    assert why(matrix, "scale", role="embedding") == "scale needs all of a gradient at once"
+    assert why(matrix, "scale", role="head") is None
     assert "float16" in str(why(nn.Parameter(matrix.detach().half()), "adamw"))
 
 
