@@ -21,9 +21,10 @@ from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
 from hf_lowmem.optim.method import METHODS, elementwise, methods_with
 from hf_lowmem.optim.placement import small_apart
+from hf_lowmem.optim.resting import check_awake, check_rests, rest
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.soap import Soap
-from hf_lowmem.specs import OptimSpec, check_choice
+from hf_lowmem.specs import STORES_AT_REST, OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
     cls.name: cls for cls in (AdamW, Lion, Lamb, Soap, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
@@ -36,15 +37,24 @@ def from_spec(
 ) -> LowMemOptimizer:
     """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`.
 
+    With weights="int8_sr" the model's weights are put to rest; see hf_lowmem/optim/resting.py.
+
     Args:
         flat: for an engine that makes one vector of each group (DeepSpeed's ZeRO); see `small_apart`.
     """
     cls = check_spec(spec)
     options = cls.resolve(spec)
-    check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
+    rests = spec.weights in STORES_AT_REST
+    if rests:
+        check_rests(spec, model)
+    else:
+        check_awake(spec, model)
+        check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
     groups = parameter_groups(model, spec, rank=options.get("rank"), batches="experts" in options, decay=decay)
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
+    if rests:
+        rest(spec, model)
     return cls(groups, **{k: v for k, v in options.items() if k != "method"})
 
 
@@ -107,7 +117,9 @@ def make_optimizer(
         state: codec of the moments, one of `hf_lowmem.codecs.CODECS`; a pair "int8,fp8_expand" for the first and the
             second moment; or "8bit", the recommended pair.
         weights: how weights are written: "keep", in their own dtype by rounding to nearest; for bf16 weights also
-            "bf16_sr", rounded at random, and "bf16_ecc", with 8 more bits kept beside them.
+            "bf16_sr", rounded at random, "bf16_ecc", with 8 more bits kept beside them, and "int8_sr": the model's
+            linear layers and its embedding keep int8 codes, 1.03 bytes a weight, from here on and until
+            `hf_lowmem.weights.wake(model)`; for `StepInBackward(optimizer)` alone.
         rank, update_gap, scale, projection, rotate: of a low-rank method; `None` for its defaults.
         target_modules: which modules take the low-rank rule; `None` for every linear one but the output head.
         seed: start of the random projections and of random rounding.

@@ -34,7 +34,7 @@ def can_chunk(p: Tensor, slot: Slot) -> bool:
         and slot.elementwise
         and not slot.sharded
         and p.grad is not None
-        and p.is_contiguous()
+        and (p.is_contiguous() or slot.rest is not None)
         and p.grad.is_contiguous()
         and all(CHUNK % s.codec.block == 0 for s in slot.states.values() if isinstance(s.codec, BlockCodec))
     )
@@ -66,7 +66,7 @@ def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
     assert p.grad is not None
     for name in slot.states:
         slot.tensors(name)
-    flat, grad = p.view(-1), p.grad.view(-1)
+    flat, grad = p.view(-1) if slot.rest is None else slot.rest.codes, p.grad.view(-1)  # at rest it has no values
     for start in range(0, p.numel(), CHUNK):
         stop = min(start + CHUNK, p.numel())
         raw = {k: v if k in COUNTS else _cut(k, v, slot, start, stop) for k, v in slot.raw.items()}

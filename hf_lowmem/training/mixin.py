@@ -15,12 +15,14 @@ from hf_lowmem import checkpoints, rules
 from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners_of, rehearsal
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.resting import check_rests, rest
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
-from hf_lowmem.specs import ActivationSpec
+from hf_lowmem.specs import STORES_AT_REST, ActivationSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
+from hf_lowmem.weights import expect_scales
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class LowMemTrainerMixin:
     predicted: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
     _run: dict[str, Any] | None = None  # who writes the checkpoints, for their manifests; rank 0 alone knows
     _was_finished = False  # the training went on from the end of a run, and there was nothing to do
+    _weights_from: str | None = None  # the checkpoint whose weights the model has
     _told: int = 0  # the number of skipped steps that was warned of
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +60,7 @@ class LowMemTrainerMixin:
         super().__init__(*args, **kwargs)
         self._check_rules()
         self._rehearse_tiers()
+        self._rehearse_rest()
         self._check_budget()
         if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
             self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
@@ -114,6 +118,26 @@ class LowMemTrainerMixin:
             with rehearsal(self.model, spec) as self.activations:
                 self._compare_with_checkpointing(self.activations)
             logger.info("lowmem_activations=%r:\n%s", spec.tiers, self.activations)
+
+    def _rehearse_rest(self) -> None:
+        """Say now which weights will be at rest, or why none can. The model stays as it is."""
+        if self._rests and self.model is not None:
+            spec = self.args.lowmem_optim_spec()
+            logger.info("lowmem_weights=%r: %s", spec.weights, check_rests(spec, self.model))
+
+    @property
+    def _rests(self) -> bool:
+        return self._ours and self.args.lowmem_weights in STORES_AT_REST
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load as the parent does; the scales of weights that were at rest are wanted when they are so again."""
+        self._weights_from = resume_from_checkpoint
+        expect_scales(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        expect_scales(self.model, self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+        super()._load_best_model()  # type: ignore[misc]
 
     def _compare_with_checkpointing(self, report: Report) -> None:
         """Warn where tiers keep more than the checkpointing that they switch off and nobody else has."""
@@ -178,7 +202,10 @@ class LowMemTrainerMixin:
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)
-        optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay), flat=flat)
+        spec = self.args.lowmem_optim_spec()
+        if self._rests:
+            rest(spec, opt_model, self._weights_from)
+        optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat)
         log_groups(optimizer)
         if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced
             self.stepping.remove()

@@ -1,0 +1,241 @@
+"""A weight at rest: codes beside a parameter that has kept its name, shape and dtype, and no values.
+
+The parameter stays what optimizers, engines and checkpoints know: one `nn.Parameter` with one name and one gradient.
+What it has for values is one NaN, seen under the weight's shape, 2 bytes in all. Whoever reads it gets an error with
+its name (`EmptyParameter`), and who gets by that, in C++, gets NaN and never another number.
+
+Why not a storage that is emptied and filled again around each layer (`untyped_storage().resize_`, as FSDP does it):
+reading an empty one crashes a process or reads memory of somebody else, and a backward pass that enters a layer by a
+way of its own, such as a router's loss, reads it before anybody has filled it. And a whole layer is in bf16 then, where
+here it is one matrix. Why no tensor subclass that decodes itself: see hf_lowmem/optim/base.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowmem.weights import int8
+
+__all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill"]
+
+WAKE = (
+    "model.state_dict() has bf16 copies on the CPU, and hf_lowmem.weights.wake(model) makes it a plain bf16 model again"
+)
+
+
+class AtRest:
+    """Codes and scales of one weight, on the weight's device.
+
+    Attributes:
+        name: of the parameter, without wrappers.
+        codes: int8, flat.
+        scale: fp32, flat, one for each `group` codes.
+        writes: a list of one number: how often the codes were written. A part of a weight shares it.
+        expected: scales that the next values to be loaded were saved with, perhaps.
+    """
+
+    def __init__(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
+        group = int8.group_of(values.shape)
+        assert group is not None, f"{name}: {tuple(values.shape)}"
+        self.name, self.shape, self.dtype, self.group = name, values.shape, values.dtype, group
+        self.codes = torch.empty(values.numel(), dtype=torch.int8, device=values.device)
+        self.scale = torch.full((values.numel() // group,), int8.TINY, device=values.device)
+        self.writes = [0]
+        self.expected: Tensor | None = scale
+        self.replace(values)
+
+    def decode(self) -> Tensor:
+        """The weight in its own dtype."""
+        return int8.decode(self.codes, self.scale, self.shape, self.dtype, group=self.group)
+
+    def load(self) -> Tensor:
+        """The weight in fp32, where it is exact."""
+        return int8.decode(self.codes, self.scale, self.shape, torch.float32, group=self.group)
+
+    def save(self, values: Tensor, seed: int | None, first: int = 0) -> None:
+        """Write what `load` gave and an update has changed. `first`: place of the first value in the whole weight."""
+        self.writes[0] += 1
+        int8.encode_(values.view(-1), self.codes, self.scale, group=self.group, seed=seed, first=first)
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Some rows, in the weight's own dtype."""
+        return int8.decode_rows(self.codes, self.scale, rows, self.shape[-1], self.dtype, group=self.group)
+
+    def part(self, start: int, stop: int) -> "AtRest":
+        """The weight's values from `start` to `stop`, flat: a view."""
+        made = object.__new__(AtRest)
+        vars(made).update(vars(self))
+        made.shape = torch.Size([stop - start])
+        made.codes, made.scale = self.codes[start:stop], self.scale[start // self.group : stop // self.group]
+        return made
+
+    @torch.no_grad()
+    def replace(self, values: Tensor) -> bool:
+        """Take other values, which are rounded to the nearest codes. Returns whether they are what `decode` gives now.
+
+        They are where they were saved from such a weight and its scales are `expected`, or are the present ones.
+        """
+        self.writes[0] += 1
+        flat = values.detach().to(self.scale.device, self.dtype).reshape(-1).float()
+        found, self.expected = self.expected, None
+        for scale in (found, self.scale):
+            if scale is not None and scale.shape == self.scale.shape and self._fits(flat, scale.to(self.scale)):
+                return True
+        self.scale.fill_(int8.TINY)
+        int8.encode_(flat, self.codes, self.scale, group=self.group)
+        return False
+
+    def _fits(self, flat: Tensor, scale: Tensor) -> bool:
+        """Whether values are those of codes with these scales, which are then taken."""
+        if simulated(flat):
+            return False
+        codes = (flat.view(-1, self.group) / scale[:, None]).round_()
+        if not bool((codes.abs() <= int8.TOP).all()):
+            return False
+        codes = codes.to(torch.int8).view(-1)
+        if not torch.equal(int8.decode(codes, scale, flat.shape, self.dtype, group=self.group), flat.to(self.dtype)):
+            return False
+        self.codes.copy_(codes)
+        self.scale.copy_(scale)
+        return True
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The tensors that it consists of."""
+        return self.codes, self.scale
+
+
+def simulated(tensor: Tensor) -> bool:
+    """Whether a tensor has no values to look at: on the meta device, or in a simulation of a step."""
+    return tensor.is_meta or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage]
+
+
+def at_rest(p: Any) -> AtRest | None:
+    """What is kept of a parameter that is at rest; None of any other."""
+    return getattr(p, "lowmem_at_rest", None)
+
+
+def _getters(*names: str) -> Iterator[Any]:
+    return (getattr(Tensor, name).__get__ for name in names)
+
+
+# What may be asked of a parameter without values: all that does not depend on them.
+ALLOWED: set[Any] = {
+    *_getters("shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version"),
+    *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested"),
+    *_getters("itemsize", "nbytes", "output_nr", "retains_grad", "_base", "_backward_hooks", "is_xpu", "is_mps"),
+    *_getters("_post_accumulate_grad_hooks"),
+    Tensor.grad.__set__,  # type: ignore[attr-defined]
+    Tensor.grad.__delete__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor._post_accumulate_grad_hooks.__set__,  # type: ignore[attr-defined]
+    *(
+        getattr(Tensor, name)
+        for name in (
+            *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "__len__"),
+            *("is_floating_point", "is_complex", "is_contiguous", "is_signed", "is_inference", "get_device"),
+            *("untyped_storage", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "__hash__"),
+            *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+        )
+    ),
+    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.empty_like, torch.zeros_like, torch.ones_like),
+    *(torch.full_like, torch.rand_like, torch.randn_like),
+    torch._has_compatible_shallow_copy_type,  # pyright: ignore[reportPrivateUsage]  # what `module.to` asks
+}
+
+
+class EmptyParameter(nn.Parameter):
+    """The class of a parameter while it is at rest: says what it is, takes values to encode, gives none.
+
+    A parameter's class is exchanged, as torch's own lazy ones do it, so that the object stays the one that everybody
+    has.
+    """
+
+    lowmem_at_rest: AtRest
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ALLOWED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        p = args[0] if args else None
+        if isinstance(p, EmptyParameter):
+            if func is Tensor.copy_ and isinstance(args[1], Tensor) and not isinstance(args[1], EmptyParameter):
+                return _copy_(p, args[1])
+            if func == Tensor.data.__set__ and args[1] is p:  # type: ignore[attr-defined]  # `module.to` of where it is
+                return None
+            if func is Tensor.to and _stays(p, args[1:], kwargs or {}):
+                return p
+            if func in (Tensor.bfloat16, Tensor.cpu, Tensor.cuda) and len(args) == 1 and _is_already(p, func.__name__):
+                return p
+        return _refuse(func, args, kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, at rest in int8"
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        _refuse("copy.deepcopy", (self,), None)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse("pickle", (self,), None)
+
+
+def _copy_(p: EmptyParameter, values: Tensor) -> EmptyParameter:
+    """Load values, as `load_state_dict` does."""
+    if values.shape != p.shape:
+        raise RuntimeError(f"{p.lowmem_at_rest.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
+    if p.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    p.lowmem_at_rest.replace(values)
+    return p
+
+
+def _stays(p: EmptyParameter, args: Any, kwargs: Any) -> bool:
+    """Whether `p.to(...)` would leave it where and what it is."""
+    try:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+    except (TypeError, RuntimeError):
+        return False
+    here = device is None or device == p.device or (device.index is None and device.type == p.device.type)
+    return here and dtype in (None, p.dtype)
+
+
+def _is_already(p: EmptyParameter, name: str) -> bool:
+    """Whether a parameter has the dtype or the kind of device that a method is called after."""
+    return name in (str(p.dtype).removeprefix("torch."), p.device.type)
+
+
+def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
+    tree = torch.utils._pytree.tree_leaves((args, kwargs))  # type: ignore[attr-defined]
+    name = next(leaf.lowmem_at_rest.name for leaf in tree if isinstance(leaf, EmptyParameter))
+    said = func if isinstance(func, str) else getattr(func, "__name__", str(func))
+    owner = getattr(func, "__self__", None)
+    if said in ("__get__", "__set__", "__delete__") and owner is not None:
+        said = f".{owner.__name__}"
+    raise RuntimeError(
+        f"{name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to {said!r}: they are there "
+        f"only inside of its own layer. {WAKE}."
+    )
+
+
+def empty(p: nn.Parameter, kept: AtRest) -> None:
+    """Take the values out of a parameter of which `kept` was made."""
+    with torch.no_grad():
+        p.data = torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
+    p.lowmem_at_rest = kept  # type: ignore[attr-defined]
+    if type(p) is nn.Parameter:  # a simulation's has a class of its own
+        p.__class__ = EmptyParameter
+
+
+def fill(p: nn.Parameter) -> None:
+    """Make a plain parameter of one that is at rest."""
+    kept = at_rest(p)
+    assert kept is not None
+    if isinstance(p, EmptyParameter):
+        p.__class__ = nn.Parameter
+    del p.lowmem_at_rest
+    with torch.no_grad():
+        p.data = kept.decode()
+
+
