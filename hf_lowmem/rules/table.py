@@ -180,6 +180,13 @@ def _at_rest(run: Run) -> str:
 
 AT_REST = (
     Rule(
+        "rest_sharded",
+        ("fields", "engine", "optim"),
+        lambda run: _rests(run) and run.engine == "fsdp",
+        lambda run: f"{_at_rest(run)} cannot be combined with FSDP2: {SHARDED}",
+        "",
+    ),
+    Rule(
         "rest_in_backward",
         ("fields", "in_backward", "optim"),
         lambda run: _rests(run) and not run.in_backward and run.budget is None,
@@ -188,13 +195,6 @@ AT_REST = (
             "twice what the weights do"
         ),
         "Set it, with max_grad_norm=0, or set lowmem_weights='bf16_sr'",
-    ),
-    Rule(
-        "rest_sharded",
-        ("fields", "engine", "optim"),
-        lambda run: _rests(run) and run.engine == "fsdp",
-        lambda run: f"{_at_rest(run)} cannot be combined with FSDP2: {SHARDED}",
-        "",
     ),
     Rule(
         "rest_budget",

@@ -42,9 +42,8 @@ class LinearAtRest(torch.autograd.Function):
         kept: AtRest = ctx.kept
         if kept.writes[0] != ctx.writes:
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{kept.name}, at rest in int8, was updated after the forward pass whose gradient is asked for. With a "
-                "step in backward each forward pass has one backward pass, and a forward pass comes after an update."
+                "step in backward a forward pass is followed by its own backward pass: add up losses before it."
             )
         rows = g.reshape(-1, g.shape[-1])
         of_x = of_w = of_bias = None

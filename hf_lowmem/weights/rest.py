@@ -77,6 +77,8 @@ class AtRest:
 
         They are where they were saved from such a weight and its scales are `expected`, or are the present ones.
         """
+        if not simulated(values) and not bool(values.isfinite().all()):
+            raise ValueError(f"{self.name} has NaN or Inf among its values, for which there is no int8 code.")
         self.writes[0] += 1
         flat = values.detach().to(self.scale.device, self.dtype).reshape(-1).float()
         found, self.expected = self.expected, None

@@ -1,0 +1,388 @@
+"""Weights at rest: a model computes what the plain one would, and whoever else reads a weight is told its name."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from hf_lowmem.activations import convert
+from hf_lowmem.memory import parameter_bytes
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward, make_optimizer
+from hf_lowmem.optim.resting import choose
+from hf_lowmem.planner.models import make_model
+from hf_lowmem.specs import TIERS
+from hf_lowmem.weights import SIDE_FILE, at_rest, resting, wake
+from tests.conftest import tiny_llama
+from tests.contracts.test_optimizers import options
+
+BF16 = torch.bfloat16
+IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def llama(**overrides: Any) -> Any:
+    return tiny_llama(dtype=BF16, num_hidden_layers=2, **overrides).train()
+
+
+def gpt2(**overrides: Any) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 32}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **overrides)).to(BF16).train()
+
+
+def loss_of(model: Any) -> Tensor:
+    return model(input_ids=IDS, labels=IDS, use_cache=False).loss
+
+
+def both(make: Callable[..., Any], **kwargs: Any) -> tuple[Any, Any]:
+    """A model at rest, and a plain one with the same values."""
+    model, plain = make(**kwargs), make(**kwargs)
+    make_optimizer("adamw", model, weights="int8_sr")
+    plain.load_state_dict(model.state_dict())
+    return model, plain
+
+
+def gradients(model: Any, run: Callable[[Any], Tensor] = loss_of) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = run(model)
+    loss.backward()
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(model: Any, plain: Any, run: Callable[[Any], Tensor] = loss_of) -> None:
+    (loss, found), (expected, grads) = gradients(model, run), gradients(plain, run)
+    assert torch.equal(loss, expected)
+    assert found.keys() == grads.keys()
+    assert all(torch.equal(found[n], grads[n]) for n in grads), [n for n in grads if not torch.equal(found[n], grads[n])]
+
+
+@pytest.mark.parametrize("first", ["tier", "rest"])
+@pytest.mark.parametrize("tier", [None, *TIERS])
+def test_loss_and_gradients_are_those_of_the_plain_model(tier: str | None, first: str) -> None:
+    """In whichever order both are put on the model, since a tier's forwards stand around a layer's own."""
+    model, plain = llama(), llama()
+    if first == "tier" and tier is not None:
+        convert(model, tier)
+    make_optimizer("adamw", model, weights="int8_sr")
+    assert len(resting(model)) == 15
+    plain.load_state_dict(model.state_dict())
+    if tier is not None:
+        convert(plain, tier)
+        convert(model, tier)
+    same(model, plain)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_checkpointing_runs_a_layer_twice(make: Callable[..., Any]) -> None:
+    model, plain = both(make)
+    for one in (model, plain):
+        one.gradient_checkpointing_enable({"use_reentrant": False})
+    same(model, plain)
+
+
+def test_linears_with_a_bias_and_conv1d() -> None:
+    """GPT-2's linears lie the other way round; its head and its embedding are one, and stay."""
+    model, plain = both(gpt2)
+    assert len(resting(model)) == 9  # four a layer, and the table of positions
+    assert at_rest(model.lm_head.weight) is None
+    same(model, plain)
+    same(*both(llama, attention_bias=True, mlp_bias=True))
+
+
+def test_autocast_of_an_fp32_stream() -> None:
+    def run(model: Any) -> Tensor:
+        hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.model.layers[0].mlp(hidden).float().square().mean()
+
+    same(*both(llama), run)
+
+
+def test_a_backward_pass_may_enter_a_layer_from_its_middle() -> None:
+    """As a router's loss does: no way into a layer finds a weight that is not there."""
+
+    def run(model: Any) -> Tensor:
+        seen = []
+        hook = model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda m, i, o: seen.append(o))
+        loss = loss_of(model) + seen[0].float().square().mean()
+        hook.remove()
+        return loss
+
+    same(*both(llama), run)
+
+
+def test_weights_shared_by_two_layers_rest_once() -> None:
+    def make() -> Any:
+        model = llama()
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        return model
+
+    model, plain = both(make)
+    assert len(resting(model)) == 14
+    same(model, plain)
+
+
+READS: dict[str, Callable[[nn.Parameter, Any], Any]] = {
+    "add": lambda p, m: p + 1,
+    "linear": lambda p, m: nn.functional.linear(torch.ones(1, p.shape[1], dtype=p.dtype), p),
+    "data": lambda p, m: p.data,
+    "detach": lambda p, m: p.detach(),
+    "in place": lambda p, m: torch.no_grad()(p.mul_)(2),
+    "item": lambda p, m: p[0, 0],
+    "numpy": lambda p, m: p.float().numpy(),
+    "clone": lambda p, m: p.clone(),
+    "norm": lambda p, m: torch.linalg.vector_norm(p),
+    "foreach": lambda p, m: torch._foreach_norm([p]),
+    "pointer": lambda p, m: p.data_ptr(),
+    "another dtype": lambda p, m: m.float(),
+    "a copy of the parameter": lambda p, m: copy.deepcopy(p),
+    "a copy of the model": lambda p, m: copy.deepcopy(m),
+    "pickle": lambda p, m: pickle.dumps(m),
+    "an average": lambda p, m: torch.optim.swa_utils.AveragedModel(m),
+    "another's values": lambda p, m: nn.init.normal_(p),
+    "to another device": lambda p, m: p.to("meta"),
+    "setting data": lambda p, m: setattr(p, "data", torch.zeros(p.shape, dtype=p.dtype)),
+    "another optimizer": lambda p, m: (setattr(p, "grad", torch.ones_like(p)), torch.optim.AdamW([p]).step()),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_whoever_reads_a_weight_is_told_its_name(read: str) -> None:
+    model = llama()
+    make_optimizer("adamw", model, weights="int8_sr")
+    p = model.model.embed_tokens.weight
+    before = [t.clone() for t in resting(model)["model.embed_tokens.weight"].stored()]
+    with pytest.raises(RuntimeError, match=r"model.embed_tokens.weight is at rest in int8.*weights\.wake\(model\)"):
+        READS[read](p, model)
+    after = resting(model)["model.embed_tokens.weight"].stored()
+    assert all(map(torch.equal, before, after))
+
+
+def test_who_gets_by_the_guard_gets_nan() -> None:
+    model = llama()
+    make_optimizer("adamw", model, weights="int8_sr")
+    p = model.model.layers[0].mlp.up_proj.weight
+    with torch._C.DisableTorchFunctionSubclass():
+        assert p.float().isnan().all()
+        assert p.untyped_storage().nbytes() == 2
+
+
+def test_what_does_not_depend_on_values_is_answered() -> None:
+    model = llama()
+    before = sum(p.numel() for p in model.parameters())
+    make_optimizer("adamw", model, weights="int8_sr")
+    p = model.model.layers[0].mlp.up_proj.weight
+    assert isinstance(p, nn.Parameter)
+    assert (p.shape, p.dtype, p.device.type, p.requires_grad, p.is_leaf) == ((96, 64), BF16, "cpu", True, True)
+    assert model.num_parameters() == before == sum(p.numel() for p in model.parameters())
+    assert "at rest in int8" in repr(p)
+    assert model.to("cpu").to(BF16).bfloat16().cpu().train() is model
+    assert model.dtype == BF16
+    model.zero_grad()
+    p.requires_grad_(False).requires_grad_(True)
+
+
+def test_bytes_are_those_of_codes_and_scales() -> None:
+    model = llama()
+    make_optimizer("adamw", model, weights="int8_sr")
+    kept = sum(w.codes.numel() + 4 * w.scale.numel() for w in resting(model).values())
+    others = sum(2 * p.numel() for p in model.parameters() if at_rest(p) is None)
+    assert parameter_bytes(model) == kept + others
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_method_steps_codes_in_backward(name: str) -> None:
+    """As it steps bf16_sr weights whose rounding is another: the first step's direction, and a loss that falls."""
+    model = llama()
+    optimizer = make_optimizer(name, model, lr=0.02 if name == "lamb" else 2e-3, weights="int8_sr", **options(name))
+    stepping = StepInBackward(optimizer)
+    losses = []
+    for _ in range(8):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    assert all(p.grad is None for p in model.parameters())
+    assert all(at_rest(p) is not None for p in model.model.layers.parameters() if p.ndim == 2)
+    stepping.remove()
+
+
+def test_a_long_weight_is_stepped_in_chunks_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chunk in (1 << 24, 1024):
+        for module in ("chunked", "loaded_state"):
+            monkeypatch.setattr(f"hf_lowmem.optim.{module}.CHUNK", chunk)
+        model = llama()
+        optimizer = make_optimizer("adamw", model, lr=1e-2, state="int8", weights="int8_sr")
+        stepping = StepInBackward(optimizer)
+        for _ in range(3):
+            loss_of(model).backward()
+            optimizer.step()
+        stepping.remove()
+        found.append(resting(model))
+    assert all(torch.equal(found[0][n].codes, found[1][n].codes) for n in found[0])
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_what_is_not_finite_leaves_codes_as_they_were(where: str) -> None:
+    model = llama()
+    optimizer = make_optimizer("adamw", model, lr=1e-3 if where == "gradient" else 1e37, weights="int8_sr")
+    if where == "update":
+        optimizer.update = lambda p, *_: p.fill_(torch.inf)  # type: ignore[method-assign]
+    stepping = StepInBackward(optimizer)
+    before = {n: w.codes.clone() for n, w in resting(model).items()}
+    loss = loss_of(model)
+    (loss * (float("nan") if where == "gradient" else 1)).backward()
+    optimizer.step()
+    assert all(torch.equal(w.codes, before[n]) for n, w in resting(model).items())
+    assert all(w.scale.isfinite().all() for w in resting(model).values())
+    assert optimizer.skipped().steps == 1
+    stepping.remove()
+
+
+def test_a_second_graph_of_older_weights_is_an_error() -> None:
+    """As autograd says it of plain weights that a step in backward has written to."""
+    model = llama()
+    optimizer = make_optimizer("adamw", model, weights="int8_sr")
+    stepping = StepInBackward(optimizer)
+    first, second = loss_of(model), loss_of(model)
+    first.backward()
+    with pytest.raises(RuntimeError, match="was updated after the forward pass"):
+        second.backward()
+    stepping.remove()
+
+
+def test_gradients_that_wait_for_a_step_are_an_error() -> None:
+    model = llama()
+    optimizer = make_optimizer("adamw", model, weights="int8_sr")
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"needs a step in backward, and model\..*StepInBackward\(optimizer\)"):
+        optimizer.step()
+
+
+def test_saved_as_a_plain_model_and_back_to_the_bit(tmp_path: Path) -> None:
+    model = llama()
+    optimizer = make_optimizer("adamw", model, lr=5e-3, weights="int8_sr")
+    stepping = StepInBackward(optimizer)
+    for _ in range(5):
+        loss_of(model).backward()
+        optimizer.step()
+    stepping.remove()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / SIDE_FILE).is_file()
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    saved = model.state_dict()
+    assert list(saved) == list(plain.state_dict())
+    assert {v.dtype for v in saved.values()} == {BF16}
+    assert all(torch.equal(v, saved[n]) for n, v in plain.state_dict().items())
+    make_optimizer("adamw", plain, weights="int8_sr")
+    kept, again = resting(model), resting(plain)
+    assert all(torch.equal(kept[n].codes, again[n].codes) and torch.equal(kept[n].scale, again[n].scale) for n in kept)
+
+
+def test_scales_that_do_not_fit_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    make_optimizer("adamw", model, weights="int8_sr")
+    model.save_pretrained(tmp_path)
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    with torch.no_grad():
+        plain.model.layers[0].mlp.up_proj.weight.mul_(3)
+    make_optimizer("adamw", plain, weights="int8_sr")
+    assert "does not fit 1 weights" in caplog.text
+
+
+def test_loading_while_at_rest() -> None:
+    model, other = llama(), llama(seed=1)
+    make_optimizer("adamw", model, weights="int8_sr")
+    make_optimizer("adamw", other, weights="int8_sr")
+    values = other.state_dict()
+    model.load_state_dict(values)
+    # The nearest codes, by scales of their own.
+    for name, kept in resting(model).items():
+        group = values[name].float().abs().amax(-1, keepdim=True) / 127
+        assert torch.all((kept.decode().float() - values[name].float()).abs() <= group)
+    with pytest.raises(RuntimeError, match=r"up_proj.*values of shape|size mismatch"):
+        model.load_state_dict(values | {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)})
+    model.load_state_dict(values, assign=True)
+    with pytest.raises(RuntimeError, match="has been replaced since"):
+        loss_of(model)
+
+
+def test_awake_again() -> None:
+    model = llama()
+    keys = {n: sorted(vars(m)) for n, m in model.named_modules()}
+    make_optimizer("adamw", model, weights="int8_sr")
+    saved = model.state_dict()
+    make_optimizer("adamw", model, weights="int8_sr")  # again is nothing
+    assert len(resting(model)) == 15
+    with pytest.raises(ValueError, match=r"weights='bf16_sr'.*at rest in int8 \(model\..*wake\(model\)"):
+        make_optimizer("adamw", model, weights="bf16_sr")
+    assert wake(model) is model
+    assert {n: sorted(vars(m)) for n, m in model.named_modules()} == keys
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert all(torch.equal(v, saved[n]) for n, v in model.state_dict().items())
+    copy.deepcopy(model)
+    make_optimizer("adamw", model, weights="bf16_sr")
+
+
+def test_generation() -> None:
+    model, plain = both(llama)
+    made = [m.eval().generate(IDS[:, :5], max_new_tokens=6, do_sample=False) for m in (model, plain)]
+    assert torch.equal(*made)
+
+
+def test_what_stays_is_said() -> None:
+    model = llama(hidden_size=64, intermediate_size=112)
+    for p in model.model.layers[1].parameters():
+        p.requires_grad_(False)
+    found = choose(model)
+    assert [n for n, _, _ in found.weights if "down" in n] == []  # rows of 112 values
+    assert "128 stay" not in str(found)
+    assert "the output head" in str(found)
+    assert "rows that 32 does not divide" in str(found)
+
+
+def refused(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_optimizer("adamw", model, weights="int8_sr")
+    assert not resting(model)
+
+
+def test_refused_in_words() -> None:
+    refused(tiny_llama(), r"weights='int8_sr' has no effect: no trained bfloat16 weight.*float32 weights.*dtype=")
+    adapted = llama()
+    adapted.peft_config = {"default": None}
+    refused(adapted, r"weights='int8_sr' cannot be combined with adapters.*load_in_8bit")
+    with pytest.raises(ValueError, match=r"for a model.*make_optimizer\(name, model"):
+        OPTIMIZERS["adamw"](llama().parameters(), weights="int8_sr")
+    broken = llama()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight has NaN or Inf"):
+        make_optimizer("adamw", broken, weights="int8_sr")
+
+
+def test_a_forward_that_is_not_the_layers_own_is_left_alone() -> None:
+    model = llama()
+    linear = model.model.layers[0].mlp.up_proj
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight) * 2
+    make_optimizer("adamw", model, weights="int8_sr")
+    assert at_rest(linear.weight) is None
+    loss_of(model).backward()
+
+
+def test_a_simulation_looks_at_no_values() -> None:
+    config = llama().config
+    with FakeTensorMode():
+        model = make_model(config, BF16, "sdpa")
+        make_optimizer("adamw", model, weights="int8_sr")
+        assert len(resting(model)) == 15
+        model(input_ids=torch.zeros(2, 24, dtype=torch.long)).logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
