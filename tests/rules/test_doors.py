@@ -66,7 +66,7 @@ ROWS = {
     "in_backward_clips": Row(STEPPING, "which clips gradients"),
     "rest_in_backward": Row(ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"),
     "rest_sharded": Row(
-        ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
     ),
     "rest_budget": Row(STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "budget": "1GiB"}, "the search counts"),
     "budget_passed": Row({"budget": "1GiB", "passed": True}, "what an optimizer of yours"),
@@ -91,6 +91,7 @@ BLIND = {
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
        if rule.startswith(("in_backward", "rest", "budget", "zero", "passed", "fields", "fsdp2"))},
+    ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("fsdp1", "planner"): "the processes that are planned are those of FSDP2 or DDP",
     ("tiers_offload", "plugin"): TRLS,
