@@ -19,7 +19,7 @@ from torch import nn
 from hf_lowmem.optim.groups import head_weights, linear_weights
 from hf_lowmem.optim.names import named_modules, named_parameters
 from hf_lowmem.specs import OptimSpec
-from hf_lowmem.weights import at_rest, int8, put_to_rest
+from hf_lowmem.weights import AtRest, at_rest, int8, put_to_rest
 from hf_lowmem.weights.forwards import forward_for
 
 __all__ = ["INT8", "Chosen", "check_awake", "check_rests", "choose", "rest"]
@@ -104,7 +104,7 @@ def check_rests(spec: OptimSpec, model: nn.Module) -> Chosen:
     asked = f"{spec.label('weights')}={spec.weights!r}"
     if getattr(model, "peft_config", None):
         raise ValueError(
-            f"{asked} cannot be combined with adapters (PEFT): of trained weights it keeps int8, and those of the model "
+            f"{asked} cannot be combined with adapters (PEFT): it is for trained weights, and the model's "
             "are frozen. Load the model with BitsAndBytesConfig(load_in_8bit=True), or leave it unset."
         )
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
@@ -136,7 +136,7 @@ def check_awake(spec: OptimSpec, model: nn.Module) -> None:
         )
 
 
-def _resting(model: nn.Module) -> Iterator:
+def _resting(model: nn.Module) -> Iterator[AtRest]:
     return filter(None, map(at_rest, model.parameters()))
 
 

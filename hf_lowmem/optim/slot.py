@@ -230,7 +230,9 @@ class Slot:
         correction = self.correction(local(p)) if self.store.corrected else None
         if not self.store.draws:
             return Weights(p, finite, keep=keep, correction=correction)
-        return Weights(p, finite, keep=keep, correction=correction, seed=self.weight_seed, first=self.first(), rest=self.rest)
+        return Weights(
+            p, finite, keep=keep, correction=correction, seed=self.weight_seed, first=self.first(), rest=self.rest
+        )
 
     def correction(self, here: Tensor) -> Tensor:
         """The int8 beside a bf16 weight that is stored with 24 bits. `here`: what of the weight is on this process."""

@@ -169,7 +169,6 @@ IN_BACKWARD = (
 )
 
 
-
 def _rests(run: Run) -> bool:
     return run.ours and (run.fields or {}).get("lowmem_weights") in STORES_AT_REST
 
@@ -191,8 +190,8 @@ AT_REST = (
         ("fields", "in_backward", "optim"),
         lambda run: _rests(run) and not run.in_backward and run.budget is None,
         lambda run: (
-            f"{_at_rest(run)} needs lowmem_step_in_backward=True: gradients that wait for a step take 2 bytes a weight, "
-            "twice what the weights do"
+            f"{_at_rest(run)} needs lowmem_step_in_backward=True: gradients that wait take 2 bytes a weight, twice "
+            "what the weights do"
         ),
         "Set it, with max_grad_norm=0, or set lowmem_weights='bf16_sr'",
     ),

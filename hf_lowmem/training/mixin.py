@@ -4,7 +4,7 @@ import inspect
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -129,15 +129,17 @@ class LowMemTrainerMixin:
     def _rests(self) -> bool:
         return self._ours and self.args.lowmem_weights in STORES_AT_REST
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load as the parent does; the scales of weights that were at rest are wanted when they are so again."""
         self._weights_from = resume_from_checkpoint
         expect_scales(self.model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        cast("Trainer", super())._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        expect_scales(self.model, self.state.best_model_checkpoint)  # type: ignore[attr-defined]
-        super()._load_best_model()  # type: ignore[misc]
+        best = cast("Trainer", self).state.best_model_checkpoint
+        if best is not None:
+            expect_scales(self.model, best)
+        cast("Trainer", super())._load_best_model()
 
     def _compare_with_checkpointing(self, report: Report) -> None:
         """Warn where tiers keep more than the checkpointing that they switch off and nobody else has."""

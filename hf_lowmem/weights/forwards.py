@@ -8,7 +8,7 @@ torch's own, in torch's order, and the gradients are those of a plain layer with
 What they cost: a pass over the codes for each product, 3 bytes a weight, beside the 2 that the product itself reads.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,25 @@ from hf_lowmem.weights.rest import AtRest, at_rest
 __all__ = ["RestingForward", "forward_for", "is_conv1d"]
 
 
+class Context(Protocol):
+    """What a product's forward leaves for its backward."""
+
+    kept: AtRest
+    writes: int
+    transposed: bool
+    settings: tuple[int, int, bool]
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 # The names begin with those of torch's functions: tiers tell by a node's name whether it mixes values.
 class LinearAtRest(torch.autograd.Function):
     """`x @ w.T + bias`; with `transposed`, of transformers' Conv1D, `x @ w + bias`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: Tensor, bias: Tensor | None, kept: AtRest, transposed: bool) -> Tensor:
+    def forward(ctx: Context, x: Tensor, p: Tensor, bias: Tensor | None, kept: AtRest, transposed: bool) -> Tensor:
         ctx.kept, ctx.writes, ctx.transposed = kept, kept.writes[0], transposed
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         w = kept.decode().to(x.dtype)
@@ -37,9 +50,9 @@ class LinearAtRest(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x,) = grads, ctx.saved_tensors
-        kept: AtRest = ctx.kept
+        kept = ctx.kept
         if kept.writes[0] != ctx.writes:
             raise RuntimeError(
                 f"{kept.name}, at rest in int8, was updated after the forward pass whose gradient is asked for. With a "
@@ -64,27 +77,33 @@ class EmbeddingAtRest(torch.autograd.Function):
     """Rows of a table; those that are looked up are decoded, and no others."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, p: Tensor, kept: AtRest, padding: int, by_frequency: bool) -> Tensor:
+    def forward(ctx: Context, ids: Tensor, p: Tensor, kept: AtRest, padding: int, by_frequency: bool) -> Tensor:
         ctx.settings = kept.shape[0], padding, by_frequency
         ctx.save_for_backward(ids)
         return kept.rows(ids.reshape(-1)).view(*ids.shape, kept.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         return None, torch.ops.aten.embedding_dense_backward(grads[0], ids, *ctx.settings), None, None, None
+
+
+eager = torch.compiler.disable(reason="weights at rest in int8 are decoded by eager code")
 
 
 class RestingForward(ForwardPatch):
     """A forward of a module whose `weight` is at rest. It stands below all other patches: it is the module's own."""
 
+    def __call__(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def put(self) -> None:
-        *_, last = (None, *forwards_of(self.module))
-        if last is None:
-            super().put()
+        patches = list(forwards_of(self.module))
+        if patches:
+            self.inner, patches[-1].inner = patches[-1].inner, self
         else:
-            self.inner, last.inner = last.inner, self
+            super().put()
 
     def kept(self) -> tuple[Tensor, AtRest]:
         """The parameter, and what is kept of it."""
@@ -107,26 +126,28 @@ class RestingLinear(RestingForward):
         super().__init__(module)
         self.transposed = is_conv1d(module)
 
-    @torch.compiler.disable(reason="weights at rest in int8 are decoded by eager code")
+    @eager
     def __call__(self, input: Tensor) -> Tensor:
         p, kept = self.kept()
-        bias: Any = self.module.bias
+        bias = self.module._parameters["bias"]
         kind = input.device.type
         if torch.is_autocast_enabled(kind) and input.is_floating_point() and input.dtype != torch.float64:
             wanted = torch.get_autocast_dtype(kind)
-            input, bias = input.to(wanted), None if bias is None else bias.to(wanted)
+            return LinearAtRest.apply(
+                input.to(wanted), p, bias if bias is None else bias.to(wanted), kept, self.transposed
+            )
         return LinearAtRest.apply(input, p, bias, kept, self.transposed)
 
 
 class RestingEmbedding(RestingForward):
     """Forward of nn.Embedding."""
 
-    @torch.compiler.disable(reason="weights at rest in int8 are decoded by eager code")
+    @eager
     def __call__(self, input: Tensor) -> Tensor:
-        p, kept = self.kept()
-        padding: Any = self.module.padding_idx
-        by_frequency: Any = self.module.scale_grad_by_freq
-        return EmbeddingAtRest.apply(input, p, kept, -1 if padding is None else padding, by_frequency)
+        (p, kept), table = self.kept(), self.module
+        assert isinstance(table, nn.Embedding)
+        padding = -1 if table.padding_idx is None else table.padding_idx
+        return EmbeddingAtRest.apply(input, p, kept, padding, table.scale_grad_by_freq)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -136,8 +157,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def forward_for(module: nn.Module) -> type[RestingForward] | None:
     """The forward with which a module's `weight` can rest; None where the module may compute something else."""
-    *_, last = (None, *forwards_of(module))
-    theirs = vars(module).get("forward") if last is None else last.inner
+    patches = list(forwards_of(module))
+    theirs = patches[-1].inner if patches else vars(module).get("forward")
     if theirs is not None:  # somebody's else, such as accelerate's, which moves weights about
         return None
     if type(module) is nn.Linear or is_conv1d(module):

@@ -71,7 +71,7 @@ def encode_(
     """
     for start, stop in spans(values.numel(), group, values.device):
         part, s = values[start:stop].view(-1, group), scale[start // group : stop // group]
-        largest = torch.linalg.vector_norm(part, ord=torch.inf, dim=1)
+        largest = torch.maximum(part.amax(1), part.amin(1).neg_())
         stays = ((largest <= s * TOP) & (largest >= s * BOTTOM)) | (largest == 0)
         s.copy_(torch.where(stays, s, scale_of(largest)))
         scaled = part / s[:, None]

@@ -9,7 +9,6 @@ model is, and would be rounded to codes anew.
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_lowmem.patching import forwards_of
-from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill
 from hf_lowmem.weights.forwards import RestingForward, forward_for
+from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill
 
 __all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake"]
 
@@ -28,7 +27,7 @@ SIDE_FILE = "lowmem_weights.safetensors"
 
 
 def resting(model: nn.Module) -> dict[str, AtRest]:
-    """What is kept of each parameter that is at rest, by name without wrappers."""
+    """Codes and scales of all parameters that are at rest, by name without wrappers."""
     found = (at_rest(p) for p in model.parameters())
     return {kept.name: kept for kept in found if kept is not None}
 
@@ -79,8 +78,9 @@ def wake(model: nn.Module) -> nn.Module:
             if isinstance(patch, RestingForward):
                 patch.take_away()
                 vars(module).pop("_save_to_state_dict", None)
-                if at_rest(module.weight) is not None:  # else another module's, too
-                    fill(module.weight)  # type: ignore[arg-type]
+                weight = module._parameters["weight"]
+                if weight is not None and at_rest(weight) is not None:  # it may be another module's as well
+                    fill(weight)
     if isinstance(vars(model).get("save_pretrained"), SaveScales):
         del vars(model)["save_pretrained"]
     return model
@@ -92,8 +92,8 @@ class Saved:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        module, weight = self.module, self.module.weight
+    def __call__(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        module, weight = self.module, self.module._parameters["weight"]
         kept = at_rest(weight)
         if kept is None or keep_vars:
             type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
@@ -105,16 +105,16 @@ class Saved:
             destination[prefix + "weight"] = values  # in its place: the order of a state dict is the model's
             type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
         finally:
-            module._parameters["weight"] = weight  # type: ignore[assignment]
+            module._parameters["weight"] = weight
 
 
 class SaveScales:
     """`model.save_pretrained`, and the scales beside what it writes."""
 
-    def __init__(self, model: nn.Module, save: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, save: Callable[..., object]) -> None:
         self.model, self.save = model, save
 
-    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, save_directory: str | Path, *args: object, **kwargs: object) -> object:
         made = self.save(save_directory, *args, **kwargs)
         main = args[0] if args else kwargs.get("is_main_process", True)
         if main:
@@ -135,7 +135,8 @@ def read_scales(folder: str | Path | None) -> Mapping[str, Tensor]:
     if path is None or not path.is_file():
         return {}
     with safe_open(str(path), framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}
 
 
 def expect_scales(model: nn.Module, folder: str | Path) -> None:

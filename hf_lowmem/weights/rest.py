@@ -10,8 +10,8 @@ way of its own, such as a router's loss, reads it before anybody has filled it. 
 here it is one matrix. Why no tensor subclass that decodes itself: see hf_lowmem/optim/base.py.
 """
 
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -110,41 +110,42 @@ class AtRest:
 
 def simulated(tensor: Tensor) -> bool:
     """Whether a tensor has no values to look at: on the meta device, or in a simulation of a step."""
-    return tensor.is_meta or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage]
+    return tensor.is_meta or torch._C._len_torch_dispatch_stack() > 0
 
 
-def at_rest(p: Any) -> AtRest | None:
-    """What is kept of a parameter that is at rest; None of any other."""
+def at_rest(p: object) -> AtRest | None:
+    """Codes and scales of a parameter that is at rest; None of any other."""
     return getattr(p, "lowmem_at_rest", None)
 
 
-def _getters(*names: str) -> Iterator[Any]:
-    return (getattr(Tensor, name).__get__ for name in names)
+def _of_tensor(how: str | None, *names: str) -> Iterator[object]:
+    """Methods of torch.Tensor, or how its attributes are read (`__get__`), set or deleted."""
+    return (getattr(Tensor, name) if how is None else getattr(getattr(Tensor, name), how) for name in names)
 
 
 # What may be asked of a parameter without values: all that does not depend on them.
-ALLOWED: set[Any] = {
-    *_getters("shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version"),
-    *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested"),
-    *_getters("itemsize", "nbytes", "output_nr", "retains_grad", "_base", "_backward_hooks", "is_xpu", "is_mps"),
-    *_getters("_post_accumulate_grad_hooks"),
-    Tensor.grad.__set__,  # type: ignore[attr-defined]
-    Tensor.grad.__delete__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    Tensor._post_accumulate_grad_hooks.__set__,  # type: ignore[attr-defined]
-    *(
-        getattr(Tensor, name)
-        for name in (
-            *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "__len__"),
-            *("is_floating_point", "is_complex", "is_contiguous", "is_signed", "is_inference", "get_device"),
-            *("untyped_storage", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "__hash__"),
-            *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
-        )
+ALLOWED: set[object] = {
+    *_of_tensor(
+        "__get__",
+        *("shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version"),
+        *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_nested"),
+        *("itemsize", "nbytes", "output_nr", "retains_grad", "_base", "_backward_hooks", "is_xpu", "is_mps"),
+        "_post_accumulate_grad_hooks",
+    ),
+    *_of_tensor("__set__", "grad", "requires_grad", "_post_accumulate_grad_hooks"),
+    *_of_tensor("__delete__", "grad"),
+    *_of_tensor(
+        None,
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "__len__"),
+        *("is_floating_point", "is_complex", "is_contiguous", "is_signed", "is_inference", "get_device"),
+        *("untyped_storage", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "__hash__"),
+        *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
     ),
     *(torch.is_floating_point, torch.is_complex, torch.numel, torch.empty_like, torch.zeros_like, torch.ones_like),
     *(torch.full_like, torch.rand_like, torch.randn_like),
-    torch._has_compatible_shallow_copy_type,  # pyright: ignore[reportPrivateUsage]  # what `module.to` asks
+    torch._has_compatible_shallow_copy_type,  # what `module.to` asks
 }
+(SET_DATA,) = _of_tensor("__set__", "data")
 
 
 class EmptyParameter(nn.Parameter):
@@ -157,50 +158,66 @@ class EmptyParameter(nn.Parameter):
     lowmem_at_rest: AtRest
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
         if func in ALLOWED:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        p = args[0] if args else None
+                return func(*args, **kwargs)
+        p, *others = args or (None,)
         if isinstance(p, EmptyParameter):
-            if func is Tensor.copy_ and isinstance(args[1], Tensor) and not isinstance(args[1], EmptyParameter):
-                return _copy_(p, args[1])
-            if func == Tensor.data.__set__ and args[1] is p:  # type: ignore[attr-defined]  # `module.to` of where it is
+            if func is Tensor.copy_ and isinstance(others[0], Tensor) and at_rest(others[0]) is None:
+                return _load(p, others[0])
+            if func == SET_DATA and others[0] is p:  # `module.to` of where and what it is
                 return None
-            if func is Tensor.to and _stays(p, args[1:], kwargs or {}):
+            if func is Tensor.to and _stays(p, others, kwargs):
                 return p
-            if func in (Tensor.bfloat16, Tensor.cpu, Tensor.cuda) and len(args) == 1 and _is_already(p, func.__name__):
+            if func in (Tensor.bfloat16, Tensor.cpu, Tensor.cuda) and not others and _is_already(p, func.__name__):
                 return p
-        return _refuse(func, args, kwargs)
+        said, owner = getattr(func, "__name__", str(func)), getattr(func, "__self__", None)
+        name = getattr(owner, "__name__", said)  # of the attribute that is read or set
+        return _refuse(next(_in((args, kwargs))), f".{name}" if said.startswith("__") and owner is not None else said)
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, at rest in int8"
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        _refuse("copy.deepcopy", (self,), None)
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        _refuse(self, "copy.deepcopy")
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        _refuse("pickle", (self,), None)
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        _refuse(self, "pickle")
 
 
-def _copy_(p: EmptyParameter, values: Tensor) -> EmptyParameter:
-    """Load values, as `load_state_dict` does."""
+def _load(p: EmptyParameter, values: Tensor) -> EmptyParameter:
+    """Take values, as `load_state_dict` writes them."""
     if values.shape != p.shape:
         raise RuntimeError(f"{p.lowmem_at_rest.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
     if p.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        raise RuntimeError(f"{p.lowmem_at_rest.name}: a leaf that requires grad is written to. Use torch.no_grad().")
     p.lowmem_at_rest.replace(values)
     return p
 
 
-def _stays(p: EmptyParameter, args: Any, kwargs: Any) -> bool:
+def _stays(p: EmptyParameter, args: Sequence[object], kwargs: dict[str, object]) -> bool:
     """Whether `p.to(...)` would leave it where and what it is."""
-    try:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
-    except (TypeError, RuntimeError):
+    if kwargs.get("copy"):
         return False
-    here = device is None or device == p.device or (device.index is None and device.type == p.device.type)
-    return here and dtype in (None, p.dtype)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, str | torch.device):
+            device = torch.device(value)
+            if device.type != p.device.type or device.index not in (None, p.device.index):
+                return False
+        elif isinstance(value, torch.dtype):
+            if value != p.dtype:
+                return False
+        elif not (value is None or isinstance(value, bool | torch.memory_format)):  # another tensor, a device's number
+            return False
+    return True
 
 
 def _is_already(p: EmptyParameter, name: str) -> bool:
@@ -208,16 +225,19 @@ def _is_already(p: EmptyParameter, name: str) -> bool:
     return name in (str(p.dtype).removeprefix("torch."), p.device.type)
 
 
-def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
-    tree = torch.utils._pytree.tree_leaves((args, kwargs))  # type: ignore[attr-defined]
-    name = next(leaf.lowmem_at_rest.name for leaf in tree if isinstance(leaf, EmptyParameter))
-    said = func if isinstance(func, str) else getattr(func, "__name__", str(func))
-    owner = getattr(func, "__self__", None)
-    if said in ("__get__", "__set__", "__delete__") and owner is not None:
-        said = f".{owner.__name__}"
+def _in(value: object) -> Iterator[EmptyParameter]:
+    """Parameters at rest among the arguments of a call, however deep."""
+    if isinstance(value, EmptyParameter):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _in(item)
+
+
+def _refuse(p: EmptyParameter, said: str) -> NoReturn:
     raise RuntimeError(
-        f"{name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to {said!r}: they are there "
-        f"only inside of its own layer. {WAKE}."
+        f"{p.lowmem_at_rest.name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to "
+        f"{said!r}: they are there only inside of its own layer. {WAKE}."
     )
 
 
@@ -225,9 +245,9 @@ def empty(p: nn.Parameter, kept: AtRest) -> None:
     """Take the values out of a parameter of which `kept` was made."""
     with torch.no_grad():
         p.data = torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
-    p.lowmem_at_rest = kept  # type: ignore[attr-defined]
+    vars(p)["lowmem_at_rest"] = kept
     if type(p) is nn.Parameter:  # a simulation's has a class of its own
-        p.__class__ = EmptyParameter
+        object.__setattr__(p, "__class__", EmptyParameter)
 
 
 def fill(p: nn.Parameter) -> None:
@@ -235,9 +255,7 @@ def fill(p: nn.Parameter) -> None:
     kept = at_rest(p)
     assert kept is not None
     if isinstance(p, EmptyParameter):
-        p.__class__ = nn.Parameter
-    del p.lowmem_at_rest
+        object.__setattr__(p, "__class__", nn.Parameter)
+    del vars(p)["lowmem_at_rest"]
     with torch.no_grad():
         p.data = kept.decode()
-
-

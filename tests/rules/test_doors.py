@@ -64,7 +64,9 @@ ROWS = {
     "in_backward_n_gpu": Row(STEPPING | {"n_gpu": 2}, "DataParallel adds up"),
     "in_backward_accumulation": Row(STEPPING | {"accumulation": 4}, "with step in backward: 'adamw' needs"),
     "in_backward_clips": Row(STEPPING, "which clips gradients"),
-    "rest_in_backward": Row(ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"),
+    "rest_in_backward": Row(
+        ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"
+    ),
     "rest_sharded": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
     ),
@@ -86,7 +88,7 @@ BLIND = {
     **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
        for door in ("launch", "planner", "axolotl")},
     **{("loop_budget", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
-    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith(("budget", "rest_budget")) for d in ("plugin", "axolotl")},
+    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith(("budget", "rest_b")) for d in ("plugin", "axolotl")},
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS

@@ -70,7 +70,7 @@ def test_evaluated_generated_with_and_the_best_is_had_back(tmp_path: Path, token
     data = token_data(8)
     trainer = LowMemSFTTrainer(model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
     trainer.train()
-    best: Any = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint, dtype=BF16)
+    best: Any = AutoModelForCausalLM.from_pretrained(str(trainer.state.best_model_checkpoint), dtype=BF16)
     kept = model.state_dict()
     assert all(torch.equal(v, kept[n]) for n, v in best.state_dict().items())
     losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
@@ -87,11 +87,12 @@ def test_dpo_beside_its_references(reference: str, tmp_path: Path, tokenizer: An
     tiny_llama(dtype=BF16, num_hidden_layers=2, intermediate_size=128).save_pretrained(tmp_path / "model")
     found = {}
     for weights in ("keep", "int8_sr"):
+        settings: dict[str, Any] = INT8 | {"lowmem_weights": weights, "loss_type": "sigmoid"}
         args = LowMemDPOConfig(
             str(tmp_path / weights), use_cpu=True, bf16=False, report_to="none", max_steps=2, optim="adamw",
             learning_rate=1e-4, per_device_train_batch_size=2, gradient_checkpointing=False, disable_tqdm=True,
-            model_init_kwargs={"dtype": "bfloat16"}, lowmem_reference=reference, logging_steps=1, loss_type="sigmoid",
-            **INT8 | {"lowmem_weights": weights},
+            model_init_kwargs={"dtype": "bfloat16"}, lowmem_reference=reference, logging_steps=1,
+            **settings,
         )  # fmt: skip
         trainer = LowMemDPOTrainer(
             str(tmp_path / "model"), args=args, train_dataset=pair_data(8), processing_class=tokenizer
@@ -125,7 +126,9 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
 
 def test_refused_before_anything_is_loaded() -> None:
     common: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "report_to": "none", "optim": "adamw"}
-    with pytest.raises(ValueError, match=r"lowmem_weights='int8_sr' needs lowmem_step_in_backward=True.*max_grad_norm=0"):
+    with pytest.raises(
+        ValueError, match=r"lowmem_weights='int8_sr' needs lowmem_step_in_backward=True.*max_grad_norm=0"
+    ):
         LowMemTrainingArguments(**common, lowmem_weights="int8_sr")
     with pytest.raises(ValueError, match=r"lowmem_weights='int8' is not available.*'int8_sr'"):
         LowMemTrainingArguments(**common, lowmem_weights="int8")

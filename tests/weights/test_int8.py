@@ -16,7 +16,7 @@ def contents() -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(64, GROUP, generator=g)
     one = torch.zeros(4, GROUP)
-    one[:, 7] = torch.tensor([1.0, -3e-5, 1e30, -2.0**-60])
+    one[:, 7] = torch.tensor([1.0, -3e-5, 1e30, -(2.0**-60)])
     spread = noise.sign() * 10.0 ** (-30 * torch.rand(64, GROUP, generator=g))
     return {
         "normal": noise * 0.02,
