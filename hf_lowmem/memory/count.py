@@ -44,6 +44,8 @@ def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
     if is_traceable_wrapper_subclass(tensor):
         inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     elif (kept := getattr(tensor, "lowmem_at_rest", None)) is not None:
+        storage = tensor.untyped_storage()  # of one value
+        yield storage._cdata, storage.nbytes()
         inner = list(kept.stored())
     elif tensor.layout is torch.strided:
         try:

@@ -166,7 +166,7 @@ class LowMemOptimizer(Method, Optimizer):
     def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
         """See `slot`. `options`: `_options(group)`, where it is known."""
         cut = (p.device_mesh, p.placements) if is_sharded(p) else None
-        facts = p.shape, p.dtype, p.device, cut, self._options(group) if options is None else options
+        facts = p.shape, p.dtype, p.device, cut, at_rest(p), self._options(group) if options is None else options
         known = self._slots.get(id(p))
         if known is not None and known.group is group and known.facts == facts:
             return known

@@ -91,7 +91,7 @@ def _stays(p: nn.Parameter, owners: list[tuple[nn.Module, str]], *, linear: bool
     known = all(own == "weight" and forward_for(module) is not None for module, own in owners)
     table = all(isinstance(module, nn.Embedding) for module, _ in owners)
     if not known or not (linear or table) or not p.is_contiguous() or hasattr(p, "device_mesh"):
-        return "read by modules of other kinds than nn.Linear, Conv1D and nn.Embedding"
+        return "read by modules other than nn.Linear, Conv1D and nn.Embedding, or by a forward that was put there"
     return None
 
 

@@ -123,6 +123,11 @@ class LowMemTrainerMixin:
         """Say now which weights will be at rest, or why none can. The model stays as it is."""
         if self._rests and self.model is not None:
             spec = self.args.lowmem_optim_spec()
+            if getattr(self.args, "sync_ref_model", False):
+                raise ValueError(
+                    f"sync_ref_model=True cannot be combined with lowmem_weights={spec.weights!r}: TRL mixes values of "
+                    "both models, and those of the policy are not there. Set one of the two otherwise."
+                )
             logger.info("lowmem_weights=%r: %s", spec.weights, check_rests(spec, self.model))
 
     @property

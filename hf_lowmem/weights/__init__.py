@@ -17,7 +17,7 @@ remainder as a float (a fraction of half a unit in the last place) would need th
 """
 
 from hf_lowmem.kernels.codecs.weights import join_24, round_stochastic, split_24
-from hf_lowmem.weights.model import SIDE_FILE, expect_scales, put_to_rest, resting, wake
+from hf_lowmem.weights.model import SIDE_FILE, expect_scales, put_to_rest, resting, wake, write_scales
 from hf_lowmem.weights.rest import AtRest, at_rest
 from hf_lowmem.weights.stores import STORES, Store, store_for
 from hf_lowmem.weights.weights import Weights
@@ -37,4 +37,5 @@ __all__ = [
     "split_24",
     "store_for",
     "wake",
+    "write_scales",
 ]

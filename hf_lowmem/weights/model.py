@@ -19,7 +19,7 @@ from hf_lowmem.patching import forwards_of
 from hf_lowmem.weights.forwards import RestingForward, forward_for
 from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill
 
-__all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake"]
+__all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake", "write_scales"]
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,8 @@ way of its own, such as a router's loss, reads it before anybody has filled it. 
 here it is one matrix. Why no tensor subclass that decodes itself: see hf_lowmem/optim/base.py.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from hf_lowmem.weights import int8
 
 __all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill"]
+
+logger = logging.getLogger(__name__)
 
 WAKE = (
     "model.state_dict() has bf16 copies on the CPU, and hf_lowmem.weights.wake(model) makes it a plain bf16 model again"
@@ -199,8 +203,18 @@ def _load(p: EmptyParameter, values: Tensor) -> EmptyParameter:
         raise RuntimeError(f"{p.lowmem_at_rest.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
     if p.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{p.lowmem_at_rest.name}: a leaf that requires grad is written to. Use torch.no_grad().")
-    p.lowmem_at_rest.replace(values)
+    if not p.lowmem_at_rest.replace(values):
+        _say_rounded()
     return p
+
+
+@functools.cache
+def _say_rounded() -> None:
+    logger.warning(
+        "values were loaded into weights at rest in int8, and rounded to codes anew, since their scales were not "
+        "there: a run that goes on from them is near to the one before, and not the same. save_pretrained, checkpoints "
+        "of our trainers and accelerator.save_state after LowMemPlugin.prepare keep the scales."
+    )
 
 
 def _stays(p: EmptyParameter, args: Sequence[object], kwargs: dict[str, object]) -> bool:

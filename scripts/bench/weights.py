@@ -20,7 +20,7 @@ import torch
 
 from parts.record import RECORDS, Rows, append_row, provenance, read_rows
 from parts.small_llama import SIZE, SMOKE
-from parts.weights.runs import METHODS, RATES, STORES, Job, run
+from parts.weights.runs import METHODS, RATES, STEPS, STORES, Job, run
 
 RECORD = RECORDS / "weights.jsonl"
 SEEDS = (0, 1, 2)
@@ -87,7 +87,7 @@ def main() -> None:
         done = {tuple(row[name] for name in Job._fields) for row in rows}
         for job in jobs(options.only):
             if tuple(job) not in done:
-                append_row(options.record, run(job, SIZE) | common)
+                append_row(options.record, run(job, SIZE | {"steps": STEPS}) | common)
                 print(job, flush=True)
         rows = read_rows(options.record)
     print(table(rows))

@@ -104,6 +104,10 @@ def test_dpo_beside_its_references(reference: str, tmp_path: Path, tokenizer: An
     assert found["int8_sr"] == pytest.approx(found["keep"], abs=0.03)
 
 
+def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
 @pytest.mark.train
 def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     plugin = LowMemPlugin(optim="adamw", lowmem_weights="int8_sr", lowmem_step_in_backward=True, learning_rate=1e-2)
@@ -113,11 +117,19 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     ids = torch.arange(3, 51).view(2, 24)
     losses = []
     for _ in range(6):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = loss_of(model, ids)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    accelerator.save_state(str(tmp_path / "state"))
+    saved = {n: (w.codes.clone(), w.scale.clone()) for n, w in resting(model).items()}
+    loss_of(model, ids).backward()
+    optimizer.step()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert all(
+        torch.equal(w.codes, saved[n][0]) and torch.equal(w.scale, saved[n][1]) for n, w in resting(model).items()
+    )
     plugin.remove()
     assert losses[-1] < losses[0] - 0.1
     accelerator.unwrap_model(model).save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from hf_lowmem.optim import OPTIMIZERS, StepInBackward, make_optimizer
 from hf_lowmem.optim.resting import choose
 from hf_lowmem.planner.models import make_model
 from hf_lowmem.specs import TIERS
-from hf_lowmem.weights import SIDE_FILE, at_rest, resting, wake
+from hf_lowmem.weights import SIDE_FILE, at_rest, rest, resting, wake
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import options
 
@@ -194,7 +194,7 @@ def test_what_does_not_depend_on_values_is_answered() -> None:
 def test_bytes_are_those_of_codes_and_scales() -> None:
     model = llama()
     make_optimizer("adamw", model, weights="int8_sr")
-    kept = sum(w.codes.numel() + 4 * w.scale.numel() for w in resting(model).values())
+    kept = sum(w.codes.numel() + 4 * w.scale.numel() + 2 for w in resting(model).values())
     others = sum(2 * p.numel() for p in model.parameters() if at_rest(p) is None)
     assert parameter_bytes(model) == kept + others
 
@@ -301,12 +301,14 @@ def test_scales_that_do_not_fit_are_told_of(tmp_path: Path, caplog: pytest.LogCa
     assert "does not fit 1 weights" in caplog.text
 
 
-def test_loading_while_at_rest() -> None:
+def test_loading_while_at_rest(caplog: pytest.LogCaptureFixture) -> None:
     model, other = llama(), llama(seed=1)
     make_optimizer("adamw", model, weights="int8_sr")
     make_optimizer("adamw", other, weights="int8_sr")
     values = other.state_dict()
+    rest._say_rounded.cache_clear()
     model.load_state_dict(values)
+    assert caplog.text.count("rounded to codes anew") == 1
     # The nearest codes, by scales of their own.
     for name, kept in resting(model).items():
         group = values[name].float().abs().amax(-1, keepdim=True) / 127
@@ -333,6 +335,19 @@ def test_awake_again() -> None:
     assert all(torch.equal(v, saved[n]) for n, v in model.state_dict().items())
     copy.deepcopy(model)
     make_optimizer("adamw", model, weights="bf16_sr")
+
+
+def test_awake_in_between_is_noticed() -> None:
+    """An optimizer does not go on to step codes that nobody reads any more."""
+    model = llama()
+    optimizer = make_optimizer("adamw", model, lr=1e-2, weights="int8_sr")
+    stepping = StepInBackward(optimizer)
+    loss_of(model).backward()
+    wake(model)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    loss_of(model).backward()
+    assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+    stepping.remove()
 
 
 def test_generation() -> None:
