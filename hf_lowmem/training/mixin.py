@@ -4,7 +4,7 @@ import inspect
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,19 +15,18 @@ from hf_lowmem import checkpoints, rules
 from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners_of, rehearsal
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
-from hf_lowmem.optim.resting import check_rests, rest
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
-from hf_lowmem.specs import STORES_AT_REST, ActivationSpec
+from hf_lowmem.specs import ActivationSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
-from hf_lowmem.weights import expect_scales
+from hf_lowmem.training.resting import RestingWeights
 
 logger = logging.getLogger(__name__)
 
 
-class LowMemTrainerMixin:
+class LowMemTrainerMixin(RestingWeights):
     """Put before a Trainer class: `class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...`.
 
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
@@ -51,7 +50,6 @@ class LowMemTrainerMixin:
     predicted: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
     _run: dict[str, Any] | None = None  # who writes the checkpoints, for their manifests; rank 0 alone knows
     _was_finished = False  # the training went on from the end of a run, and there was nothing to do
-    _weights_from: str | None = None  # the checkpoint whose weights the model has
     _told: int = 0  # the number of skipped steps that was warned of
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +58,8 @@ class LowMemTrainerMixin:
         super().__init__(*args, **kwargs)
         self._check_rules()
         self._rehearse_tiers()
-        self._rehearse_rest()
+        if self._ours:
+            self._rehearse_rest(self.args.lowmem_optim_spec())
         self._check_budget()
         if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
             self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
@@ -118,33 +117,6 @@ class LowMemTrainerMixin:
             with rehearsal(self.model, spec) as self.activations:
                 self._compare_with_checkpointing(self.activations)
             logger.info("lowmem_activations=%r:\n%s", spec.tiers, self.activations)
-
-    def _rehearse_rest(self) -> None:
-        """Say now which weights will be at rest, or why none can. The model stays as it is."""
-        if self._rests and self.model is not None:
-            spec = self.args.lowmem_optim_spec()
-            if getattr(self.args, "sync_ref_model", False):
-                raise ValueError(
-                    f"sync_ref_model=True cannot be combined with lowmem_weights={spec.weights!r}: TRL mixes values of "
-                    "both models, and those of the policy are not there. Set one of the two otherwise."
-                )
-            logger.info("lowmem_weights=%r: %s", spec.weights, check_rests(spec, self.model))
-
-    @property
-    def _rests(self) -> bool:
-        return self._ours and self.args.lowmem_weights in STORES_AT_REST
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load as the parent does; the scales of weights that were at rest are wanted when they are so again."""
-        self._weights_from = resume_from_checkpoint
-        expect_scales(self.model, resume_from_checkpoint)
-        cast("Trainer", super())._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = cast("Trainer", self).state.best_model_checkpoint
-        if best is not None:
-            expect_scales(self.model, best)
-        cast("Trainer", super())._load_best_model()
 
     def _compare_with_checkpointing(self, report: Report) -> None:
         """Warn where tiers keep more than the checkpointing that they switch off and nobody else has."""
@@ -210,8 +182,7 @@ class LowMemTrainerMixin:
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)
         spec = self.args.lowmem_optim_spec()
-        if self._rests:
-            rest(spec, opt_model, self._weights_from)
+        self._put_to_rest(spec, opt_model)
         optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat)
         log_groups(optimizer)
         if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced
