@@ -63,6 +63,7 @@ COMMANDS = {
     "python scripts/bench/plan_vs_cpu.py": MINUTES + "tests/planner/test_truth.py",
     "python scripts/bench/plan_vs_cuda.py": "needs a CUDA device; at toy size in tests/bench/test_plan.py",
     "python scripts/bench/preference.py": MINUTES + "tests/bench/test_preference.py",
+    "python scripts/bench/weights.py": MINUTES + "tests/bench/test_weights.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
     "python scripts/bench/wire.py": MINUTES + "tests/dist/test_wire.py",
     "python scripts/train_gradnormlorp.py": "tests/peers/test_gradnormlorp.py",

@@ -22,7 +22,7 @@ __all__ = ["RestingForward", "forward_for", "is_conv1d"]
 
 
 class Context(Protocol):
-    """What a product's forward leaves for its backward."""
+    """Place of what a product leaves for its backward."""
 
     kept: AtRest
     writes: int

@@ -1,4 +1,4 @@
-"""Does a plan predict a real step? Eleven settings of a real model of 30 million parameters, on the CPU.
+"""Does a plan predict a real step? Ten settings of a real model of 30 million parameters, on the CPU.
 
     python scripts/bench/plan_vs_cpu.py            # about five minutes on one core; writes records/plan_vs_cpu.jsonl
     python scripts/bench/plan_vs_cpu.py --smoke    # two settings of a tiny model, printed
@@ -74,17 +74,6 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
         "ours: galore, bf16_ecc weights",
         "bfloat16",
         {"optim": "galore", "lowmem_rank": 32, "lowmem_weights": "bf16_ecc"},
-    ),
-    (
-        "ours: adamw 8bit, int8_sr weights, step in backward",
-        "bfloat16",
-        {
-            "optim": "adamw",
-            "lowmem_state": "8bit",
-            "lowmem_weights": "int8_sr",
-            "lowmem_step_in_backward": True,
-            "max_grad_norm": 0,
-        },
     ),
     (QLORA, "bfloat16", {"optim": "adamw_torch_fused", "gradient_checkpointing": True}),
     ("bitsandbytes adamw_8bit, pure bf16", "bfloat16", {"optim": "adamw_8bit"}),

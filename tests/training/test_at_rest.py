@@ -136,6 +136,18 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / SIDE_FILE).is_file()
 
 
+def test_a_reference_that_is_mixed_with_the_policy_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    args = LowMemDPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", optim="adamw", gradient_checkpointing=False,
+        sync_ref_model=True, **INT8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"sync_ref_model=True cannot be combined with lowmem_weights='int8_sr'"):
+        LowMemDPOTrainer(
+            tiny_llama(dtype=BF16), tiny_llama(dtype=BF16), args=args, train_dataset=pair_data(4),
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
 def test_refused_before_anything_is_loaded() -> None:
     common: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "report_to": "none", "optim": "adamw"}
     with pytest.raises(
