@@ -255,9 +255,12 @@ PYTHON = (
     Python("hf_lowmem/training/README.md", 'optimizer = make_optimizer("apollo_mini"', {}, trained),
     Python(
         "hf_lowmem/weights/README.md",
-        "from hf_lowmem.optim import StepInBackward",
+        'optimizer = make_optimizer("adamw"',
         {'optimizer = make_optimizer("adamw"': 'model.bfloat16()\noptimizer = make_optimizer("adamw"'},
-        lambda names: Path("out/lowmem_weights.safetensors").exists() and type(names["model"].lm_head.weight).__name__,
+        lambda names: (
+            Path("out/lowmem_weights.safetensors").exists()
+            and {type(p) for p in names["model"].parameters()} == {torch.nn.Parameter}
+        ),
     ),
     Python(
         "hf_lowmem/training/README.md",
