@@ -18,7 +18,7 @@ from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
-from hf_lowmem.specs import ActivationSpec
+from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
 from hf_lowmem.training.resting import RestingWeights
@@ -58,8 +58,8 @@ class LowMemTrainerMixin(RestingWeights):
         super().__init__(*args, **kwargs)
         self._check_rules()
         self._rehearse_tiers()
-        if self._ours:
-            self._rehearse_rest(self.args.lowmem_optim_spec())
+        if (spec := self._resting_spec()) is not None:
+            self._rehearse_rest(spec)
         self._check_budget()
         if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
             self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
@@ -109,6 +109,9 @@ class LowMemTrainerMixin(RestingWeights):
 
     def _tier_spec(self) -> ActivationSpec | None:
         return self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
+
+    def _resting_spec(self) -> OptimSpec | None:
+        return self.args.lowmem_optim_spec() if self._ours and self.args.lowmem_weights in STORES_AT_REST else None
 
     def _rehearse_tiers(self) -> None:
         """Say now what training will do to the model, or why it cannot. The model stays as it is."""

@@ -27,7 +27,7 @@ from hf_lowmem.activations import OwnedTiers, Report
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
 from hf_lowmem.runs.skips import FIELD
-from hf_lowmem.specs import STORES_AT_REST, check_choice
+from hf_lowmem.specs import check_choice
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
@@ -188,8 +188,6 @@ class LowMemPlugin(LowMemArguments):
             self._put_on.append(tiers)
             self.activations = tiers.report
         flat = accelerator.distributed_type is DistributedType.DEEPSPEED
-        if self.lowmem_weights in STORES_AT_REST and accelerator.device_placement:
-            model.to(accelerator.device)  # weights that are at rest stay where they are
         used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
         prepared = accelerator.prepare(model, used, *others, *schedule)

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 
 from hf_lowmem.optim.resting import check_rests, rest
@@ -20,13 +21,17 @@ logger = logging.getLogger(__name__)
 class RestingWeights:
     """The part of LowMemTrainerMixin that concerns `lowmem_weights="int8_sr"`.
 
-    Weights go to rest when the optimizer is made, after a checkpoint's values were loaded into the plain model, and
-    stay so when the training ends: on the device there may be no room for them in bf16.
+    Weights go to rest before the model is moved to a device, and where it is there already when the optimizer is made;
+    they stay so when the training ends. On the device there may be no room for them in bf16.
     """
 
     args: object
     model: nn.Module | None
     _weights_from: str | None = None  # the checkpoint whose weights the model has
+
+    def _resting_spec(self) -> OptimSpec | None:
+        """The optimizer that is asked for, where that is one for weights at rest."""
+        return None
 
     def _rehearse_rest(self, spec: OptimSpec) -> None:
         """Say now which weights will be at rest, or why none can. The model stays as it is."""
@@ -38,6 +43,12 @@ class RestingWeights:
                 "both models, and those of the policy are not there. Set one of the two otherwise."
             )
         logger.info("lowmem_weights=%r: %s", spec.weights, check_rests(spec, self.model))
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        spec = self._resting_spec()
+        if spec is not None and any(p.device.type != torch.device(device).type for p in model.parameters()):
+            self._put_to_rest(spec, model)
+        cast("Trainer", super())._move_model_to_device(model, device)
 
     def _put_to_rest(self, spec: OptimSpec, model: nn.Module) -> None:
         if spec.weights in STORES_AT_REST:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_lowmem.patching import forwards_of
 from hf_lowmem.weights.forwards import RestingForward, forward_for
-from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill
+from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill, move
 
 __all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake", "write_scales"]
 
@@ -54,7 +54,7 @@ def put_to_rest(
             kind = forward_for(module)
             assert kind is not None, f"{name}: {type(module).__name__}"
             kind(module).put()
-            vars(module)["_save_to_state_dict"] = Saved(module)
+            vars(module).update(_save_to_state_dict=Saved(module), _apply=Moved(module))
     if again:
         logger.warning(
             "%s of %s does not fit %d weights of the model, which are rounded to int8 anew: the model's files were "
@@ -77,7 +77,8 @@ def wake(model: nn.Module) -> nn.Module:
         for patch in list(forwards_of(module)):
             if isinstance(patch, RestingForward):
                 patch.take_away()
-                vars(module).pop("_save_to_state_dict", None)
+                for name in ("_save_to_state_dict", "_apply"):
+                    vars(module).pop(name, None)
                 weight = module._parameters["weight"]
                 if weight is not None and at_rest(weight) is not None:  # it may be another module's as well
                     fill(weight)
@@ -104,6 +105,27 @@ class Saved:
             module._parameters["weight"] = None
             destination[prefix + "weight"] = values  # in its place: the order of a state dict is the model's
             type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
+        finally:
+            module._parameters["weight"] = weight
+
+
+class Moved:
+    """A module's `_apply`, by which `model.to(device)` moves tensors: codes and scales go along.
+
+    So a model can be put to rest where there is room for it, and go to a device where there is none for its bf16.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        module, weight = self.module, self.module._parameters["weight"]
+        if weight is None or at_rest(weight) is None:
+            return type(module)._apply(module, fn, recurse)
+        move(weight, fn)
+        try:
+            module._parameters["weight"] = None
+            return type(module)._apply(module, fn, recurse)
         finally:
             module._parameters["weight"] = weight
 

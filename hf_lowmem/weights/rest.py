@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hf_lowmem.weights import int8
 
-__all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill"]
+__all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill", "move"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class AtRest:
 
     def _fits(self, flat: Tensor, scale: Tensor) -> bool:
         """Whether values are those of codes with these scales, which are then taken."""
-        if simulated(flat):
+        if simulated(flat) or not bool(((scale > 0) & (int8.scale_of(scale * int8.TOP) == scale)).all()):
             return False
         codes = (flat.view(-1, self.group) / scale[:, None]).round_()
         if not bool((codes.abs() <= int8.TOP).all()):
@@ -248,20 +248,40 @@ def _in(value: object) -> Iterator[EmptyParameter]:
             yield from _in(item)
 
 
-def _refuse(p: EmptyParameter, said: str) -> NoReturn:
+def _refuse(p: nn.Parameter, said: str) -> NoReturn:
+    kept = at_rest(p)
+    assert kept is not None
     raise RuntimeError(
-        f"{p.lowmem_at_rest.name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to "
+        f"{kept.name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to "
         f"{said!r}: they are there only inside of its own layer. {WAKE}."
     )
 
 
 def empty(p: nn.Parameter, kept: AtRest) -> None:
     """Take the values out of a parameter of which `kept` was made."""
-    with torch.no_grad():
-        p.data = torch.full((), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
+    _set_nan(p, p.device)
     vars(p)["lowmem_at_rest"] = kept
     if type(p) is nn.Parameter:  # a simulation's has a class of its own
         object.__setattr__(p, "__class__", EmptyParameter)
+
+
+def _set_nan(p: nn.Parameter, device: torch.device) -> None:
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        p.data = torch.full((), torch.nan, dtype=p.dtype, device=device).expand(p.shape)
+
+
+def move(p: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> None:
+    """Do to a parameter at rest what `fn` does to a module's tensors: move it. A cast is refused."""
+    kept = at_rest(p)
+    assert kept is not None
+    moved = fn(torch.empty(0, dtype=p.dtype, device=p.device))
+    if moved.dtype != p.dtype:
+        _refuse(p, f"a cast to {moved.dtype}")
+    if moved.device != p.device:
+        grad, p.grad = p.grad, None
+        kept.codes, kept.scale = kept.codes.to(moved.device), kept.scale.to(moved.device)
+        _set_nan(p, moved.device)
+        p.grad = None if grad is None else grad.to(moved.device)
 
 
 def fill(p: nn.Parameter) -> None:

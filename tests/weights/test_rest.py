@@ -17,7 +17,8 @@ from hf_lowmem.memory import parameter_bytes
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, make_optimizer
 from hf_lowmem.optim.resting import choose
 from hf_lowmem.planner.models import make_model
-from hf_lowmem.specs import TIERS
+from hf_lowmem.specs import TIERS, OptimSpec
+from hf_lowmem.training.resting import RestingWeights
 from hf_lowmem.weights import SIDE_FILE, at_rest, rest, resting, wake
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import options
@@ -149,7 +150,7 @@ READS: dict[str, Callable[[nn.Parameter, Any], Any]] = {
     "pickle": lambda p, m: pickle.dumps(m),
     "an average": lambda p, m: torch.optim.swa_utils.AveragedModel(m),
     "another's values": lambda p, m: nn.init.normal_(p),
-    "to another device": lambda p, m: p.to("meta"),
+    "to another device, alone": lambda p, m: p.to("meta"),
     "setting data": lambda p, m: setattr(p, "data", torch.zeros(p.shape, dtype=p.dtype)),
     "another optimizer": lambda p, m: (setattr(p, "grad", torch.ones_like(p)), torch.optim.AdamW([p]).step()),
 }
@@ -189,6 +190,49 @@ def test_what_does_not_depend_on_values_is_answered() -> None:
     assert model.dtype == BF16
     model.zero_grad()
     p.requires_grad_(False).requires_grad_(True)
+
+
+@pytest.fixture
+def no_nan_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does not let a parameter be moved to the meta device, which stands for an accelerator here."""
+    monkeypatch.setattr(rest, "_set_nan", lambda p, device: None)
+
+
+def devices(model: nn.Module) -> set[str]:
+    return {t.device.type for kept in resting(model).values() for t in kept.stored()}
+
+
+def test_a_model_at_rest_is_moved(request: pytest.FixtureRequest) -> None:
+    """It goes to a device as codes: there may be no room for it in bf16."""
+    model = llama(mlp_bias=True)
+    make_optimizer("adamw", model, weights="int8_sr")
+    request.getfixturevalue("no_nan_is_moved")
+    resting_parameters = [p for p in model.parameters() if at_rest(p) is not None]
+    assert model.to("meta") is model
+    assert devices(model) == {"meta"}
+    assert {id(p) for p in resting_parameters} < {id(p) for p in model.parameters()}
+    mlp = model.model.layers[0].mlp.up_proj
+    assert (mlp.bias.device.type, model.lm_head.weight.device.type) == ("meta", "meta")
+
+
+def test_a_trainer_moves_codes(request: pytest.FixtureRequest) -> None:
+    class Host:
+        def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+            before.update(resting(model))
+            request.getfixturevalue("no_nan_is_moved")
+            model.to(device)
+
+    class Trainer(RestingWeights, Host):
+        def _resting_spec(self) -> OptimSpec:
+            return OptimSpec(name="adamw", weights="int8_sr")
+
+    before: dict[str, Any] = {}
+    model = llama()
+    Trainer()._move_model_to_device(model, torch.device("cpu"))
+    assert not before  # there already, it may take a checkpoint's values first
+    Trainer()._move_model_to_device(model, torch.device("meta"))
+    assert len(before) == 15
+    assert devices(model) == {"meta"}
 
 
 def test_bytes_are_those_of_codes_and_scales() -> None:
