@@ -58,8 +58,8 @@ def table(rows: Rows) -> str:
             cells = [f"{statistics.fmean(found['masters', seed] for seed in seeds):.4f}"]
             for store in STORES[1:]:
                 gaps = [found[store, s] - found["masters", s] for s in seeds if (store, s) in found]
-                error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-                cells.append(f"{statistics.fmean(gaps):+.4f} ± {error:.4f}" if gaps else "")
+                error = f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}" if len(gaps) > 1 else ", one seed"
+                cells.append(f"{statistics.fmean(gaps):+.4f}{error}" if gaps else "")
             lines.append(f"| {kind}, {method} 8bit | {rate:g} | " + " | ".join(cells) + " |")
     sizes = {row["store"]: row["weight_bytes_per_parameter"] for row in rows}
     bytes_of = [f"{sizes[store]:.2f}" if store in sizes else "" for store in STORES[1:]]
