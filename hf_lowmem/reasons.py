@@ -23,6 +23,13 @@ CLIPPING = "the global norm needs every gradient before the first update"
 NO_CLIPPING = "apollo, apollo_mini and fira limit the growth of each update by themselves"
 
 
+# Of the option `cautious` under ZeRO.
+CAUTIOUS_FLAT = (
+    "it takes the share of a parameter's values that agree with their gradients, and ZeRO leaves no parameter to take "
+    f"it of. Leave cautious unset. {TO_FSDP2}"
+)
+
+
 def flattened(engine: str) -> str:
     """Why an engine that flattens weights leaves an optimizer nothing to work on, with the remedy."""
     return f"{engine} flattens weights, so rows and matrices, and with them the layout of states, are lost. {TO_FSDP2}"

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = [
+    "EMBEDDING_RULES",
     "LABELS",
     "OPTIMIZER_FIELDS",
     "PROJECTIONS",
@@ -41,6 +42,8 @@ __all__ = [
 WEIGHT_STORES = ("keep", "bf16_sr", "bf16_ecc")
 STORES_AT_REST = ("int8_sr",)  # of a model, whose layers decode them; no kernel of a step knows such weights
 PROJECTIONS = ("svd", "subspace", "random")
+# Rules that embedding and output head may take beside another for linear weights.
+EMBEDDING_RULES = ("adam", "scale", "adam_mini")
 
 # How OptimSpec's fields are called in training arguments.
 LABELS = {
@@ -56,10 +59,11 @@ LABELS = {
     "scale": "lowmem_scale",
     "projection": "lowmem_projection",
     "rotate": "lowmem_rotate",
+    "embeddings": "lowmem_embeddings",
     "options": "optim_args",
     "target_modules": "optim_target_modules",
 }
-OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection", "rotate")
+OPTIMIZER_FIELDS = ("state", "weights", "rank", "update_gap", "scale", "projection", "rotate", "embeddings")
 
 
 def check_number(label: str, value: Any, *, low: float, low_open: bool = False, high: float = math.inf) -> None:
@@ -115,6 +119,7 @@ class OptimSpec:
         scale: factor on the low-rank update, > 0.
         projection: how a low-rank method projects.
         rotate: whether a low-rank method rotates its moments into a new basis when it refreshes it.
+        embeddings: the rule of embedding and output head, of a method whose own is for linear weights.
         target_modules: which modules take the low-rank rule; `None` or "all-linear" for every linear one, a regular
             expression, or a list of parts of module names.
         seed: start of every random stream of the optimizer.
@@ -137,6 +142,7 @@ class OptimSpec:
     scale: float | None = None
     projection: str | None = None
     rotate: bool | None = None
+    embeddings: str | None = None
     target_modules: str | list[str] | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict[str, object])
@@ -168,6 +174,8 @@ class OptimSpec:
             check_choice(self.label("projection"), self.projection, PROJECTIONS)
         if self.rotate is not None:
             check_flag(self.label("rotate"), self.rotate)
+        if self.embeddings is not None:
+            check_choice(self.label("embeddings"), self.embeddings, EMBEDDING_RULES)
         targets = self.target_modules
         if targets is not None:
             listed = [targets] if isinstance(targets, str) else targets

@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 # imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests.interpreter import patch_once
+
+    patch_once()
 
 
 class _Popen(subprocess.Popen):

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from hf_lowmem.cli.screens import SCREENS  # of hf-lowmem: what follows is another parser's
+
 ROOT = Path(__file__).parent.parent
-OWN_PARSERS = ("launch", "plan", "sft", "dpo")  # of hf-lowmem: what follows is another parser's
 
 
 class Parsed(BaseException):
@@ -53,7 +54,7 @@ def answer(words: list[str]) -> str:
     except Parsed:
         return "parsed"
     except SystemExit as end:
-        helped = "--help" in words and end.code in (0, None)
+        helped = {"--help", "--help-all"} & {*words} and end.code in (0, None)
         return "parsed" if helped else f"exit status {end.code}"
     except Exception as error:
         return repr(error)
@@ -67,7 +68,7 @@ def main() -> None:
 
     def parse_args(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         found = plain(self, args, namespace)
-        if getattr(found, "command", None) in OWN_PARSERS or self.prog == "hf-lowmem launch":
+        if getattr(found, "command", None) in SCREENS or self.prog == "hf-lowmem launch":
             return found
         raise Parsed
 

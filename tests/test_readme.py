@@ -38,8 +38,8 @@ TABLES = {
     ],
     "hf_lowmem/planner/README.md": ["plan_vs_cpu", "plan_table", "plan_fields", "budget"],
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
-    "hf_lowmem/training/README.md": ["wire"],
-    "scripts/bench/README.md": ["demo"],
+    "hf_lowmem/training/README.md": ["presets", "wire"],
+    "scripts/bench/README.md": ["demo", "embeddings"],
 }  # fmt: skip
 
 

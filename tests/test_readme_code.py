@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 import hf_lowmem
+from hf_lowmem.cli.screens import SCREENS
 from hf_lowmem.memory import optimizer_bytes
 from tests.conftest import tiny_llama
 from tests.readmes import ROOT, Block, blocks, commands
@@ -54,6 +55,7 @@ COMMANDS = {
     "python scripts/bench/activations.py": MINUTES + "tests/bench/test_activations.py",
     "python scripts/bench/budget.py": MINUTES + "its --toy; the search in tests/planner/test_search.py",
     "python scripts/bench/codecs.py": MINUTES + "its own flags; what it measures in tests/codecs/test_update_error.py",
+    "python scripts/bench/embeddings.py": MINUTES + "tests/bench/test_embeddings.py",
     "python scripts/bench/kernel_targets.py": MINUTES + "tests/kernels/test_targets.py",
     "python scripts/bench/limits.py": MINUTES + "tests/bench/test_limits.py",
     "python scripts/bench/long_run.py": MINUTES + "its own flags; what it measures in tests/optim/test_long_runs.py",
@@ -66,6 +68,7 @@ COMMANDS = {
     "python scripts/bench/weights.py": MINUTES + "tests/bench/test_weights.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
     "python scripts/bench/wire.py": MINUTES + "tests/dist/test_wire.py",
+    "python scripts/examples/sft.py": "trains on a model of the hub; on a tiny one in tests/examples",
     "python scripts/train_gradnormlorp.py": "tests/peers/test_gradnormlorp.py",
     "python scripts/train_preference.py": TRAINS,
     "python scripts/train_sft.py": TRAINS,
@@ -95,9 +98,14 @@ def words_to_parse(command: str) -> list[str] | None:
     words = [STANDS.get(word, word) for word in shlex.split(command)]
     if words[0] not in ("python", "hf-lowmem"):
         return None
+    if words[1].startswith("scripts/examples/"):  # which have no flags
+        assert (ROOT / words[1]).is_file()
+        assert len(words) == 2
+        return None
     alone = len(words) == 2 and (words[0] == "hf-lowmem" or not words[1].startswith("scripts/bench/"))
     trains = "--model_name_or_path" in words
-    return [*words, *(["--help"] if alone and words[1] != "doctor" else []), *(ON_CPU if trains else [])]
+    every = "--help-all" if words[1] in SCREENS else "--help"  # which the parser itself prints
+    return [*words, *([every] if alone and words[1] != "doctor" else []), *(ON_CPU if trains else [])]
 
 
 def test_every_flag_of_every_command_is_known(tmp_path: Path) -> None:
@@ -200,7 +208,10 @@ PYTHON = (
     Python(
         "README.md",
         "args = LowMemSFTConfig(",
-        SHORT | {'"HuggingFaceTB/SmolLM2-135M"': "MODEL"},
+        {
+            '"out",\n    bf16=torch.cuda.is_available(),': '"out", **FEW,',
+            '"HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL",
+        },
         reported,
     ),
     Python("README.md", 'optimizer = make_optimizer("apollo_mini"', {}, trained),

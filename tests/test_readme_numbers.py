@@ -193,8 +193,6 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "a learning rate 3 to 10 times smaller than AdamW's": PAPER,
         "(2 + history)mr": "a formula",
         "3-D": NAME,
-        "COAT publishes 8.27 for": PAPER,
-        "12.31": PAPER,
         "None is more than 0.5 % worse": "the limit that test_what_the_records_promise holds",
         "keeps 8 more bits": "of the format",
         "takes 4 bytes beside": "of fp32",
@@ -215,6 +213,14 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "Phi 3": NAME,
     },
     "hf_lowmem/training/README.md": {"off; 0.5, 0.5": SETTING},
+    "scripts/examples/README.md": {
+        "under 40 lines": RULE,
+        "by at most three lines": RULE,
+        "4-bit": NAME,
+        "8-bit states": NAME,
+        "in 8 bits": NAME,
+        "16,384 tokens": SETTING,
+    },
     "scripts/bench/README.md": {
         "a 1B at": NAME,
         "5,000 steps of that": SETTING,

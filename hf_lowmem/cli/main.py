@@ -9,14 +9,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Their own parsers take what follows: accelerate's, or that of the trainers' configs.
-OWN_PARSERS = (["launch"], ["plan"], ["sft"], ["dpo"])
+from hf_lowmem import __version__
+from hf_lowmem.cli.screens import EXAMPLES, SCREENS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the subcommand; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments[:1] if arguments[:1] in OWN_PARSERS else arguments)
+    own = bool(arguments) and arguments[0] in SCREENS  # whose own parser takes what follows
+    # Of what follows a script of `launch` nothing is ours.
+    asked = arguments[1:2] if arguments[:1] == ["launch"] else arguments[1:]
+    if own and {"-h", "--help"} & set(asked):
+        print(SCREENS[arguments[0]])
+        return 0
+    if own and "--help-all" in asked:
+        arguments = [arguments[0], "--help"]
+    options = _parser().parse_args(arguments[:1] if own else arguments)
     try:
         return options.run_command(options, arguments)
     except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
@@ -25,7 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-lowmem", description="Train HuggingFace models in less memory.")
+    parser = argparse.ArgumentParser(
+        prog="hf-lowmem",
+        description="Train HuggingFace models in less memory.",
+        epilog="example:\n  hf-lowmem demo --quick\n\n`hf-lowmem COMMAND --help` says more, with an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
@@ -92,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and loss into this file, a PNG")
     compare.set_defaults(run_command=_compare)
+    for name, command in {"demo": demo, "doctor": doctor, "card": card, "compare": compare}.items():
+        command.epilog = f"example: {EXAMPLES[name]}"
     return parser
 
 

@@ -66,6 +66,8 @@ class PlanArguments:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse, plan, print; the exit status. What a user can put right goes to stderr in one line."""
+    if "--help" in arguments:
+        _parse(arguments)  # prints it, and exits
     try:
         # The trainer's code may print; what is asked for is the one thing on stdout.
         with contextlib.redirect_stdout(sys.stderr):

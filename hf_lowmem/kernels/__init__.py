@@ -8,6 +8,7 @@ from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
 from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE
 from hf_lowmem.kernels.glu import GLU, GLU_BACKWARD, GLU_SAVE
 from hf_lowmem.kernels.lion import LION_STEP
+from hf_lowmem.kernels.moments import ADAM_DIRECTION, ADAM_MOMENTS
 from hf_lowmem.kernels.quantize import DEQUANTIZE, QUANTIZE
 from hf_lowmem.kernels.registry import Case, Kernel, current_impl, use_kernels
 from hf_lowmem.kernels.rmsnorm import RMSNORM, RMSNORM_AGAIN, RMSNORM_BACKWARD
@@ -27,6 +28,8 @@ KERNELS: dict[str, Kernel] = {
         DECODE_STATE,
         ADAMW_STEP,
         LION_STEP,
+        ADAM_DIRECTION,
+        ADAM_MOMENTS,
         APOLLO_FACTORS,
         APOLLO_STEP,
     )

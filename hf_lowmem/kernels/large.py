@@ -102,26 +102,38 @@ def _of_steps(hidden: int, ffn: int) -> dict[tuple[str, str], Make]:
 
     def adamw(d: torch.device) -> tuple[Any, ...]:
         moments = (flat(d, codec, signed) for codec, signed in zip(pair, (True, False), strict=True))
-        numbers = [3], "adamw", 1e-4, 0.9, 0.999, 1e-8, 0.1
+        numbers = [3], "adamw", 1e-4, 0.9, 0.999, 1e-8, 0.1, 0
         return [_draw(d, *shape)], [_draw(d, *shape)], skips_of(d), [], *moments, *pair, "bf16_sr", [5], [6], *numbers
 
     def lion(d: torch.device) -> tuple[Any, ...]:
         momentum = flat(d, pair[0], True)
         weight = [_draw(d, *shape)], [_draw(d, *shape)], skips_of(d), []
-        return *weight, momentum, pair[0], "bf16_sr", [5], [6], 1e-4, 0.9, 0.99, 0.1
+        return *weight, momentum, pair[0], "bf16_sr", [5], [6], 1e-4, 0.9, 0.99, 0.1, 0
+
+    def projections(d: torch.device) -> tuple[Tensor, ...]:
+        return tuple(_draw(d, 1, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))
+
+    def moments(d: torch.device) -> tuple[object, ...]:
+        codes = (_encoded(d, (ffn, min(256, hidden)), c, s) for c, s in zip(pair, (True, False), strict=True))
+        return projections(d)[0], _flag(d), *([one, *scalars] for one, scalars in codes), *pair
 
     def factors(d: torch.device) -> tuple[Any, ...]:
-        projected, direction = (_draw(d, ffn, min(256, hidden), dtype=torch.float32) for _ in range(2))
-        return _draw(d, *shape), projected, direction, torch.zeros((), device=d), True
+        return [_draw(d, *shape)], *projections(d), _flag(d), [torch.zeros((), device=d)], True, 1.0
 
     def apollo(d: torch.device) -> tuple[Any, ...]:
-        s, factor = _draw(d, ffn, 1, dtype=torch.float32), torch.ones((), device=d)
-        numbers = 1.0, 1e-4, 0.9, 0.999, 0.1, 3, 5
-        return _draw(d, *shape), _draw(d, *shape), None, torch.tensor(True, device=d), s, factor, *numbers
+        found = _draw(d, 1, ffn, 1, dtype=torch.float32), torch.ones(1, device=d), torch.ones(1, device=d)
+        weight = [_draw(d, *shape)], [_draw(d, *shape)], [], _flag(d), skips_of(d), [torch.zeros((), device=d)]
+        return *weight, *found, [5], [3], 1.0, 1e-4, 0.9, 0.999, 0.1
 
     return {
         ("adamw_step", "8bit, bf16_sr"): adamw,
         ("lion_step", "8bit, bf16_sr"): lion,
+        ("adam_direction", "8bit, rank 256"): lambda d: (*moments(d), 0.9, 0.999, 1e-6),
+        ("adam_moments", "8bit, rank 256"): lambda d: (*moments(d), [6], 0.9, 0.999),
         ("apollo_factors", "channels"): factors,
         ("apollo_step", "channels, bf16_sr"): apollo,
     }
+
+
+def _flag(device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=torch.int32, device=device)

@@ -37,7 +37,7 @@ from hf_lowmem.kernels.proof import distrusted, is_proved, prove
 __all__ = ["IMPLS", "VARIABLE", "Case", "Kernel", "current_impl", "use_kernels"]
 
 INSTALL = "pip install 'hf-lowmem[cpu]'"  # of what compiles a CPU's kernels
-_direct: dict[tuple[object, ...], Callable[..., None]] = {}  # what was found for a kind of call
+_direct: dict[tuple[object, ...], Implementation] = {}  # what was found for a kind of call
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Kernel:
 
     def directly(
         self, device: torch.device, kind: tuple[object, ...], args: Callable[[], tuple[object, ...]]
-    ) -> Callable[..., None] | None:
+    ) -> Implementation | None:
         """Triton's function, where it is what arguments of this kind run and nobody listens to operators; else None.
 
         An operator that writes to lists of tensors costs more time than what it calls. What it does beside is left to

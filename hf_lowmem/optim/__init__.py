@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem.optim.adam_mini import AdamMini
 from hf_lowmem.optim.adamw import AdamW
 from hf_lowmem.optim.backward import StepInBackward
 from hf_lowmem.optim.base import LowMemOptimizer, check_store
@@ -20,14 +21,18 @@ from hf_lowmem.optim.lowrank.fira import Fira
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
 from hf_lowmem.optim.method import METHODS, elementwise, methods_with
+from hf_lowmem.optim.muon import Muon
 from hf_lowmem.optim.placement import small_apart
 from hf_lowmem.optim.resting import check_awake, check_rests, rest
+from hf_lowmem.optim.scale import Scale
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.soap import Soap
+from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
-    cls.name: cls for cls in (AdamW, Lion, Lamb, Soap, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
+    cls.name: cls
+    for cls in (AdamW, AdamMini, Lion, Lamb, Soap, Muon, Scale, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
 }
 METHODS.update(OPTIMIZERS)
 
@@ -50,7 +55,14 @@ def from_spec(
     else:
         check_awake(spec, model)
         check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
-    groups = parameter_groups(model, spec, rank=options.get("rank"), batches="experts" in options, decay=decay)
+    groups = parameter_groups(model, spec, rank=options.get("rank"), facts=cls.facts(options), decay=decay)
+    if spec.embeddings not in (None, cls.DEFAULTS.get("embeddings")) and not any(
+        group["role"] in ("embedding", "head") for group in groups
+    ):
+        raise ValueError(
+            f"{spec.label('embeddings')}={spec.embeddings!r} has no effect: neither an embedding nor an output head of "
+            f"{type(model).__name__} is trained. Leave it unset, or train one of them."
+        )
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
     if rests:
@@ -73,10 +85,12 @@ def check_spec(spec: OptimSpec) -> type[LowMemOptimizer]:
             f"{spec.label('name')}={spec.name!r}, which treats every parameter alike. Leave it unset, or choose: "
             f"{', '.join(methods_with('rank'))}."
         )
-    if "experts" in spec.options and "experts" in cls.DEFAULTS:
+    for fact in spec.options.keys() & {*cls.FACTS, *({"experts"} & cls.DEFAULTS.keys())}:
+        own = {"experts": "num_experts", "splits": "split_sizes", "head": "head_dim"}.get(fact)
+        remedy = f"; a module of your own says it by an attribute `{own}`" if own else ""
         raise ValueError(
-            f"{spec.label('options')}: experts={spec.options['experts']!r} has no effect: which weights are fused "
-            "experts, the model says. Leave it unset; a module of your own says it by an attribute `num_experts`."
+            f"{spec.label('options')}: {fact}={spec.options[fact]!r} has no effect: the model says that of each "
+            f"weight. Leave it unset{remedy}."
         )
     return cls
 
@@ -96,6 +110,7 @@ def make_optimizer(
     scale: float | None = None,
     projection: str | None = None,
     rotate: bool | None = None,
+    embeddings: str | None = None,
     target_modules: str | list[str] | None = None,
     seed: int = 0,
     **options: Any,
@@ -121,6 +136,8 @@ def make_optimizer(
             linear layers and its embedding keep int8 codes, 1.03 bytes a weight, from here on and until
             `hf_lowmem.weights.wake(model)`; for `StepInBackward(optimizer)` alone.
         rank, update_gap, scale, projection, rotate: of a low-rank method; `None` for its defaults.
+        embeddings: the rule of embedding and output head, where the method's own is for linear weights: "adam",
+            "scale" or "adam_mini".
         target_modules: which modules take the low-rank rule; `None` for every linear one but the output head.
         seed: start of the random projections and of random rounding.
         **options: what one method alone understands, such as natural_galore's `damping`.
@@ -142,6 +159,7 @@ def make_optimizer(
         scale=scale,
         projection=projection,
         rotate=rotate,
+        embeddings=embeddings,
         target_modules=target_modules,
         seed=seed,
         options=options,
@@ -157,11 +175,17 @@ def _check_model(name: str, model: object) -> None:
         )
 
 
+def _rule_of(optimizer: LowMemOptimizer, group: Group) -> str:
+    """The rule of a group's parameters, and of what, where it goes by that."""
+    rules = ", ".join(sorted({optimizer.rule(p.shape, group) for p in group["params"]}))
+    return f"{rules} ({group['role']})" if group.get("role") in ("embedding", "head") else rules
+
+
 def group_table(optimizer: LowMemOptimizer) -> list[dict[str, Any]]:
     """One row a group, for a log: what it holds and how its state is stored."""
     return [
         {
-            "rule": group["method"] if "rank" not in group or group["rank"] is not None else "adam",
+            "rule": _rule_of(optimizer, group),
             "rank": group.get("rank"),
             "weight_decay": group["weight_decay"],
             "state": group["state"],
@@ -175,6 +199,7 @@ def group_table(optimizer: LowMemOptimizer) -> list[dict[str, Any]]:
 
 __all__ = [
     "OPTIMIZERS",
+    "AdamMini",
     "AdamW",
     "Apollo",
     "ApolloMini",
@@ -183,7 +208,9 @@ __all__ = [
     "Lamb",
     "Lion",
     "LowMemOptimizer",
+    "Muon",
     "NaturalGaLore",
+    "Scale",
     "Soap",
     "StepInBackward",
     "check_spec",

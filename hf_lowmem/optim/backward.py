@@ -5,6 +5,9 @@ Updated one by one, only the gradient in hand exists (the idea is LOMO's, arXiv 
 "optimizer step in backward"). There is still *one* optimizer, so one schedule drives it and one state dict holds it;
 transformers' layer-wise variant makes one optimizer a parameter, which are never scheduled nor saved.
 
+The largest gradient of all, the output head's, need not exist even alone: where it is made a block of rows at a time,
+each block is applied at once (`step_rows`; hf_lowmem/training/head.py makes it so).
+
 What needs all gradients at once cannot be had: clipping by the global norm, the loss scaling of fp16, DDP's averaging.
 FSDP2 averages a layer's gradients before it calls the hooks of its sharded parameters, so under FSDP2 it works.
 """
@@ -23,8 +26,15 @@ from hf_lowmem.distributed import Shards, is_sharded, local
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
+from hf_lowmem.optim.row_steps import RowStep, unit_of, whole_only
+from hf_lowmem.optim.state import Group
 
 MOST_NORMS = 4096  # kept one by one; no model has so many parameters
+SECOND_GRADIENT = (
+    "the output head of shape {shape} was stepped by the gradient of the loss, row by row, and now a second gradient "
+    "of it has come: it is used outside of the head, too, as by a penalty on weights. It has half a step. Leave "
+    "lowmem_step_in_backward unset, or take the second use out of the loss."
+)
 
 
 class StepInBackward:
@@ -62,6 +72,7 @@ class StepInBackward:
         # else any sharded parameter's places.
         self._norms: dict[tuple[torch.device, Any], tuple[list[Tensor], Shards | None]] = {}
         self._squares: list[Tensor] = []  # sums of the last finished step, one a device: nobody waits for them
+        self._by_rows: set[int] = set()  # of parameters that the backward pass now running has stepped by rows
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
@@ -69,6 +80,7 @@ class StepInBackward:
     def _attach(self) -> None:
         optimizer = self.optimizer
         self._attached = [p for group in optimizer.param_groups for p in group["params"]]
+        self._places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 if has_hook(p):
@@ -101,6 +113,12 @@ class StepInBackward:
         return run
 
     def _update(self, p: Tensor, index: int) -> None:
+        if p.grad is None:  # it came by rows
+            self._by_rows.discard(id(p))
+            return
+        if id(p) in self._by_rows:
+            self._by_rows.discard(id(p))
+            raise RuntimeError(SECOND_GRADIENT.format(shape=tuple(p.shape)))
         group = self.optimizer.param_groups[index]
         if self.ready():
             self.optimizer.step_param(p, group, norm=self._count(p))
@@ -111,7 +129,9 @@ class StepInBackward:
     def _count(self, p: Tensor) -> Tensor:
         """The norm of the gradient that is here, which is kept."""
         assert p.grad is not None
-        norm = linalg.vector_norm(local(p.grad.detach()), dtype=torch.float32)
+        return self._note(p, linalg.vector_norm(local(p.grad.detach()), dtype=torch.float32))
+
+    def _note(self, p: Tensor, norm: Tensor) -> Tensor:
         shards = Shards(p) if is_sharded(p) else None
         norms, _ = self._norms.setdefault((p.device, shards and shards.group), ([], shards))
         if len(norms) == MOST_NORMS:  # where nobody calls `step()`
@@ -119,8 +139,52 @@ class StepInBackward:
         norms.append(norm)
         return norm
 
+    def has(self, p: Tensor) -> bool:
+        """Whether it steps this parameter."""
+        return self._group_of(p) is not None
+
+    def whole_only(self, p: Tensor) -> str | None:
+        """Why the gradient of `p` must come whole, as the end of a sentence; None: `step_rows` takes it by rows."""
+        group = self._group_of(p)
+        if group is None:
+            return "it is not a parameter that is stepped in backward"
+        return whole_only(p, self.optimizer.slot(p, group))
+
+    def whole_now(self, p: Tensor) -> str | None:
+        """The same of the backward pass now running, which may be one of several whose gradients are added up."""
+        if p.grad is not None or not self.ready():
+            return "its gradients are accumulated over several backward passes"
+        return None
+
+    def unit_of(self, p: Tensor) -> int:
+        """Rows of which a block for `step_rows` must have a multiple."""
+        group = self._group_of(p)
+        assert group is not None
+        return unit_of(p, self.optimizer.slot(p, group))
+
+    def step_rows(self, p: Tensor, finite: Tensor) -> RowStep:
+        """Begin the step of a parameter whose gradient, the only one of this backward pass, comes by rows.
+
+        Args:
+            finite: whether it will be finite and below 1e15, a bool on its device.
+        """
+        group = self._group_of(p)
+        assert group is not None
+        return self.optimizer.step_rows(p, group, finite)
+
+    @torch.no_grad()
+    def close_rows(self, p: Tensor, step: RowStep) -> None:
+        """End such a step, after the last rows. Any other gradient of `p` in this backward pass is an error then."""
+        self._note(p, step.close())
+        self._by_rows.add(id(p))
+
+    def _group_of(self, p: Tensor) -> Group | None:
+        index = self._places.get(id(p)) if self._hooks else None
+        return None if index is None or not p.requires_grad else self.optimizer.param_groups[index]
+
     @torch.no_grad()
     def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._by_rows.clear()
         if self._norms:
             sums = [(torch.stack(norms).square().sum(), shards) for norms, shards in self._norms.values()]
             self._squares = [s if shards is None else shards.sum_(s) for s, shards in sums]
@@ -136,7 +200,7 @@ class StepInBackward:
     def remove(self) -> None:
         """Detach: gradients stay again until `optimizer.step()`. `follow` attaches again."""
         _remove_all(self._hooks)
-        self._attached = []
+        self._attached, self._places = [], {}
 
 
 def _check_ours(optimizer: object) -> None:

@@ -13,6 +13,7 @@ is a flat dict of plain tensors: `{"step": int64, "exp_avg.codes": uint8, "exp_a
     sharded     the same, of weights that FSDP2 has cut
     stepping    a step by decoding, `update` and encoding
     chunked     the same of long parameters, a chunk at a time
+    row_steps   the same of a matrix whose gradient comes a block of rows at a time
     fused       kernels that do a whole step
     guard       what is not finite is left out, and counted
     checkpoint  states loaded without torch's casts
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import current_impl
+from hf_lowmem.optim.cautious import warn_slower
 from hf_lowmem.optim.checkpoint import load
 from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
 from hf_lowmem.optim.guard import SkipCount, Skipped, stays_finite
@@ -37,6 +39,7 @@ from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.names import without_wrappers
 from hf_lowmem.optim.options import plain, resolve, with_rate
 from hf_lowmem.optim.placement import check_flattened, check_placement
+from hf_lowmem.optim.row_steps import RowStep
 from hf_lowmem.optim.sharded import ShardedSlot, agreed
 from hf_lowmem.optim.slot import FLOATS, Slot
 from hf_lowmem.optim.state import Group
@@ -56,8 +59,8 @@ class LowMemOptimizer(Method, Optimizer):
     Args:
         params: as for any torch optimizer; `named_parameters()` or groups of such where a method draws random numbers,
             whose stream is derived from the parameter's name. Without names, from shape and position.
-        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, seed: see `OptimSpec`
-            and may also be set per group. An option that means nothing to the method is refused.
+        lr, betas, eps, weight_decay, state, weights, rank, update_gap, scale, projection, rotate, embeddings, seed: see
+            `OptimSpec`; they may also be set per group. An option that means nothing to the method is refused.
         **options: what this method alone understands; see its docstring.
 
     A gradient with a NaN, an Inf or a magnitude above 1e15 leaves its parameter's weights and moments as they were, and
@@ -86,6 +89,7 @@ class LowMemOptimizer(Method, Optimizer):
         scale: float | None = None,
         projection: str | None = None,
         rotate: bool | None = None,
+        embeddings: str | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -102,6 +106,7 @@ class LowMemOptimizer(Method, Optimizer):
             scale=scale,
             projection=projection,
             rotate=rotate,
+            embeddings=embeddings,
             seed=seed,
             options=options,
         )
@@ -134,7 +139,7 @@ class LowMemOptimizer(Method, Optimizer):
             OptimSpec(
                 name=self.name,
                 **{k: v for k, v in merged.items() if k in fields},
-                options={k: merged[k] for k in self.CHECKS},
+                options={k: merged[k] for k in (*self.CHECKS, *self.FACTS)},
             )
         )
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
@@ -173,15 +178,15 @@ class LowMemOptimizer(Method, Optimizer):
         check_placement(self, p, group)
         check_flattened(self, p, group, self._shapes)
         kind = Slot if cut is None else ShardedSlot
-        valuewise = self.ELEMENTWISE or self.FUSED is not None
-        new = kind(p, group, self.STATES, elementwise=valuewise, groups=self.param_groups)
+        reach, rule = self.reach(p.shape, group), self.rule(p.shape, group)
+        new = kind(p, group, self.STATES, reach=reach, rule=rule, groups=self.param_groups)
         new.facts = facts
         self._slots[id(p)] = new
         return new
 
     def _options(self, group: Group) -> tuple[Any, ...]:
         """The options of a group on which the decisions of its slots depend."""
-        return group.get("experts"), *map(group.get, self.STRUCTURAL)
+        return *map(group.get, ("experts", "cautious", *self.FACTS)), *map(group.get, self.STRUCTURAL)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -217,11 +222,22 @@ class LowMemOptimizer(Method, Optimizer):
         self._update([(group, self._entries(group, [p]))], norm)
 
     @torch.no_grad()
+    def step_rows(self, p: Tensor, group: Group, finite: Tensor) -> RowStep:
+        """Begin a step of a matrix whose gradient comes by rows. See hf_lowmem/optim/row_steps.py, for arguments too.
+
+        Raises:
+            ValueError: for a learning rate that is no number.
+        """
+        slot = self._slot(p, group)
+        slot.open(self.state[p])
+        return RowStep(self, p, slot, with_rate(group), finite, self._skips, self._fuses)
+
+    @torch.no_grad()
     def accumulate_param(self, p: Tensor, group: Group) -> bool:
         """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
         assert p.grad is not None
         slot = self._slot(p, group)
-        if not (self.ACCUMULATES and slot.low_rank):
+        if not (self.ACCUMULATES and slot.low_rank) or group.get("cautious"):  # which needs the sum itself
             return False
         slot.open(self.state[p])
         self.accumulate(local(p.grad).to(torch.float32), slot, group)
@@ -250,18 +266,25 @@ class LowMemOptimizer(Method, Optimizer):
         finite = dict(zip([p for p, _ in cut], agreed(cut), strict=True)) if cut else {}
         runs: dict[tuple[object, ...], bool] = {}
         for group, entries in work:
-            together: list[tuple[Tensor, Slot]] = []
+            fused: list[tuple[Tensor, Slot]] = []
+            matrices: list[tuple[Tensor, Slot]] = []
             for p, slot in entries:
                 if self._fuses(p, slot, group, runs):
-                    together.append((p, slot))
+                    fused.append((p, slot))
+                elif slot.low_rank and self.steps_together(p, slot, group, runs):
+                    matrices.append((p, slot))
                 else:
                     step_by_loop(self, p, slot, group, self._skips, finite.get(p))
             if self.FUSED is not None:
-                step_fused(self.FUSED, together, group, self._skips.on, norm)
+                step_fused(self.FUSED, fused, group, self._skips.on, norm)
+            if matrices:
+                self.step_together(matrices, group, self._skips.on)
 
     def _fuses(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
         """Whether `FUSED` makes this parameter's step. `runs`: of which kinds the kernel does, filled here."""
-        if self.FUSED is None or slot.low_rank:
+        if self.FUSED is None or not slot.elementwise:
+            if self.FUSED is not None and group.get("cautious") and kernel_runs(self.FUSED.kernel, p):
+                warn_slower(self.name)
             return False
         if slot.coded and not slot.dithers:  # kernels round every coded state at random
             return False

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from hf_lowmem.codecs import BlockCodec
 from hf_lowmem.codecs.rows import RowCodec
 from hf_lowmem.distributed import full, local
+from hf_lowmem.optim import roles
 from hf_lowmem.optim.loaded_state import check_counts, check_keys, check_values
 from hf_lowmem.optim.names import same_names
 from hf_lowmem.optim.sharded import ShardedSlot, row_dim, row_layout
@@ -25,7 +26,10 @@ from hf_lowmem.optim.state import BY_ROWS, COUNTS, Group, State, count, encoded_
 __all__ = ["load"]
 
 # What this optimizer's groups say of its parameters stays, whatever the checkpoint calls them.
-OURS = ("param_names", "experts")
+OURS = ("param_names", *roles.DEFAULTS)
+
+# What a checkpoint means that is older than an option which shapes the state.
+BEFORE = {"embeddings": "adam"}
 
 
 def load(
@@ -77,9 +81,10 @@ def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[s
     """Raise where the saved groups are of another method, of settings that shape the state, or of other names."""
     for ours, theirs in zip(groups, saved, strict=False):  # torch checks the lengths
         for option in structural:
-            if option in ours and theirs.get(option) != ours[option]:
+            saved_as = theirs.get(option, BEFORE.get(option))
+            if option in ours and saved_as != ours[option]:
                 raise ValueError(
-                    f"the checkpoint was made with {option}={theirs.get(option)!r}, this optimizer has "
+                    f"the checkpoint was made with {option}={saved_as!r}, this optimizer has "
                     f"{option}={ours[option]!r}: its state cannot be continued. Use the checkpoint's setting, or "
                     "start with a fresh optimizer."
                 )

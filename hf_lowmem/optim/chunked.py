@@ -22,7 +22,7 @@ from hf_lowmem.optim.method import Method
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import COUNTS, Group
 
-__all__ = ["CHUNK", "can_chunk", "step_chunks"]
+__all__ = ["CHUNK", "allocate", "can_chunk", "cut", "step_chunks"]
 
 CHUNK = 1 << 24  # values; 64 MiB in fp32: small beside a model, and large beside the launch of a kernel
 
@@ -34,7 +34,7 @@ def can_chunk(p: Tensor, slot: Slot) -> bool:
         and slot.elementwise
         and not slot.sharded
         and p.grad is not None
-        and (p.is_contiguous() or slot.rest is not None)
+        and _stored(p, slot).is_contiguous()
         and p.grad.is_contiguous()
         and all(CHUNK % s.codec.block == 0 for s in slot.states.values() if isinstance(s.codec, BlockCodec))
     )
@@ -45,10 +45,7 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
 
     A bad gradient leaves out all chunks, a result that is not finite its own.
     """
-    if slot.store.corrected:
-        slot.correction(p)
-    if slot.draws:
-        _ = slot.key  # chunks have the state's numbers, but none that is made for a chunk is kept
+    allocate(p, slot)
     chunks = list(_chunks_of(p, slot))
     finite = torch.stack([is_finite_gradient(grad.to(torch.float32)) for _, grad, _ in chunks]).all()
     taken = finite
@@ -59,21 +56,31 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
 
 
 def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
-    """(weights, gradient, slot) of one chunk after the other; all are views, but a state's numbers are copies.
-
-    The tensors of all states are allocated first, as the whole parameter's.
-    """
+    """(weights, gradient, slot) of one chunk after the other; all are views, but a state's numbers are copies."""
     assert p.grad is not None
-    for name in slot.states:
-        slot.tensors(name)
-    flat, grad = p.view(-1) if slot.rest is None else slot.rest.codes, p.grad.view(-1)  # at rest it has no values
+    flat, grad = _stored(p, slot).view(-1), p.grad.view(-1)
     for start in range(0, p.numel(), CHUNK):
         stop = min(start + CHUNK, p.numel())
-        raw = {k: v if k in COUNTS else _cut(k, v, slot, start, stop) for k, v in slot.raw.items()}
+        raw = {k: v if k in COUNTS else cut(k, v, slot, start, stop) for k, v in slot.raw.items()}
         yield flat[start:stop], grad[start:stop], slot.chunk(raw, start, stop)
 
 
-def _cut(key: str, tensor: Tensor, slot: Slot, start: int, stop: int) -> Tensor:
+def _stored(p: Tensor, slot: Slot) -> Tensor:
+    """What lies in memory of a parameter's weights: themselves, or the codes of one that is at rest."""
+    return p if slot.rest is None else slot.rest.codes.view(p.shape)
+
+
+def allocate(p: Tensor, slot: Slot) -> None:
+    """Make all that the state of `p` has, as the whole parameter's: nothing that is made for a part of it is kept."""
+    if slot.store.corrected:
+        slot.correction(p)
+    if slot.draws:
+        _ = slot.key
+    for name in slot.states:
+        slot.tensors(name)
+
+
+def cut(key: str, tensor: Tensor, slot: Slot, start: int, stop: int) -> Tensor:
     """The entries of a state's tensor that belong to the values from `start` to `stop`."""
     name, _, kind = key.partition(".")
     if not kind:  # values themselves: fp32, bf16, or the correction beside a weight

@@ -22,7 +22,7 @@ from hf_lowmem.optim.slot import FLOATS, KNOWN, Slot
 from hf_lowmem.optim.state import Group, in_dispatch_mode
 from hf_lowmem.weights import at_rest
 
-__all__ = ["FusedStep", "is_plain", "kernel_runs", "step_fused", "warn_unfused"]
+__all__ = ["FusedStep", "call_directly", "is_plain", "kernel_runs", "step_fused", "warn_unfused"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ class FusedStep(NamedTuple):
     """A kernel for whole steps.
 
     Args:
-        settings: its last arguments, after tensors, codecs, store and seeds; from the group and each parameter's step.
+        settings: its arguments after tensors, codecs, store and seeds; from the group and each parameter's step. The
+            last one is the place of the first value, of a part of a parameter.
     """
 
     kernel: Kernel
@@ -149,16 +150,25 @@ def _step_alike(
     settings = fused.settings(group, [slot.step for slot in slots])
     stored = *moments, *kind.codecs, store.name
     grads = [p.grad.contiguous() for p in params if p.grad is not None]
-    args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings
-    direct = fused.kernel.directly(
-        first.device, (fused.settings, kind, store.name, first.dithers), lambda: _one_of(args)
-    )
-    if direct is None:
-        fused.kernel(*args)
-        return
-    with on(first.device):
-        direct(*args, norm=norm)
+    args = params, grads, skipped, corrections, *stored, seeds, state_seeds, *settings, first.first()
+    how = fused.settings, kind, store.name, first.dithers
+    beside = {} if norm is None else {"norm": norm}
+    call_directly(fused.kernel, first.device, how, *args, **beside)
     torch.autograd.graph.increment_version(params)
+
+
+def call_directly(kernel: Kernel, device: torch.device, kind: tuple[object, ...], *args: object, **beside: Tensor):
+    """Call a kernel past its operator where nobody listens to that; what autograd should know is left to the caller.
+
+    Args:
+        kind: all by which a call on this device differs from another for Triton.
+        beside: what only Triton's function takes, to spare work.
+    """
+    direct = kernel.directly(device, kind, lambda: _one_of(args))
+    if direct is None:
+        return kernel(*args)
+    with on(device):
+        return direct(*args, **beside)
 
 
 def _one_of(args: tuple[object, ...]) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ Why not bitsandbytes' LAMB: it has no trust ratio, so it is Adam under another n
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Lamb(LowMemOptimizer):
 
     name = "lamb"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS: ClassVar[Group] = {
         "betas": (0.9, 0.999),
         "eps": 1e-6,
         "adapt_vectors": True,

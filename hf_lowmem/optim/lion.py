@@ -8,16 +8,19 @@ Why not bitsandbytes' Lion8bit: the codec decides the bytes here, so the same fe
 device, and resume bit for bit.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.lion import LION_STEP
 from hf_lowmem.kernels.lion.reference import lion_
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.cautious import cautious_
 from hf_lowmem.optim.fused import FusedStep
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
+from hf_lowmem.specs import check_flag
 
 
 def step_settings(group: Group, steps: list[int]) -> tuple[object, ...]:
@@ -36,7 +39,8 @@ class Lion(LowMemOptimizer):
     m   = beta2 * m + (1 - beta2) * grad                 # stored signed
     ```
 
-    Defaults: betas (0.9, 0.99). There is no `eps`.
+    Defaults: betas (0.9, 0.99), cautious False. There is no `eps`. `cautious=True` leaves out what goes against the
+    gradient (arXiv 2411.16085; optim/cautious.py): a weight then moves by 0 or by `lr` over the share that moves.
 
     State, bytes a parameter: fp32 4, bf16 2, int8 1.02, fp8 1.03, fp8_expand 1.04. Parameters of fewer than 4096 values
     keep an fp32 state.
@@ -50,11 +54,18 @@ class Lion(LowMemOptimizer):
 
     name = "lion"
     STATES = {"exp_avg": StateDecl(signed=True)}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
+    DEFAULTS: ClassVar[Group] = {"betas": (0.9, 0.99), "cautious": False}
+    CHECKS = {"cautious": check_flag}
     ELEMENTWISE = True
     FUSED = FusedStep(LION_STEP, step_settings)
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
         exp_avg = slot.load("exp_avg")
-        lion_(p, grad, exp_avg, lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"])
+        lr, betas, decay = group["lr"], group["betas"], group["weight_decay"]
+        if group["cautious"]:
+            step = torch.zeros_like(p)
+            lion_(step, grad, exp_avg, lr=lr, betas=betas, weight_decay=0.0)
+            p.mul_(1 - lr * decay).sub_(cautious_(step.neg_(), grad, slot, group))
+        else:
+            lion_(p, grad, exp_avg, lr=lr, betas=betas, weight_decay=decay)
         slot.save("exp_avg", exp_avg)

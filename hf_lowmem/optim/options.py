@@ -6,12 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowmem.codecs import codec_pair
+from hf_lowmem.optim import roles
 from hf_lowmem.optim.method import Method, methods_with
 from hf_lowmem.optim.state import Group
-from hf_lowmem.specs import OptimSpec, check_choice
+from hf_lowmem.specs import LABELS, OptimSpec, check_choice
 
 __all__ = ["plain", "resolve", "with_rate"]
 
+ARGUMENTS = {field: argument for argument, field in LABELS.items()}
 LEAST_EPS = 1e-10  # with a coded state, whose root is of LEAST_SQUARE of adamw/reference.py at least
 
 
@@ -20,7 +22,7 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
     codecs = codec_pair(spec.state, label=spec.label("state"))
     names = [c.name for c in codecs]
     group: Group = {"method": cls.name, "lr": spec.lr}
-    for option in ("betas", "eps", "rank", "update_gap", "scale", "projection", "rotate"):
+    for option in ("betas", "eps", "rank", "update_gap", "scale", "projection", "rotate", "embeddings"):
         value = getattr(spec, option)
         if option in cls.DEFAULTS:
             group[option] = cls.DEFAULTS[option] if value is None else value
@@ -44,16 +46,20 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
             f"{spec.label('rotate')}=True has no effect with {spec.label('projection')}='random': two random bases "
             "have nothing in common, so there is nothing to rotate. Leave it unset, or choose 'subspace'."
         )
+    checks = {**cls.CHECKS, **{fact: roles.CHECKS[fact] for fact in cls.FACTS}}
     for option, value in spec.options.items():
-        if option not in cls.CHECKS:
-            others = methods_with(option)
+        if option not in checks:
+            others, mine = methods_with(option), ARGUMENTS.get(option)
             remedy = f"It belongs to: {', '.join(others)}" if others else f"It has: {', '.join(cls.CHECKS) or 'none'}"
+            if mine is not None and not spec.labels:
+                remedy = f"That is the field of training arguments; here it is {mine}={value!r}"
             raise ValueError(
                 f"{spec.label('options')}: {option}={value!r} is not an option of "
                 f"{spec.label('name')}={cls.name!r} alone. {remedy}."
             )
-        cls.CHECKS[option](spec.label(option), value)
-    group |= {option: spec.options.get(option, cls.DEFAULTS[option]) for option in cls.CHECKS}
+        checks[option](spec.label(option), value)
+    defaults = {**cls.DEFAULTS, **roles.DEFAULTS}
+    group |= {option: spec.options.get(option, defaults[option]) for option in checks}
     state = names[0] if names[0] == names[1] else ",".join(names)
     return group | {"state": state} | {k: getattr(spec, k) for k in ("weight_decay", "weights", "seed")}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_lowmem.distributed import is_sharded
 from hf_lowmem.optim.method import Method, elementwise
 from hf_lowmem.optim.state import Group
-from hf_lowmem.reasons import flattened, needs_matrices, nothing_to_round
+from hf_lowmem.reasons import CAUTIOUS_FLAT, flattened, needs_matrices, nothing_to_round
 
 __all__ = ["check_flattened", "check_placement", "small_apart"]
 
@@ -52,6 +52,8 @@ def check_flattened(method: Method, p: Tensor, group: Group, shapes: set[torch.S
     if shapes is None or p.ndim != 1 or p.shape in shapes:
         return
     got = f"a vector of {p.numel():,} values in the place of its weights (DeepSpeed's ZeRO has flattened them)"
+    if group.get("cautious"):
+        raise ValueError(f"{method.name} with cautious=True got {got}: {CAUTIOUS_FLAT}.")
     if not method.ELEMENTWISE:
         raise ValueError(f"{method.name} got {got}: {needs_matrices(method.name, elementwise())}.")
     if group["weights"] != "keep" and all(q.dtype != torch.bfloat16 for q in group["params"]):

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_lowmem.optim.groups import head_weights, linear_weights
+from hf_lowmem.optim.groups import linear_weights
 from hf_lowmem.optim.names import named_modules, named_parameters
+from hf_lowmem.optim.roles import lookups
 from hf_lowmem.specs import OptimSpec
 from hf_lowmem.weights import AtRest, at_rest, int8, put_to_rest
 from hf_lowmem.weights.forwards import forward_for
@@ -50,12 +51,7 @@ class Chosen(NamedTuple):
 def choose(model: nn.Module) -> Chosen:
     """See the module; the model stays as it is."""
     linear = {id(p) for _, _, p in linear_weights(model)}
-    heads = {
-        id(weight)
-        for module in model.modules()
-        if isinstance(head := getattr(module, "get_output_embeddings", lambda: None)(), nn.Module)
-        for weight in head_weights(head)
-    }
+    _, heads = lookups(model)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for _, _, module in named_modules(model):
         for own, p in module.named_parameters(recurse=False):

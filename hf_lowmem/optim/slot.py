@@ -25,6 +25,7 @@ from hf_lowmem.optim.state import (
     CORRECTION,
     COUNT_BYTES,
     Group,
+    Reach,
     State,
     StateDecl,
     StepCount,
@@ -61,7 +62,8 @@ class Slot:
         p: the parameter; only read here.
         group: its parameter group.
         decls: the method's states.
-        elementwise: whether the update of each value of a parameter that is not low-rank needs that value alone.
+        reach: how much of the parameter the update of one value sees.
+        rule: name of the rule that it takes.
         groups: all of the optimizer's.
 
     Attributes:
@@ -70,6 +72,7 @@ class Slot:
         whole: the same as one process would keep them all.
         coded: whether any of them is stored in fewer bits than fp32.
         low_rank: whether the low-rank rule applies.
+        elementwise: whether the update of a value sees that value alone.
         fusable: whether the kernels of optim/fused.py know such weights and states.
         store: how its weights are stored.
         rest: what is kept of a weight that is at rest in int8.
@@ -79,11 +82,13 @@ class Slot:
         draws: whether updates draw random numbers, so that the state has a `key`.
         finite: of what an update computes and saves, whether it is finite; None: nobody asks.
         facts: all that these decisions depend on, for who wants to know whether they still hold.
-        start: of a chunk of a parameter, its first value's place in the whole.
+        start: of a part of a parameter, its first value's place in the whole.
+        is_part: whether it is the slot of a part.
     """
 
     sharded = False
     cut = False
+    is_part = False
     shards: Whole = WHOLE
 
     def __init__(
@@ -92,13 +97,15 @@ class Slot:
         group: Group,
         decls: Mapping[str, StateDecl],
         *,
-        elementwise: bool = False,
+        reach: Reach = "whole",
+        rule: str = "",
         groups: Sequence[Group] = (),
     ) -> None:
         self.shape, self.device, self.values = p.shape, p.device, local(p).numel()
         self.codecs = codec_pair(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
         self.low_rank = is_low_rank(p.shape, group.get("rank"))
-        self.elementwise = elementwise and not self.low_rank
+        self.reach, self.rule = reach, rule
+        self.elementwise = reach == "value"
         self.rest = at_rest(p)
         self.store = store_for(group["weights"], p.dtype, resting=self.rest is not None)
         self.syncs = reads_are_free(p.device)
@@ -136,13 +143,14 @@ class Slot:
         self._key: int | None = None
         self._state_seed: int | None = None
 
-    def chunk(self, raw: dict[str, Any], start: int, stop: int) -> "Slot":
-        """The slot of the values from `start` to `stop`, whose state is `raw`."""
+    def chunk(self, raw: dict[str, Any], start: int, stop: int, rows: int | None = None) -> "Slot":
+        """The slot of the values from `start` to `stop`, whose state is `raw`; `rows`: they are so many whole rows."""
         part = copy.copy(self)
         part.open(raw)
-        part.start = start
-        part.rest = self.rest and self.rest.part(start, stop)
-        part.states = {name: state._replace(shape=torch.Size([stop - start])) for name, state in self.states.items()}
+        part.start, part.is_part = start, True
+        part.rest = self.rest and self.rest.part(start, stop, rows)
+        shapes = {k: [stop - start] if rows is None else [rows, *s.shape[1:]] for k, s in self.states.items()}
+        part.states = {k: s._replace(shape=torch.Size(shapes[k])) for k, s in self.states.items()}
         return part
 
     def nbytes(self) -> int:
@@ -159,7 +167,8 @@ class Slot:
 
     def count_step(self) -> None:
         """Count one update more, in the state."""
-        self._step, self._state_seed = self._count.one_more(self.raw), None
+        if not self.is_part:  # of which the whole is counted
+            self._step, self._state_seed = self._count.one_more(self.raw), None
 
     @property
     def key(self) -> int:

@@ -217,7 +217,7 @@ class Soap(LowMemOptimizer):
         "exp_avg_sq": StateDecl(signed=False),
         **{f"{name}_{NAMES[dim]}": _of_side(dim) for dim in NAMES for name in ("factor", "basis")},
     }
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS: ClassVar[Group] = {
         "betas": (0.95, 0.95),
         "eps": 1e-8,
         "update_gap": 10,

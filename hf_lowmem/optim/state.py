@@ -7,7 +7,7 @@ accelerator. They are real tensors also in a step on fake ones, which are planne
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from hf_lowmem.codecs import CODECS, StateCodec
 
 Shape = torch.Size
 Group = dict[str, Any]
+
+# How much of a parameter the update of one of its values sees: that value, its row (along dimension 0), or all of it.
+Reach = Literal["value", "row", "whole"]
 
 # The sum of projected gradients, between the backward passes of one window.
 WINDOW = "window"
@@ -96,7 +99,8 @@ class StateDecl(NamedTuple):
         signed: False promises values >= 0, such as a second moment's.
         shape: of the state, from a parameter's shape and group; None where that parameter has no such state.
         coded: whether the group's codec stores it, that of signed or that of unsigned states; else it is fp32.
-        rows: the dimension of the state that is cut where a matrix is cut by rows; None: each process keeps all of it.
+        rows: the dimension of the state that is cut where a matrix is cut by rows; None, itself or what it returns:
+            each process keeps all of it.
         average: it moves a little in each step, so its codes are rounded at random; else it is written once, or carried
             along, and rounded to the nearest.
         passing: it is there only between the backward passes of one accumulation window.
@@ -105,7 +109,7 @@ class StateDecl(NamedTuple):
     signed: bool
     shape: Callable[[Shape, Group], Shape | None] = as_parameter
     coded: bool = True
-    rows: Callable[[Shape, Group], int] | None = first_dimension
+    rows: Callable[[Shape, Group], int | None] | None = first_dimension
     average: bool = True
     passing: bool = False
 

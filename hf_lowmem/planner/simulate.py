@@ -112,6 +112,7 @@ class _Job:
     peft_config: Any
     progress: Callable[[str], None]
     quantization: Any = None
+    gathered: bool = False
     notes: list[str] = field(default_factory=list)
 
     def moments(self, config: PreTrainedConfig) -> tuple[list[Moment], str]:
@@ -125,6 +126,7 @@ class _Job:
             implementation=self.implementation,
             peft_config=copy.deepcopy(self.peft_config),
             quantization=self.quantization,
+            gathered=self.gathered,
         )
         made = outline(curve_of(measured), measured.live, measured.start, measured.stack)
         self.shapes = measured.shapes
@@ -236,6 +238,7 @@ def plan(
         peft_config=peft_config,
         progress=progress,
         quantization=quantization,
+        gathered=parallel == "fsdp2",
     )
     try:
         if not extrapolate_depth:

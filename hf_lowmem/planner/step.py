@@ -36,12 +36,13 @@ from trl.trainer import dpo_trainer
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import OPTIMIZERS, StepInBackward
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
 from hf_lowmem.planner.allocations import Live
 from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
+from hf_lowmem.training.head import GATHERED
 from hf_lowmem.weights import resting
 
 __all__ = [
@@ -81,6 +82,19 @@ class Measured:
     start: int = 0  # clock at the first step's beginning
     end: int = 0
     shapes: list[Shape] = field(default_factory=list)
+
+
+class Seen:
+    """A hook that notes a parameter's gradient, if it comes whole."""
+
+    only_looks = True  # so an output head's may come by blocks all the same
+
+    def __init__(self, measured: Measured) -> None:
+        self.measured = measured
+
+    def __call__(self, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            self.measured.gradients |= self.measured.live.rows_of([grad])
 
 
 class Phases(TrainerCallback):
@@ -164,7 +178,7 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             measured.shapes = shapes_of(model, measured.stack)
             for p in model.parameters():
                 if p.requires_grad:
-                    p.register_hook(lambda g: measured.gradients.update(live.rows_of([g])))
+                    p.register_hook(Seen(measured))
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             if not self.model.training:
@@ -308,8 +322,10 @@ def simulate_step(
     implementation: str | None = None,
     peft_config: Any = None,
     quantization: Any = None,
+    gathered: bool = False,
 ) -> Measured:
-    """Run the trainer's steps on fake tensors; see the module. `method`: one of `hf_lowmem.planner.methods.METHODS`.
+    """Run the trainer's steps on fake tensors; see the module. `method`: one of `hf_lowmem.planner.methods.METHODS`;
+    `gathered`: as a process under FSDP2 does, whose output head is a copy that is gathered for each pass.
 
     Raises:
         CannotSimulate: naming the operation and the module, where what the step does depends on values.
@@ -330,6 +346,8 @@ def simulate_step(
         reference = lambda *args, **kwargs: make_model(config, dtype, attention).eval()  # noqa: E731
         stack.enter_context(mock.patch.object(dpo_trainer, "create_model_from_path", reference))
         stack.enter_context(mock.patch.object(dpo_trainer, "hash_module", return_value="unknown"))
+        if gathered:
+            stack.enter_context(mock.patch.object(StepInBackward, "whole_only", return_value=GATHERED))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, live:
             model = make_model(config, dtype, attention, quantization)

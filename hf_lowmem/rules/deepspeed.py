@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_lowmem.optim import elementwise
-from hf_lowmem.reasons import TO_FSDP2, needs_matrices, nothing_to_round
+from hf_lowmem.reasons import CAUTIOUS_FLAT, TO_FSDP2, needs_matrices, nothing_to_round
 from hf_lowmem.rules.rule import Rule
 from hf_lowmem.rules.run import Run
 
@@ -91,6 +91,13 @@ RULES = (
             f"{run.say('engine')} cannot be combined with {run.say('optim')}: ZeRO flattens the weights and cuts them "
             f"anywhere, and {needs_matrices(str(run.optim), elementwise())}"
         ),
+        "",
+    ),
+    Rule(
+        "zero_cautious",
+        ("engine", "spec"),
+        lambda run: run.engine == "deepspeed" and run.spec is not None and bool(run.spec.options.get("cautious")),
+        lambda run: f"optim_args: cautious=True cannot be combined with {run.say('engine')}: {CAUTIOUS_FLAT}",
         "",
     ),
     Rule(

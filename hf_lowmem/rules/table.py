@@ -33,8 +33,21 @@ def _averaged_late(run: Run) -> bool:
     return bool(run.in_backward) and (run.processes or 1) > 1 and run.engine in ("ddp", "single")
 
 
+def _cautious(run: Run) -> bool:
+    return run.spec is not None and bool(run.spec.options.get("cautious"))
+
+
+def _why_whole(run: Run) -> str:
+    if OPTIMIZERS[str(run.optim)].ACCUMULATES:
+        return (
+            f"{run.say('accumulation')} with step in backward: cautious=True compares an update with whole gradients, "
+            "which are freed in each backward pass. Set gradient_accumulation_steps=1, or leave cautious unset."
+        )
+    return accumulation_refused(run.say("accumulation"), str(run.optim))
+
+
 def _accumulates_whole(run: Run) -> bool:
-    able = run.ours and OPTIMIZERS[str(run.optim)].ACCUMULATES
+    able = run.ours and OPTIMIZERS[str(run.optim)].ACCUMULATES and not _cautious(run)
     return bool(run.in_backward) and (run.accumulation or 1) > 1 and not able
 
 
@@ -153,7 +166,7 @@ IN_BACKWARD = (
         "in_backward_accumulation",
         ("accumulation", "in_backward"),
         _accumulates_whole,
-        lambda run: accumulation_refused(run.say("accumulation"), str(run.optim)),
+        _why_whole,
         "",
     ),
     Rule(

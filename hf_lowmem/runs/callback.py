@@ -15,6 +15,7 @@ the model as well, but no event hands over the trainer.
 
 import logging
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class MemoryReportCallback(TrainerCallback):
         self.record: RunRecord | None = None  # of rank 0
         self.trainer_name: str | None = None
         self.predicted: dict[str, Any] | None = None  # a plan's `to_dict()`, for the report
+        self.head: Callable[[], dict[str, object]] | None = None  # says what was done with the output head's gradient
         self._due = False  # measured, and not logged yet
         self._told = 0  # the number of skipped steps that was warned of
         self._last: int | None = None
@@ -100,7 +102,7 @@ class MemoryReportCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy reports what was measured, but does not measure on: threads cannot be pickled.
-        return self.__dict__ | {"_peak": None}
+        return self.__dict__ | {"_peak": None, "head": None}
 
     def add_to(self, trainer: Trainer) -> "MemoryReportCallback":
         """Make it the trainer's first callback, so that its loggers see what this one adds; itself."""
@@ -208,6 +210,8 @@ class MemoryReportCallback(TrainerCallback):
         self._note_peak()
         memory = {name: value for name, value in self.report.items() if name != "saved_by_module"}
         self.record.update(state, memory, finished=finished)
+        if self.head is not None:
+            self.record.head = self.head()
 
     def _begin_record(self, args: TrainingArguments, state: TrainerState, event: dict[str, Any]) -> RunRecord | None:
         data = getattr(event.get("train_dataloader"), "dataset", None)

@@ -82,6 +82,7 @@ def facts_of_state(state: Any, folder: Path, manifest: dict[str, Any]) -> dict[s
         "settings": {},
         "device": None,
         "processes": manifest.get("processes"),
+        "head": None,
         "versions": versions if isinstance(versions, dict) else {},
         "predicted": None,
         "trainings": [{**training, "memory": plain(memory), "speed": speed_of(rows)}],

@@ -24,6 +24,7 @@ class RunRecord:
         results: losses, steps and epochs of the latest training.
         history: {"step", "epoch", "loss" or "eval_loss"} each.
         predicted: result of `predicted_of`.
+        head: what was done with the output head's gradient; see hf_lowmem/training/head.py.
         frame: the card that the trainer's own class has made, into which the section is put.
     """
 
@@ -32,6 +33,7 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     predicted: dict[str, Any] | None = None
+    head: dict[str, object] | None = None
     frame: str | None = None
     tokens_before: float = 0  # TRL counts on from one `train()` of a trainer to the next
     tokens: float = 0
@@ -79,6 +81,7 @@ class RunRecord:
         return {
             "format": FORMAT,
             **self.facts,
+            "head": plain(self.head),
             "predicted": self.predicted,
             # One that came after the end of the run, and trained nothing, tells nothing.
             "trainings": plain([t for t in self.trainings if t["to_step"] > t["from_step"]] or self.trainings[-1:]),

@@ -16,7 +16,7 @@ from hf_lowmem.runs.history import facts_of_state
 __all__ = ["FORMAT", "REPORT", "BadReport", "predicted_of", "read_report", "write_atomically", "write_report"]
 
 REPORT = "lowmem_report.json"
-FORMAT = 2
+FORMAT = 3
 
 # Each key of a report, and what it may be.
 KEYS: dict[str, tuple[type, ...]] = {
@@ -30,6 +30,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "device": (str, type(None)),
     "processes": (int, type(None)),
     "versions": (dict,),
+    "head": (dict, type(None)),
     "predicted": (dict, type(None)),
     "trainings": (list,),
     "results": (dict,),
@@ -172,10 +173,13 @@ def _parse(path: Path) -> Any:
 
 
 def _present(report: Any) -> Any:
-    """A report as this version writes it: in format 1 the plan was called "foretold"."""
-    if not isinstance(report, dict) or report.get("format") != 1 or "foretold" not in report:
+    """A report as this version writes it: in format 1 the plan was called "foretold", and before 3 there was no word of
+    the output head."""
+    if not isinstance(report, dict):
         return report
-    return {"predicted" if key == "foretold" else key: value for key, value in report.items()} | {"format": FORMAT}
+    if report.get("format") == 1 and "foretold" in report:
+        report = {"predicted" if key == "foretold" else key: value for key, value in report.items()} | {"format": 2}
+    return {"head": None} | report | {"format": FORMAT} if report.get("format") == 2 else report
 
 
 def _newest_state(folder: Path) -> Path | None:

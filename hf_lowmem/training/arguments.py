@@ -12,7 +12,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from transformers import Trainer, TrainingArguments
@@ -23,6 +23,7 @@ from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.specs import (
+    EMBEDDING_RULES,
     LABELS,
     OPTIMIZER_FIELDS,
     PROJECTIONS,
@@ -34,7 +35,8 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
-from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, settle
+from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, settle
+from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,14 @@ class LowMemArguments:
 
     READER: ClassVar[str | None] = None  # the trainer that alone reads what a config adds to these fields
 
+    lowmem: str | None = field(
+        default=None,
+        metadata={
+            "help": "One word for several fields, which are filled in where they have their default: "
+            + "; ".join(f"{name} ({said(preset)})" for name, preset in PRESETS.items())
+            + f". With bf16 weights also lowmem_weights={WEIGHTS}."
+        },
+    )
     optim: str = field(
         default=DEFAULT_OPTIM,
         metadata={
@@ -140,6 +150,13 @@ class LowMemArguments:
             f"{', '.join(methods_with('rotate'))}."
         },
     )
+    lowmem_embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Rule of embedding and output head, where an optim has one of its own for linear weights: "
+            f"{', '.join(EMBEDDING_RULES)}. Default: {own_defaults('embeddings')}."
+        },
+    )
     lowmem_step_in_backward: bool = field(
         default=False,
         metadata={
@@ -188,8 +205,14 @@ class LowMemArguments:
 
     def __post_init__(self) -> None:
         self._take_section()
+        filled = fill(self, open_fields(self))
         self._lowmem_open = open_fields(self)
-        self._settled(getattr(super(), "__post_init__", lambda: None))
+        try:
+            self._settled(getattr(super(), "__post_init__", lambda: None))
+        except ValueError as error:
+            if is_about(filled, error):
+                raise ValueError(f"{error} (lowmem={self.lowmem!r} sets {said(filled)}.)") from error
+            raise
 
     def _settled(self, parents: Callable[[], None] = lambda: None) -> None:
         """Settle what is open and check all fields, each for itself and together.
@@ -332,15 +355,6 @@ class LowMemArguments:
             self.optim = str(name)
             check_spec(self.lowmem_optim_spec())
         return self
-
-
-def open_fields(args: Any) -> frozenset[str]:
-    """Names of the fields of a config that have their class's default."""
-    return frozenset(
-        f.name
-        for f in fields(args)
-        if getattr(args, f.name, MISSING) == (f.default if f.default_factory is MISSING else f.default_factory())
-    )
 
 
 def section_fields() -> list[str]:

@@ -34,6 +34,7 @@ from hf_lowmem.preference.reference.sharded import prepare_fsdp
 from hf_lowmem.preference.sharing import SharedPairs, share_batches, sharing
 from hf_lowmem.specs import LossSpec
 from hf_lowmem.training.dpo_config import TRL_LOSSES, LowMemDPOConfig
+from hf_lowmem.training.head import BlockedHead
 from hf_lowmem.training.mixin import LowMemTrainerMixin
 
 __all__ = ["TRL_LOSSES", "Captured", "LowMemDPOConfig", "LowMemDPOTrainer"]
@@ -106,6 +107,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
     """
 
     CONFIG = DPOConfig
+    HEAD = BlockedHead
     ref_model: Any
     train_dataset: Any
     _metrics: dict[str, Any]

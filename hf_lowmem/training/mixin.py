@@ -4,7 +4,7 @@ import inspect
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -21,7 +21,11 @@ from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
+from hf_lowmem.training.presets import take_weights
 from hf_lowmem.training.resting import RestingWeights
+
+if TYPE_CHECKING:
+    from hf_lowmem.training.head import BlockedHead  # which needs trl
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class LowMemTrainerMixin(RestingWeights):
     _tiers: OwnedTiers | None = None
     reports: bool = True  # whether each training leaves lowmem_report.json and README.md in `output_dir`
     CONFIG: type = LowMemArguments  # the config that the parent needs
+    HEAD: "type[BlockedHead] | None" = None  # for trainers whose loss goes through TRL's fused head
+    output_head: "BlockedHead | None" = None  # of the training now running or the last one
     predicted: dict[str, Any] | None = None  # a plan of this run, as plain values, for its report
     _run: dict[str, Any] | None = None  # who writes the checkpoints, for their manifests; rank 0 alone knows
     _was_finished = False  # the training went on from the end of a run, and there was nothing to do
@@ -150,11 +156,16 @@ class LowMemTrainerMixin(RestingWeights):
             self._take_off()  # of a model that a search has replaced
             self._tiers = OwnedTiers(self.model, spec, f"lowmem_activations={spec.tiers!r} of {type(self).__name__}")
             self.activations = self._tiers.report
+        if self.HEAD is not None and isinstance(self.args, LowMemArguments):
+            self.output_head = self.output_head or self.HEAD(self)
+            self.output_head.put(compiled=getattr(self.args, "torch_compile", False))
 
     def _take_off(self) -> None:
         """Leave the model as it was before this training, whatever has ended it."""
         if self.stepping is not None:
             self.stepping.remove()
+        if self.output_head is not None:
+            self.output_head.take_off()
         if self._tiers is not None:
             self._tiers.take_off()
             self._tiers = None
@@ -184,6 +195,7 @@ class LowMemTrainerMixin(RestingWeights):
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)
+        take_weights(self.args, opt_model, flat=flat)
         spec = self.args.lowmem_optim_spec()
         self._put_to_rest(spec, opt_model)
         optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat)
@@ -216,12 +228,14 @@ class LowMemTrainerMixin(RestingWeights):
         if self.accelerator.is_main_process:
             self._run = checkpoints.begin_run(self.args.output_dir, str(resume) if resume else None)
         self._was_finished = False
-        reporter_of(self)
+        reporter = reporter_of(self)
         try:
             if getattr(self, "model_init", None) is None:
                 self._put_on()
             for owner in owners_of(self.model) if self._tiers is None else ():
                 logger.warning("this training keeps the tiers that the model has from %s", owner)
+            if reporter is not None:
+                reporter.head = None if self.output_head is None else self.output_head.facts
             result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._take_off()

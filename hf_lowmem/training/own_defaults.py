@@ -9,13 +9,14 @@ survives pickling. And the numbers that are filled in are objects of their own: 
 number; an equal one that a user wrote is another object. JSON has no such objects: what is read from it was chosen.
 """
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_lowmem.optim import OPTIMIZERS
 
-__all__ = ["ADAM_DEFAULTS", "assigned", "settle"]
+__all__ = ["ADAM_DEFAULTS", "assigned", "open_fields", "settle"]
 
 ADAM_DEFAULTS: dict[str, float] = {
     f: TrainingArguments.__dataclass_fields__[f].default for f in ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -60,3 +61,12 @@ def assigned(args: Any, name: str, value: Any) -> None:
         others = [f for f in chosen if f != name]
         vars(args)[_CHOSEN] = others if _is_filled(value) else [*others, name]
     settle(args)
+
+
+def open_fields(args: Any) -> frozenset[str]:
+    """Names of the fields of a config that have their class's default."""
+    return frozenset(
+        f.name
+        for f in fields(args)
+        if getattr(args, f.name, MISSING) == (f.default if f.default_factory is MISSING else f.default_factory())
+    )

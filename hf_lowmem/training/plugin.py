@@ -31,6 +31,7 @@ from hf_lowmem.specs import check_choice
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
+from hf_lowmem.training.presets import take_weights
 from hf_lowmem.weights import expect_scales, resting, write_scales
 
 TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
@@ -148,6 +149,7 @@ class LowMemPlugin(LowMemArguments):
                 "it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
         self._taken()
+        take_weights(self, model, flat=flat)
         return from_spec(self.lowmem_optim_spec(), model, flat=flat)
 
     def _taken(self) -> None:
@@ -180,6 +182,12 @@ class LowMemPlugin(LowMemArguments):
             raise TypeError(
                 f"scheduler={scheduler!r}: expected a function from the optimizer to its scheduler, such as "
                 "lambda optimizer: get_cosine_schedule_with_warmup(optimizer, 10, 100)."
+            )
+        if (handed := next((other for other in others if isinstance(other, Optimizer)), None)) is not None:
+            raise TypeError(
+                f"{type(handed).__name__} beside the model: accelerator.prepare takes one there, and this makes "
+                "its own from optim. Leave it out: plugin.prepare(accelerator, model, loader); or hand over yours as "
+                "optimizer=, with optim left unset."
             )
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
         spec = self.lowmem_activation_spec()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from trl import SFTConfig, SFTTrainer
 
 from hf_lowmem.training.arguments import LowMemArguments
+from hf_lowmem.training.head import BlockedHead
 from hf_lowmem.training.mixin import LowMemTrainerMixin
 
 
@@ -27,3 +28,4 @@ class LowMemSFTTrainer(LowMemTrainerMixin, SFTTrainer):
     """
 
     CONFIG = SFTConfig
+    HEAD = BlockedHead

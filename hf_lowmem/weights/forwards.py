@@ -151,7 +151,7 @@ class RestingEmbedding(RestingForward):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a linear layer whose weight lies the other way round."""
+    """Whether a module is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 

@@ -67,11 +67,11 @@ class AtRest:
         """Some rows, in the weight's own dtype."""
         return int8.decode_rows(self.codes, self.scale, rows, self.shape[-1], self.dtype, group=self.group)
 
-    def part(self, start: int, stop: int) -> "AtRest":
-        """The weight's values from `start` to `stop`, flat: a view."""
+    def part(self, start: int, stop: int, rows: int | None = None) -> "AtRest":
+        """The weight's values from `start` to `stop`: a view. They are flat, or so many whole rows."""
         made = object.__new__(AtRest)
         vars(made).update(vars(self))
-        made.shape = torch.Size([stop - start])
+        made.shape = torch.Size([stop - start] if rows is None else [rows, *self.shape[1:]])
         made.codes, made.scale = self.codes[start:stop], self.scale[start // self.group : stop // self.group]
         return made
 

@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import embeddings as embedding_rules
 import plan_table as plans
 import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
+from hf_lowmem.training.presets import PRESETS, WEIGHTS
 from parts.preference import report as preferences
 from parts.record import RECORDS, ROOT
 
@@ -104,6 +106,23 @@ def _peaks(names: dict[str, str]) -> list[str]:
 
 def memory() -> list[str]:
     return _peaks(MEMORY)
+
+
+def presets() -> list[str]:
+    """Fields of each preset, with the peaks and losses of the recorded setting that has the same."""
+    rows, lines = records("plan_table.jsonl"), []
+    for preset, fields in PRESETS.items():
+        tier = {} if "lowmem_activations" in fields else {"gradient_checkpointing": True}
+        whole = {k: v for k, v in fields.items() if k != "lowmem_reference"} | {"lowmem_weights": WEIGHTS} | tier
+        found = {row["tokens"]: row["peak_bytes"] for row in rows if row["fields"] == whole}
+        costs = dict(re.findall(r"(\w+) ([^,]+)", plans.loss_costs(whole)))
+        peaks = [gib(found[tokens]) for tokens in (min(found), max(found))]
+        known = [costs.get(part, "") for part in ("weights", "states", "activations")]
+        lines.append([f"`{preset}`", *cells_of(whole), *peaks, *known])
+    heads = [name.strip("`").removeprefix("lowmem_").replace("step_in_backward", "in backward") for name in CHOICES]
+    lengths = sorted({row["tokens"] for row in rows})
+    peaks = [f"{tokens:,} tokens" for tokens in (lengths[0], lengths[-1])]
+    return table(["preset", *heads, *peaks, "loss, %: weights", "states", "activations"], lines)
 
 
 def plan_table() -> list[str]:
@@ -216,6 +235,11 @@ def wire() -> list[str]:
     return sent.table(records("wire.jsonl"), "layers")
 
 
+def embeddings() -> list[str]:
+    """Loss and bytes of fine-tuning by the rule of embedding and head."""
+    return embedding_rules.table(records("embeddings.jsonl"))
+
+
 def targets() -> list[str]:
     """How many kernels compile for each GPU target, and how many of them spill registers."""
     rows = records("kernels_targets.jsonl")
@@ -233,6 +257,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "memory": memory,
     "budget": budget,
     "plan_table": plan_table,
+    "presets": presets,
     "plan_fields": plan_fields,
     "plan_vs_cpu": plan_vs_cpu,
     "activations": activations,
@@ -241,6 +266,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "preference_memory": preference_memory,
     "preference_time": preference_time,
     "wire": wire,
+    "embeddings": embeddings,
     "targets": targets,
 }
 

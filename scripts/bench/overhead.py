@@ -39,6 +39,7 @@ from hf_lowmem.activations.tape import Tape
 from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
 from hf_lowmem.optim.backward import StepInBackward
+from hf_lowmem.optim.lowrank.together import VALUES
 from parts.record import RECORDS, commit, device_name, read_rows, versions_of, write_rows
 
 RECORD = RECORDS / "overhead.jsonl"
@@ -61,6 +62,7 @@ LAUNCHES: dict[str, tuple[str, bool]] = {
     "adamw in backward": ("adamw", True),
     "apollo": ("apollo", False),
     "apollo_mini": ("apollo_mini", False),
+    "apollo in backward": ("apollo", True),
 }
 # What a GPU has no kernel for: views, memory, and what tensors are made of.
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "_local_scalar_dense"}
@@ -164,20 +166,28 @@ class TorchKernels(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[list[str]]:
-    """Inside, Triton's launches do nothing but add a name; sizes divide parameters as a real model's do."""
+def counting(method: str) -> Iterator[list[str]]:
+    """Inside, Triton's launches do nothing but add a name; sizes divide parameters as a real model's do.
+
+    APOLLO-Mini's projections have one side of a weight's, all others' have two.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     names: list[str] = []
 
-    def launch(self: JITFunction, *args: object, **kwargs: object) -> None:
-        names.append(self.__name__)
+    def launch(self: JITFunction | InterpretedFunction, *args: object, **kwargs: object) -> None:
+        names.append(self.fn.__name__)
 
     with (
         use_kernels("triton"),
         mock.patch.object(Kernel, "unsupported", _no_reason),
         mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(InterpretedFunction, "run", launch),
         mock.patch("hf_lowmem.kernels.step.launch.SMALL", 4096 // SMALLER),  # norms are small, and nothing else
+        mock.patch(
+            "hf_lowmem.optim.lowrank.together.VALUES", VALUES // SMALLER ** (1 if method == "apollo_mini" else 2)
+        ),
         mock.patch("hf_lowmem.optim.slot.SMALLEST_COMPRESSED", 4096 // SMALLER + 1),
         mock.patch("hf_lowmem.optim.slot.reads_are_free", return_value=False),
     ):
@@ -205,7 +215,7 @@ def launches(repeats: int) -> Iterator[dict[str, object]]:
         optimizer = build(method, "8bit", "launch", "bf16_sr", 256)
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         step = stepping_in_backward(optimizer) if in_backward else optimizer.step
-        with counting() as names:
+        with counting(method) as names:
             whole = seconds(step, repeats)
             names.clear()
             step()

@@ -17,13 +17,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def passed(folder: Path) -> Callable[[str], list[str]]:
     """What a job printed, by its name."""
     jobs = {
-        "equals": ["fsdp2", "adamw,lamb,natural_galore", "fp32,fp8_expand"],
+        "equals": ["fsdp2", "adamw,lamb,natural_galore,scale,muon,galore+adam_mini,adamw+cautious", "fp32,fp8_expand"],
         "replicas": ["ddp,fsdp2", "adamw,galore", "bf16_sr", "20"],
         "shards": [],
         "refused": [],
         "bad": ["adamw,apollo,galore"],
-        "backward": ["adamw,apollo,galore"],
-        "resume": ["adamw,natural_galore", "int8,fp8_expand", str(folder / "resume")],
+        "backward": ["adamw,apollo,galore,apollo_mini+scale"],
+        "resume": ["adamw,natural_galore,galore+adam_mini", "int8,fp8_expand", str(folder / "resume")],
         "reshard-save": ["adamw,apollo,natural_galore", "8bit", str(folder / "reshard")],
         "convert": ["adamw,apollo,natural_galore", "fp32,int8"],
         "foreign": [],

@@ -16,6 +16,14 @@ from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, make_optimizer
 from hf_lowmem.optim.state import values_of
 
 
+class Attention(nn.Module):
+    """A projection to queries of which shards cut a head in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim, self.q_proj = 10, nn.Linear(64, 70, bias=False)
+
+
 class Net(nn.Module):
     """Tall, wide and square matrices, rows that are a multiple of every block and not, fewer rows than processes."""
 
@@ -23,12 +31,18 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tall = nn.Linear(256, 272)  # rows of 256: the blocks are those of the flattened tensor
+        vars(self.tall)["split_sizes"] = (136, 136)  # two matrices in one
         self.wide = nn.Linear(256, 40, bias=False)  # m < n: the projected dimension is the one that is cut
         self.odd = nn.Linear(70, 67, bias=False)  # neither rows nor blocks are even
         self.one = nn.Linear(5000, 1, bias=False)  # one row: the other processes have none
         self.norm = nn.LayerNorm(4100)
         self.experts, self.num_experts = nn.Parameter(torch.randn(3, 40, 48)), 3
+        self.attention = Attention()
+        self.words, self.head = nn.Embedding(71, 64), nn.Linear(64, 69, bias=False)
         self.to(dtype)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def forward(self, seed: int) -> Tensor:
         """A quadratic with its minimum elsewhere than at the parameters."""
@@ -52,7 +66,11 @@ def options(name: str) -> dict[str, Any]:
 
 
 def make(name: str, codec: str, model: nn.Module, **kwargs: Any) -> LowMemOptimizer:
-    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1} | options(name) | kwargs
+    """`name`: of a method, perhaps with the rule of embedding and head, or cautious: "apollo_mini+scale"."""
+    name, _, more = name.partition("+")
+    options_of: dict[str, dict[str, Any]] = {"cautious": {"cautious": True}, "sinkgd": {"sinkhorn_iters": 5}}
+    own = options_of.get(more, {"embeddings": more or None})
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1} | own | options(name) | kwargs
     return make_optimizer(name, model, state=codec, **settings)
 
 

@@ -8,13 +8,13 @@ import pytest
 from hf_lowmem.optim import OPTIMIZERS
 from tests.dist.launch import launch
 
-SHARDABLE = ",".join(name for name in OPTIMIZERS if name != "soap")
+SHARDABLE = ",".join([*(name for name in OPTIMIZERS if name != "soap"), "apollo_mini+scale", "galore+adam_mini"])
 pytestmark = [pytest.mark.dist, pytest.mark.train]
 Passed = Callable[[str], list[str]]
 
 
 def test_a_resumed_run_is_uninterrupted(passed: Passed) -> None:
-    assert len(passed("resume")) == 2 * 2 + 1
+    assert len(passed("resume")) == 3 * 2 + 1
 
 
 @pytest.mark.slow

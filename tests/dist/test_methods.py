@@ -9,6 +9,8 @@ from hf_lowmem.optim import OPTIMIZERS
 from tests.dist.launch import launch
 
 SHARDABLE = [name for name in OPTIMIZERS if name != "soap"]  # which is refused by name
+OTHER_RULES = ["apollo_mini+scale", "galore+adam_mini", "scale+adam_mini", "scale+sinkgd"]  # of embedding and head
+CAUTIOUS = [f"{name}+cautious" for name in ("adamw", "lion", "apollo", "galore", "fira", "natural_galore")]
 CODECS = ("fp32", "int8", "fp8_expand")
 pytestmark = [pytest.mark.dist, pytest.mark.train]
 Passed = Callable[[str], list[str]]
@@ -24,19 +26,24 @@ def equals(kind: str, names: list[str], codec: str) -> None:
 
 
 def test_one_of_each_kind_is_one_process(passed: Passed) -> None:
-    check(passed("equals"), "fsdp2", ["adamw", "lamb", "natural_galore"], ("fp32", "fp8_expand"))
+    check(
+        passed("equals"),
+        "fsdp2",
+        ["adamw", "lamb", "natural_galore", "scale", "muon", "galore+adam_mini", "adamw+cautious"],
+        ("fp32", "fp8_expand"),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_method_under_fsdp2_is_one_process(codec: str) -> None:
-    equals("fsdp2", SHARDABLE, codec)
+    equals("fsdp2", SHARDABLE + OTHER_RULES + CAUTIOUS, codec)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_method_under_ddp_is_one_process(codec: str) -> None:
-    equals("ddp", list(OPTIMIZERS), codec)
+    equals("ddp", [*OPTIMIZERS, *OTHER_RULES, *CAUTIOUS], codec)
 
 
 def test_replicas_stay_equal(passed: Passed) -> None:
@@ -60,4 +67,4 @@ def test_what_cannot_be_cut_is_refused_and_bad_gradients_are_left_out_by_all(pas
 
 
 def test_step_in_backward_under_fsdp2(passed: Passed) -> None:
-    assert [line.split()[1] for line in passed("backward")[:-1]] == ["adamw", "apollo", "galore"]
+    assert [line.split()[1] for line in passed("backward")[:-1]] == ["adamw", "apollo", "galore", "apollo_mini+scale"]

@@ -10,6 +10,8 @@ step sends one byte a parameter, to agree on bad gradients.
 | method           | m >= n                | m < n                                              |
 |------------------|-----------------------|----------------------------------------------------|
 | adamw, lion      | -                     | -                                                  |
+| adam_mini, scale | -                     | -                                                  |
+| muon             | m n to gather         | m n to gather                                      |
 | lamb             | 2 norms               | 2 norms                                            |
 | apollo           | 1 norm                | r n to project, n for channels' factors, 1 norm    |
 | apollo_mini      | 3 norms               | n to project (r = 1), 3 norms                      |
@@ -52,7 +54,8 @@ def step(row: dict[str, Any]) -> float:
     gathers = {"apollo": 1, "apollo_mini": 0, "galore": rank, "natural_galore": rank, "fira": 2 * rank + 1}
     wide = LAYERS if row["case"] == "layers" else 0  # matrices with m < n
     down = (rank + gathers[name]) * row["n"] * VALUE * wide if name in gathers else 0
-    return 2 * HALF * (parameters + norms + products) + HALF * down
+    whole = passes(row) / 3 if name == "muon" else 0
+    return 2 * HALF * (parameters + norms + products) + HALF * down + whole
 
 
 def basis(row: dict[str, Any], rounds: int) -> float:

@@ -136,8 +136,9 @@ def uses() -> dict[str, set[str]]:
     ours = {name for tree in trees().values() for name in _defined(tree)}
     found: dict[str, set[str]] = defaultdict(set)
     for path, tree in trees().items():
+        own = set(_globals(tree))
         for name in _raw(tree):
-            known = name in ours or name in NOT_THEIRS or (name in set(_globals(tree)) and "." not in name)
+            known = name in ours or name in NOT_THEIRS or (name in own and "." not in name)
             if not known:
                 found[name].add(path)
     return dict(found)
@@ -171,6 +172,7 @@ def self_stores(code: ast.AST) -> set[str]:
     }
 
 
+@cache
 def _kept_by(cls: type) -> set[str]:
     """What a class of Python puts on `self`. (torch's modules have a table for it, which the list names.)"""
     return set() if cls.__module__.split(".")[0] == "torch" else self_stores(parsed(cls))

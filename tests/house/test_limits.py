@@ -16,7 +16,7 @@ OP_BOUNDARY = {
     "kernels/adamw/triton.py": ("adamw_step",),
     "kernels/apollo/cpu.py": ("apollo_step",),
     "kernels/apollo/reference.py": ("apollo_step",),
-    "kernels/apollo/triton.py": ("apollo_kernel", "apollo_step"),
+    "kernels/apollo/triton.py": ("apollo_kernel", "apollo_step", "norm_kernel"),
     "kernels/codecs/tiles.py": ("encode_tile",),
     "kernels/codecs/triton.py": ("_encode",),
     "kernels/glu/triton.py": ("save_kernel", "product_kernel", "backward_kernel"),
@@ -25,8 +25,17 @@ OP_BOUNDARY = {
     "kernels/lion/triton.py": ("lion_step",),
     "kernels/quantize/triton.py": ("quantize_kernel",),
     "kernels/rmsnorm/triton.py": ("forward_kernel", "again_kernel", "backward_kernel"),
+    "kernels/step/cpu.py": ("run_steps",),
     "kernels/step/launch.py": ("run_steps",),
-    "kernels/step/triton.py": ("adamw", "adamw_coded", "adam_family", "step_tile", "step_kernel", "steps_kernel"),
+    "kernels/step/triton.py": (
+        "adamw",
+        "adamw_coded",
+        "adam_family",
+        "step_tile",
+        "step_kernel",
+        "steps_kernel",
+        "moments_kernel",
+    ),
 }
 # A door to which everything is said by name; and formulas in fp32, whose arguments are the symbols of the paper.
 BY_NAME = {

@@ -105,16 +105,19 @@ def unquoted(text: str) -> str:
 def offences_in_names(path: str, tree: ast.AST, retired: dict[str, Retired] = RETIRED) -> list[str]:
     """Names in a Python file that have a retired word, with its path among them: each room and the file itself."""
     places = [(MODULE, part.removeprefix("test_").removesuffix(".py"), 0) for part in path.split("/")]
-    found: list[str] = []
-    for words, rule in retired.items():
-        if not any(path == place or path.startswith(place + "/") for place in rule.places):
-            continue
-        pattern = re.compile(rf"({rule.pattern})" if rule.whole else rf"(.*_)?({rule.pattern})(_.*)?")
-        for kind, name, line in (*places, *names_in(tree)):
-            sentence = path.startswith("tests/") and name.startswith("test_")  # the name of a test is one
-            if kind in rule.kinds and not sentence and pattern.fullmatch(words_of(name)):
-                found.append(f"{path}:{line}: {kind} {name!r} ({words})")
-    return found
+    here = {
+        words: re.compile(rf"({rule.pattern})" if rule.whole else rf"(.*_)?({rule.pattern})(_.*)?")
+        for words, rule in retired.items()
+        if any(path == place or path.startswith(place + "/") for place in rule.places)
+    }
+    given = {(kind, name): line for kind, name, line in (*places, *names_in(tree))}
+    return [
+        f"{path}:{line}: {kind} {name!r} ({words})"
+        for (kind, name), line in given.items()
+        if not (path.startswith("tests/") and name.startswith("test_"))  # the name of a test is a sentence
+        for words, pattern in here.items()
+        if kind in retired[words].kinds and pattern.fullmatch(words_of(name))
+    ]
 
 
 def offences_in_prose(path: str, texts: Iterator[tuple[str, int]]) -> list[str]:
@@ -124,6 +127,7 @@ def offences_in_prose(path: str, texts: Iterator[tuple[str, int]]) -> list[str]:
         f"{path}:{line}: {match.group()!r} ({words})"
         for text, line in texts
         for words, pattern in patterns
+        if pattern.search(text)
         for match in pattern.finditer(unquoted(text))
     ]
 
@@ -152,7 +156,9 @@ def test_no_name_has_a_retired_word() -> None:
 
 
 def test_no_prose_has_a_retired_word() -> None:
-    assert not [text for path, code in python().items() for text in offences_in_prose(path, prose_in(code))]
+    somewhere = re.compile("|".join(rule.prose for rule in RETIRED.values() if rule.prose), re.I)
+    read = {path: code for path, code in python().items() if somewhere.search(code)}
+    assert not [text for path, code in read.items() for text in offences_in_prose(path, prose_in(code))]
     assert len(markdown()) > 5
     for file in markdown():
         numbered = ((line, i) for i, line in enumerate(file.read_text().splitlines(), 1))

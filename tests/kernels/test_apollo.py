@@ -3,9 +3,11 @@
 The norms of both are sums in another order. Where the loop is given the kernels' factors, the rest is the same bits.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_lowmem.kernels import Kernel, use_kernels
 from hf_lowmem.kernels.apollo import APOLLO_FACTORS, UNIT
 from hf_lowmem.kernels.apollo.reference import apollo_factors, apollo_update, growth_, update_by_factors
+from hf_lowmem.kernels.registry import has_numba
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, slot
+from hf_lowmem.optim.lowrank import together
+from hf_lowmem.optim.lowrank.projector import gaussian
 from hf_lowmem.optim.state import number, values_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,11 +59,35 @@ def run(
 
 
 def update_by_the_kernel_s_factors(
-    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, *, per_channel: bool, scale: float
+    impl: str,
+    grad: Tensor,
+    projected: Tensor,
+    direction: Tensor,
+    prev_norm: Tensor,
+    *,
+    per_channel: bool,
+    scale: float,
 ) -> Tensor:
-    with use_kernels("triton"):
-        s, factor = APOLLO_FACTORS(grad, projected, direction, prev_norm, per_channel)
-    return update_by_factors(grad, s, factor, scale)
+    finite = torch.ones(1, dtype=torch.int32, device=grad.device)
+    with use_kernels(impl):
+        s, factors, norms = APOLLO_FACTORS(
+            [grad], projected[None], direction[None], finite, [prev_norm], per_channel, 1.0
+        )
+    prev_norm.copy_(norms[0])
+    return update_by_factors(grad, s[0], factors[0], scale)
+
+
+def assert_same(
+    one: tuple[list[nn.Parameter], LowMemOptimizer], other: tuple[list[nn.Parameter], LowMemOptimizer]
+) -> None:
+    """Weights, states, and what was left out."""
+    for p, q in zip(one[0], other[0], strict=True):
+        assert torch.equal(p, q)
+        ours, theirs = one[1].state[p], other[1].state[q]
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert torch.equal(value, theirs[key]) if isinstance(value, Tensor) else value == theirs[key], key
+    assert one[1].skipped() == other[1].skipped()
 
 
 # One factor for a channel or for the whole matrix is the kernel's affair: APOLLO-Mini has each store and each way once.
@@ -70,22 +99,33 @@ def test_all_but_the_norms_is_the_same_bits(
     name: str, store: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps, a bad gradient in the second: skipped where the device may be asked, else passed to the kernel."""
-    monkeypatch.setattr("hf_lowmem.optim.lowrank.apollo.apollo_update", update_by_the_kernel_s_factors)
+    update = functools.partial(update_by_the_kernel_s_factors, "triton")
+    monkeypatch.setattr("hf_lowmem.optim.lowrank.apollo.apollo_update", update)
     results = []
     for impl in ("reference", "triton"):
         if impl == "triton":
             monkeypatch.setattr(slot, "reads_are_free", lambda device: waits)
         params = parameters(torch.bfloat16)
         results.append((params, run(name, impl, params, weights=store)))
-    (ours, one), (theirs, other) = results
-    for p, q in zip(ours, theirs, strict=True):
-        assert torch.equal(p, q)
-        assert one.state[p].keys() == other.state[q].keys()
-        for key, value in one.state[p].items():
-            same = (
-                torch.equal(value, other.state[q][key]) if isinstance(value, Tensor) else value == other.state[q][key]
-            )
-            assert same, key
+    assert_same(*results)
+
+
+NUMBA = pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
+IMPLS = ["triton", pytest.param("cpu", marks=NUMBA)]
+
+
+@pytest.mark.usefixtures("small_ones_are_compressed")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("state", ["8bit", "fp32,fp8_expand"])
+def test_encoded_moments_are_the_same_bits(impl: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = functools.partial(update_by_the_kernel_s_factors, impl)
+    monkeypatch.setattr("hf_lowmem.optim.lowrank.apollo.apollo_update", update)
+    results = []
+    for name in ("reference", impl):
+        params = parameters(torch.bfloat16)
+        results.append((params, run("apollo", name, params, weights="bf16_sr", state=state)))
+    assert any(v.dtype == torch.uint8 for state in results[0][1].state.values() for v in values_of(state).values())
+    assert_same(*results)
 
 
 @each_method
@@ -147,8 +187,9 @@ def test_both_ways_to_the_update_are_one(per_channel: bool) -> None:
     grad, projected, direction = (torch.randn(2, 9, n, generator=generator) for n in (7, 3, 3))
     last = torch.tensor([0.0, 1.0])
     whole = apollo_update(grad, projected, direction, last.clone(), per_channel=per_channel, scale=3.0)
-    s, factor = apollo_factors(grad, projected, direction, last.clone(), per_channel)
-    assert torch.equal(update_by_factors(grad, s, factor, 3.0), whole)
+    finite = torch.ones(1, dtype=torch.int32)
+    s, factors, _ = apollo_factors([grad], projected[None], direction[None], finite, [last], per_channel, 1.0)
+    assert torch.equal(update_by_factors(grad, s[0], factors[0], 3.0), whole)
 
 
 def test_no_step_asks_the_device_for_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,3 +203,61 @@ def test_no_step_asks_the_device_for_a_number(monkeypatch: pytest.MonkeyPatch) -
                 p.grad = torch.ones_like(p)
             optimizer.step()
         assert all(number(state["step"]) == 2 for state in optimizer.state.values())
+
+
+ALIKE = [(40, 23)] * 3 + [(12, 50)] * 2
+
+
+@pytest.mark.usefixtures("small_ones_are_compressed")
+@pytest.mark.parametrize(("impl", "store"), [("triton", "bf16_ecc"), pytest.param("cpu", "keep", marks=NUMBA)])
+def test_a_matrix_has_the_same_bits_in_any_company(impl: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a shape in a call, two in a call, and one by one as in a step in backward."""
+    monkeypatch.setattr("tests.kernels.test_apollo.SHAPES", ALIKE)
+    results = []
+    for values, alone in ((1 << 24, False), (2 * 40 * 4, False), (1 << 24, True)):
+        monkeypatch.setattr(together, "VALUES", values)
+        params = parameters(torch.bfloat16)
+        optimizer = OPTIMIZERS["apollo"](
+            [(f"p{i}", p) for i, p in enumerate(params)], lr=0.01, rank=4, state="8bit", weights=store
+        )
+        with use_kernels(impl):
+            for step in range(2):
+                set_gradients(params, step)
+                if alone:
+                    for p in reversed(params):
+                        optimizer.step_param(p, optimizer.param_groups[0])
+                        p.grad = None
+                optimizer.step()
+        results.append((params, optimizer))
+    assert results[0][1].skipped() == (2, 1, 1)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_update_that_would_not_be_finite_leaves_all(impl: str) -> None:
+    """A rate of 1e37 takes a weight beyond fp32; a projection of 1e30 has no square. The last step is a good one."""
+    params = parameters(torch.float32)[:3]
+    optimizer = OPTIMIZERS["apollo"]([(f"p{i}", p) for i, p in enumerate(params)], lr=0.01, rank=4)
+    before = [p.detach().clone() for p in params]
+    with use_kernels(impl):
+        for rate, size in ((1e37, 1.0), (0.01, 3e14)):
+            optimizer.param_groups[0] |= {"lr": rate, "betas": (0.9, 0.0 if size > 1 else 0.999)}
+            set_gradients(params, 0)
+            for p in params:
+                assert p.grad is not None
+                p.grad.mul_(size)
+            with mock.patch("hf_lowmem.optim.lowrank.projector.gaussian", big_gaussian if size > 1 else gaussian):
+                optimizer.step()
+        for p, old in zip(params, before, strict=True):
+            assert torch.equal(p, old)
+            assert not any(v.any() for v in values_of(optimizer.state[p]).values())
+        assert optimizer.skipped() == (6, 2, 2)
+        set_gradients(params, 0)
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert optimizer.skipped() == (6, 2, 0)
+
+
+def big_gaussian(key: int, small: int, rank: int, device: torch.device) -> Tensor:
+    return gaussian(key, small, rank, device).mul_(1e16)

@@ -20,6 +20,8 @@ def make(name: str, codec: str = "fp32", **kwargs: Any) -> tuple[nn.Parameter, L
     p = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
     defaults = OPTIMIZERS[name].DEFAULTS
     settings: dict[str, Any] = {k: v for k, v in {"rank": 4, "update_gap": 3}.items() if defaults.get(k, 0) > v}
+    if "role" in OPTIMIZERS[name].FACTS:  # which has both moments where the method's own rule has none
+        settings["role"] = "other"
     return p, OPTIMIZERS[name]([("layer.weight", p)], **({"lr": 0.01, "state": codec} | settings | kwargs))
 
 

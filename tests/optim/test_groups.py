@@ -301,3 +301,11 @@ def test_streams_belong_to_names_not_to_places() -> None:
     one, two = keys(tiny_llama()), keys(tiny_llama(num_hidden_layers=2))
     assert one.items() <= two.items()
     assert len(set(two.values())) == len(two) == 14
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"), [("lowmem_state", "8bit", "state='8bit'"), ("learning_rate", 0.001, "lr=0.001")]
+)
+def test_names_of_training_arguments_have_an_answer(field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}=.* here it is {said}"):
+        make_optimizer("adamw", nn.Linear(4, 4), **{field: value})

@@ -28,6 +28,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[
     p = nn.Parameter(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype))
     defaults = OPTIMIZERS[name].DEFAULTS
     settings: dict[str, Any] = {k: v for k, v in {"rank": 4, "update_gap": 3}.items() if defaults.get(k, 0) > v}
+    if name == "scale":  # which keeps nothing of other matrices
+        settings["role"] = "head"
     merged: dict[str, Any] = {"lr": 0.01} | settings | kwargs
     return p, OPTIMIZERS[name]([("w", p)], **merged)
 

@@ -261,3 +261,12 @@ def test_subspace_refreshes_ten_times_as_fast_as_svd() -> None:
         medians[projection] = sorted(times)[1]
     print({k: round(v, 3) for k, v in medians.items()}, "ratio", round(medians["svd"] / medians["subspace"], 1))
     assert medians["svd"] >= 10 * medians["subspace"]
+
+
+@pytest.mark.parametrize(("small", "rank"), [(3, 1), (9, 4), (64, 16), (65, 256), (5, 3), (40, 8)])
+def test_a_basis_is_torch_s_standard_normal_numbers_over_the_root_of_the_rank(small: int, rank: int) -> None:
+    """Whichever way it is drawn: for as long as a state lasts its basis is drawn anew from the same seed."""
+    for key in (0, 2**62 + 5):
+        generator = torch.Generator().manual_seed(key)
+        want = torch.randn(small, rank, generator=generator).div_(math.sqrt(rank))
+        assert torch.equal(gaussian(key, small, rank, torch.device("cpu")), want)

@@ -88,6 +88,7 @@ BOTH: dict[str, list[Any]] = {
     "lowmem_update_gap": [7],
     "lowmem_projection": ["random"],
     "lowmem_rotate": [True],
+    "lowmem_embeddings": ["scale", "adam_mini"],
     "lowmem_step_in_backward": [True],
 }
 DPO: dict[str, list[Any]] = {
@@ -131,6 +132,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lowmem_update_gap": {"optim": "galore", "lowmem_rank": 8},
     "lowmem_projection": {"optim": "galore", "lowmem_rank": 8},
     "lowmem_rotate": {"optim": "galore", "lowmem_rank": 8},
+    "lowmem_embeddings": {"optim": "apollo_mini"},
     "lowmem_step_in_backward": {"optim": "apollo_mini", "max_grad_norm": 0.0},
     "loss_weights": {"loss_type": ["sigmoid"]},
     "asft_lambda": {"loss_type": "asft"},

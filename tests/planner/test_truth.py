@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig
 
 from hf_lowmem.planner import plan
+from hf_lowmem.training import head_blocks
 from hf_lowmem.training.dpo import LowMemDPOConfig
+from hf_lowmem.training.sft import LowMemSFTTrainer
 from tests.planner.real import arguments, measure, small_config
 
 pytestmark = pytest.mark.train
@@ -36,13 +38,39 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Rules that keep rows, matrices or nothing: in every other file a state has a value for each of a parameter's.
+BY_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("bfloat16", {"optim": name, "lowmem_state": "8bit"}) for name in ("scale", "muon", "adam_mini")},
+    "sinkgd": ("float32", {"optim": "scale", "optim_args": "sinkhorn_iters=5", "lowmem_embeddings": "adam"}),
+    **{
+        f"{rule} for embedding and head": (
+            "bfloat16",
+            {
+                "optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_embeddings": rule,
+                "lowmem_step_in_backward": True, "max_grad_norm": 0,
+            },
+        )
+        for rule in ("scale", "adam_mini")
+    },
+}  # fmt: skip
+
+
 def within(predicted: int, measured: int, tolerance: float) -> bool:
     return abs(predicted - measured) <= tolerance * measured
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str) -> None:
-    dtype, settings = SETTINGS[name]
+    check(*SETTINGS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rules_by_rows_are_predicted_too(name: str) -> None:
+    check(*BY_ROWS[name])
+
+
+def check(dtype: str, settings: dict[str, Any]) -> None:
     args = arguments(**settings)
     predicted = plan(small_config(), args, dtype=dtype, device="cpu")
     real = measure(small_config(), args, getattr(torch, dtype))
@@ -53,6 +81,21 @@ def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str) -> None:
     assert within(at_update["states"], real.states, PARTS_WITHIN)
     assert within(predicted.saved_bytes, real.saved, PARTS_WITHIN)
     assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)
+
+
+@pytest.mark.parametrize("stepping", [True, False])
+def test_a_head_by_blocks_takes_what_is_predicted(stepping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a head that outweighs all else, in eight blocks, the peak is the head's, within a hundredth."""
+    config = small_config(vocab_size=16384, num_hidden_layers=1)
+    monkeypatch.setattr(head_blocks, "BLOCK_BYTES", 2048 * 256 * 4)
+    by_rows: dict[str, Any] = {"optim": "lion", "lowmem_step_in_backward": True, "max_grad_norm": 0}
+    args = arguments(**(by_rows if stepping else {"optim": "sgd"}))
+    predicted = plan(config, args, dtype="bfloat16", device="cpu")
+    real = measure(config, args, torch.bfloat16)
+    assert within(predicted.peak_bytes, real.peak, 0.01)
+    monkeypatch.setattr(LowMemSFTTrainer, "HEAD", None)
+    assert plan(config, args, dtype="bfloat16", device="cpu").peak_bytes > predicted.peak_bytes
+    assert measure(config, args, torch.bfloat16).peak > real.peak
 
 
 def test_checkpointing_keeps_the_layers_inputs_and_what_their_closures_hold() -> None:

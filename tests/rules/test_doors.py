@@ -8,7 +8,7 @@ import pytest
 
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.rules import RULES, Run
-from hf_lowmem.specs import OptimSpec
+from hf_lowmem.specs import OptimSpec, parse_options
 from tests.rules.doors import DOORS
 
 
@@ -31,6 +31,9 @@ ROWS = {
     "fsdp1": Row(FP8 | {"engine": "fsdp", "fsdp_version": 1}, "FSDP1 flattens"),
     "fsdp2_method": Row({"optim": "soap", "engine": "fsdp", "fsdp_version": 2}, "'soap' under FSDP2"),
     "zero_matrices": Row({"optim": "apollo", "engine": "deepspeed", "zero": ZERO2}, "ZeRO flattens"),
+    "zero_cautious": Row(
+        ADAMW | {"fields": {"optim_args": "cautious=True"}, "engine": "deepspeed", "zero": ZERO2}, "it takes the share"
+    ),
     "zero_weights": Row(
         ADAMW | {"fields": {"lowmem_weights": "bf16_sr"}, "engine": "deepspeed", "zero": ZERO2}, "ZeRO keeps fp32"
     ),
@@ -140,7 +143,8 @@ def sentence(rule: str) -> str:
     facts: dict[str, Any] = {**row.run, "loop": "LowMemPlugin", "clips": "axolotl"}
     facts |= {"passed": "optimizers="} if "passed" in row.run else {}
     if "optim" in facts and facts["optim"] in OPTIMIZERS:
-        facts["spec"] = OptimSpec(name=facts["optim"])
+        options = parse_options(facts.get("fields", {}).get("optim_args"), facts["optim"])
+        facts["spec"] = OptimSpec(name=facts["optim"], options=options)
     said = next(r for r in RULES if r.name == rule).refusal(Run(**facts))
     assert said is not None
     return said[said.index(row.from_) :]

@@ -45,7 +45,7 @@ def reporter(trainer: Any) -> MemoryReportCallback:
 
 
 _REPORT: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "run": "made-up",
     "trainer": "LowMemSFTTrainer",
     "config": "LowMemSFTConfig",
@@ -55,6 +55,7 @@ _REPORT: dict[str, Any] = {
     "device": "a GPU",
     "processes": 2,
     "versions": {"torch": "2.13.0"},
+    "head": None,
     "predicted": None,
     "trainings": [
         {

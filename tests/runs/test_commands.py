@@ -143,7 +143,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("trainer_state.json", b'{"a":' * 100_000, "is damaged"),
     (REPORT, [], "is not a report of hf_lowmem"),
     (REPORT, {"hello": 1}, "is not a report of hf_lowmem"),
-    (REPORT, made_up(format=3), "has format 3, and this version of hf_lowmem reads 2. Upgrade"),
+    (REPORT, made_up(format=4), "has format 4, and this version of hf_lowmem reads 3. Upgrade"),
     (REPORT, made_up(extra=1), "has keys that no report has: 'extra'"),
     (REPORT, {k: v for k, v in made_up().items() if k != "results"}, "'results' is missing"),
     (REPORT, made_up(settings=[]), "'settings' is []"),
@@ -275,11 +275,14 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.train
-def test_a_report_of_0_1_is_read(tmp_path: Path) -> None:
-    """Format 1 has the plan under another name."""
+@pytest.mark.parametrize("format", [1, 2])
+def test_a_report_of_an_older_version_is_read(tmp_path: Path, format: int) -> None:
+    """Format 1 has the plan under another name, and none before 3 a word of the output head."""
     plan = {"peak_bytes": 5, "parts": {"weights": 3}, "device": "cuda"}
     now = made_up(predicted=plan)
-    then = {"foretold" if key == "predicted" else key: value for key, value in now.items()} | {"format": 1}
+    then = {key: value for key, value in now.items() if key != "head"} | {"format": format}
+    if format == 1:
+        then["foretold"] = then.pop("predicted")
     (tmp_path / REPORT).write_text(json.dumps(then))
     assert read_report(tmp_path) == now
 

@@ -136,6 +136,21 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / SIDE_FILE).is_file()
 
 
+def test_a_preset_leaves_the_store_that_is_set(tmp_path: Path, tokenizer: Any) -> None:
+    args = LowMemSFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", lowmem="smallest", lowmem_weights="int8_sr"
+    )
+    trainer = LowMemSFTTrainer(
+        tiny_llama(dtype=BF16), args=args, train_dataset=token_data(4), processing_class=tokenizer
+    )
+    trainer.create_optimizer()
+    plugin = LowMemPlugin(lowmem="smallest", lowmem_weights="int8_sr")
+    loop = tiny_llama(dtype=BF16)
+    plugin.make_optimizer(loop)
+    assert args.lowmem_weights == plugin.lowmem_weights == "int8_sr"
+    assert resting(trainer.model).keys() == resting(loop).keys() != set()
+
+
 def test_a_reference_that_is_mixed_with_the_policy_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     args = LowMemDPOConfig(
         str(tmp_path), use_cpu=True, bf16=False, report_to="none", optim="adamw", gradient_checkpointing=False,

@@ -133,3 +133,12 @@ def test_every_configuration_that_we_ship_is_sound(path: Path, tmp_path: Path) -
     without.write_text(plain)
     read: Any = load_config_from_file(str(without))
     assert read.num_processes == rest["num_processes"]
+
+
+def test_accelerate_s_own_order_of_arguments_has_an_answer() -> None:
+    model = tiny_llama()
+    given = torch.optim.AdamW(model.parameters())
+    for plugin in (LowMemPlugin(optim="adamw"), LowMemPlugin(lowmem_activations="exact")):
+        with pytest.raises(TypeError, match=r"AdamW beside the model.*plugin\.prepare\(accelerator, model, loader\)"):
+            plugin.prepare(Accelerator(cpu=True), model, given, loader())
+        plugin.remove()

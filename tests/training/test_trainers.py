@@ -286,6 +286,26 @@ def test_the_group_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.train
+def test_the_rule_of_embedding_and_head_is_logged_and_stepped_in_backward(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own: dict[str, Any] = {"lowmem_embeddings": "scale", "lowmem_step_in_backward": True, "max_grad_norm": 0.0}
+    args = settings(LowMemTrainingArguments, tmp_path, optim="apollo_mini", lowmem_state="int8", **own)
+    model = tiny_llama()
+    start = copy.deepcopy(model.state_dict())
+    trainer = LowMemTrainer(model, args, train_dataset=token_data())
+    with caplog.at_level("INFO", logger="hf_lowmem.training.mixin"):
+        trainer.train()
+    assert "scale (head): 1 tensors" in caplog.text
+    assert (
+        "scale (embedding): 1 tensors, 8,192 parameters, rank None, weight decay 0, state int8: 0.0 MiB" in caplog.text
+    )
+    assert not [name for name, value in model.state_dict().items() if torch.equal(value, start[name])]
+    kept = {k for state in trainer.optimizer.state.values() for k in state}  # type: ignore[union-attr]
+    assert "row_sq" not in kept
+
+
+@pytest.mark.train
 def test_lora_adapters_are_trained_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
     model = tiny_llama()
     start = copy.deepcopy(model.state_dict())

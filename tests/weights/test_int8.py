@@ -126,6 +126,12 @@ def test_parts_draw_what_the_whole_would() -> None:
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.scale, parts.scale)
     assert parts.writes == [3]  # its own first values, and both parts
+    rows = whole.part(4096, 96 * GROUP, 64)
+    assert torch.equal(rows.load(), whole.load()[32:])
+    rows.save(rows.load() + 0.003, 6, 4096)
+    flat = parts.part(4096, 96 * GROUP)
+    flat.save(flat.load() + 0.003, 6, 4096)
+    assert torch.equal(whole.codes, parts.codes)
 
 
 @pytest.mark.parametrize("kind", contents())

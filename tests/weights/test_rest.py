@@ -20,14 +20,13 @@ from hf_lowmem.specs import TIERS, OptimSpec
 from hf_lowmem.training.resting import RestingWeights
 from hf_lowmem.weights import SIDE_FILE, at_rest, rest, resting, wake
 from tests.conftest import tiny_llama
-from tests.contracts.test_optimizers import options
 
 BF16 = torch.bfloat16
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 def llama(**overrides: Any) -> Any:
-    return tiny_llama(dtype=BF16, num_hidden_layers=2, **overrides).train()
+    return tiny_llama(dtype=BF16, **{"num_hidden_layers": 2} | overrides).train()
 
 
 def gpt2(**overrides: Any) -> Any:
@@ -180,57 +179,6 @@ def test_bytes_are_those_of_codes_and_scales() -> None:
     kept = sum(w.codes.numel() + 4 * w.scale.numel() + 2 for w in resting(model).values())
     others = sum(2 * p.numel() for p in model.parameters() if at_rest(p) is None)
     assert parameter_bytes(model) == kept + others
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_method_steps_codes_in_backward(name: str) -> None:
-    """As it steps bf16_sr weights whose rounding is another: the first step's direction, and a loss that falls."""
-    model = llama()
-    optimizer = make_optimizer(name, model, lr=0.02 if name == "lamb" else 2e-3, weights="int8_sr", **options(name))
-    stepping = StepInBackward(optimizer)
-    losses = []
-    for _ in range(8):
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05
-    assert all(p.grad is None for p in model.parameters())
-    assert all(at_rest(p) is not None for p in model.model.layers.parameters() if p.ndim == 2)
-    stepping.remove()
-
-
-def test_a_long_weight_is_stepped_in_chunks_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for chunk in (1 << 24, 1024):
-        for module in ("chunked", "loaded_state"):
-            monkeypatch.setattr(f"hf_lowmem.optim.{module}.CHUNK", chunk)
-        model = llama()
-        optimizer = make_optimizer("adamw", model, lr=1e-2, state="int8", weights="int8_sr")
-        stepping = StepInBackward(optimizer)
-        for _ in range(3):
-            loss_of(model).backward()
-            optimizer.step()
-        stepping.remove()
-        found.append(resting(model))
-    assert all(torch.equal(found[0][n].codes, found[1][n].codes) for n in found[0])
-
-
-@pytest.mark.parametrize("where", ["gradient", "update"])
-def test_what_is_not_finite_leaves_codes_as_they_were(where: str) -> None:
-    model = llama()
-    optimizer = make_optimizer("adamw", model, lr=1e-3 if where == "gradient" else 1e37, weights="int8_sr")
-    if where == "update":
-        optimizer.update = lambda p, *_: p.fill_(torch.inf)  # type: ignore[method-assign]
-    stepping = StepInBackward(optimizer)
-    before = {n: w.codes.clone() for n, w in resting(model).items()}
-    loss = loss_of(model)
-    (loss * (float("nan") if where == "gradient" else 1)).backward()
-    optimizer.step()
-    assert all(torch.equal(w.codes, before[n]) for n, w in resting(model).items())
-    assert all(w.scale.isfinite().all() for w in resting(model).values())
-    assert optimizer.skipped().steps == 1
-    stepping.remove()
 
 
 def test_a_second_graph_of_older_weights_is_an_error() -> None:

@@ -30,7 +30,7 @@ def adamw_cases() -> Iterator[Case]:
         steps = [1, 2, 3, 16, 1000][: len(params)]
         return (
             params, grads, skips_of(device), corrections, *moments, *pair, store,
-            seeds, state_seeds(*pair)[: len(params)], steps, rule, 1e-2, 0.9, 0.999, 1e-8, 0.1,
+            seeds, state_seeds(*pair)[: len(params)], steps, rule, 1e-2, 0.9, 0.999, 1e-8, 0.1, 0,
         )  # fmt: skip
 
     for pair in PAIRS:

@@ -30,6 +30,7 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    first_value: int,
 ) -> None:
     states = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
     weight = float(np.float32(1 - beta1))
@@ -45,4 +46,5 @@ def adamw_step(
             averages = weight, beta1, beta2, 1 - beta2
             pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0
         numbers.append((*averages, *pace))
-    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, numbers, heavy=weight >= 0.5)
+    heavy = weight >= 0.5
+    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, numbers, first_value, heavy=heavy)

@@ -76,6 +76,13 @@ def inverse_root(x: Tensor, eps: float) -> Tensor:
     return y.add_(eps).reciprocal_()
 
 
+def adam_moments_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float]) -> None:
+    """Move both averages by a gradient, in place."""
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+
 def adam_direction(
     grad: Tensor,
     exp_avg: Tensor,
@@ -88,9 +95,7 @@ def adam_direction(
 
     `coded`: whether a moment is stored in fewer bits than fp32.
     """
-    beta1, beta2 = betas
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    adam_moments_(grad, exp_avg, exp_avg_sq, betas)
     if coded:
         return inverse_root(exp_avg_sq, eps).mul_(exp_avg)
     return exp_avg / root(exp_avg_sq).add_(eps)
@@ -144,6 +149,7 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    first_value: int,
 ) -> None:
     """One step for each of `params`, from its encoded moments and back, in place.
 
@@ -168,13 +174,15 @@ def adamw_step(
         state_seeds: of those that the states are rounded by, one a parameter; none where both codecs are "fp32".
         steps: of each parameter, this one included.
         rule: "adamw" or "family".
+        first_value: of one parameter alone that is a part of another: the place of its first value there, an even
+            number, which decides what random numbers it draws.
     """
     update = adamw_ if rule == "adamw" else adam_family_
     numbers = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     numbers["coded"] = {first_codec, second_codec} != {"fp32"}
     moments = States(first_codec, first, True, state_seeds), States(second_codec, second, False, state_seeds)
-    for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds):
+    for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds, first_value):
         m, v = (states.load(i) for states in moments)
         update(weights, grad, m, v, step=steps[i], **numbers)
         for states, value in zip(moments, (m, v), strict=True):
-            states.save(i, value)
+            states.save(i, value, first_value)

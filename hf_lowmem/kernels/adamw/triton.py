@@ -38,6 +38,7 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    first_value: int,
     *,
     norm: Tensor | None = None,
 ) -> None:
@@ -59,7 +60,8 @@ def adamw_step(
         numbers[step] = *averages, *pace
     of_each = [numbers[step] for step in steps]
     heavy = weight >= 0.5
-    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, of_each, heavy=heavy, norm=norm)
+    kinds = {"heavy": heavy, "norm": norm, "first_value": first_value}
+    run_steps(rule, params, grads, skipped, corrections, states, store, seeds, of_each, **kinds)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:

@@ -5,6 +5,7 @@ threads, so a run can be repeated bit for bit.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.codecs.cpu import words_of
 from hf_lowmem.kernels.exact import seed_keys
-from hf_lowmem.kernels.step.cpu import KEEP, load_floats, load_weight, save_weight
+from hf_lowmem.kernels.step.cpu import KEEP, is_bad, load_floats, load_weight, save_weight
 from hf_lowmem.specs import WEIGHT_STORES
 
 LANES = 64
@@ -52,8 +53,8 @@ def _descend_by_column(w, g, s, x):
 
 
 @kernel
-def _norms(row, last, grad, bf16, shape, s, kind, squares):
-    """squares[row]: the sum of the squares of grad * s in that row of all matrices."""
+def _norms(row, last, grad, bf16, shape, s, kind, squares, finite):
+    """squares[row]: the sum of the squares of grad * s in that row of all matrices; a bad value clears the flag."""
     m, n = shape
     of_g, sums = np.empty(TILE, float32), np.empty(LANES, float32)
     while row < last:
@@ -62,6 +63,8 @@ def _norms(row, last, grad, bf16, shape, s, kind, squares):
         for column in range(0, n, TILE):
             count = min(TILE, n - column)
             g = load_floats(bf16, grad, row * n + column, count, of_g)
+            if is_bad(g):
+                finite[0] = 0
             for start in range(0, count, LANES):
                 if kind == COLUMN:
                     of_s = part(s[row // m], column + start, LANES)
@@ -98,55 +101,79 @@ def _step(row, last, address, bf16, shape, s, kind, numbers, store, keys):
 
 
 def _of_matrices(s: Tensor, shape: torch.Size, per_channel: bool) -> tuple[np.ndarray, int]:
-    """s as (matrices, channels), with room behind for a whole tile, and what its numbers are for."""
+    """s as (parameters, matrices, channels), with room behind for a whole tile, and what its numbers are for."""
     kind = MATRIX if not per_channel else ROW if reference.channel_dim(shape) == -1 else COLUMN
-    return torch.nn.functional.pad(s.reshape(shape[:-2].numel(), -1), (0, LANES)).numpy(), kind
+    return torch.nn.functional.pad(s.reshape(len(s), shape[:-2].numel(), -1), (0, LANES)).numpy(), kind
 
 
 def apollo_factors(
-    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
-) -> tuple[Tensor, Tensor]:
-    s = reference.rescaling(grad.shape, projected, direction, per_channel)
-    m, n = grad.shape[-2:]
-    matrices = grad.shape[:-2].numel()
-    grad = grad.contiguous()
-    squares = torch.empty(matrices * m, dtype=torch.float64, device="cpu")
-    where, bf16, out = grad.data_ptr(), grad.dtype == torch.bfloat16, squares.numpy()
-    found, kind = _of_matrices(s, grad.shape, per_channel)
-    in_parts(lambda first, last: _norms(first, last, where, bf16, (m, n), found, kind, out), matrices * m, values=n)
-    norm = squares.view(*grad.shape[:-2], m).sum(-1).sqrt_().float()
-    return s, reference.growth_(norm, prev_norm)
+    grads: Sequence[Tensor],
+    projected: Tensor,
+    direction: Tensor,
+    finite: Tensor,
+    prev_norms: Sequence[Tensor],
+    per_channel: bool,
+    reach: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, bf16 = grads[0].shape, grads[0].dtype == torch.bfloat16
+    s = reference.rescaling(shape, projected, direction, per_channel)
+    m, n = shape[-2:]
+    count = shape[:-2].numel() * m
+    found, kind = _of_matrices(s, shape, per_channel)
+    squares, flags = np.empty((len(grads), count)), finite.numpy()
+    for i, grad in enumerate(grads):
+        of_grad = found[i], kind, squares[i], flags[i : i + 1]
+
+        def part(first: int, last: int, of: tuple[object, ...] = (grad.data_ptr(), bf16, (m, n), *of_grad)) -> None:
+            _norms(first, last, *of)
+
+        in_parts(part, count, values=n)
+    sums = torch.from_numpy(squares).view((*s.shape[:-2], m)).sum(-1)
+    before = torch.stack([*prev_norms])
+    norms = before.clone()
+    factors = reference.growth_(sums.sqrt_().float(), norms)
+    fine = factors.isfinite() & (norms * reach).isfinite()
+    finite.mul_(fine.view(len(grads), -1).all(-1))
+    return s, torch.where(fine, factors, 1.0), torch.where(fine, norms, before)
 
 
 def apollo_step(
-    param: Tensor,
-    grad: Tensor,
-    correction: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    corrections: Sequence[Tensor],
     finite: Tensor,
+    skipped: Tensor,
+    prev_norms: Sequence[Tensor],
     s: Tensor,
-    factor: Tensor,
+    factors: Tensor,
+    norms: Tensor,
+    seeds: Sequence[int],
+    steps: Sequence[int],
     scale: float,
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
-    step: int,
-    seed: int | None,
 ) -> None:
-    if not finite:
-        return
-    m, n = param.shape[-2:]
-    matrices = param.shape[:-2].numel()
-    found, kind = _of_matrices(s, param.shape, per_channel=s.shape[-2:].numel() > 1)
-    numbers = np.empty((matrices, 4), np.float32)
-    numbers[:, 0] = factor.reshape(-1).numpy()
-    numbers[:, 1:] = math.sqrt(scale), -corrected_lr(lr, (beta1, beta2), step), -lr * weight_decay
-    store = WEIGHT_STORES.index("bf16_ecc" if correction is not None else "keep" if seed is None else "bf16_sr")
-    keys = words_of(*seed_keys(seed or 0))
-    bf16 = param.dtype == torch.bfloat16, grad.dtype == torch.bfloat16
-    where = param.data_ptr(), grad.data_ptr(), (param if correction is None else correction).data_ptr()
-    in_parts(
-        lambda first, last: _step(first, last, where, bf16, (m, n), found, kind, numbers, store, keys),
-        matrices * m,
-        values=n,
-    )
+    shape = params[0].shape
+    m, n = shape[-2:]
+    matrices = shape[:-2].numel()
+    found, kind = _of_matrices(s, shape, per_channel=s.shape[-2:].numel() > 1)
+    store = WEIGHT_STORES.index("bf16_ecc" if corrections else "bf16_sr" if seeds else "keep")
+    bf16 = params[0].dtype == torch.bfloat16, grads[0].dtype == torch.bfloat16
+    for i, param in enumerate(params):
+        if not finite[i]:
+            skipped.add_(1)
+            continue
+        numbers = np.empty((matrices, 4), np.float32)
+        numbers[:, 0] = factors[i].reshape(-1).numpy()
+        numbers[:, 1:] = math.sqrt(scale), -corrected_lr(lr, (beta1, beta2), steps[i]), -lr * weight_decay
+        where = param.data_ptr(), grads[i].data_ptr(), (corrections[i] if corrections else param).data_ptr()
+        keys = words_of(*seed_keys(seeds[i] if seeds else 0))
+        of_param = where, bf16, (m, n), found[i], kind, numbers, store, keys
+
+        def part(first: int, last: int, of: tuple[object, ...] = of_param) -> None:
+            _step(first, last, *of)
+
+        in_parts(part, matrices * m, values=n)
+        prev_norms[i].copy_(norms[i])

@@ -5,12 +5,13 @@ projection is (..., m, r) where m >= n and (..., r, n) otherwise; the rows or co
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.adamw.reference import descend_
-from hf_lowmem.kernels.step.reference import load_weight, save_weight
+from hf_lowmem.kernels.step.reference import is_finite_gradient, load_weight, save_weight
 
 GROWTH_LIMIT = 1.01  # Fira, arXiv 2410.01623, section 4.3 (gamma)
 TINY = 1e-8
@@ -67,28 +68,58 @@ def apollo_update(
 
 
 def apollo_factors(
-    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
-) -> tuple[Tensor, Tensor]:
-    """The factor s by which APOLLO multiplies a gradient, and the divisor after it, `growth_` of the norm of grad * s.
+    grads: Sequence[Tensor],
+    projected: Tensor,
+    direction: Tensor,
+    finite: Tensor,
+    prev_norms: Sequence[Tensor],
+    per_channel: bool,
+    reach: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors and divisors of k gradients of one shape, and their norms afterwards.
+
+    A gradient is multiplied by s, a factor for each channel, and divided by `growth_` of the norm of grad * s.
+    Gradients are judged in the same pass that sums their norm.
 
     Args:
-        grad: (..., m, n) of any float dtype.
-        projected: the projected gradient R, fp32 (..., m, r) or (..., r, n).
-        direction: Adam's direction N for it, of the same shape.
-        prev_norm: fp32 (...), norm of the last update; changed in place.
-        per_channel: one s for each channel, (..., m, 1) or (..., 1, n), or (Mini) for each matrix, (..., 1, 1).
+        grads: k of (..., m, n), contiguous, of one float dtype.
+        projected: the projected gradients R, fp32 (k, ..., m, r) or (k, ..., r, n), contiguous.
+        direction: Adam's direction N for them, of the same shape.
+        finite: int32 (k,); set to 0 where a gradient has a NaN, an Inf or more than 1e15, where the divisor or the new
+            norm is not finite, and where the norm times `reach` is not.
+        prev_norms: fp32 (...) each, norms of the last updates. Only read.
+        per_channel: one s for each channel, (k, ..., m, 1) or (k, ..., 1, n), or (Mini) a matrix, (k, ..., 1, 1).
+        reach: how far the weights may move for an update of norm 1.
+
+    Returns:
+        s; the divisors (k, ...), 1 for a matrix whose norm is not finite; the norms (k, ...), the last one for such.
     """
-    s = rescaling(grad.shape, projected, direction, per_channel)
-    return s, growth_((grad.to(torch.float32) * s).norm(dim=(-2, -1)), prev_norm)
+    s = rescaling(grads[0].shape, projected, direction, per_channel)
+    factors, norms = torch.empty(s.shape[:-2], device=s.device), torch.empty(s.shape[:-2], device=s.device)
+    for i, (grad, prev_norm) in enumerate(zip(grads, prev_norms, strict=True)):
+        x = grad.to(torch.float32)
+        norm = prev_norm.clone()
+        factor = growth_((x * s[i]).norm(dim=(-2, -1)), norm)
+        fine = factor.isfinite() & (norm * reach).isfinite()
+        finite[i].mul_(fine.all() & is_finite_gradient(x))
+        factors[i] = torch.where(fine, factor, 1.0)
+        norms[i] = torch.where(fine, norm, prev_norm)
+    return s, factors, norms
 
 
 def apollo_factors_fake(
-    grad: Tensor, projected: Tensor, direction: Tensor, prev_norm: Tensor, per_channel: bool
-) -> tuple[Tensor, Tensor]:
-    shape = [*grad.shape[:-2], 1, 1]
+    grads: Sequence[Tensor],
+    projected: Tensor,
+    direction: Tensor,
+    finite: Tensor,
+    prev_norms: Sequence[Tensor],
+    per_channel: bool,
+    reach: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [*projected.shape[:-2], 1, 1]
     if per_channel:
-        shape[-2 if channel_dim(grad.shape) == -1 else -1] = max(grad.shape[-2:])
-    return projected.new_empty(shape), torch.empty_like(prev_norm)
+        shape[-2 if channel_dim(grads[0].shape) == -1 else -1] = max(grads[0].shape[-2:])
+    return projected.new_empty(shape), projected.new_empty(shape[:-2]), projected.new_empty(shape[:-2])
 
 
 def update_by_factors(grad: Tensor, s: Tensor, factor: Tensor, scale: float) -> Tensor:
@@ -97,34 +128,44 @@ def update_by_factors(grad: Tensor, s: Tensor, factor: Tensor, scale: float) -> 
 
 
 def apollo_step(
-    param: Tensor,
-    grad: Tensor,
-    correction: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    corrections: Sequence[Tensor],
     finite: Tensor,
+    skipped: Tensor,
+    prev_norms: Sequence[Tensor],
     s: Tensor,
-    factor: Tensor,
+    factors: Tensor,
+    norms: Tensor,
+    seeds: Sequence[int],
+    steps: Sequence[int],
     scale: float,
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float,
-    step: int,
-    seed: int | None,
 ) -> None:
-    """Step the weight by its rescaled gradient, in place; leave it where not `finite`.
+    """Step k weights of one shape by their rescaled gradients, in place, and keep the norms; not where not `finite`.
 
     Args:
-        param: (..., m, n), contiguous, of bf16, fp16 or fp32.
-        grad: of its shape, contiguous, of any of these dtypes.
-        correction: int8 of its shape, for a bf16 weight of 24 bits.
-        finite: one bool.
-        s, factor: from `apollo_factors`.
+        params: k of (..., m, n), contiguous, all bf16, fp16 or fp32.
+        grads: of that shape, contiguous, of any one of these dtypes.
+        corrections: int8 of that shape, for bf16 weights of 24 bits; else none.
+        finite: int32 (k,), one a weight.
+        skipped: one int64, to which the number of weights that are left is added.
+        prev_norms: fp32 (...) each, which become `norms`.
+        s, factors, norms: from `apollo_factors`.
+        seeds: round bf16 weights at random, one a weight; else none.
+        steps: number of this update of each weight, from 1.
         scale: the authors' `scale`; its root multiplies the update.
-        step: number of this update, from 1.
-        seed: rounds a bf16 weight at random.
     """
-    if finite:
-        weights = load_weight(param, correction)
-        update = update_by_factors(grad.to(torch.float32), s, factor, scale)
-        descend_(weights, update, lr, (beta1, beta2), weight_decay, step)
-        save_weight(param, weights, correction, seed)
+    for i, (param, grad, prev_norm) in enumerate(zip(params, grads, prev_norms, strict=True)):
+        if not finite[i]:
+            skipped.add_(1)
+        else:
+            correction = corrections[i] if corrections else None
+            weights = load_weight(param, correction)
+            update = update_by_factors(grad.to(torch.float32), s[i], factors[i], scale)
+            descend_(weights, update, lr, (beta1, beta2), weight_decay, steps[i])
+            save_weight(param, weights, correction, seeds[i] if seeds else None)
+            prev_norm.copy_(norms[i])

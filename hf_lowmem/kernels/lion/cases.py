@@ -15,7 +15,8 @@ def lion_cases() -> Iterator[Case]:
         params, grads, corrections, seeds = parameters(store, dtype, grad_dtype, device, **shapes)
         momenta = [part for p in params for part in state_of(p.shape, codec, True, device)]
         seeds = seeds, state_seeds(codec)[: len(params)]
-        return params, grads, skips_of(device), corrections, momenta, codec, store, *seeds, 1e-2, 0.9, 0.99, 0.1
+        numbers = 1e-2, 0.9, 0.99, 0.1, 0
+        return params, grads, skips_of(device), corrections, momenta, codec, store, *seeds, *numbers
 
     for codec in ("fp32", "int8", "int8_softsign", "fp8_expand"):
         for kinds in list(dtypes_and_stores())[: 6 if codec == "int8" else 3]:

@@ -22,7 +22,9 @@ def lion_step(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    first_value: int,
 ) -> None:
     numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
     states = [States(first_codec, first, True, state_seeds)]
-    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, [numbers] * len(params))
+    of_each = [numbers] * len(params)
+    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, of_each, first_value)

@@ -35,10 +35,11 @@ def lion_step(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    first_value: int,
 ) -> None:
     """One step for each of `params`, from its encoded momentum and back, in place; see `adamw_step`."""
     momenta = States(first_codec, first, True, state_seeds)
-    for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds):
+    for i, weights, grad in each_finite(params, grads, skipped, corrections, store, seeds, first_value):
         m = momenta.load(i)
         lion_(weights, grad, m, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
-        momenta.save(i, m)
+        momenta.save(i, m, first_value)

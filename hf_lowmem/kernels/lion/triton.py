@@ -25,6 +25,7 @@ def lion_step(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    first_value: int,
     *,
     norm: Tensor | None = None,
 ) -> None:
@@ -32,7 +33,8 @@ def lion_step(
     numbers = (1 - beta1, beta1, beta2, 1 - beta2, 1 - lr * weight_decay, -lr, 0.0, 1.0)
     states = [States(first_codec, first, True, state_seeds)]
     of_each = [numbers] * len(params)
-    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, of_each, norm=norm)
+    kinds = {"norm": norm, "first_value": first_value}
+    run_steps("lion", params, grads, skipped, corrections, states, store, seeds, of_each, **kinds)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:

@@ -17,6 +17,7 @@ SHAPES = ((), (7,), (37, 41), (32, 64))
 # Two beyond `SMALL` of triton.py, which have a launch each, of the kernel that does nearly all of a real model's step;
 # the gradient of the first is bad. Before them two for the shared launch.
 LARGE = ((), (7,), (3, 21_850), (65_537,))
+PLACE = 2**20 + 6  # of a part's first value in the whole
 
 
 def state_of(shape: Sequence[int], codec: str, signed: bool, device: torch.device) -> list[Tensor]:
@@ -71,9 +72,10 @@ def dtypes_and_stores() -> Iterator[tuple[torch.dtype, torch.dtype, str]]:
 
 
 def alone(case: Case) -> Iterator[Case]:
-    """The last two parameters of a case in a call of their own, whose launches are others; one with the norm known."""
+    """The last two parameters of a case in a call of their own, whose launches are others; one with the norm known, one
+    as a part of a longer parameter, which draws other numbers."""
     yield Case(f"{case.name}, one alone, norm known", lambda device: _only(case.make(device), -2), _norm)
-    yield Case(f"{case.name}, one alone", lambda device: _only(case.make(device), -1))
+    yield Case(f"{case.name}, one alone", lambda device: (*_only(case.make(device), -1)[:-1], PLACE))
 
 
 def _norm(args: tuple[object, ...]) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ _LEAST_SQUARE = np.float32(LEAST_SQUARE)
 _LIMIT = np.float32(LARGEST_GRADIENT).view(np.uint32)
 
 # Columns of the table of parameters, int64.
-PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, KEYS = 0, 1, 2, 3, 6, 9, 10
+PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, PLACE, KEYS = 0, 1, 2, 3, 6, 9, 10, 11
 
 
 @inlined
@@ -178,7 +178,8 @@ def lion(w, m, g, x):
 
 
 @inlined
-def _is_bad(x):
+def is_bad(x):
+    """Whether a value of a tile is not finite or not below 1e15."""
     worst = uint32(0)
     for j in range(TILE):
         size = size_of(x[j])
@@ -209,7 +210,7 @@ def _check(tile, last, table, ends, bf16, finite):
             i += 1
         n = table[i, NUMEL]
         start = (tile - (ends[i] - (n + TILE - 1) // TILE)) * TILE
-        if _is_bad(load_floats(bf16, table[i, GRAD], start, min(n - start, TILE), x)):
+        if is_bad(load_floats(bf16, table[i, GRAD], start, min(n - start, TILE), x)):
             finite[i] = 0
         tile += 1
 
@@ -251,10 +252,10 @@ def _step(tile, last, table, ends, numbers, finite, how, of_states, bf16, tables
             else:
                 adam_family(w, m, v, g, numbers[i], coded)
         if store != KEEP:
-            random_words(start, uint32(at[KEYS]), uint32(at[KEYS + 1]), uint32(0), words)
+            random_words(at[PLACE] + start, uint32(at[KEYS]), uint32(at[KEYS + 1]), uint32(0), words)
         save_weight(store, bf16[0], at[PARAM], at[CORRECTION], start, count, w, words)
         if draws:
-            random_words(start, uint32(at[KEYS + 2]), uint32(at[KEYS + 3]), uint32(at[KEYS + 4]), words)
+            random_words(at[PLACE] + start, uint32(at[KEYS + 2]), uint32(at[KEYS + 3]), uint32(at[KEYS + 4]), words)
         encode_tile(m, words, first, m_at, start, count, tables[0], room)
         if rule != LION:
             encode_tile(v, words, second, v_at, start, count, tables[1], room)
@@ -270,10 +271,11 @@ def run_steps(
     store: str,
     seeds: Sequence[int],
     numbers: Sequence[Sequence[float]],
+    first_value: int,
     *,
     heavy: bool = False,
 ) -> None:
-    """One step for all of `params`; arguments as those of step/triton.py's."""
+    """One step for all of `params`; arguments as those of step/launch.py's."""
     alive = [i for i, p in enumerate(params) if p.numel()]
     if not alive:
         return
@@ -289,7 +291,7 @@ def run_steps(
             *addresses(list(first.of(i))),
             *addresses(list(second.of(i))),
         ]
-        row[NUMEL] = p.numel()
+        row[NUMEL], row[PLACE] = p.numel(), first_value
         keys = seed_keys(seeds[i]) if seeds else (0, 0)
         row[KEYS:] = words_of(*keys, *(state_keys(first.seeds[i]) if first.seeds else (0, 0, 0)))
     ends = np.cumsum(-(-table[:, NUMEL] // TILE))

@@ -66,10 +66,10 @@ class States:
         codes, *scalars = self.of(i)
         return codes if self.codec == "fp32" else decode_state(codes, scalars, self.codec, self.signed)
 
-    def save(self, i: int, value: Tensor) -> None:
+    def save(self, i: int, value: Tensor, first: int = 0) -> None:
         codes, *scalars = self.of(i)
         if value is not codes:
-            encode_state(value, codes, scalars, self.codec, self.signed, self.seeds[i], 0)
+            encode_state(value, codes, scalars, self.codec, self.signed, self.seeds[i], first)
 
 
 def each_finite(
@@ -79,9 +79,10 @@ def each_finite(
     corrections: Sequence[Tensor],
     store: str,
     seeds: Sequence[int],
+    first: int = 0,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(index, weight, gradient), both fp32, of each parameter whose gradient is finite; what is done to the weight
-    between two of them is written back. Bad gradients are counted in `skipped`."""
+    between two of them is written back. Bad gradients are counted in `skipped`. `first`: as in `save_weight`."""
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         grad = g.to(torch.float32)
         if not p.numel():
@@ -92,7 +93,7 @@ def each_finite(
             correction = corrections[i] if store == "bf16_ecc" else None
             weights = load_weight(p, correction)
             yield i, weights, grad
-            save_weight(p, weights, correction, seeds[i] if store != "keep" else None)
+            save_weight(p, weights, correction, seeds[i] if store != "keep" else None, first)
 
 
 def on_the_cpu(step: Callable[..., None]) -> Callable[..., None]:

@@ -68,6 +68,7 @@ LIMIT: tl.constexpr = tl.constexpr(
 )
 # A sum of squares is never rounded to less than one of them, so half covers the errors of a square and a root.
 SAFE: tl.constexpr = tl.constexpr(LARGEST_GRADIENT / 2)
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 CHECK_BLOCK: tl.constexpr = tl.constexpr(4096)
 CHECK_PROGRAMS = 1024  # at most, for one parameter
 
@@ -80,6 +81,11 @@ _KEYS: tl.constexpr = tl.constexpr(KEYS)
 _NUMBERS: tl.constexpr = tl.constexpr(COUNT)
 MOST_NUMBERS = 8
 COLUMNS: tl.constexpr = tl.constexpr(COUNT + MOST_NUMBERS)
+
+# Of the table of projected gradients: the addresses of both states, and the keys of their random numbers.
+MOMENTS_KEYS, MOMENTS_COLUMNS = 6, 9
+_MOMENTS_KEYS: tl.constexpr = tl.constexpr(MOMENTS_KEYS)
+_MOMENTS_COLUMNS: tl.constexpr = tl.constexpr(MOMENTS_COLUMNS)
 
 
 @triton.jit
@@ -136,12 +142,21 @@ def adamw_coded(w, m, v, g, x0, x1, x2, x3, decay, step, eps, HEAVY: tl.constexp
 
 
 @triton.jit
-def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED: tl.constexpr):
+def adam_moments(m, v, g, x0, x1, x2, x3):
     """x0, x1, x2, x3: 1 - beta1, beta1, beta2, 1 - beta2."""
-    m = fma(g, x0, m * x1)
-    v = fma(g * x3, g, v * x2)
-    direction = inverse_root(v, eps) * m if CODED else div(m, sqrt(v) + eps)
-    w = fma(direction, step, w)
+    return fma(g, x0, m * x1), fma(g * x3, g, v * x2)
+
+
+@triton.jit
+def family_direction(m, v, eps, CODED: tl.constexpr):
+    """m / (sqrt(v) + eps). Reference: `adam_direction` of adamw/reference.py."""
+    return inverse_root(v, eps) * m if CODED else div(m, sqrt(v) + eps)
+
+
+@triton.jit
+def adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED: tl.constexpr):
+    m, v = adam_moments(m, v, g, x0, x1, x2, x3)
+    w = fma(family_direction(m, v, eps, CODED), step, w)
     return fma(w, decay, w), m, v
 
 
@@ -157,13 +172,14 @@ def lion(w, m, g, x0, x1, x2, x3, decay, step):
 def step_tile(
     param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
-    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
+    start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, place,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """The whole step of the tile that begins at value `start` (int64) and has `left` values or more.
 
-    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'. EVEN: it is a whole tile.
+    k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'; place: of the tile's first value in the
+    whole parameter (int64, even), by which it draws them. EVEN: it is a whole tile.
     """
     CODED: tl.constexpr = FIRST != FP32 or SECOND != FP32
     local = tile_offsets()
@@ -182,9 +198,9 @@ def step_tile(
         else:
             w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED)
     # The weights first: their registers are free while a state is encoded, where most are needed.
-    word = paired_words(start, k0, k1, 0, ROWS, WIDTH) if STORE != KEEP else local.to(tl.uint32)
+    word = paired_words(place, k0, k1, 0, ROWS, WIDTH) if STORE != KEEP else local.to(tl.uint32)
     save_weight(param + start + local, correction + start + local, w, word, mask, STORE)
-    word = paired_words(start, h0, h1, flip.to(tl.uint32), ROWS, WIDTH) if CODED else word
+    word = paired_words(place, h0, h1, flip.to(tl.uint32), ROWS, WIDTH) if CODED else word
     m_tables = m_table, m_places, m_powers, m_rows
     encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
     if RULE != LION:
@@ -192,35 +208,35 @@ def step_tile(
         encode_tile(v, word, v_codes, v_scale, v_power, *v_tables, start, left, SECOND, False, True, EVEN)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip"])
+@triton.jit(do_not_specialize=["k0", "k1", "h0", "h1", "flip", "first_value"])
 def step_kernel(
     finite_ptr, param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
     m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
-    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
+    n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, first_value,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One parameter of n values."""
+    """One parameter of n values, or a part of one that begins at its value `first_value`."""
     if tl.load(finite_ptr) != 0:
         start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
             param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
             m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
-            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip,
+            start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, start + first_value,
             RULE, FIRST, SECOND, STORE, HEAVY, EVEN,
         )  # fmt: skip
 
 
 @triton.jit
-def _address(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer from the table; ALIGNED: all of them are multiples of 16."""
+def row_address(row, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer from a table; ALIGNED: all of them are multiples of 16."""
     ptr = tl.load(row + column).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(ptr, 16) if ALIGNED else ptr
 
 
 @triton.jit
-def _number(row, place):
+def row_number(row, place):
     return from_bits(tl.load(row + _NUMBERS + place).to(tl.uint32))
 
 
@@ -241,23 +257,93 @@ def steps_kernel(
     if (start < n) & (tl.load(finite_ptr + i) != 0):
         left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
         step_tile(
-            _address(row, 0, WEIGHT, ALIGNED),
-            _address(row, 1, GRADIENT, ALIGNED),
-            _address(row, 2, tl.int8, ALIGNED),
-            _address(row, _FIRST, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED),
-            _address(row, _FIRST + 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED),
-            _address(row, _FIRST + 2, tl.uint8, ALIGNED),
-            _address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
-            _address(row, _SECOND + 1, tl.float32, ALIGNED),
-            _address(row, _SECOND + 2, tl.uint8, ALIGNED),
+            row_address(row, 0, WEIGHT, ALIGNED),
+            row_address(row, 1, GRADIENT, ALIGNED),
+            row_address(row, 2, tl.int8, ALIGNED),
+            row_address(row, _FIRST, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED),
+            row_address(row, _FIRST + 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED),
+            row_address(row, _FIRST + 2, tl.uint8, ALIGNED),
+            row_address(row, _SECOND, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED),
+            row_address(row, _SECOND + 1, tl.float32, ALIGNED),
+            row_address(row, _SECOND + 2, tl.uint8, ALIGNED),
             m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows, start, left,
-            _number(row, 0), _number(row, 1), _number(row, 2), _number(row, 3),
-            _number(row, 4), _number(row, 5), _number(row, 6), _number(row, 7),
+            row_number(row, 0), row_number(row, 1), row_number(row, 2), row_number(row, 3),
+            row_number(row, 4), row_number(row, 5), row_number(row, 6), row_number(row, 7),
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
             tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
-            tl.load(row + _KEYS + 4).to(tl.int32),
+            tl.load(row + _KEYS + 4).to(tl.int32), start,
             RULE, FIRST, SECOND, STORE, HEAVY, False,
         )  # fmt: skip
+
+
+@triton.jit
+def moments_kernel(
+    table,
+    finite_ptr,
+    projected,
+    direction,
+    m_values,
+    m_table,
+    m_places,
+    m_powers,
+    m_rows,
+    v_values,
+    v_table,
+    v_places,
+    v_powers,
+    v_rows,
+    n,
+    x0,
+    x1,
+    x2,
+    x3,
+    eps,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    WRITE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Program (j, i): the j-th tile of the i-th projected gradient, of n values, and its encoded moments.
+
+    WRITE: the moments are moved, where the flag is set; else the direction is written, and the flag cleared where they
+    would not be finite. EVEN: all tiles are whole; ALIGNED: all addresses are multiples of 16.
+    """
+    CODED: tl.constexpr = FIRST != FP32 or SECOND != FP32
+    i = tl.program_id(1)
+    taken = True
+    if WRITE:
+        taken = tl.load(finite_ptr + i) != 0
+    if taken:
+        row = table + i * _MOMENTS_COLUMNS
+        start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
+        left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
+        here = i.to(tl.int64) * n + start
+        local = tile_offsets()
+        mask = None if EVEN else local < left
+        m_codes = row_address(row, 0, tl.float32 if FIRST == FP32 else tl.uint8, ALIGNED)
+        m_scale = row_address(row, 1, tl.bfloat16 if FIRST == SOFTSIGN else tl.float32, ALIGNED)
+        m_power = row_address(row, 2, tl.uint8, ALIGNED)
+        v_codes = row_address(row, 3, tl.float32 if SECOND == FP32 else tl.uint8, ALIGNED)
+        v_scale = row_address(row, 4, tl.float32, ALIGNED)
+        v_power = row_address(row, 5, tl.uint8, ALIGNED)
+        g = load_fp32(projected + here + local, mask)
+        m = decode_tile(m_codes, m_scale, m_power, m_values, start, left, FIRST, True, EVEN)
+        v = decode_tile(v_codes, v_scale, v_power, v_values, start, left, SECOND, False, EVEN)
+        m, v = adam_moments(m, v, g, x0, x1, x2, x3)
+        if WRITE:
+            k0, k1 = tl.load(row + _MOMENTS_KEYS).to(tl.int32), tl.load(row + _MOMENTS_KEYS + 1).to(tl.int32)
+            flip = tl.load(row + _MOMENTS_KEYS + 2).to(tl.uint32)
+            word = paired_words(start, k0, k1, flip, ROWS, WIDTH) if CODED else local.to(tl.uint32)
+            m_tables = m_table, m_places, m_powers, m_rows
+            v_tables = v_table, v_places, v_powers, v_rows
+            encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
+            encode_tile(v, word, v_codes, v_scale, v_power, *v_tables, start, left, SECOND, False, True, EVEN)
+        else:
+            tl.store(direction + here + local, family_direction(m, v, eps, CODED), mask=mask)
+            worst = tl.max(tl.max(tl.maximum(magnitude(m), magnitude(v)), axis=1), axis=0)
+            if worst >= INFINITY:
+                tl.store(finite_ptr + i, 0)
 
 
 @triton.jit
@@ -281,7 +367,7 @@ def check_kernel(table, finite_ptr, GRADIENT: tl.constexpr, ALIGNED: tl.constexp
     """Clear the flag of the i-th parameter if its gradient is bad. Programs (i, ...) share the values of one."""
     i = tl.program_id(0)
     row = table + i * COLUMNS
-    grad = _address(row, 1, GRADIENT, ALIGNED)
+    grad = row_address(row, 1, GRADIENT, ALIGNED)
     n = tl.load(row + _NUMEL)
     if _is_bad(grad, n, tl.program_id(1), tl.num_programs(1)):
         tl.store(finite_ptr + i, 0)

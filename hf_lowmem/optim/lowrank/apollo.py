@@ -5,24 +5,22 @@ projection of the gradient to a few dimensions, so the moments live in rank r (M
 nothing of the weight's size is kept.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.apollo import APOLLO_FACTORS, APOLLO_STEP
+from hf_lowmem.kernels.apollo import APOLLO_STEP
 from hf_lowmem.kernels.apollo.reference import apollo_update, update_by_factors
 from hf_lowmem.optim.fused import is_plain, kernel_runs
-from hf_lowmem.optim.guard import LARGEST_UPDATE
 from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
 from hf_lowmem.optim.lowrank.pipeline import growth_of_, tensor_scale
 from hf_lowmem.optim.lowrank.projector import Projector
-from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.lowrank.together import rescale, step_together
+from hf_lowmem.optim.slot import KNOWN, Slot
+from hf_lowmem.optim.state import WINDOW, Group
 from hf_lowmem.weights import Weights
-
-FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class Apollo(LowRankOptimizer):
@@ -62,6 +60,8 @@ class Apollo(LowRankOptimizer):
         "update_gap": 200,
         "scale": 1.0,
         "projection": "random",
+        "embeddings": "adam",
+        "cautious": False,
     }
     PROJECTS_BACK = False
     per_channel: ClassVar[bool] = True
@@ -89,21 +89,35 @@ class Apollo(LowRankOptimizer):
 
     def apply(self, weights: Weights, grad: Tensor, slot: Slot, group: Group) -> None:
         p = weights.p
-        if not (slot.low_rank and is_plain(p) and kernel_runs(APOLLO_STEP, p)):
+        if group["cautious"] or not (slot.low_rank and is_plain(p) and kernel_runs(APOLLO_STEP, p)):
             super().apply(weights, grad, slot, group)
             return
         projected, direction, _ = self.adam(grad, slot, group)
         assert p.grad is not None
-        whole = p.grad.contiguous()
-        norm = slot.load("prev_norm")
-        s, factor = APOLLO_FACTORS(whole, projected, direction, norm, self.per_channel)
-        # No value of an update is larger than its norm, so weights stay finite without a copy to go back to: `reach` is
-        # inf from LARGEST_UPDATE on.
-        reach = abs(group["lr"]) * math.sqrt(group["scale"]) / (1 - group["betas"][0]) * (FLOAT_MAX / LARGEST_UPDATE)
-        found = slot.judge(torch.cat([s.flatten(), factor.flatten(), (norm * reach).flatten()]))
-        finite = weights.finite & found
-        settings = group["scale"], group["lr"], *group["betas"], group["weight_decay"], slot.step
-        APOLLO_STEP(p, whole, weights.correction, finite, s, factor, *settings, weights.seed)
+        finite = weights.finite.to(torch.int32).view(1)
+        one = [(p, slot)], [p.grad.contiguous()], projected.contiguous()[None], direction.contiguous()[None]
+        counted_elsewhere = torch.zeros((), dtype=torch.int64, device=p.device)
+        rescale(*one, finite, counted_elsewhere, group, per_channel=self.per_channel)
+        if slot.finite is not None:
+            slot.finite.append(finite[0] != 0)
+
+    def steps_together(self, p: Tensor, slot: Slot, group: Group, runs: dict[tuple[object, ...], bool]) -> bool:
+        if group["cautious"] or group["projection"] != "random":
+            return False
+        if slot.sharded or WINDOW in slot.raw or not is_plain(p):
+            return False
+        if slot.coded and not slot.dithers:  # kernels round every coded state at random
+            return False
+        assert p.grad is not None
+        kind = APOLLO_STEP.name, slot.device, p.dtype, p.grad.dtype, slot.codec_names
+        if kind not in runs:
+            runs[kind] = KNOWN.issuperset(slot.codec_names) and kernel_runs(APOLLO_STEP, p, slot.codec_names)
+        return runs[kind]
+
+    def step_together(
+        self, entries: Sequence[tuple[Tensor, Slot]], group: Group, skipped_on: Callable[[torch.device], Tensor]
+    ) -> None:
+        step_together(entries, group, skipped_on, per_channel=self.per_channel)
 
 
 class ApolloMini(Apollo):

@@ -13,11 +13,14 @@ from hf_lowmem.kernels.adamw import ADAMW_STEP
 from hf_lowmem.kernels.adamw.reference import adam_direction, descend_
 from hf_lowmem.kernels.apollo.reference import channel_dim
 from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.cautious import cautious_
+from hf_lowmem.optim.embeddings import other_reach, other_rule, other_states, update_other
 from hf_lowmem.optim.fused import FusedStep
 from hf_lowmem.optim.lowrank.pipeline import rotate_first, rotate_second
 from hf_lowmem.optim.lowrank.projector import PROJECTORS, Projector, basis_shape, projected_shape
 from hf_lowmem.optim.slot import Slot, is_low_rank
-from hf_lowmem.optim.state import WINDOW, Group, Shape, StateDecl
+from hf_lowmem.optim.state import WINDOW, Group, Reach, Shape, StateDecl
+from hf_lowmem.specs import check_flag
 
 
 def low_rank_shape(shape: Shape, group: Group) -> Shape | None:
@@ -25,9 +28,17 @@ def low_rank_shape(shape: Shape, group: Group) -> Shape | None:
     return projected_shape(shape, group["rank"]) if is_low_rank(shape, group["rank"]) else None
 
 
-def moment_shape(shape: Shape, group: Group) -> Shape:
-    """Shape of a moment: the projection's of a low-rank parameter."""
-    return low_rank_shape(shape, group) or shape
+OTHERS = other_states(lambda shape, group: is_low_rank(shape, group["rank"]))
+
+
+def first_shape(shape: Shape, group: Group) -> Shape | None:
+    """Shape of the first moment: the projection's of a low-rank parameter."""
+    return low_rank_shape(shape, group) or OTHERS["exp_avg"].shape(shape, group)
+
+
+def second_shape(shape: Shape, group: Group) -> Shape | None:
+    """Shape of the second moment: the projection's of a low-rank parameter."""
+    return low_rank_shape(shape, group) or OTHERS["exp_avg_sq"].shape(shape, group)
 
 
 def stored_basis(shape: Shape, group: Group) -> Shape | None:
@@ -73,14 +84,20 @@ class LowRankOptimizer(LowMemOptimizer):
     ```
 
     Matrices and batches of matrices (fused experts) whose smaller side exceeds `rank` are projected. Everything else
-    takes Adam with the same codec, R = grad and the update N.
+    takes Adam with the same codec, R = grad and the update N; embedding and head take the rule `embeddings`.
+
+    `cautious=True` leaves out of an update, and makes up for, what goes against the gradient (arXiv 2411.16085;
+    optim/cautious.py); no kernel knows it, and embeddings by "scale" or "adam_mini" do not take it.
     """
 
     STATES = {
-        "exp_avg": StateDecl(signed=True, shape=moment_shape, rows=channels),
-        "exp_avg_sq": StateDecl(signed=False, shape=moment_shape, rows=channels),
+        "exp_avg": StateDecl(signed=True, shape=first_shape, rows=channels),
+        "exp_avg_sq": StateDecl(signed=False, shape=second_shape, rows=channels),
+        "row_sq": OTHERS["row_sq"],
         "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False),
     }
+    FACTS = ("role",)
+    CHECKS = {"cautious": check_flag}
     PROJECTIONS = tuple(PROJECTORS)
     FUSED = FusedStep(ADAMW_STEP, step_settings)
     # Whether `full_update` goes back through the basis; else it only reads norms.
@@ -112,10 +129,15 @@ class LowRankOptimizer(LowMemOptimizer):
         slot.save("exp_avg_sq", rotate_second(second, rotation, right))
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
+        if slot.rule not in (self.name, "adam"):
+            update_other(p, grad, slot, group)
+            return
         projected, direction, projector = self.adam(grad, slot, group)
         update = direction
         if projector is not None:
             update = self.full_update(grad, projected, direction, projector, slot, group)
+        if group["cautious"]:
+            update = cautious_(update, grad, slot, group)
         descend_(p, update, group["lr"], group["betas"], group["weight_decay"], slot.step)
 
     def adam(self, grad: Tensor, slot: Slot, group: Group) -> tuple[Tensor, Tensor, Projector | None]:
@@ -145,6 +167,21 @@ class LowRankOptimizer(LowMemOptimizer):
         if rotation is not None and group.get("rotate"):
             self.rotate(rotation, projector.tall, slot)
         return projector, projected
+
+    @classmethod
+    def facts(cls, group: Group) -> tuple[str, ...]:
+        return cls.FACTS if group["embeddings"] != "adam" else ()
+
+    @classmethod
+    def rule(cls, shape: Shape, group: Group) -> str:
+        return cls.name if is_low_rank(shape, group["rank"]) else other_rule(group)
+
+    @classmethod
+    def reach(cls, shape: Shape, group: Group) -> Reach:
+        if is_low_rank(shape, group["rank"]):
+            return "whole"
+        reach = other_reach(group)
+        return "whole" if group["cautious"] and reach == "value" else reach
 
     @classmethod
     def unsharded_only(cls, shape: Shape, group: Group) -> str | None:

@@ -74,7 +74,7 @@ class Fira(LowRankOptimizer):
     name = "fira"
     STATES = {**LowRankOptimizer.STATES, "prev_norm": PREVIOUS_NORM}
     DEFAULTS: ClassVar[dict[str, Any]] = {**GaLore.DEFAULTS, "authors_residual": False}
-    CHECKS = {"authors_residual": check_flag}
+    CHECKS = {**GaLore.CHECKS, "authors_residual": check_flag}
 
     def full_update(
         self,

@@ -55,6 +55,8 @@ class GaLore(LowRankOptimizer):
         "update_gap": 200,
         "scale": 0.25,
         "projection": "subspace",
+        "embeddings": "adam",
+        "cautious": False,
         "rotate": False,
     }
     ACCUMULATES = True

@@ -107,6 +107,7 @@ class NaturalGaLore(GaLore):
     STATES = {**GaLore.STATES, "history": HISTORY}
     DEFAULTS: ClassVar[dict[str, Any]] = {**GaLore.DEFAULTS, "damping": None, "history": 4}
     CHECKS = {
+        **GaLore.CHECKS,
         "damping": check_damping,
         "history": functools.partial(check_integer, low=1),
     }

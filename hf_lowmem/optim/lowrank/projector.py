@@ -76,8 +76,12 @@ def power_basis(grad: Tensor, start: Tensor, steps: int, shards: Whole = WHOLE) 
 
 def gaussian(key: int, small: int, rank: int, device: torch.device) -> Tensor:
     """A (small, rank) Gaussian with variance 1/rank, the same for the same key."""
+    root = math.sqrt(rank)
     generator = torch.Generator(device).manual_seed(key)
-    return torch.randn(small, rank, generator=generator, device=device, dtype=torch.float32).div_(math.sqrt(rank))
+    drawn = torch.empty(small, rank, device=device, dtype=torch.float32)
+    if math.frexp(root)[0] == 0.5:  # a power of two, by which it makes no difference when the numbers are divided
+        return drawn.normal_(std=1 / root, generator=generator)
+    return drawn.normal_(generator=generator).div_(root)
 
 
 class Projector:
@@ -125,11 +129,11 @@ class Projector:
         """
         raise NotImplementedError
 
-    def project(self, grad: Tensor) -> Tensor:
-        """The gradient in the coordinates of the basis."""
+    def project(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gradient in the coordinates of the basis; `out`: where it is to be, of a matrix that is not cut."""
         if self.cut:
             return self.shards.scatter_sum(grad.mT @ self.shards.rows(self.basis))
-        return grad @ self.basis if self.right else self.basis.mT @ grad
+        return torch.matmul(*((grad, self.basis) if self.right else (self.basis.mT, grad)), out=out)
 
     def project_back(self, projected: Tensor) -> Tensor:
         """The matrix that has these coordinates."""

@@ -11,6 +11,8 @@ its weights and gradients do not), so any depth and any micro-batch follows. Upd
     at the update                   weights + states + gradients + the update's temporaries
     at an update in backward        weights + states + what is kept + the largest gradient + the update's temporaries
 
+(of an output head that is stepped by rows, the simulated pass without its gradient: hf_lowmem/training/head.py).
+
 What it leaves out (that a gradient and a temporary may not meet, layers of several kinds) makes it an estimate. It
 orders candidates, and no more: what a search answers has been planned by the real `plan()`.
 """
@@ -38,7 +40,7 @@ from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.search.space import AS_IS, Choice, layers_by_tier, policy_fields
-from hf_lowmem.planner.search.updates import Update, count_states, own_temporaries
+from hf_lowmem.planner.search.updates import Update, count_states, head_by_rows, own_temporaries
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
 from hf_lowmem.planner.step import quiet, simulate_step
 from hf_lowmem.specs import OPTIMIZER_FIELDS
@@ -204,7 +206,8 @@ class Estimator:
                 return None
             if self._model is None:
                 self._model = self._shallow_model()
-            return Update(states, own_temporaries(spec, self._model, self.fake))
+            by_rows = not self.tied and head_by_rows(spec, self.meta)
+            return Update(states, own_temporaries(spec, self._model, self.fake), by_rows)
 
     def _shallow_model(self) -> nn.Module:
         config = with_depth(self.config, min(self.depth, period_of(self.config)))
@@ -277,6 +280,11 @@ class Estimator:
             return sizes.whole + (passing if phase == "backward" else 0)
         return simulated
 
+    def _by_rows(self, choice: Choice, update: Update) -> bool:
+        """Whether the output head's gradient does not exist whole."""
+        alone = choice.accumulation == 1 and self.parallel != "fsdp2"
+        return choice.step_in_backward and alone and update.head_by_rows
+
     def _moments(self, choice: Choice, tokens: int, update: Update) -> list[Moment]:
         """The moments of the passes, each with what a combination has beside the simulated step, and the update's."""
         made: list[Moment] = []
@@ -284,11 +292,13 @@ class Estimator:
             values = simulated.copy()
             values[STATES] = update.states
             values[INPUTS] *= choice.accumulation
-            values[GRADIENTS] = self._gradients_at(end, choice, simulated[GRADIENTS])
+            of_head = 0.0 if self._by_rows(choice, update) else simulated[GRADIENTS]
+            values[GRADIENTS] = self._gradients_at(end, choice, of_head)
             layer = {"first": 0, "last": self.depth - 1}.get(end.where)
             made.append(Moment(i, end.phase, layer, "", end.where == "before", np.rint(values).astype(np.int64)))
         if choice.step_in_backward:  # of the head, when all is still kept; of the embedding, when nothing is
-            values = (made[-1] if self.tied else next(m for m in made if m.phase == KEPT)).values.copy()
+            late = self.tied or self._by_rows(choice, update)
+            values = (made[-1] if late else next(m for m in made if m.phase == KEPT)).values.copy()
             values[GRADIENTS], values[TEMPORARIES] = self.gradients.largest, values[TEMPORARIES] + update.temporaries
             made.append(Moment(len(made), "backward", None, "", False, values))
         else:

@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from hf_lowmem.optim import OPTIMIZERS, from_spec
+from hf_lowmem.optim.row_steps import whole_only
 from hf_lowmem.planner.allocations import Live
+from hf_lowmem.specs import OptimSpec
 
-__all__ = ["Update", "count_states", "own_temporaries"]
+__all__ = ["Update", "count_states", "head_by_rows", "own_temporaries"]
 
 
 @dataclass(frozen=True)
 class Update:
-    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest."""
+    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest. head_by_rows: whether it takes
+    the gradient of an output head of its own a block of rows at a time."""
 
     states: int
     temporaries: int
+    head_by_rows: bool = False
 
 
 def count_states(spec: Any, meta: nn.Module) -> int | None:
@@ -36,6 +41,13 @@ def count_states(spec: Any, meta: nn.Module) -> int | None:
     if "rank" in OPTIMIZERS[spec.name].DEFAULTS and all(group["rank"] is None for group in groups):
         return None
     return sum(optimizer.state_bytes(p, group) for group in groups for p in group["params"])
+
+
+def head_by_rows(spec: OptimSpec, meta: PreTrainedModel) -> bool:
+    """Whether our optimizer takes the gradient of the output head by rows, on a model on the meta device."""
+    optimizer, head = from_spec(spec, meta), getattr(meta.get_output_embeddings(), "weight", None)
+    group = next((g for g in optimizer.param_groups for p in g["params"] if p is head), None)
+    return head is not None and group is not None and whole_only(head, optimizer.slot(head, group)) is None
 
 
 def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:

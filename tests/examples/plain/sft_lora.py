@@ -1,0 +1,19 @@
+"""The example of the same name, as it is without hf_lowmem."""
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+args = SFTConfig(
+    "out/sft_lora",
+    learning_rate=1e-4,
+    bf16=torch.cuda.is_available(),
+)
+trainer = SFTTrainer(
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    args=args,
+    train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    peft_config=LoraConfig(r=16, target_modules="all-linear"),
+)
+trainer.train()
