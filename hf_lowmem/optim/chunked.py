@@ -66,7 +66,7 @@ def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
 
 
 def _stored(p: Tensor, slot: Slot) -> Tensor:
-    """What lies in memory of a parameter's weights: themselves, or the codes of one that is at rest."""
+    """Tensor in which the weights of a parameter lie: itself, or the codes of one that is at rest."""
     return p if slot.rest is None else slot.rest.codes.view(p.shape)
 
 
