@@ -156,9 +156,6 @@ class LowMemTrainerMixin(RestingWeights):
             self._take_off()  # of a model that a search has replaced
             self._tiers = OwnedTiers(self.model, spec, f"lowmem_activations={spec.tiers!r} of {type(self).__name__}")
             self.activations = self._tiers.report
-        if self.HEAD is not None and isinstance(self.args, LowMemArguments):
-            self.output_head = self.output_head or self.HEAD(self)
-            self.output_head.put(compiled=getattr(self.args, "torch_compile", False))
 
     def _take_off(self) -> None:
         """Leave the model as it was before this training, whatever has ended it."""
@@ -230,6 +227,9 @@ class LowMemTrainerMixin(RestingWeights):
         self._was_finished = False
         reporter = reporter_of(self)
         try:
+            if self.HEAD is not None and isinstance(self.args, LowMemArguments):
+                self.output_head = self.output_head or self.HEAD(self)
+                self.output_head.put(compiled=getattr(self.args, "torch_compile", False))
             if getattr(self, "model_init", None) is None:
                 self._put_on()
             for owner in owners_of(self.model) if self._tiers is None else ():

@@ -329,6 +329,8 @@ def test_it_stands_while_trainers_train(tmp_path: Path) -> None:
     assert stands() is chunked_logprob.ChunkedLogProbFunction
     trainers[0].train()
     assert trainers[0].output_head.facts()["passes_by_rows"] == 2
+    trainers[0].create_optimizer()
+    assert stands() is chunked_logprob.ChunkedLogProbFunction, "an optimizer alone is no training"
 
 
 class Changed(LowMemSFTTrainer):
