@@ -20,10 +20,24 @@ BF16 = torch.bfloat16
 INT8: dict[str, Any] = {"lowmem_weights": "int8_sr", "lowmem_step_in_backward": True, "max_grad_norm": 0}
 CASES = [
     ("Trainer", {"optim": "adamw", "lowmem_state": "8bit", "gradient_accumulation_steps": 1}),
-    ("SFTTrainer", {"optim": "galore", "lowmem_rank": 8, "lowmem_update_gap": 2, "lowmem_activations": "fp8"}),
+    (
+        "SFTTrainer",
+        {
+            "optim": "galore",
+            "lowmem_rank": 8,
+            "lowmem_update_gap": 2,
+            "lowmem_activations": "fp8",
+            "lowmem_embeddings": "scale",
+        },
+    ),
     (
         "DPOTrainer",
-        {"optim": "apollo_mini", "lowmem_activations": "checkpoint_fp8", "gradient_accumulation_steps": 1},
+        {
+            "optim": "apollo_mini",
+            "lowmem_activations": "checkpoint_fp8",
+            "gradient_accumulation_steps": 1,
+            "lowmem_embeddings": "adam_mini",
+        },
     ),
 ]
 
