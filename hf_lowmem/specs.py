@@ -26,6 +26,7 @@ __all__ = [
     "LABELS",
     "OPTIMIZER_FIELDS",
     "PROJECTIONS",
+    "STORES_AT_REST",
     "TIERS",
     "WEIGHT_STORES",
     "ActivationSpec",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 WEIGHT_STORES = ("keep", "bf16_sr", "bf16_ecc")
+STORES_AT_REST = ("int8_sr",)  # of a model, whose layers decode them; no kernel of a step knows such weights
 PROJECTIONS = ("svd", "subspace", "random")
 # Rules that embedding and output head may take beside another for linear weights.
 EMBEDDING_RULES = ("adam", "scale", "adam_mini")
@@ -161,7 +163,7 @@ class OptimSpec:
         check_number(self.label("weight_decay"), self.weight_decay, low=0.0)
         if not isinstance(self.state, str):
             raise TypeError(f"{self.label('state')}={self.state!r}: expected the name of a codec, such as 'int8'.")
-        check_choice(self.label("weights"), self.weights, WEIGHT_STORES)
+        check_choice(self.label("weights"), self.weights, (*WEIGHT_STORES, *STORES_AT_REST))
         if self.rank is not None:
             check_integer(self.label("rank"), self.rank, low=1)
         if self.update_gap is not None:

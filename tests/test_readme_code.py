@@ -65,6 +65,7 @@ COMMANDS = {
     "python scripts/bench/plan_vs_cpu.py": MINUTES + "tests/planner/test_truth.py",
     "python scripts/bench/plan_vs_cuda.py": "needs a CUDA device; at toy size in tests/bench/test_plan.py",
     "python scripts/bench/preference.py": MINUTES + "tests/bench/test_preference.py",
+    "python scripts/bench/weights.py": MINUTES + "tests/bench/test_weights.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
     "python scripts/bench/wire.py": MINUTES + "tests/dist/test_wire.py",
     "python scripts/examples/sft.py": "trains on a model of the hub; on a tiny one in tests/examples",
@@ -263,6 +264,15 @@ PYTHON = (
         "it generates text: tests/training/test_wrap.py",
     ),
     Python("hf_lowmem/training/README.md", 'optimizer = make_optimizer("apollo_mini"', {}, trained),
+    Python(
+        "hf_lowmem/weights/README.md",
+        'optimizer = make_optimizer("adamw"',
+        {'optimizer = make_optimizer("adamw"': 'model.bfloat16()\noptimizer = make_optimizer("adamw"'},
+        lambda names: (
+            Path("out/lowmem_weights.safetensors").exists()
+            and {type(p) for p in names["model"].parameters()} == {torch.nn.Parameter}
+        ),
+    ),
     Python(
         "hf_lowmem/training/README.md",
         "plugin = LowMemPlugin(",

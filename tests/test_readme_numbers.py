@@ -200,6 +200,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "a magnitude above 1e15": RULE,
     },
     "hf_lowmem/planner/README.md": {},
+    "hf_lowmem/weights/README.md": {},
     "hf_lowmem/preference/README.md": {
         "1, 1; after an SFT stage 0.1": PAPER,
         "| 0.1 |": PAPER,

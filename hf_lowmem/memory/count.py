@@ -39,9 +39,14 @@ def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """(key, bytes) of each storage behind `tensor`; the key is unique among the storages alive.
 
     Wrapper subclasses (DTensor, torchao's quantised tensors, jagged tensors) are what they hold: for a
-    DTensor, the local shard. Fake and meta tensors have a storage that weighs what the real one would."""
+    DTensor, the local shard. A weight at rest in int8 is its codes and scales. Fake and meta tensors have a storage
+    that weighs what the real one would."""
     if is_traceable_wrapper_subclass(tensor):
         inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    elif (kept := getattr(tensor, "lowmem_at_rest", None)) is not None:
+        storage = tensor.untyped_storage()  # of one value
+        yield storage._cdata, storage.nbytes()
+        inner = list(kept.stored())
     elif tensor.layout is torch.strided:
         try:
             storage = tensor.untyped_storage()

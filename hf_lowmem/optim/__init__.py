@@ -23,11 +23,12 @@ from hf_lowmem.optim.lowrank.natural_galore import NaturalGaLore
 from hf_lowmem.optim.method import METHODS, elementwise, methods_with
 from hf_lowmem.optim.muon import Muon
 from hf_lowmem.optim.placement import small_apart
+from hf_lowmem.optim.resting import check_awake, check_rests, rest
 from hf_lowmem.optim.scale import Scale
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.soap import Soap
 from hf_lowmem.optim.state import Group
-from hf_lowmem.specs import OptimSpec, check_choice
+from hf_lowmem.specs import STORES_AT_REST, OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
     cls.name: cls
@@ -41,12 +42,19 @@ def from_spec(
 ) -> LowMemOptimizer:
     """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`.
 
+    With weights="int8_sr" the model's weights are put to rest; see hf_lowmem/optim/resting.py.
+
     Args:
         flat: for an engine that makes one vector of each group (DeepSpeed's ZeRO); see `small_apart`.
     """
     cls = check_spec(spec)
     options = cls.resolve(spec)
-    check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
+    rests = spec.weights in STORES_AT_REST
+    if rests:
+        check_rests(spec, model)
+    else:
+        check_awake(spec, model)
+        check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
     groups = parameter_groups(model, spec, rank=options.get("rank"), facts=cls.facts(options), decay=decay)
     if spec.embeddings not in (None, cls.DEFAULTS.get("embeddings")) and not any(
         group["role"] in ("embedding", "head") for group in groups
@@ -57,6 +65,8 @@ def from_spec(
         )
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
+    if rests:
+        rest(spec, model)
     return cls(groups, **{k: v for k, v in options.items() if k != "method"})
 
 
@@ -122,7 +132,9 @@ def make_optimizer(
         state: codec of the moments, one of `hf_lowmem.codecs.CODECS`; a pair "int8,fp8_expand" for the first and the
             second moment; or "8bit", the recommended pair.
         weights: how weights are written: "keep", in their own dtype by rounding to nearest; for bf16 weights also
-            "bf16_sr", rounded at random, and "bf16_ecc", with 8 more bits kept beside them.
+            "bf16_sr", rounded at random, "bf16_ecc", with 8 more bits kept beside them, and "int8_sr": the model's
+            linear layers and its embedding keep int8 codes, 1.03 bytes a weight, from here on and until
+            `hf_lowmem.weights.wake(model)`; for `StepInBackward(optimizer)` alone.
         rank, update_gap, scale, projection, rotate: of a low-rank method; `None` for its defaults.
         embeddings: the rule of embedding and output head, where the method's own is for linear weights: "adam",
             "scale" or "adam_mini".

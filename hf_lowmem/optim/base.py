@@ -44,7 +44,8 @@ from hf_lowmem.optim.sharded import ShardedSlot, agreed
 from hf_lowmem.optim.slot import FLOATS, Slot
 from hf_lowmem.optim.state import Group
 from hf_lowmem.optim.stepping import step_by_loop
-from hf_lowmem.specs import OptimSpec
+from hf_lowmem.specs import STORES_AT_REST, OptimSpec
+from hf_lowmem.weights import at_rest
 
 
 class LowMemOptimizer(Method, Optimizer):
@@ -170,7 +171,7 @@ class LowMemOptimizer(Method, Optimizer):
     def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
         """See `slot`. `options`: `_options(group)`, where it is known."""
         cut = (p.device_mesh, p.placements) if is_sharded(p) else None
-        facts = p.shape, p.dtype, p.device, cut, self._options(group) if options is None else options
+        facts = p.shape, p.dtype, p.device, cut, at_rest(p), self._options(group) if options is None else options
         known = self._slots.get(id(p))
         if known is not None and known.group is group and known.facts == facts:
             return known
@@ -200,6 +201,8 @@ class LowMemOptimizer(Method, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_stepped(group)
         self._update([(group, self._entries(group, group["params"])) for group in self.param_groups])
         self._skips.end_step()
         return loss
@@ -330,9 +333,28 @@ class LowMemOptimizer(Method, Optimizer):
         load(self, self._slot, self.STRUCTURAL, state_dict, super().load_state_dict)
 
 
+def check_stepped(group: Group) -> None:
+    """Raise where a weight at rest still has its gradient at the end of a backward pass."""
+    if group["weights"] not in STORES_AT_REST:
+        return
+    kept = next((kept for p in group["params"] if p.grad is not None and (kept := at_rest(p)) is not None), None)
+    if kept is not None:
+        raise RuntimeError(
+            f"weights={group['weights']!r} needs a step in backward, and {kept.name} has a gradient that was not "
+            "stepped: all of them take 2 bytes a weight, twice what the weights do. Make "
+            "hf_lowmem.optim.StepInBackward(optimizer) before the first backward pass, or set weights='bf16_sr'."
+        )
+
+
 def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
     """Raise where a store for bf16 weights would meet none."""
+    parameters = list(parameters)
     dtypes = {p.dtype for p in parameters}
+    if store in STORES_AT_REST and not any(map(at_rest, parameters)):
+        raise ValueError(
+            f"{label}={store!r} is for a model, whose layers decode the weights, and not for bare parameters. Make the "
+            "optimizer with hf_lowmem.make_optimizer(name, model, ...)."
+        )
     if store != "keep" and torch.bfloat16 not in dtypes:
         found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         raise ValueError(

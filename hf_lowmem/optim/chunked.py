@@ -49,7 +49,7 @@ PART = 1 << 22  # values of whole rows; no kernel makes their step, and its temp
 
 def can_chunk(p: Tensor, slot: Slot) -> bool:
     """Whether the parameter is long, and its weights, gradient and states lie in memory so that they can be cut."""
-    if slot.sharded or p.grad is None or not (p.is_contiguous() and p.grad.is_contiguous()):
+    if slot.sharded or p.grad is None or not (_stored(p, slot).is_contiguous() and p.grad.is_contiguous()):
         return False
     if slot.elementwise:
         blocks = [s.codec.block for s in slot.states.values() if isinstance(s.codec, BlockCodec)]
@@ -100,7 +100,7 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
 def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
     """(weights, gradient, slot) of one chunk after the other; all are views, but a state's numbers are copies."""
     assert p.grad is not None
-    flat, grad = p.view(-1), p.grad.view(-1)
+    flat, grad = _stored(p, slot).view(-1), p.grad.view(-1)
     for start in range(0, p.numel(), CHUNK):
         stop = min(start + CHUNK, p.numel())
         raw = {k: v if k in COUNTS else _cut(k, v, slot, start, stop) for k, v in slot.raw.items()}
@@ -124,7 +124,12 @@ def rows_of(p: Tensor, slot: Slot, first: int, last: int) -> tuple[Tensor, Slot]
         k: v if k in COUNTS else _cut(k, v, slot, start, stop) if "." in k else v[first:last]
         for k, v in slot.raw.items()
     }
-    return p[first:last], slot.chunk(raw, start, stop, rows=last - first)
+    return _stored(p, slot)[first:last], slot.chunk(raw, start, stop, rows=last - first)
+
+
+def _stored(p: Tensor, slot: Slot) -> Tensor:
+    """Tensor in which the weights of a parameter lie: itself, or the codes of one that is at rest."""
+    return p if slot.rest is None else slot.rest.codes.view(p.shape)
 
 
 def allocate(p: Tensor, slot: Slot) -> None:

@@ -20,6 +20,7 @@ from hf_lowmem.kernels import Kernel, current_impl
 from hf_lowmem.kernels.compare import on
 from hf_lowmem.optim.slot import FLOATS, KNOWN, Slot
 from hf_lowmem.optim.state import Group, in_dispatch_mode
+from hf_lowmem.weights import at_rest
 
 __all__ = ["FusedStep", "call_directly", "is_plain", "kernel_runs", "step_fused", "warn_unfused"]
 
@@ -56,6 +57,7 @@ def is_plain(p: Tensor) -> bool:
         grad is not None
         and grad.layout == torch.strided
         and not hasattr(p, "device_mesh")
+        and at_rest(p) is None
         and p.numel() > 0
         and p.dtype in FLOATS
         and grad.dtype in FLOATS
@@ -68,7 +70,9 @@ def warn_unfused(method: str, p: Tensor, slot: Slot) -> None:
     if in_dispatch_mode() or not p.numel():  # planned with, not trained; or nothing to step
         return
     unknown = [name for name in slot.codec_names if name not in KNOWN]
-    if slot.sharded:
+    if slot.rest is not None:
+        why = "its weights are at rest in int8, which no kernel writes yet", "Take lowmem_weights='bf16_sr' for speed"
+    elif slot.sharded:
         why = "its weights are cut by FSDP2", "Use DDP where the weights fit on one device"
     elif unknown:
         why = (

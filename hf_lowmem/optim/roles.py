@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hf_lowmem.optim.names import named_modules
 from hf_lowmem.optim.state import Group
 from hf_lowmem.specs import check_choice, check_flag, check_integer
+from hf_lowmem.weights.forwards import is_conv1d
 
 __all__ = ["CHECKS", "DEFAULTS", "ROLES", "facts_of", "linear_parameters"]
 
@@ -113,11 +114,6 @@ def lookups(model: nn.Module) -> tuple[set[int], set[int]]:
         if isinstance(head, nn.Module):
             heads |= {id(weight) for weight in head_weights(head)}
     return embeddings, heads
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def linear_parameters(model: nn.Module) -> Iterator[tuple[str, str, str, nn.Module, nn.Parameter]]:

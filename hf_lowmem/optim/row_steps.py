@@ -42,6 +42,8 @@ def whole_only(p: Tensor, slot: Slot) -> str | None:
     """Why a parameter cannot be stepped by rows, as the end of a sentence; None: it can."""
     if slot.sharded:
         return "its rows lie on several processes"
+    if slot.rest is not None:
+        return "it is at rest in int8"
     if p.ndim != 2 or not p.is_contiguous():
         return f"it is no matrix that lies in memory row after row (shape {tuple(p.shape)})"
     if slot.reach not in ("value", "row"):

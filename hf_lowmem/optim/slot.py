@@ -36,7 +36,7 @@ from hf_lowmem.optim.state import (
     stream_key,
     whole_layout,
 )
-from hf_lowmem.weights import Weights, store_for
+from hf_lowmem.weights import Weights, at_rest, store_for
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 KNOWN = {"fp32", *CODECS}  # codecs that kernels read and write
@@ -75,6 +75,7 @@ class Slot:
         elementwise: whether the update of a value sees that value alone.
         fusable: whether the kernels of optim/fused.py know such weights and states.
         store: how its weights are stored.
+        rest: what is kept of a weight that is at rest in int8.
         shards: where the rest of the parameter is; of a batch of matrices that is cut, each is whole.
         cut: whether the rows of one matrix, or of a vector, lie on several processes.
         syncs: whether reading a number from its device is free.
@@ -107,14 +108,17 @@ class Slot:
         self.low_rank = is_low_rank(p.shape, group.get("rank"))
         self.reach, self.rule = reach, rule
         self.elementwise = reach == "value"
-        self.store = store_for(group["weights"], p.dtype)
+        self.rest = at_rest(p)
+        self.store = store_for(group["weights"], p.dtype, resting=self.rest is not None)
         self.syncs = reads_are_free(p.device)
         self.whole = whole_layout(decls, self.codecs, p.shape, group)
         self.states = self._states(p, group)
         self.codec_names = tuple(state.codec.name for state in self.states.values())
         self.coded = any(name != "fp32" for name in self.codec_names)
         self.fusable = (
-            not self.low_rank and not self.sharded and p.dtype in FLOATS and KNOWN.issuperset(self.codec_names)
+            not (self.low_rank or self.sharded or self.rest)
+            and p.dtype in FLOATS
+            and KNOWN.issuperset(self.codec_names)
         )
         # As one process would: shards of short rows are fp32 and round nothing, but torch loads a state name by name.
         self.dithers = any(s.decl.average and s.codec.name != "fp32" for s in self.whole.values())
@@ -146,6 +150,7 @@ class Slot:
         part = copy.copy(self)
         part.open(raw)
         part.start, part.is_part = start, True
+        part.rest = self.rest and self.rest.part(start, stop, rows)
         shapes = {k: [stop - start] if rows is None else [rows, *s.shape[1:]] for k, s in self.states.items()}
         part.states = {k: s._replace(shape=torch.Size(shapes[k])) for k, s in self.states.items()}
         return part
@@ -236,7 +241,9 @@ class Slot:
         correction = self.correction(local(p)) if self.store.corrected else None
         if not self.store.draws:
             return Weights(p, finite, keep=keep, correction=correction)
-        return Weights(p, finite, keep=keep, correction=correction, seed=self.weight_seed, first=self.first())
+        return Weights(
+            p, finite, keep=keep, correction=correction, seed=self.weight_seed, first=self.first(), rest=self.rest
+        )
 
     def correction(self, here: Tensor) -> Tensor:
         """The int8 beside a bf16 weight that is stored with 24 bits. `here`: what of the weight is on this process."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_lowmem.planner.four_bit import quantize, state_of
+from hf_lowmem.weights import at_rest
 
 __all__ = [
     "DTYPES",
@@ -34,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Shape:
     """One parameter: the number of its decoder layer or None, its shape, bytes a value, trained or not; and the bytes
-    that are kept beside it: the scales of a 4-bit weight, which has half a byte a value."""
+    that are kept beside it: the scales of a 4-bit weight, which has half a byte a value, or of one at rest in int8."""
 
     layer: int | None
     shape: tuple[int, ...]
@@ -62,6 +63,10 @@ def shapes_of(model: Any, stack: str) -> list[Shape]:
     for name, p in model.named_parameters():
         number = name.removeprefix(f"{stack}.").partition(".")[0]
         layer = int(number) if name.startswith(f"{stack}.") and number.isdigit() else None
+        if (rest := at_rest(p)) is not None:  # its parameter has one value
+            beside = rest.scale.nbytes + p.element_size()
+            made.append(Shape(layer, tuple(p.shape), rest.codes.element_size(), p.requires_grad, beside))
+            continue
         kept = state_of(p)
         beside = sum(t.untyped_storage().nbytes() for t in kept)
         shape = p.quant_state.shape if kept else p.shape

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from hf_lowmem import rules
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.optim.resting import rest
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import Method, method_of
 from hf_lowmem.planner.modelled import check_modelled
@@ -30,7 +31,7 @@ from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, NotLinear, edge_of
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.step import EVALUATION, IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
-from hf_lowmem.specs import check_choice, check_integer
+from hf_lowmem.specs import STORES_AT_REST, check_choice, check_integer
 
 __all__ = ["CUDA_CONTEXT", "Plan", "Point", "config_and_dtype", "plan"]
 
@@ -164,6 +165,8 @@ class _Job:
     def whole_shapes(self, stack: str) -> list[Shape]:
         """The parameters of the whole model, which a model on the meta device has without weighing anything."""
         model = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
+        if self.args.lowmem_weights in STORES_AT_REST:
+            rest(self.args.lowmem_optim_spec(), model)
         return shapes_of(model, stack)
 
 

@@ -43,6 +43,7 @@ from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
 from hf_lowmem.training.head import GATHERED
+from hf_lowmem.weights import resting
 
 __all__ = [
     "EVALUATION",
@@ -167,6 +168,7 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             live.watch(model)
             measured.weights |= live.rows_of([*model.parameters(), *model.buffers()])
             measured.weights |= live.rows_of(t for p in model.parameters() for t in state_of(p))
+            measured.weights |= live.rows_of(t for kept in resting(model).values() for t in kept.stored())
             reference = getattr(self, "ref_model", None)
             if isinstance(reference, nn.Module):
                 live.watch(reference, "reference: ")

@@ -4,10 +4,12 @@ from torch import Size
 
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.backward import accumulation_refused
+from hf_lowmem.optim.resting import SHARDED
 from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, flattened
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
+from hf_lowmem.specs import STORES_AT_REST
 
 ONE_GPU = "Make one GPU visible, or start a process a GPU with `accelerate launch` or `torchrun`"
 BY_HAND = "or leave lowmem_budget unset and choose the settings with `hf-lowmem plan`"
@@ -179,6 +181,44 @@ IN_BACKWARD = (
     ),
 )
 
+
+def _rests(run: Run) -> bool:
+    return run.ours and (run.fields or {}).get("lowmem_weights") in STORES_AT_REST
+
+
+def _at_rest(run: Run) -> str:
+    return f"lowmem_weights={(run.fields or {}).get('lowmem_weights')!r}"
+
+
+AT_REST = (
+    Rule(
+        "rest_sharded",
+        ("fields", "engine", "optim"),
+        lambda run: _rests(run) and run.engine == "fsdp",
+        lambda run: f"{_at_rest(run)} cannot be combined with FSDP2: {SHARDED}",
+        "",
+    ),
+    Rule(
+        "rest_in_backward",
+        ("fields", "in_backward", "optim"),
+        lambda run: _rests(run) and not run.in_backward and run.budget is None,
+        lambda run: (
+            f"{_at_rest(run)} needs lowmem_step_in_backward=True: gradients that wait take 2 bytes a weight, twice "
+            "what the weights do"
+        ),
+        "Set it, with max_grad_norm=0, or set lowmem_weights='bf16_sr'",
+    ),
+    Rule(
+        "rest_budget",
+        ("fields", "budget", "optim"),
+        _rests,
+        lambda run: (
+            f"{run.say('budget')} cannot be combined with {_at_rest(run)}: the search counts weights as they are loaded"
+        ),
+        f"Leave lowmem_weights unset, {BY_HAND}",
+    ),
+)
+
 BUDGET = (
     apart("passed", "budget", "what an optimizer of yours takes is not known", f"Set optim instead, {BY_HAND}"),
     apart(
@@ -191,7 +231,7 @@ BUDGET = (
     apart("n_gpu", "budget", "DataParallel cannot be planned", ONE_GPU, when=lambda run: (run.n_gpu or 0) > 1),
 )
 
-RULES = (*WITHOUT_EFFECT, *ENGINES, *TIERS, *IN_BACKWARD, *BUDGET)
+RULES = (*WITHOUT_EFFECT, *ENGINES, *TIERS, *IN_BACKWARD, *AT_REST, *BUDGET)
 
 
 def check(run: Run, label: str = "") -> None:

@@ -111,7 +111,8 @@ class LowMemArguments:
         default=None,
         metadata={
             "help": "How updated weights are stored: keep (their own dtype, rounded to nearest); for bf16 weights also "
-            "bf16_sr (rounded at random, nothing more is kept) or bf16_ecc (1 byte a parameter more, 24-bit weights). "
+            "bf16_sr (rounded at random, nothing more is kept), bf16_ecc (1 byte a parameter more, 24-bit weights) or "
+            "int8_sr (linear layers and the embedding in int8, 1.03 bytes a parameter; needs lowmem_step_in_backward). "
             "Default: keep. Only with an optim of hf_lowmem."
         },
     )

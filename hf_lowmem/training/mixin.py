@@ -18,10 +18,11 @@ from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
-from hf_lowmem.specs import ActivationSpec
+from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
 from hf_lowmem.training.presets import take_weights
+from hf_lowmem.training.resting import RestingWeights
 
 if TYPE_CHECKING:
     from hf_lowmem.training.head import BlockedHead  # which needs trl
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LowMemTrainerMixin:
+class LowMemTrainerMixin(RestingWeights):
     """Put before a Trainer class: `class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...`.
 
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
@@ -63,6 +64,8 @@ class LowMemTrainerMixin:
         super().__init__(*args, **kwargs)
         self._check_rules()
         self._rehearse_tiers()
+        if (spec := self._resting_spec()) is not None:
+            self._rehearse_rest(spec)
         self._check_budget()
         if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
             self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
@@ -112,6 +115,9 @@ class LowMemTrainerMixin:
 
     def _tier_spec(self) -> ActivationSpec | None:
         return self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
+
+    def _resting_spec(self) -> OptimSpec | None:
+        return self.args.lowmem_optim_spec() if self._ours and self.args.lowmem_weights in STORES_AT_REST else None
 
     def _rehearse_tiers(self) -> None:
         """Say now what training will do to the model, or why it cannot. The model stays as it is."""
@@ -185,7 +191,9 @@ class LowMemTrainerMixin:
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)
         take_weights(self.args, opt_model, flat=flat)
-        optimizer = from_spec(self.args.lowmem_optim_spec(), opt_model, decay=set(decay), flat=flat)
+        spec = self.args.lowmem_optim_spec()
+        self._put_to_rest(spec, opt_model)
+        optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat)
         log_groups(optimizer)
         if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced
             self.stepping.remove()

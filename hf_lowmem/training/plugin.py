@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem import rules
 from hf_lowmem.activations import OwnedTiers, Report
@@ -31,6 +32,7 @@ from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.training.presets import take_weights
+from hf_lowmem.weights import expect_scales, resting, write_scales
 
 TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
 
@@ -109,6 +111,7 @@ class LowMemPlugin(LowMemArguments):
         self.activations: Report | None = None
         self.stepping: StepInBackward | None = None
         self._put_on: list[OwnedTiers | StepInBackward] = []
+        self._state_hooks: list[RemovableHandle] = []
         self._undo_clipping: Callable[[], Any] = lambda: None
         if rules.Run.from_fields(self).asked is not None:
             _waiting[id(self)] = self
@@ -196,6 +199,11 @@ class LowMemPlugin(LowMemArguments):
         used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
         prepared = accelerator.prepare(model, used, *others, *schedule)
+        if resting(model):  # `save_state` writes plain bf16 values, and `load_state` wants their scales
+            self._state_hooks += [
+                accelerator.register_save_state_pre_hook(lambda models, weights, folder: write_scales(model, folder)),
+                accelerator.register_load_state_pre_hook(lambda models, folder: expect_scales(model, folder)),
+            ]
         if self.lowmem_step_in_backward:
             ready = (lambda: accelerator.sync_gradients) if OPTIMIZERS[self.optim].ACCUMULATES else None
             self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
@@ -214,6 +222,9 @@ class LowMemPlugin(LowMemArguments):
         for part in self._put_on:
             part.remove() if isinstance(part, StepInBackward) else part.take_off()
         self._put_on.clear()
+        for hook in self._state_hooks:
+            hook.remove()
+        self._state_hooks.clear()
         self._undo_clipping()
 
     def check(self, accelerator: Accelerator, model: nn.Module | None = None, *, passed: str | None = None) -> None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_lowmem.specs import WEIGHT_STORES
+from hf_lowmem.specs import STORES_AT_REST, WEIGHT_STORES
 
 __all__ = ["STORES", "Store", "store_for"]
 
@@ -13,7 +13,7 @@ class Store(NamedTuple):
     """One way to store weights.
 
     Attributes:
-        name: what users and kernels call it, one of `specs.WEIGHT_STORES`.
+        name: what users and kernels call it, one of `specs.WEIGHT_STORES` or, at rest, of `specs.STORES_AT_REST`.
         corrected: whether an int8 is kept beside each weight, which holds its next 8 bits.
         draws: whether writing a weight draws a random number.
     """
@@ -29,11 +29,21 @@ class Store(NamedTuple):
 
 STORES = {
     store.name: store
-    for store in (Store("keep"), Store("bf16_sr", draws=True), Store("bf16_ecc", corrected=True, draws=True))
+    for store in (
+        Store("keep"),
+        Store("bf16_sr", draws=True),
+        Store("bf16_ecc", corrected=True, draws=True),
+        Store("int8_sr", draws=True),
+    )
 }
-assert tuple(STORES) == WEIGHT_STORES
+assert tuple(STORES) == (*WEIGHT_STORES, *STORES_AT_REST)
 
 
-def store_for(name: str, dtype: torch.dtype) -> Store:
-    """The store of a weight for which `name` was asked: all but "keep" are for bf16, and other weights are kept."""
+def store_for(name: str, dtype: torch.dtype, *, resting: bool = False) -> Store:
+    """The store of a weight for which `name` was asked: all but "keep" are for bf16, and other weights are kept.
+
+    Of a model with weights at rest, the others are stored as "bf16_sr".
+    """
+    if name in STORES_AT_REST and not resting:
+        name = "bf16_sr"
     return STORES[name if dtype == torch.bfloat16 else "keep"]

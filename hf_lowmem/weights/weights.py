@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hf_lowmem.distributed import local
 from hf_lowmem.kernels.step.reference import load_weight, save_weight
+from hf_lowmem.weights.rest import AtRest
 
 __all__ = ["Weights"]
 
@@ -20,6 +21,7 @@ class Weights:
         correction: the next 8 bits of each weight, where its store keeps them.
         seed: of the random rounding, where its store rounds so.
         first: place in the whole parameter of the first value that is here, which decides what it draws.
+        rest: what is kept of a weight that is at rest.
     """
 
     def __init__(
@@ -31,21 +33,27 @@ class Weights:
         correction: Tensor | None = None,
         seed: int | None = None,
         first: int = 0,
+        rest: AtRest | None = None,
     ) -> None:
         self.p, self.finite, self.keep = p, finite, keep
-        self.here = local(p)
-        self.correction, self.seed, self.first = correction, seed, first
+        self.here = local(p) if rest is None else rest.scale  # what is not finite where an update was not
+        self.correction, self.seed, self.first, self.rest = correction, seed, first, rest
         self.before: list[tuple[Tensor, Tensor]] = []
 
     def load(self) -> Tensor:
         """The weights in fp32 (in float64 where they are): the parameter itself where it is stored so."""
         if self.keep:
             stored = [self.here] if self.correction is None else [self.here, self.correction]
-            self.before = [(t, t.clone()) for t in stored]
+            self.before = [(t, t.clone()) for t in (stored if self.rest is None else self.rest.stored())]
+        if self.rest is not None:
+            return self.rest.load()
         return self.here if self.here.dtype == torch.float64 else load_weight(self.here, self.correction)
 
     def save(self, weights: Tensor) -> None:
         """Write what `load` gave and an update has changed."""
+        if self.rest is not None:
+            self.rest.save(weights, self.seed, self.first)
+            return
         save_weight(self.here, weights, self.correction, self.seed, self.first)
 
     def undo(self, taken: Tensor) -> None:

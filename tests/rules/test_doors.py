@@ -67,6 +67,13 @@ ROWS = {
     "in_backward_n_gpu": Row(STEPPING | {"n_gpu": 2}, "DataParallel adds up"),
     "in_backward_accumulation": Row(STEPPING | {"accumulation": 4}, "with step in backward: 'adamw' needs"),
     "in_backward_clips": Row(STEPPING, "which clips gradients"),
+    "rest_in_backward": Row(
+        ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"
+    ),
+    "rest_sharded": Row(
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
+    ),
+    "rest_budget": Row(STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "budget": "1GiB"}, "the search counts"),
     "budget_passed": Row({"budget": "1GiB", "passed": True}, "what an optimizer of yours"),
     "budget_engine": Row({"budget": "1GiB", "engine": "deepspeed", "zero": ZERO2}, "DeepSpeed's engine cannot"),
     "budget_n_gpu": Row({"budget": "1GiB", "n_gpu": 2}, "DataParallel cannot be planned"),
@@ -84,11 +91,12 @@ BLIND = {
     **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
        for door in ("launch", "planner", "axolotl")},
     **{("loop_budget", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
-    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith("budget") for d in ("plugin", "axolotl")},
+    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith(("budget", "rest_b")) for d in ("plugin", "axolotl")},
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("in_backward", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith(("in_backward", "rest", "budget", "zero", "passed", "fields", "fsdp2"))},
+    ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("fsdp1", "planner"): "the processes that are planned are those of FSDP2 or DDP",
     ("tiers_offload", "plugin"): TRLS,

@@ -17,6 +17,7 @@ from hf_lowmem.runs.report import read_report
 from hf_lowmem.training import head as head_module
 from hf_lowmem.training import head_blocks
 from hf_lowmem.training.head import BlockedHead, HeadFunction
+from hf_lowmem.weights import resting
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.training.test_trainers import losses, pair_data, settings, token_data
 
@@ -77,8 +78,11 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def same(a: Any, b: Any) -> None:
-    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    theirs = b.model.state_dict()
+    for name, values in a.model.state_dict().items():
+        assert torch.equal(values, theirs[name]), name
+    for kept, other in zip(resting(a.model).values(), resting(b.model).values(), strict=True):
+        assert all(map(torch.equal, kept.stored(), other.stored())), kept.name
     assert losses(a) == losses(b)
 
 
@@ -101,6 +105,18 @@ def test_twenty_steps_have_the_bits_of_trls(
     theirs = train(tmp_path, **fields)
     same(ours, theirs)
     assert norms(ours) == pytest.approx(norms(theirs), rel=1e-5)  # another order of sums
+
+
+@pytest.mark.parametrize("rule", [pytest.param("adam", marks=SLOW), "scale"])
+def test_a_head_goes_by_blocks_beside_weights_at_rest(
+    rule: str, tiles: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = in_backward(optim="apollo_mini", lowmem_weights="int8_sr", max_steps=20, learning_rate=1e-3)
+    ours = train(tmp_path, lowmem_embeddings=rule, **fields)
+    assert len(resting(ours.model)) == 1 + 7 * len(ours.model.model.layers)
+    assert ours.output_head.facts()["passes_by_rows"] == 20
+    without(monkeypatch)
+    same(ours, train(tmp_path, lowmem_embeddings=rule, **fields))
 
 
 @pytest.mark.parametrize("store", [pytest.param("keep", marks=SLOW), "bf16_ecc"])

@@ -37,8 +37,8 @@ def make(kind: str, folder: Path, dtype: torch.dtype, tokenizer: Any, **kwargs: 
     trainer_class, config = TRAINERS[kind]
     args = config(
         str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=6, save_steps=3,
-        logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=5e-3,
-        warmup_steps=2, weight_decay=0.1, gradient_checkpointing=False, **kwargs,
+        logging_steps=1, per_device_train_batch_size=2, learning_rate=5e-3, warmup_steps=2, weight_decay=0.1,
+        gradient_checkpointing=False, **{"gradient_accumulation_steps": 2, **kwargs},
     )  # fmt: skip
     # Two layers and dropout, so that the order of states and the random numbers of the host must come back as well.
     model = tiny_llama(dtype=dtype, num_hidden_layers=2, attention_dropout=0.1)

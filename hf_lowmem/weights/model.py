@@ -1,0 +1,168 @@
+"""A model whose weights are at rest, as others see it: saved as plain bf16, with the scales in a file beside.
+
+`model.state_dict()` has bf16 tensors on the CPU, decoded one after the other, since on the device there is no room for
+them; `save_pretrained` writes those. The scales follow in `lowmem_weights.safetensors`, 3 % of the model's size: with
+them the codes come back exactly, so that a resumed run continues bit for bit. Without them the model is what any bf16
+model is, and would be rounded to codes anew.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_lowmem.patching import forwards_of
+from hf_lowmem.weights.forwards import RestingForward, forward_for
+from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill, move
+
+__all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake", "write_scales"]
+
+logger = logging.getLogger(__name__)
+
+SIDE_FILE = "lowmem_weights.safetensors"
+
+
+def resting(model: nn.Module) -> dict[str, AtRest]:
+    """Codes and scales of all parameters that are at rest, by name without wrappers."""
+    found = (at_rest(p) for p in model.parameters())
+    return {kept.name: kept for kept in found if kept is not None}
+
+
+def put_to_rest(
+    model: nn.Module, weights: Iterable[tuple[str, nn.Parameter, Iterable[nn.Module]]], folder: str | Path | None = None
+) -> None:
+    """Put weights to rest, in place, one after the other.
+
+    Args:
+        model: whose `save_pretrained`, if it has one, writes the scales as well from here on.
+        weights: (name, parameter, modules whose `weight` it is) of each.
+        folder: of a saved model that these may be the weights of, for the scales that are there.
+    """
+    scales = read_scales(folder)
+    again = 0
+    for name, p, modules in weights:
+        if at_rest(p) is not None:
+            continue
+        kept = AtRest(name, p.detach(), scales.get(name))
+        again += name in scales and not torch.equal(kept.scale, scales[name].to(kept.scale))
+        empty(p, kept)
+        for module in modules:
+            kind = forward_for(module)
+            assert kind is not None, f"{name}: {type(module).__name__}"
+            kind(module).put()
+            vars(module).update(_save_to_state_dict=Saved(module), _apply=Moved(module))
+    if again:
+        logger.warning(
+            "%s of %s does not fit %d weights of the model, which are rounded to int8 anew: the model's files were "
+            "written by something else since.",
+            SIDE_FILE,
+            folder,
+            again,
+        )
+    save = getattr(model, "save_pretrained", None)
+    if save is not None and not isinstance(save, SaveScales):
+        vars(model)["save_pretrained"] = SaveScales(model, save)
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Make a model whose weights are at rest a plain bf16 one, in place: 2 bytes a weight on its device.
+
+    Not while it is trained: an optimizer with weights="int8_sr" steps weights at rest alone.
+    """
+    for module in model.modules():
+        for patch in list(forwards_of(module)):
+            if isinstance(patch, RestingForward):
+                patch.take_away()
+                for name in ("_save_to_state_dict", "_apply"):
+                    vars(module).pop(name, None)
+                weight = module._parameters["weight"]
+                if weight is not None and at_rest(weight) is not None:  # it may be another module's as well
+                    fill(weight)
+    if isinstance(vars(model).get("save_pretrained"), SaveScales):
+        del vars(model)["save_pretrained"]
+    return model
+
+
+class Saved:
+    """A module's part of a state dict, with bf16 values on the CPU for the weight that is at rest."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        module, weight = self.module, self.module._parameters["weight"]
+        kept = at_rest(weight)
+        if kept is None or keep_vars:
+            type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
+            return
+        values = torch.empty(kept.shape, dtype=kept.dtype, device="cpu")
+        values.copy_(kept.decode())
+        try:
+            module._parameters["weight"] = None
+            destination[prefix + "weight"] = values  # in its place: the order of a state dict is the model's
+            type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
+        finally:
+            module._parameters["weight"] = weight
+
+
+class Moved:
+    """A module's `_apply`, by which `model.to(device)` moves tensors: codes and scales go along.
+
+    So a model can be put to rest where there is room for it, and go to a device where there is none for its bf16.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        module, weight = self.module, self.module._parameters["weight"]
+        if weight is None or at_rest(weight) is None:
+            return type(module)._apply(module, fn, recurse)
+        move(weight, fn)
+        try:
+            module._parameters["weight"] = None
+            return type(module)._apply(module, fn, recurse)
+        finally:
+            module._parameters["weight"] = weight
+
+
+class SaveScales:
+    """`model.save_pretrained`, and the scales beside what it writes."""
+
+    def __init__(self, model: nn.Module, save: Callable[..., object]) -> None:
+        self.model, self.save = model, save
+
+    def __call__(self, save_directory: str | Path, *args: object, **kwargs: object) -> object:
+        made = self.save(save_directory, *args, **kwargs)
+        main = args[0] if args else kwargs.get("is_main_process", True)
+        if main:
+            write_scales(self.model, save_directory)
+        return made
+
+
+def write_scales(model: nn.Module, folder: str | Path) -> None:
+    """Write the scales of all weights at rest into the folder of a saved model."""
+    kept = resting(model)
+    tensors = {name: weight.scale.cpu() for name, weight in kept.items()}
+    save_file(tensors, Path(folder) / SIDE_FILE, metadata={"format": "pt", "hf_lowmem": "scales of int8 weights"})
+
+
+def read_scales(folder: str | Path | None) -> Mapping[str, Tensor]:
+    """The scales in the folder of a saved model, by parameter; none where it has no such file."""
+    path = None if folder is None else Path(folder) / SIDE_FILE
+    if path is None or not path.is_file():
+        return {}
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}
+
+
+def expect_scales(model: nn.Module, folder: str | Path) -> None:
+    """Let the values that are loaded next into weights at rest be those of a saved model, to the bit."""
+    scales = read_scales(folder)
+    for name, kept in resting(model).items():
+        kept.expected = scales.get(name)
