@@ -118,6 +118,17 @@ def best_rate(rows: Rows, name: str) -> float:
     return min(tried, key=lambda row: row["heldout_loss"])["lr"]
 
 
+def against_adam(rows: Rows, name: str) -> str | None:
+    """Difference of a setting's loss to `adam` for embedding and head, seed by seed; None of fewer than two."""
+    scored = {n: [r for r in rows if r["setting"] == n and r["seed"] != TUNING_SEED] for n in (*SETTINGS, name)}
+    reference = {row["seed"]: row["heldout_loss"] for row in next(iter(scored.values()))}
+    found = scored[name]
+    apart = [100 * (row["heldout_loss"] / reference[row["seed"]] - 1) for row in found if row["seed"] in reference]
+    if len(apart) < 2:
+        return None
+    return f"{statistics.fmean(apart):+.2f} ± {statistics.stdev(apart) / len(apart) ** 0.5:.2f}"
+
+
 def table(rows: Rows) -> list[str]:
     """Markdown: bytes, rate, mean loss over seeds, difference to `adam` for embedding and head seed by seed."""
     lines = [
@@ -125,16 +136,12 @@ def table(rows: Rows) -> list[str]:
         "|---|---|---|---|---|",
     ]
     scored = {name: [r for r in rows if r["setting"] == name and r["seed"] != TUNING_SEED] for name in SETTINGS}
-    reference = {row["seed"]: row["heldout_loss"] for row in next(iter(scored.values()))}
     for name, found in scored.items():
         if not found:
             continue
         losses = [row["heldout_loss"] for row in found]
-        apart = [100 * (row["heldout_loss"] / reference[row["seed"]] - 1) for row in found if row["seed"] in reference]
-        shown = "not measured"
-        if len(apart) > 1:
-            error = statistics.stdev(apart) / len(apart) ** 0.5
-            shown = f"{statistics.fmean(apart):+.2f} ± {error:.2f} %"
+        apart = against_adam(rows, name)
+        shown = "not measured" if apart is None else f"{apart} %"
         method, _, rule = name.partition(", ")
         cells = f"`{method}`" + (f", `{rule}`" if rule else ""), f"{found[0]['state_bytes_per_parameter']:.3f}"
         lines.append(f"| {' | '.join(cells)} | {found[0]['lr']:g} | {statistics.fmean(losses):.4f} | {shown} |")

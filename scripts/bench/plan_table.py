@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import _readme_optim as measured
+import embeddings as lookups
 from parts.optimizers.settings import STORE_RATE_FACTOR, Setting
 from parts.record import RECORDS, of_part, provenance, read_rows, write_rows
 from parts.shapes import LLAMA_8B, TOY_SHAPE
@@ -49,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours: APOLLO, checkpoint_fp8": EIGHT_BIT | {"optim": "apollo", "lowmem_activations": "checkpoint_fp8"},
     "ours: APOLLO, checkpoint_fp8, step in backward": EIGHT_BIT | SMALLEST | {"optim": "apollo"},
     "ours: APOLLO-Mini, checkpoint_fp8, step in backward": EIGHT_BIT | SMALLEST | {"optim": "apollo_mini"},
-    "ours: APOLLO-Mini, scale for embeddings, checkpoint_fp8, step in backward": EIGHT_BIT
+    "ours: APOLLO-Mini, scale, in backward": EIGHT_BIT
     | SMALLEST
     | {"optim": "apollo_mini", "lowmem_embeddings": "scale"},
 }
@@ -98,7 +99,11 @@ def loss_costs(settings: dict[str, Any]) -> str:
     if "lowmem_state" in settings:
         method = settings["optim"]
         found = measured.difference(scored, Setting(method, settings["lowmem_state"]), Setting(method))
-        costs.append("states {:+.2f} ± {:.2f}".format(*found))
+        said = "states {:+.2f} ± {:.2f}".format(*found)
+        if (rule := settings.get("lowmem_embeddings")) is not None:
+            apart = lookups.against_adam(read_rows(lookups.RECORD), f"{method}, {rule}")
+            said += f"; `{rule}` {apart or NOT_MEASURED}"
+        costs.append(said)
     elif settings["optim"] == "adamw_8bit":
         costs.append(f"states {NOT_MEASURED}")
     if settings["optim"].startswith("apollo"):
