@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # README's second command: sets up the test environment and runs ruff, pyright and pytest.
 # Arguments go to pytest: `bash scripts/test.sh -m slow` runs the slow tests, which are left out otherwise, and
-# `-m "not train and not slow"` what neither trains nor starts a process.
+# `-m "not train and not slow"` what neither trains, compiles a model nor starts a process.
 # `bash scripts/test.sh --oldest` runs pytest alone, with the oldest torch, transformers, triton, trl, accelerate and peft
 # that pyproject.toml allows, in an environment of its own, .venv-oldest. CI runs the newest; run this before a release, or
 # after a lower bound or a use of one of these libraries' private names has changed.

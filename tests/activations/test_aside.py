@@ -98,6 +98,7 @@ def test_a_part_that_looks_after_itself(tier: str, part: str, how: Callable[[Any
 PARTS = ["mlp", "self_attn", "input_layernorm", "mlp.act_fn", "self_attn.q_proj", ""]
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("wrapped", [False, True], ids=["compile()", "torch.compile"])
 @pytest.mark.parametrize("part", PARTS)
 def test_compiled_parts(part: str, wrapped: bool) -> None:

@@ -194,6 +194,7 @@ def test_measure_counts_both_and_leaves_the_generator_alone() -> None:
         measure(model.eval(), lambda: model(**inputs), 48)
 
 
+@pytest.mark.train
 def test_a_compiled_model_runs_its_layers_as_they_are_converted() -> None:
     model = build("llama")
     loss, gradients = loss_and_gradients(model, batch())

@@ -90,6 +90,7 @@ def test_stochastic_rounding_follows_the_step() -> None:
     assert not torch.equal(first[name], third[name])
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("tier", ["fp8", "fp8_recompute", "checkpoint_fp8"])
 def test_training_ends_where_huggingface_ends(tier: str) -> None:
     """60 steps of AdamW over one batch, which it learns by heart.

@@ -21,6 +21,7 @@ from tests.activations.wrapped_models import Block, assert_same, llama, loss_of,
 WRAPS: dict[str, Callable[..., Callable[[], None]]] = {"checkpoint_fp8": wrap_layer, "hooks_fp8": wrap_module}
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("tier", WRAPS)
 def test_the_model_compiles_around_the_layers(tier: str) -> None:
     """fmt="none": compiled, transformers makes a mask, sdpa saves other tensors, and hooks would round others."""

@@ -13,6 +13,8 @@ from hf_lowmem.kernels.step.reference import load_weight, save_weight
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer
 from hf_lowmem.optim.state import WINDOW, values_of
 
+pytestmark = pytest.mark.train  # hundreds of steps and more
+
 STATES = [*(name for name in CODECS if name != "fp32"), *PAIRS]
 KINDS = ("stationary", "falling", "rare", "channels")
 
