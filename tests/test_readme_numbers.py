@@ -212,7 +212,10 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "Gemma 1 to 3": NAME,
         "Phi 3": NAME,
     },
-    "hf_lowmem/training/README.md": {"off; 0.5, 0.5": SETTING},
+    "hf_lowmem/training/README.md": {
+        "off; 0.5, 0.5": SETTING,
+        "a hidden size of 4,096": "what BLOCK_BYTES of head_blocks.py holds of TRL's 32,768 columns",
+    },
     "scripts/examples/README.md": {
         "under 40 lines": RULE,
         "by at most three lines": RULE,

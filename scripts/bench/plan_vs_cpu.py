@@ -1,4 +1,4 @@
-"""Does a plan predict a real step? Ten settings of a real model of 30 million parameters, on the CPU.
+"""Does a plan predict a real step? Twelve settings of a real model of 30 million parameters, on the CPU.
 
     python scripts/bench/plan_vs_cpu.py            # about five minutes on one core; writes records/plan_vs_cpu.jsonl
     python scripts/bench/plan_vs_cpu.py --smoke    # two settings of a tiny model, printed
@@ -41,6 +41,13 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 TINY = MODEL | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 256}
+SMALLEST: dict[str, Any] = {
+    "optim": "apollo_mini",
+    "lowmem_state": "8bit",
+    "lowmem_activations": "checkpoint_fp8",
+    "lowmem_step_in_backward": True,
+    "max_grad_norm": 0,
+}
 QLORA = "QLoRA: nf4 base weights in blocks of blocks, checkpointing"
 SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("AdamW, fp32", "float32", {"optim": "adamw_torch"}),
@@ -59,17 +66,13 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
         "bfloat16",
         {"optim": "adamw", "lowmem_state": "8bit", "lowmem_activations": "fp8"},
     ),
+    ("ours: apollo_mini 8bit, checkpoint_fp8, step in backward", "bfloat16", SMALLEST),
     (
-        "ours: apollo_mini 8bit, checkpoint_fp8, step in backward",
+        "the same, scale for embedding and head, bf16_sr weights",
         "bfloat16",
-        {
-            "optim": "apollo_mini",
-            "lowmem_state": "8bit",
-            "lowmem_activations": "checkpoint_fp8",
-            "lowmem_step_in_backward": True,
-            "max_grad_norm": 0,
-        },
+        SMALLEST | {"lowmem_embeddings": "scale", "lowmem_weights": "bf16_sr"},
     ),
+    ("the same, int8_sr weights", "bfloat16", SMALLEST | {"lowmem_weights": "int8_sr"}),
     (
         "ours: galore, bf16_ecc weights",
         "bfloat16",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from parts.kernel_targets.ahead import TARGETS, CompileCase, Weight, compile_cases, inexact, table, weigh
 
@@ -32,22 +33,23 @@ def run(out: Path, *args: str) -> tuple[subprocess.CompletedProcess[str], list[d
 
 
 STEP = "int8_softsign,fp8_expand"
-# Bytes that a thread spills with triton 3.9, of which the record is; with 3.6 none does. They cost time and no bits.
-SPILLS = {
-    ("adamw", f"adamw {STEP} keep", "cuda:80"): 8,
-    ("lion", "lion fp8_expand keep", "cuda:120"): 8,
+# Bytes that a thread spills, by the version of triton; the record is of 3.9. They cost time and no bits.
+SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
+    "3.9": {("adamw", f"adamw {STEP} keep", "cuda:80"): 8, ("lion", "lion fp8_expand keep", "cuda:120"): 8},
+    "3.6": {("adamw", f"family {STEP} bf16_sr", "cuda:75"): 8, ("lion", "lion int8 bf16_sr", "cuda:100"): 8},
 }
+HERE = SPILLS.get(".".join(triton.__version__.split(".")[:2]), {})
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["kernel"], row["label"], row["target"]
 
 
-def check(rows: list[dict[str, Any]]) -> None:
+def check(rows: list[dict[str, Any]], spills: dict[tuple[str, str, str], int] = HERE) -> None:
     """Compiled, within the 255 registers of a thread (AMD: 512), no fused or flushed float, spills as listed."""
     for row in rows:
         assert 0 < row["registers"] <= (255 if row["target"].startswith("cuda") else 512), row
-        assert row["spills"] <= SPILLS.get(key(row), 0), row
+        assert row["spills"] <= spills.get(key(row), 0), row
         assert row["inexact"] == {}, row
 
 
@@ -67,8 +69,8 @@ def test_the_record_has_every_kernel_on_every_target() -> None:
     """Made again whenever a kernel is added: python scripts/bench/kernel_targets.py."""
     rows = [json.loads(row) for row in RECORD.read_text().splitlines()]
     assert {key(row) for row in rows} == {(c.kernel, c.label, target) for c in CASES for target in TARGETS}
-    check(rows)
-    assert {key(row): row["spills"] for row in rows if row["spills"]} == SPILLS
+    check(rows, SPILLS["3.9"])
+    assert {key(row): row["spills"] for row in rows if row["spills"]} == SPILLS["3.9"]
     weights = [Weight(**{name: row[name] for name in Weight.__dataclass_fields__}) for row in rows]
     assert RECORD.with_suffix(".txt").read_text() == table(weights)
 
