@@ -41,7 +41,7 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 TINY = MODEL | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 256}
-SMALLEST: dict[str, Any] = {
+SMALLEST: dict[str, object] = {
     "optim": "apollo_mini",
     "lowmem_state": "8bit",
     "lowmem_activations": "checkpoint_fp8",
