@@ -11,6 +11,9 @@ that. Measured on torch 2.13, or read in its source, and so avoided in a referen
 - `x.bfloat16().float()`, compiled, keeps the unrounded x: `round_bf16` works on the bits.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +109,21 @@ def seed_keys(seed: int) -> tuple[int, int]:
     """The two keys of `random_bits`, as int32: what a kernel takes in place of the seed."""
     k0 = _mix((seed & LOW32) ^ _mix(((seed >> 32) & LOW32) ^ 0x9E3779B9))
     return _signed(k0), _signed(_mix(k0 ^ 0x85EBCA6B))
+
+
+def _mix_all(words: np.ndarray) -> np.ndarray:
+    """`_mix` of uint32 words, which wrap."""
+    words = (words ^ (words >> 16)) * np.uint32(HASH_A)
+    words = (words ^ (words >> 15)) * np.uint32(HASH_B)
+    return words ^ (words >> 16)
+
+
+def all_seed_keys(seeds: Sequence[int]) -> list[list[int]]:
+    """`seed_keys` of each seed. For tens of seeds it takes as long as for one."""
+    whole = np.array(seeds, np.uint64)
+    k0 = _mix_all((whole & LOW32).astype(np.uint32) ^ _mix_all((whole >> 32).astype(np.uint32) ^ np.uint32(0x9E3779B9)))
+    k1 = _mix_all(k0 ^ np.uint32(0x85EBCA6B))
+    return np.stack((k0, k1), 1).view(np.int32).tolist()
 
 
 def rotate_half(words: Tensor) -> Tensor:

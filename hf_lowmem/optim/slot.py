@@ -24,15 +24,14 @@ from hf_lowmem.optim.names import stream_name
 from hf_lowmem.optim.state import (
     CORRECTION,
     COUNT_BYTES,
+    Counted,
     Group,
     Reach,
     State,
     StateDecl,
-    StepCount,
     count,
     encoded_in,
     is_finite,
-    number,
     stream_key,
     whole_layout,
 )
@@ -130,7 +129,9 @@ class Slot:
         self.facts: tuple[Any, ...] = ()
         self._ident, self._groups = id(p), groups
         self.raw: dict[str, Any] = {}
-        self._count = StepCount()
+        self._pair: tuple[int, int] | None = None  # of steps: they share a key
+        self._pair_key = 0
+        self._counted, self._drawn = Counted("step"), Counted("key")
         self.open({})
 
     def _states(self, p: Tensor, group: Group) -> dict[str, State]:
@@ -164,13 +165,13 @@ class Slot:
     def step(self) -> int:
         """Number of updates that the parameter has had; during an update, that one included."""
         if self._step is None:
-            self._step = number(self.raw["step"]) if "step" in self.raw else 0
+            self._step = self._counted.read(self.raw)
         return self._step
 
     def count_step(self) -> None:
         """Count one update more, in the state."""
         if not self.is_part:  # of which the whole is counted
-            self._step, self._state_seed = self._count.one_more(self.raw), None
+            self._step, self._state_seed = self._counted.one_more(self.raw), None
 
     @property
     def key(self) -> int:
@@ -178,14 +179,17 @@ class Slot:
         if self._key is None:
             if "key" not in self.raw:
                 self.raw["key"] = count(stream_start(self._ident, self.group, self._groups or [self.group]))
-            self._key = number(self.raw["key"])
+            self._key = self._drawn.read(self.raw)
         return self._key
 
     @property
     def state_seed(self) -> int:
         """Seed of this step's random rounding of the states."""
         if self._state_seed is None:
-            self._state_seed = seed_of(stream_key(self.key, "states", self.step // 2), self.step)
+            pair = self.key, self.step // 2
+            if pair != self._pair:
+                self._pair, self._pair_key = pair, stream_key(pair[0], "states", pair[1])
+            self._state_seed = seed_of(self._pair_key, self.step)
         return self._state_seed
 
     @property

@@ -5,9 +5,10 @@ distributed checkpoint is loaded into a state's tensors in place, and a Python n
 accelerator. They are real tensors also in a step on fake ones, which are planned with: a method branches on them.
 """
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,21 +49,41 @@ def number(value: Tensor | int) -> int:
     return int(_really(value.item)) if isinstance(value, Tensor) else value
 
 
-class StepCount:
-    """The `step` of a state, counted in its memory: torch's own operators take ten times as long for one number."""
+class Counted:
+    """A whole number of a state, read and counted in its memory: torch's own operators take ten times as long."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._tensor: Tensor | None = None
 
+    def read(self, raw: dict[str, Any]) -> int:
+        """The number; 0 where there is none yet, which stays so."""
+        found = raw.get(self.name)
+        if found is None:
+            return 0
+        known = found is self._tensor or _in_host_memory(found)
+        return self._memory_of(found).value if known else number(found)
+
     def one_more(self, raw: dict[str, Any]) -> int:
-        """Count one update more, in place; how many there have been."""
-        step = raw.get("step")
-        if step is None or step is not self._tensor or step.data_ptr() != self._address:
-            if not isinstance(step, Tensor) or (step.device.type, step.dtype, step.dim()) != ("cpu", torch.int64, 0):
-                raw["step"] = step = count(0 if step is None else number(step))
-            self._tensor, self._address, self._memory = step, step.data_ptr(), _really(step.numpy)
-        self._memory += 1
-        return int(self._memory)
+        """Count one more, in place; the new number."""
+        found = raw.get(self.name)
+        if found is None or (found is not self._tensor and not _in_host_memory(found)):
+            raw[self.name] = found = count(0 if found is None else number(found))
+        memory = self._memory_of(found)
+        memory.value += 1
+        return memory.value
+
+    def _memory_of(self, found: Tensor) -> ctypes.c_int64:
+        address = found.data_ptr()
+        if found is not self._tensor or address != self._address:
+            self._tensor, self._address = found, address  # kept alive, and so its memory is
+            self._memory = ctypes.c_int64.from_address(address)
+        return self._memory
+
+
+def _in_host_memory(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a whole number as `count` makes them, of no other kind of tensor, which may have no memory."""
+    return type(value) is Tensor and (value.device.type, value.dtype, value.dim()) == ("cpu", torch.int64, 0)
 
 
 def in_dispatch_mode() -> bool:
@@ -165,7 +186,7 @@ def encoded_in(raw: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 def stream_key(*parts: object) -> int:
     """63 bits that depend on every part, the same on every machine and in every process."""
-    text = "\x1f".join(map(str, parts)).encode()
+    text = "\x1f".join([str(part) for part in parts]).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowmem.codecs import codec_pair
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, roles, slot
 from hf_lowmem.optim.roles import ROLES
 from hf_lowmem.optim.sharded import row_dim, row_layout
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import values_of, whole_layout
+from hf_lowmem.optim.state import Counted, values_of, whole_layout
 
 SHAPE = (80, 64)
 
@@ -209,3 +210,25 @@ def test_an_eps_below_what_coded_moments_reach_is_refused(name: str) -> None:
         OPTIMIZERS[name]([("p", p)], state="8bit", eps=1e-12)
     OPTIMIZERS[name]([("p", p)], state="fp32", eps=1e-12)
     OPTIMIZERS[name]([("p", p)], state="8bit", eps=1e-10)
+
+
+def test_a_count_follows_the_tensor_that_is_in_the_state() -> None:
+    counted, raw = Counted("step"), {}
+    assert counted.read(raw) == 0
+    assert not raw, "a look makes no state"
+    assert [counted.one_more(raw) for _ in range(3)] == [1, 2, 3]
+    raw["step"].fill_(10)  # a distributed checkpoint is loaded in place
+    assert counted.one_more(raw) == 11
+    raw["step"] = torch.tensor(40)  # another one puts a new tensor there
+    assert (counted.read(raw), counted.one_more(raw), raw["step"].item()) == (40, 41, 41)
+    raw["step"] = 7  # as version 0.1.0 had it
+    assert counted.read(raw) == 7
+    assert raw["step"] == 7
+    assert counted.one_more(raw) == 8
+    raw["step"] = torch.tensor(3, dtype=torch.int32)
+    assert (counted.read(raw), counted.one_more(raw), raw["step"].dtype) == (3, 4, torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert counted.one_more(raw) == 5
+    twin = copy.deepcopy(counted), copy.deepcopy(raw)
+    assert twin[0].one_more(twin[1]) == 6
+    assert counted.read(raw) == 5

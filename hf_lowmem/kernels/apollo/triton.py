@@ -32,7 +32,7 @@ from hf_lowmem.kernels._device import (
 )
 from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
-from hf_lowmem.kernels.exact import seed_keys
+from hf_lowmem.kernels.exact import all_seed_keys
 from hf_lowmem.kernels.step.launch import fp32_bits, parts_of, table_on
 from hf_lowmem.kernels.step.triton import INFINITY, KEEP, LIMIT, dtype_of, load_weight, row_address, save_weight
 from hf_lowmem.specs import WEIGHT_STORES
@@ -285,7 +285,7 @@ def apollo_step(
     store = "bf16_ecc" if corrections else "bf16_sr" if seeds else "keep"
     fine = corrections or params
     bits = {step: fp32_bits(-corrected_lr(lr, (beta1, beta2), step)) for step in set(steps)}  # mostly all are at one
-    keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * len(params)
+    keys = all_seed_keys(seeds) or [(0, 0)] * len(params)
     rows = [
         [*(t.data_ptr() for t in tensors), *keys[i], bits[steps[i]]]
         for i, tensors in enumerate(zip(params, grads, fine, prev_norms, strict=True))

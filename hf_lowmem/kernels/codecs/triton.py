@@ -3,6 +3,8 @@
 # A jit function is called with launch options, and with plain numbers where it declares constants.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from hf_lowmem.kernels.codecs.tiles import (
     encode_tile,
     tile_offsets,
 )
-from hf_lowmem.kernels.exact import seed_keys
+from hf_lowmem.kernels.exact import all_seed_keys, seed_keys
 
 LAUNCH: dict[str, object] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
@@ -94,6 +96,12 @@ def _decode(
 def state_keys(seed: int) -> tuple[int, int, int]:
     """Kernel arguments for a state's seed: the two keys of its pair of steps, and -1 in the mirrored step, else 0."""
     return (*seed_keys(even(seed)), -(seed & 1))
+
+
+def all_state_keys(seeds: Sequence[int]) -> list[list[int]]:
+    """`state_keys` of each seed."""
+    keys = all_seed_keys([even(seed) for seed in seeds])
+    return [[*two, -(seed & 1)] for two, seed in zip(keys, seeds, strict=True)]
 
 
 def as_int32(index: int) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS, TILE
-from hf_lowmem.kernels.codecs.triton import state_keys, tables_of
-from hf_lowmem.kernels.exact import seed_keys
+from hf_lowmem.kernels.codecs.triton import all_state_keys, state_keys, tables_of
+from hf_lowmem.kernels.exact import all_seed_keys, seed_keys
 from hf_lowmem.kernels.step import triton as jit
 from hf_lowmem.kernels.step.flags import fresh_flag
 from hf_lowmem.kernels.step.reference import States
@@ -94,9 +94,13 @@ def run_steps(
         "enable_fp_fusion": False,
     }
     shared = (*tables_for(first.codec, True, params[0]), *tables_for(second.codec, second.signed, params[0]))
-    weight_keys = [seed_keys(seed) for seed in seeds] or [(0, 0)] * count
-    of_states = [state_keys(seed) for seed in first.seeds] or [(0, 0, 0)] * count
-    keys = [first_two + rest for first_two, rest in zip(weight_keys, of_states, strict=True)]
+    if count == 1:
+        of_weights = [seed_keys(seed) for seed in seeds]
+        of_states = [state_keys(seed) for seed in first.seeds]
+    else:
+        of_weights, of_states = all_seed_keys(seeds), all_state_keys(first.seeds)
+    pairs = zip(of_weights or [(0, 0)] * count, of_states or [(0, 0, 0)] * count, strict=True)
+    keys = [(*weight, *state) for weight, state in pairs]
     fine = corrections if store == "bf16_ecc" else params
     tensors = [
         (*here, *three_of(first.of(i)), *three_of(second.of(i)))
@@ -160,7 +164,7 @@ def run_moments(
     """
     first, second = states
     count, n = len(projected), projected[0].numel()
-    keys = [state_keys(seed) for seed in first.seeds] or [(0, 0, 0)] * count
+    keys = all_state_keys(first.seeds) or [(0, 0, 0)] * count
     tensors = [(*three_of(first.of(i)), *three_of(second.of(i))) for i in range(count)]
     rows = [[*(t.data_ptr() for t in of_each), *keys[i]] for i, of_each in enumerate(tensors)]
     table, aligned = table_on(rows, jit.MOMENTS_KEYS, projected.device)
