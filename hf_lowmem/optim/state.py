@@ -56,13 +56,12 @@ class Counted:
         self.name = name
         self._tensor: Tensor | None = None
 
-    def read(self, raw: dict[str, Any]) -> int:
+    def read(self, raw: Mapping[str, Tensor | int]) -> int:
         """The number; 0 where there is none yet, which stays so."""
         found = raw.get(self.name)
         if found is None:
             return 0
-        known = found is self._tensor or _in_host_memory(found)
-        return self._memory_of(found).value if known else number(found)
+        return self._memory_of(found).value if _in_host_memory(found) else number(found)
 
     def one_more(self, raw: dict[str, Any]) -> int:
         """Count one more, in place; the new number."""
