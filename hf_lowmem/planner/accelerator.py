@@ -35,9 +35,9 @@ from trl.trainer import utils as trl_utils
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.optim import slot
-from hf_lowmem.planner.four_bit import parameter_like
+from hf_lowmem.planner.four_bit import SEEN_THROUGH, parameter_like
 
-__all__ = ["as_on_accelerator", "as_with_real_tensors", "outside_of_modes"]
+__all__ = ["as_on_accelerator", "as_on_cpu", "as_with_real_tensors", "outside_of_modes"]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -63,10 +63,33 @@ def as_on_accelerator() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_on_cpu() -> Iterator[None]:
+    """See what bitsandbytes' optimizers take for a while on a CPU, where they are made of torch's operators.
+
+    On a GPU a step is one kernel, which takes nothing.
+    """
+    steps: Any = torch.ops.bitsandbytes.optimizer_update_32bit, torch.ops.bitsandbytes.optimizer_update_8bit_blockwise
+    with mock.patch.dict(SEEN_THROUGH, {step.default: _on_cpu(step.default) for step in steps}):
+        yield
+
+
+def _on_cpu(operator: Any) -> Callable[..., Any]:
+    """The function that a CPU runs for an operator."""
+    kernel, arguments = torch.library.get_kernel(operator, "CPU"), operator._schema.arguments
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def run(*args: object, **kwargs: object) -> object:
+        given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+        return kernel.call_boxed(keys, *(given.get(a.name, a.default_value) for a in arguments))
+
+    return run
+
+
 def outside_of_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, outside of every mode."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         with unset_fake_temporarily(), _disable_current_modes():
             return function(*args, **kwargs)
 

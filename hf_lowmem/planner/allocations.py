@@ -36,7 +36,7 @@ from hf_lowmem import activations, optim, training
 from hf_lowmem.planner.four_bit import SEEN_THROUGH
 from hf_lowmem.preference import sharing
 
-__all__ = ["CannotSimulate", "Live"]
+__all__ = ["INSTEAD", "CannotSimulate", "Live"]
 
 INDEX = torch.ops.aten.index.Tensor
 READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default

@@ -147,5 +147,5 @@ def product_in_steps(
     return nn.functional.linear(x, weight, bias)
 
 
-# Operators whose temporaries count, and what shows them.
+# Operators whose temporaries count, and what shows them; on a CPU there are more, see accelerator.py.
 SEEN_THROUGH: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: product_in_steps}

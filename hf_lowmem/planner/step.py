@@ -37,8 +37,8 @@ from trl.trainer import dpo_trainer
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward
-from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
-from hf_lowmem.planner.allocations import Live
+from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
+from hf_lowmem.planner.allocations import INSTEAD, CannotSimulate, Live
 from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
@@ -328,7 +328,8 @@ def simulate_step(
     `gathered`: as a process under FSDP2 does, whose output head is a copy that is gathered for each pass.
 
     Raises:
-        CannotSimulate: naming the operation and the module, where what the step does depends on values.
+        CannotSimulate: naming the operation and the module, where what the step does depends on values; with the
+            reason, where the step fails.
     """
     # sdpa and eager attention keep documents apart by a mask; the kernels that sdpa may stand for need none.
     masks = attention in (None, "sdpa", "eager")
@@ -339,8 +340,7 @@ def simulate_step(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         run = weighed_args(args, folder)
         stack.enter_context(as_with_real_tensors())
-        if accelerator:
-            stack.enter_context(as_on_accelerator())
+        stack.enter_context(as_on_accelerator() if accelerator else as_on_cpu())
         stack.enter_context(mock.patch.object(check, "sharing_error", return_value=(0.0, 0.0)))  # tried by numbers
         # A reference is loaded from where the policy came from, which here is its config; and nothing can be hashed.
         reference = lambda *args, **kwargs: make_model(config, dtype, attention).eval()  # noqa: E731
@@ -356,6 +356,14 @@ def simulate_step(
             trainer.remove_callback(PrinterCallback)
             evaluates = args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
             trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None))
-            trainer.train()
+            try:
+                trainer.train()
+            except CannotSimulate:
+                raise
+            except RuntimeError as error:
+                raise CannotSimulate(
+                    f"a step of these settings fails without memory, and probably with it: {error} Try a step in "
+                    f"training; if it works there: {INSTEAD}"
+                ) from error
             measured.end = live.clock
     return measured

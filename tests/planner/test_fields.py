@@ -5,6 +5,7 @@ said which of the three it is.
 """
 
 import itertools
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -210,6 +211,13 @@ def test_each_other_field_is_planned_or_refused_in_words(kind: str, name: str, v
     check(kind, name, value)
 
 
+@pytest.mark.train
+def test_a_loss_that_torch_refuses_is_refused_in_words() -> None:
+    """TRL multiplies in place what relu keeps for its backward pass."""
+    refusal = answer("dpo", {"loss_type": "hinge", "use_weighting": True})
+    assert re.search("(?s)a step of these settings fails.*inplace.*Try a step in training.*cannot be planned", refusal)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_each_pair_of_fields_is_planned_or_refused_in_words(kind: str) -> None:
@@ -243,8 +251,7 @@ def test_the_states_of_every_other_optimizer_are_those_of_a_real_step(optim: str
     made, real = plan(small_config(), args, dtype="float32", device="cpu"), measure(small_config(), args, torch.float32)
     states = max(point.parts.get("states", 0) for point in made.timeline)
     assert abs(states - real.states) <= 0.01 * real.states + 4096
-    if not optim.endswith("8bit"):  # whose kernel on a CPU has temporaries inside, and on a GPU none
-        assert abs(made.peak_bytes - real.peak) <= 0.03 * real.peak
+    assert abs(made.peak_bytes - real.peak) <= 0.03 * real.peak
 
 
 def test_no_optimizer_of_ours_is_left_out() -> None:

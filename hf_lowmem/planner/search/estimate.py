@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
+from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
 from hf_lowmem.planner.methods import Method
 from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
@@ -356,6 +356,6 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
 @contextlib.contextmanager
 def _as_simulated(accelerator: bool) -> Iterator[None]:
     """Context that `simulate_step` sets up, for an optimizer without a trainer."""
-    device = as_on_accelerator() if accelerator else contextlib.nullcontext()
+    device = as_on_accelerator() if accelerator else as_on_cpu()
     with quiet(), as_with_real_tensors(), device:
         yield
