@@ -23,6 +23,7 @@ from typing import Any
 
 __all__ = [
     "EMBEDDING_RULES",
+    "INPUT_TIERS",
     "LABELS",
     "OPTIMIZER_FIELDS",
     "PROJECTIONS",
@@ -233,6 +234,8 @@ class LossSpec:
 
 
 TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8", "hooks_fp8")
+# Of layers that keep their input, and are run again in backward.
+INPUT_TIERS = tuple(tier for tier in TIERS if tier.startswith(("checkpoint", "stream")))
 _LAYERS = re.compile(r"(\d+)(-(\d*))?")
 
 
