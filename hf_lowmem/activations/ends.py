@@ -28,6 +28,7 @@ from hf_lowmem.activations.aside import reason_to_step_aside
 from hf_lowmem.activations.blocks import Patch, eager
 from hf_lowmem.activations.draws import undrawn
 from hf_lowmem.activations.report import Report
+from hf_lowmem.activations.tape import is_plain
 from hf_lowmem.specs import INPUT_TIERS
 
 __all__ = ["NO_NORM", "TILE", "TiledNorm", "norms_beside"]
@@ -55,9 +56,9 @@ class TiledNorm(Patch):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         parameters = list(self.module.parameters(recurse=False))
-        if type(x) is not Tensor or not self.module.training or x.numel() <= TILE * x.shape[-1]:
+        if not isinstance(x, Tensor) or not self.module.training or x.numel() <= TILE * x.shape[-1]:
             return self.original(*args, **kwargs)
-        if any(type(p) not in (Tensor, nn.Parameter) for p in parameters) or reason_to_step_aside() is not None:
+        if not all(map(is_plain, (x, *parameters))) or reason_to_step_aside() is not None:
             return self.original(*args, **kwargs)
         return _ByTiles.apply(self, x, *parameters)
 

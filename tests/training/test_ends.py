@@ -7,13 +7,17 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from transformers import LlamaConfig
 from trl.trainer import utils as trl_utils
 
+from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.activations import ends
+from hf_lowmem.planner import plan
 from hf_lowmem.training import head, head_blocks
 from tests.conftest import tiny_llama
 from tests.training.heads import in_backward, train, without
 from tests.training.test_head import Largest
+from tests.training.test_trainers import settings
 
 pytestmark = pytest.mark.train
 
@@ -117,3 +121,21 @@ def test_a_training_of_long_sequences_has_trls_losses_and_metrics(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2.0**-6)
     if case == "lora":  # whose head and norm are frozen
         assert found == expected
+
+
+def test_a_plan_has_no_fp32_copy_of_all_tokens_at_the_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes beside weights, states and layers, in tokens x hidden x 2: 4 in place of 12 when backward begins."""
+    tokens, hidden = 131_072, 128
+    model = {"vocab_size": 256, "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = LlamaConfig(**model, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    args = settings(LowMemSFTConfig, tmp_path, max_length=tokens, per_device_train_batch_size=1, optim="adamw")
+    args = args.lowmem_replace(lowmem_activations="checkpoint_fp8")
+    found = []
+    for tile, sums in ((ends.TILE, 0), (2**30, 2**40)):
+        monkeypatch.setattr(ends, "TILE", tile)
+        monkeypatch.setattr(head_blocks, "SUM_BYTES", sums)
+        points = [p for p in plan(config, args, dtype="bfloat16").timeline if p.step == 2 and "layers" not in p.module]
+        parts = [p.parts.get("activations", 0) + p.parts["temporaries"] for p in points if p.phase == "backward"]
+        found.append(max(parts) / (tokens * hidden * 2))
+    assert found[0] < 5.2
+    assert found[1] > 11
