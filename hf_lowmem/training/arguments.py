@@ -186,6 +186,14 @@ class LowMemArguments:
         default=False,
         metadata={"help": "Round at random where lowmem_activations compresses, so that errors average out."},
     )
+    lowmem_offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is kept in host memory between forward and backward: inputs (of layers whose tier keeps "
+            "nothing else, such as checkpoint_fp8; copied while other layers run, with the same result). Default: "
+            "nothing."
+        },
+    )
     lowmem_budget: str | None = field(
         default=None,
         metadata={
@@ -321,6 +329,7 @@ class LowMemArguments:
             tiers=self.lowmem_activations,
             stochastic=self.lowmem_activations_stochastic,
             seed=getattr(self, "seed", None),  # of TrainingArguments, if it is mixed in
+            offload=self.lowmem_offload,
             labels=labels,
         )
 
