@@ -16,7 +16,7 @@ row of the input alone, to the bit, wherever it stands.
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class TiledNorm(Patch):
     """A norm of many tokens, which keeps its input."""
 
     @eager
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         x = args[0] if len(args) == 1 and not kwargs else None
         parameters = list(self.module.parameters(recurse=False))
         if not isinstance(x, Tensor) or not self.module.training or x.numel() <= TILE * x.shape[-1]:
@@ -70,17 +70,29 @@ class TiledNorm(Patch):
     def with_parameters(self, leaves: list[Tensor]) -> Iterator[None]:
         """Tensors in the place of the parameters, whose hooks must not see the gradient of a tile."""
         before = dict(self.module._parameters)
-        given: dict[str, Any] = dict(zip((n for n, p in before.items() if p is not None), leaves, strict=True))
+        given = dict(zip((n for n, p in before.items() if p is not None), leaves, strict=True))
         try:
-            self.module._parameters.update(given)
+            cast(dict[str, Tensor], self.module._parameters).update(given)
             yield
         finally:
             self.module._parameters.update(before)
 
 
+class _Context(Protocol):
+    """Context of `_ByTiles`. `autocast`: whether it was on in the forward pass, and its dtype."""
+
+    norm: TiledNorm
+    device: str
+    autocast: tuple[bool, torch.dtype]
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _ByTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, norm: TiledNorm, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: _Context, norm: TiledNorm, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.norm, ctx.device = norm, x.device.type
         ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
         ctx.save_for_backward(x, *parameters)
@@ -94,8 +106,8 @@ class _ByTiles(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        norm: TiledNorm = ctx.norm
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        norm = ctx.norm
         x, *parameters = ctx.saved_tensors
         _, wants, *needed = ctx.needs_input_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needed, strict=True)]
@@ -140,7 +152,10 @@ def _by_rows(module: nn.Module) -> bool:
         return False
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)  # noqa: E731
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
         twin = copy.copy(module)
         vars(twin)["_parameters"] = {name: nn.Parameter(draw(p.numel()), requires_grad=False) for name, p in named}
         vars(twin)["training"] = True

@@ -20,8 +20,8 @@ Values are copied, so that gradients are equal bit for bit to those without.
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -74,7 +74,7 @@ class HostStore:
         self._lanes: dict[torch.device, _Lane] = {}
         self._last: weakref.ref[Kept] | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["HostStore"], tuple[int]]:
         return HostStore, (self.layers,)
 
     @torch.no_grad()
@@ -115,13 +115,22 @@ class HostStore:
         self._returned.append(buffer)
 
 
+class _Near(NamedTuple):
+    """What is on the device, of whom, and the event that says that its copy is done; None on a CPU."""
+
+    kept: weakref.ref[Kept]
+    parts: tuple[Tensor, ...]
+    versions: list[int]
+    copied: torch.Event | None
+
+
 class _Lane:
     """The way between a device and the host: a stream, and what is on the device beside what is in use."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.near: tuple[weakref.ref[Kept], tuple[Tensor, ...], list[int], Any] | None = None
+        self.near: _Near | None = None
 
     def put(self, kept: Kept, parts: tuple[Tensor, ...]) -> None:
         self.clear()
@@ -138,13 +147,13 @@ class _Lane:
     @torch.no_grad()
     def fetch(self, kept: Kept) -> None:
         """Begin to copy back what is not there."""
-        if self.near is not None and self.near[0]() is kept:
+        if self.near is not None and self.near.kept() is kept:
             return
         self.clear()
         parts = tuple(torch.empty_like(host, device=self.device) for host in kept.host)
         self.copy(kept, parts, zip(parts, kept.host, strict=True))
 
-    def copy(self, kept: Kept, parts: tuple[Tensor, ...], pairs: Any) -> None:
+    def copy(self, kept: Kept, parts: tuple[Tensor, ...], pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy from the second to the first of each pair. `parts`: those on the device, which are held until then."""
         event = None
         if self.stream is None:
@@ -156,18 +165,18 @@ class _Lane:
                 for target, source in pairs:
                     target.copy_(source, non_blocking=True)
                 event = self.stream.record_event()
-        self.near = weakref.ref(kept), parts, list(map(version_of, parts)), event
+        self.near = _Near(weakref.ref(kept), parts, list(map(version_of, parts)), event)
 
     def clear(self) -> tuple[Tensor, ...]:
         """What is near, which is not held from here on: what is computed from now on waits for its copy."""
         if self.near is None:
             return ()
-        (_, parts, versions, event), self.near = self.near, None
-        for part, version in zip(parts, versions, strict=True):
+        near, self.near = self.near, None
+        for part, version in zip(near.parts, near.versions, strict=True):
             check_version(part, version)
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
-        return parts
+        if near.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(near.copied)
+        return near.parts
 
     def wait(self) -> None:
         """Wait, on the host, for all copies."""
@@ -179,7 +188,8 @@ def buffer_of(nbytes: int, device: torch.device) -> Tensor:
     """Host memory for copies from and to a device. Raises RuntimeError where it cannot be pinned."""
     buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     if device.type == "cuda" and nbytes:
-        runtime: Any = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()
+        assert runtime is not None
         if (error := int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))) != 0:
             raise RuntimeError(
                 f"lowmem_offload='inputs': {human_bytes(nbytes)} of host memory could not be pinned (CUDA error "

@@ -87,7 +87,7 @@ class Live(TorchDispatchMode):
         self.marks: list[tuple[int, str]] = []
         self.recomputed: list[tuple[int, int]] = []
         self.host = self._host = 0
-        self._of_host: dict[int, weakref.ref[Any]] = {}
+        self._of_host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.places: list[tuple[str, str]] = [("", "")]
         self._place_of = {("", ""): 0}
         self._phase, self._module, self._place = "", "", 0
@@ -154,12 +154,12 @@ class Live(TorchDispatchMode):
 
         self._rows[key] = row, weakref.ref(storage, gone)
 
-    def _see_host(self, key: int, storage: Any) -> None:
+    def _see_host(self, key: int, storage: torch.UntypedStorage) -> None:
         if key in self._of_host:
             return
         size = storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self._host -= size
             del self._of_host[key]
 

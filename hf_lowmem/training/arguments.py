@@ -188,11 +188,7 @@ class LowMemArguments:
     )
     lowmem_offload: str | None = field(
         default=None,
-        metadata={
-            "help": "What is kept in host memory between forward and backward: inputs (of layers whose tier keeps "
-            "nothing else, such as checkpoint_fp8; copied while other layers run, with the same result). Default: "
-            "nothing."
-        },
+        metadata={"help": "inputs: what checkpoint_fp8 keeps of a layer waits in host memory. Default: on the device."},
     )
     lowmem_budget: str | None = field(
         default=None,

@@ -144,7 +144,7 @@ KEYS = ("k0", "k1", "h0", "h1", "flip", "pairs", "odd", "gate_k0", "gate_k1", "u
 
 def sizes_of(kernel: str, function: str, constants: dict[str, Any]) -> tuple[dict[str, int], tuple[int, ...]]:
     """Integers by name, and the grid."""
-    flat, tile, group = (constants.get(name) for name in ("FLAT", "TILE", "GROUP"))
+    flat, tile, group = (constants.get(name, 0) for name in ("FLAT", "TILE", "GROUP"))
     if kernel == "quantize":
         last = TOKENS * 4096 if flat else 4095
         per_row = -(-last // group)
@@ -192,7 +192,7 @@ def code_of(case: Any, sizes: dict[str, int], constants: dict[str, Any]) -> str:
     kinds = {name: wide.get(name, "constexpr") for name in case.function.arg_names}
     source: Any = triton.compiler.ASTSource(case.function, kinds, constants, {})
     target = TARGETS["cuda:90"]
-    backend = make_backend(target)
+    backend: Any = make_backend(target)
     options = backend.parse_options({"num_warps": case.warps, "enable_fp_fusion": False, **source.parse_options()})
     context = ir.context()
     ir.load_dialects(context)

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
+from hf_lowmem.kernels.codecs import reference
+from hf_lowmem.kernels.codecs.cases import room
 from hf_lowmem.kernels.exact import random_bits
 from hf_lowmem.kernels.quantize.reference import GROUPS, dequantize, quantize
+from hf_lowmem.kernels.registry import has_numba
 from tests.kernels.offsets import ROOT, Span, too_large
 
 TOKENS, HIDDEN = 2**19 + 1, 4096  # 2**31 values, and a row
@@ -67,3 +71,23 @@ def test_random_bits_go_on_beyond_an_edge(edge: int) -> None:
     whole = random_bits(7, edge - 3, edge + 3, device)
     parts = [random_bits(7, edge - 3, edge, device), random_bits(7, edge % 2**32, edge % 2**32 + 3, device)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
+@pytest.mark.parametrize("codec", ["int8", pytest.param("fp8_expand", marks=pytest.mark.slow)])
+def test_a_cpus_kernels_reach_the_last_tile(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2**31 values and a few, of which only the last tiles are touched: the rest is never given memory."""
+    cpu = import_module("hf_lowmem.kernels.codecs.cpu")
+    monkeypatch.setattr(cpu, "in_parts", lambda run, tiles: run(tiles - 2, tiles))
+    values, last = 2**31 + 5, 512  # whole blocks before the last ones, and a ragged one
+    state = torch.empty(values, dtype=torch.float32)
+    state[-last:] = torch.randn(last, generator=torch.Generator().manual_seed(0))
+    state[-4096:-last] = 0
+    codes, scalars = room(codec, torch.Size([values]), True, torch.device("cpu"))
+    cpu.encode_state(state, codes, scalars, codec, True, 5, 0)
+    decoded = cpu.decode_state(codes, scalars, codec, True)
+    start = values // 256 * 256 - 256
+    small, few = room(codec, torch.Size([values - start]), True, torch.device("cpu"))
+    reference.encode_state(state[start:].clone(), small, few, codec, True, 5, start)
+    assert torch.equal(codes[start:], small)
+    assert torch.equal(decoded[start:], reference.decode_state(small, few, codec, True))

@@ -57,7 +57,8 @@ class Unstepped:
 
 @pytest.fixture
 def standing(monkeypatch: pytest.MonkeyPatch) -> head.BlockedHead:
-    made = head.BlockedHead(Unstepped())
+    trainer: Any = Unstepped()
+    made = head.BlockedHead(trainer)
     monkeypatch.setattr(head, "_standing", [made])
     return made
 
@@ -98,7 +99,7 @@ def test_a_training_of_long_sequences_has_trls_losses_and_metrics(
 
     def rows() -> list[dict[str, Any]]:
         model = tiny_llama(dtype=torch.bfloat16, tie_word_embeddings=case == "tied")
-        lora = {"peft_config": LoraConfig(target_modules="all-linear")} if case == "lora" else {}
+        lora: dict[str, Any] = {"peft_config": LoraConfig(target_modules="all-linear")} if case == "lora" else {}
         made = train(tmp_path, model=model, lowmem_activations="checkpoint_fp8", **FIELDS[case], **lora)
         ours.append(made)
         return [
@@ -126,7 +127,7 @@ def test_a_training_of_long_sequences_has_trls_losses_and_metrics(
 def test_a_plan_has_no_fp32_copy_of_all_tokens_at_the_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes beside weights, states and layers, in tokens x hidden x 2: 4 in place of 12 when backward begins."""
     tokens, hidden = 131_072, 128
-    model = {"vocab_size": 256, "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 1}
+    model: dict[str, Any] = {"vocab_size": 256, "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 1}
     config = LlamaConfig(**model, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
     args = settings(LowMemSFTConfig, tmp_path, max_length=tokens, per_device_train_batch_size=1, optim="adamw")
     args = args.lowmem_replace(lowmem_activations="checkpoint_fp8")

@@ -78,7 +78,12 @@ def test_what_could_have_no_effect_is_refused(
 def test_a_plan_says_what_the_host_takes(tmp_path: Path) -> None:
     """The codes of all layers' inputs, which are no longer on the device; from three depths the same."""
     tokens, hidden, layers = 2048, 256, 9
-    sizes = {"vocab_size": 256, "hidden_size": hidden, "intermediate_size": 256, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": hidden,
+        "intermediate_size": 256,
+        "num_hidden_layers": layers,
+    }
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
     args = settings(
         LowMemSFTConfig, tmp_path, max_length=tokens, per_device_train_batch_size=1, optim="adamw", **INPUTS
@@ -90,6 +95,3 @@ def test_a_plan_says_what_the_host_takes(tmp_path: Path) -> None:
     assert found.to_dict()["host_bytes"] == found.host_bytes
     whole = plan(config, args, dtype="bfloat16", extrapolate_depth=False)
     assert (whole.host_bytes, whole.peak_bytes) == (found.host_bytes, found.peak_bytes)
-    without = plan(config, args.lowmem_replace(lowmem_offload=None), dtype="bfloat16", extrapolate_depth=False)
-    assert without.host_bytes == 0
-    assert without.saved_bytes - found.saved_bytes == (layers - 1) * nbytes((tokens, hidden), "e4m3", torch.bfloat16)
