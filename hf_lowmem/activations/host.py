@@ -116,7 +116,7 @@ class HostStore:
 
 
 class _Near(NamedTuple):
-    """What is on the device, of whom, and the event that says that its copy is done; None on a CPU."""
+    """Tensors on the device, whose they are, and the event that says that its copy is done; None on a CPU."""
 
     kept: weakref.ref[Kept]
     parts: tuple[Tensor, ...]
@@ -168,7 +168,7 @@ class _Lane:
         self.near = _Near(weakref.ref(kept), parts, list(map(version_of, parts)), event)
 
     def clear(self) -> tuple[Tensor, ...]:
-        """What is near, which is not held from here on: what is computed from now on waits for its copy."""
+        """Take what is near, which is not held from here on. What is computed from now on waits for its copy."""
         if self.near is None:
             return ()
         near, self.near = self.near, None

@@ -204,7 +204,7 @@ class BlockedHead:
 
 
 def _gradients(ctx: Context, saved: Saved, sums: Sums, whole: Tensor | None) -> Gradients:
-    """For each argument of TRL's function, of whose weight `whole` is the gradient."""
+    """Gradients of the arguments of TRL's function, of whose weight it is `whole`."""
     bias = None if sums.bias is None or saved.bias is None else sums.bias.to(saved.bias.dtype)
     return sums.hidden, whole, bias, *[None] * (len(ctx.needs_input_grad) - 3)
 

@@ -76,7 +76,7 @@ def test_what_could_have_no_effect_is_refused(
 
 
 def test_a_plan_says_what_the_host_takes(tmp_path: Path) -> None:
-    """The codes of all layers' inputs, which are no longer on the device; from three depths the same."""
+    """The codes of all layers' inputs, of which three depths were simulated."""
     tokens, hidden, layers = 2048, 256, 9
     sizes: dict[str, Any] = {
         "vocab_size": 256,
@@ -93,5 +93,3 @@ def test_a_plan_says_what_the_host_takes(tmp_path: Path) -> None:
     assert found.host_bytes == layers * nbytes((tokens, hidden), "e4m3", torch.bfloat16)
     assert "host memory" in str(found)
     assert found.to_dict()["host_bytes"] == found.host_bytes
-    whole = plan(config, args, dtype="bfloat16", extrapolate_depth=False)
-    assert (whole.host_bytes, whole.peak_bytes) == (found.host_bytes, found.peak_bytes)
