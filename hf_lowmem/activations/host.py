@@ -17,6 +17,7 @@ of the same kind, so that what is computed there is what a device computes; noth
 Values are copied, so that gradients are equal bit for bit to those without.
 """
 
+import mmap
 import os
 import weakref
 from collections import deque
@@ -34,6 +35,7 @@ __all__ = ["HostStore", "Kept"]
 
 SHARE = 0.8  # of the host's available memory that may be taken
 ALIGNMENT = 64  # bytes: where a tensor may begin in a buffer
+PAGE = mmap.PAGESIZE
 
 
 class Kept:
@@ -186,11 +188,15 @@ class _Lane:
 
 def buffer_of(nbytes: int, device: torch.device) -> Tensor:
     """Host memory for copies from and to a device. Raises RuntimeError where it cannot be pinned."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    if device.type == "cuda" and nbytes:
+    if device.type != "cuda":
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    room = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8, device="cpu")  # pages that no other buffer has a part of
+    first = -room.data_ptr() % PAGE
+    buffer = room[first : first + nbytes]
+    if nbytes:
         runtime = torch.cuda.cudart()
         assert runtime is not None
-        if (error := int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0))) != 0:
+        if (error := int(runtime.cudaHostRegister(buffer.data_ptr(), -(-nbytes // PAGE) * PAGE, 0))) != 0:
             raise RuntimeError(
                 f"lowmem_offload='inputs': {human_bytes(nbytes)} of host memory could not be pinned (CUDA error "
                 f"{error}). Raise the limit of locked memory (ulimit -l), or leave lowmem_offload unset."

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -143,6 +144,29 @@ def test_what_is_changed_while_it_is_copied_is_an_error() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         store.put((torch.ones(3),))
+
+
+def test_pinned_memory_is_whole_pages_of_its_own_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: dict[int, int] = {}
+
+    def register(address: int, size: int, flags: int) -> int:
+        assert address % host.PAGE == size % host.PAGE == 0
+        pinned[address] = size
+        return 0 if size < 2**20 else 2
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    device = torch.device("cuda", 0)
+    buffers = [host.buffer_of(n, device) for n in (1, 100, host.PAGE, 3 * host.PAGE + 1)]
+    assert [b.nbytes for b in buffers] == [1, 100, host.PAGE, 3 * host.PAGE + 1]
+    spans = sorted((address, address + size) for address, size in pinned.items())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    for buffer in buffers:
+        assert pinned[buffer.data_ptr()] >= buffer.nbytes
+    del buffer, buffers
+    assert not pinned
+    with pytest.raises(RuntimeError, match=r"1\.00 MiB of host memory could not be pinned \(CUDA error 2\)"):
+        host.buffer_of(2**20, device)
 
 
 class Stream:
