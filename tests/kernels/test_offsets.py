@@ -55,8 +55,7 @@ def test_no_kernels_offset_wraps(which: str) -> None:
     assert int(count) > (100 if which == "all" else 20)
 
 
-@pytest.mark.parametrize(("hidden", "seed"), [(HIDDEN, 2**62 + 1), (HIDDEN - 1, None)])
-@pytest.mark.parametrize("fmt", GROUPS)
+@pytest.mark.parametrize(("fmt", "hidden", "seed"), [("e4m3", HIDDEN, 2**62 + 1), ("int8", HIDDEN - 1, None)])
 def test_references_take_as_many(fmt: str, hidden: int, seed: int | None) -> None:
     x = torch.empty((TOKENS, hidden), dtype=torch.bfloat16, device="meta")
     codes, scales = quantize(x, fmt, seed)
