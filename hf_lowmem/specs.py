@@ -23,7 +23,9 @@ from typing import Any
 
 __all__ = [
     "EMBEDDING_RULES",
+    "INPUT_TIERS",
     "LABELS",
+    "OFFLOADS",
     "OPTIMIZER_FIELDS",
     "PROJECTIONS",
     "STORES_AT_REST",
@@ -233,6 +235,9 @@ class LossSpec:
 
 
 TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8", "hooks_fp8")
+# Of layers that keep their input, and are run again in backward.
+INPUT_TIERS = tuple(tier for tier in TIERS if tier.startswith(("checkpoint", "stream")))
+OFFLOADS = ("inputs",)  # what may be kept in host memory
 _LAYERS = re.compile(r"(\d+)(-(\d*))?")
 
 
@@ -247,6 +252,7 @@ class ActivationSpec:
         stochastic: round stochastically where a tier compresses, with a seed that is hashed from the run's, the layer
             and the step; else to the nearest.
         seed: of the run, for stochastic rounding; None: that of torch's generator when a model is converted.
+        offload: "inputs": layers that keep their input keep it in host memory.
         labels: how an error calls each field, where it is not the field's own name.
 
     Raises:
@@ -256,11 +262,12 @@ class ActivationSpec:
     tiers: str
     stochastic: bool = False
     seed: int | None = None
+    offload: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
     def label(self, name: str) -> str:
         """The name by which the user knows the field `name`."""
-        return self.labels.get(name, {"tiers": "lowmem_activations"}.get(name, name))
+        return self.labels.get(name, {"tiers": "lowmem_activations", "offload": "lowmem_offload"}.get(name, name))
 
     def __post_init__(self) -> None:
         if not isinstance(self.stochastic, bool):
@@ -275,6 +282,13 @@ class ActivationSpec:
                 f"{self.label('stochastic')}=True has no effect with {label}={self.tiers!r}, which rounds nothing. "
                 "Leave it unset, or choose a tier that compresses, such as 'fp8'."
             )
+        if self.offload is not None:
+            check_choice(self.label("offload"), self.offload, OFFLOADS)
+            if not any(tier in INPUT_TIERS for tier, _, _ in self.ranges):
+                raise ValueError(
+                    f"{self.label('offload')}={self.offload!r} has no effect with {label}={self.tiers!r}: no layer "
+                    f"keeps its input alone. Leave it unset, or choose a tier that does: {', '.join(INPUT_TIERS)}."
+                )
         ends = sorted((first, math.inf if last is None else last) for _, first, last in self.ranges)
         for (_, end), (start, _) in itertools.pairwise(ends):
             if start <= end:

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_lowmem.activations.aside import reason_to_step_aside, say_once
 from hf_lowmem.activations.detect import routing_of
 from hf_lowmem.activations.formats import check_format, compress, decompress
+from hf_lowmem.activations.host import HostStore
 from hf_lowmem.activations.state import State
 from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.reasons import NO_CHECKPOINT
@@ -112,8 +113,11 @@ def is_wrapped(module: nn.Module) -> bool:
 class _Checkpointed(WrappedForward):
     tier = "checkpoint_fp8"
 
-    def __init__(self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None) -> None:
+    def __init__(
+        self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None, store: HostStore | None = None
+    ) -> None:
         super().__init__(module, fmt, seeds)
+        self.store = store
         if fmt != "none":
             routing = routing_of(module)
             if routing is not None:
@@ -143,13 +147,16 @@ class _Checkpointed(WrappedForward):
         del hidden
         # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
         state = State(self.module, copies=True)
+        kept = None if self.store is None else self.store.put(parts)
+        if kept is not None:
+            parts = ()
 
         def run(*parts: Tensor) -> Any:
             if exact:
                 output = original(exact.pop(), *args, **kwargs)
                 state.settle()
                 return output
-            x = decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
+            x = decompress(parts if kept is None else kept.get(), fmt, shape, dtype).detach().requires_grad_(wants)
             with state.again():
                 return original(x, *args, **kwargs)
 
@@ -209,7 +216,13 @@ def holds_tokens(cache: Any, layer: int) -> bool:
         return any(isinstance(leaf, Tensor) and leaf.numel() for leaf in pytree.tree_leaves(list(states)))
 
 
-def wrap_layer(layer: nn.Module, fmt: str = "e4m3", *, seeds: Callable[[], int] | None = None) -> Callable[[], None]:
+def wrap_layer(
+    layer: nn.Module,
+    fmt: str = "e4m3",
+    *,
+    seeds: Callable[[], int] | None = None,
+    store: HostStore | None = None,
+) -> Callable[[], None]:
     """Let `layer` keep only its compressed input for the backward pass. Returns the function that undoes it.
 
         undo = [wrap_layer(layer) for layer in model.model.layers]
@@ -218,6 +231,7 @@ def wrap_layer(layer: nn.Module, fmt: str = "e4m3", *, seeds: Callable[[], int] 
             fp16, fp32 or fp64. Other arguments are kept as they are, uncompressed, and get their gradients.
     fmt:    of hf_lowmem.activations.formats.FORMATS. "none" is torch's checkpoint, exactly.
     seeds:  called once a forward pass for the seed of stochastic rounding; None rounds to the nearest.
+    store:  where the compressed input is kept; None: on its device.
 
     In eval mode, without grad, or where neither an input nor a parameter wants a gradient, the layer runs as it is and
     keeps nothing of ours. RNG (CPU and device), autocast and arguments are the same in the second pass.
@@ -234,4 +248,4 @@ def wrap_layer(layer: nn.Module, fmt: str = "e4m3", *, seeds: Callable[[], int] 
     Raises TypeError or ValueError for a bad `fmt`, a module that is no layer, one that is wrapped already; in the
     forward pass ValueError when HF's activation checkpointing is on too, or when a key-value cache holds tokens.
     """
-    return _Checkpointed(layer, fmt, seeds).install()
+    return _Checkpointed(layer, fmt, seeds, store).install()

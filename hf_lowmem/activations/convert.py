@@ -27,11 +27,12 @@ from hf_lowmem.activations.checkpoint import wrap_layer
 from hf_lowmem.activations.detect import Structure, find_repeated, find_stack, routing_of, structure_of
 from hf_lowmem.activations.fusable import gated_of, rmsnorm_of
 from hf_lowmem.activations.hooks import wrap_module
+from hf_lowmem.activations.host import HostStore
 from hf_lowmem.activations.report import LayerReport, Report
 from hf_lowmem.activations.seeds import Seeds
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
 from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
-from hf_lowmem.specs import ActivationSpec
+from hf_lowmem.specs import INPUT_TIERS, ActivationSpec
 
 __all__ = ["at_step", "convert", "undo"]
 
@@ -87,6 +88,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     before = take_out(model)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     run = torch.initial_seed() if spec.seed is None else spec.seed
+    store = HostStore(sum(tier in INPUT_TIERS for tier in tiers)) if spec.offload else None
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
         done: dict[int, LayerReport] = {}
@@ -95,7 +97,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
             for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
                 if id(layer) not in done:
                     seeds = Seeds(run, index) if spec.stochastic else None
-                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds)
+                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds, store)
                 report.layers.append(dataclasses.replace(done[id(layer)], name=name))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
@@ -171,7 +173,9 @@ def _uncompiled(layer: nn.Module) -> nn.Module:
     return layer._orig_mod if isinstance(layer, OptimizedModule) else layer
 
 
-def _convert_layer(layer: nn.Module, name: str, tier: str | None, seeds: Seeds | None) -> LayerReport:
+def _convert_layer(
+    layer: nn.Module, name: str, tier: str | None, seeds: Seeds | None, store: HostStore | None
+) -> LayerReport:
     if tier is None:
         return LayerReport(name, None, left={"": "no range names it"})
     if tier == "hooks_fp8":
@@ -179,9 +183,14 @@ def _convert_layer(layer: nn.Module, name: str, tier: str | None, seeds: Seeds |
         return LayerReport(name, tier, handled={"every saved tensor": 1})
     if tier == "checkpoint_fp8":
         routing = routing_of(layer)
-        wrap_layer(layer, "e4m3" if routing is None else "none", seeds=seeds)
+        wrap_layer(layer, "e4m3" if routing is None else "none", seeds=seeds, store=store)
         left = {"": f"{routing}: its input is kept uncompressed, or tokens might be routed otherwise"}
-        return LayerReport(name, tier, handled={"its input": 1}, left=left if routing else {})
+        return LayerReport(
+            name,
+            tier,
+            handled={"its input" if store is None else "its input, in host memory": 1},
+            left=left if routing else {},
+        )
     parts = structure_of(layer)
     if not (parts.attention or parts.mlp):
         return LayerReport(name, None, left={"": "no attention and no MLP recognised: tier 'hooks_fp8' can take it"})

@@ -13,6 +13,7 @@ from torch import nn
 from hf_lowmem.activations.blocks import Patch, patches, put_back, take_out
 from hf_lowmem.activations.checkpoint import WrappedForward
 from hf_lowmem.activations.convert import convert
+from hf_lowmem.activations.ends import NO_NORM, norms_beside
 from hf_lowmem.activations.report import Report
 from hf_lowmem.activations.seeds import Seeds
 from hf_lowmem.specs import ActivationSpec
@@ -53,9 +54,14 @@ class OwnedTiers:
         by_hand = [patch for patch in take_out(model) if patch not in stray]
         try:
             self.report = convert(model, spec)
+            norms = norms_beside(model, self.report)
+            for norm in norms or ():
+                norm.put()
         except BaseException:
             put_back(by_hand)
             raise
+        if norms == []:
+            self.report.notes.append(NO_NORM)
         self._aside, self._ours = by_hand, list(patches(model))
         for patch in self._ours:
             _OWNERS[patch] = owner, weakref.ref(self)

@@ -9,6 +9,7 @@ whole list:
     hf_lowmem.kernels                the Triton implementations, which have no temporaries
     hf_lowmem's references           spans of an accelerator's size
     hf_lowmem.optim                  no waiting: update, then select old or new
+    host memory                      meta tensors, which are counted apart
 
 What stays the CPU's: autocast's lists of operators, which are shorter; scaled_dot_product_attention, which keeps the
 same as the flash kernel does (query, key, value, output, log-sum-exp); and models that have kernels in packages of
@@ -32,6 +33,7 @@ from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from hf_lowmem.activations import host
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.optim import slot
@@ -42,6 +44,10 @@ __all__ = ["as_on_accelerator", "as_on_cpu", "as_with_real_tensors", "outside_of
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def _on_the_host(nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
 @contextlib.contextmanager
@@ -58,6 +64,7 @@ def as_on_accelerator() -> Iterator[None]:
         patch(trl_utils, "_use_triton", lambda device: True)  # scores a copy of the positions that have a label
         patch(spans, "CPU_SPAN_PER_THREAD", spans.ACCELERATOR_SPAN)
         patch(slot, "reads_are_free", lambda device: False)
+        patch(host, "buffer_of", _on_the_host)
         patch(Kernel, "unsupported", lambda self, *args: self.supports(*args))  # as if they were on a GPU with Triton
         stack.enter_context(use_kernels("triton"))
         yield
@@ -118,6 +125,7 @@ def as_with_real_tensors() -> Iterator[None]:
     """
     with (
         mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch.object(host, "check_host", _nothing),  # of the machine that plans
         mock.patch.object(DeviceTable, "on", outside_of_modes(DeviceTable.on)),
         mock.patch.object(functional, "create_dynamic_map", outside_of_modes(functional.create_dynamic_map)),
         # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.

@@ -71,6 +71,7 @@ class Live(TorchDispatchMode):
     owners:   index in `places` of where the storage was made: (phase, module)
     widths:   last dimension of the first tensor on it, 0 for integers; what tells logits
     marks:    (clock, phase) where a phase begins
+    host:     bytes in host memory at once, at most; its tensors are on the meta device (see accelerator.py), and no row
     """
 
     def __init__(self, *, invent_numbers: bool, documents: bool = False) -> None:
@@ -85,6 +86,8 @@ class Live(TorchDispatchMode):
         self.widths: list[int] = []
         self.marks: list[tuple[int, str]] = []
         self.recomputed: list[tuple[int, int]] = []
+        self.host = self._host = 0
+        self._of_host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.places: list[tuple[str, str]] = [("", "")]
         self._place_of = {("", ""): 0}
         self._phase, self._module, self._place = "", "", 0
@@ -131,6 +134,9 @@ class Live(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if tensor.device.type == "meta":
+            self._see_host(key, storage)
+            return
         if key in self._rows:
             return
         row = len(self.births)
@@ -147,6 +153,19 @@ class Live(TorchDispatchMode):
             del self._rows[key]
 
         self._rows[key] = row, weakref.ref(storage, gone)
+
+    def _see_host(self, key: int, storage: torch.UntypedStorage) -> None:
+        if key in self._of_host:
+            return
+        size = storage.nbytes()
+
+        def gone(_: object) -> None:
+            self._host -= size
+            del self._of_host[key]
+
+        self._of_host[key] = weakref.ref(storage, gone)
+        self._host += size
+        self.host = max(self.host, self._host)
 
     def row_of(self, tensor: Tensor) -> int | None:
         """The row of a tensor's storage, None for one that was made elsewhere."""

@@ -68,6 +68,7 @@ class Plan:
     phase, module: when in the step that is, and where
     saved_bytes:  activations alive when the last backward pass begins
     timeline:     points in the order of the steps, one for each layer, phase and side of the layers
+    host_bytes:   of host memory, beside: what `lowmem_offload` keeps there, in each process
     reserved_bytes: peak_bytes with every block rounded up as torch's CUDA allocator does, and the CUDA context. An
                   estimate: fragmentation is not in it
     depths:       layers of the models that were simulated: the model's own, or those it was extrapolated from
@@ -84,6 +85,7 @@ class Plan:
     settings: dict[str, Any]
     notes: Sequence[str] = ()
     seconds: float = 0.0
+    host_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -95,6 +97,8 @@ class Plan:
         lines = [f"{name:<16}{human_bytes(size):>12}" for name, size in rows]
         lines += [f"{'peak':<16}{human_bytes(self.peak_bytes):>12}   in {self.phase}, {self.module}"]
         lines += [f"{'to have free':<16}{human_bytes(self.reserved_bytes):>12}   with rounding and a CUDA context"]
+        if self.host_bytes:
+            lines += [f"{'host memory':<16}{human_bytes(self.host_bytes):>12}   pinned, beside"]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
 
@@ -113,6 +117,7 @@ class _Job:
     progress: Callable[[str], None]
     quantization: Any = None
     gathered: bool = False
+    host_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
     def moments(self, config: PreTrainedConfig) -> tuple[list[Moment], str]:
@@ -129,7 +134,7 @@ class _Job:
             gathered=self.gathered,
         )
         made = outline(curve_of(measured), measured.live, measured.start, measured.stack)
-        self.shapes = measured.shapes
+        self.shapes, self.host_bytes = measured.shapes, measured.live.host
         return made, measured.stack
 
     def in_full(self) -> tuple[list[Moment], str, tuple[int, ...]]:
@@ -148,10 +153,15 @@ class _Job:
         depths = tuple(lowest + i * period for i in range(DEEP))
         if sum(depths) > depth + FEW:
             raise NotLinear("the model has few layers")
-        found, stack = {}, ""
+        found, hosts, stack = {}, {}, ""
         for d in depths:
             self.progress(f"simulating {d} of {depth} layers")
             found[d], stack = self.moments(with_depth(self.config, d))
+            hosts[d] = self.host_bytes
+        first, second, third = (hosts[d] for d in depths)
+        if third - second != second - first:
+            raise NotLinear("what is kept in host memory does not grow evenly with the depth")
+        self.host_bytes = third + (third - second) * ((depth - depths[-1]) // period)
         made = extrapolate(found, depth, period)
         whole = self.whole_shapes(stack)
         sizes = sum(s.nbytes for s in self.shapes), sum(s.nbytes for s in whole)
@@ -271,6 +281,7 @@ def plan(
         settings=_settings(config, args, job, world_size, parallel, device),
         notes=[*job.notes, *_notes(args, method)],
         seconds=time.perf_counter() - began,
+        host_bytes=job.host_bytes,
     )
 
 

@@ -186,6 +186,10 @@ class LowMemArguments:
         default=False,
         metadata={"help": "Round at random where lowmem_activations compresses, so that errors average out."},
     )
+    lowmem_offload: str | None = field(
+        default=None,
+        metadata={"help": "inputs: what checkpoint_fp8 keeps of a layer waits in host memory. Default: on the device."},
+    )
     lowmem_budget: str | None = field(
         default=None,
         metadata={
@@ -321,6 +325,7 @@ class LowMemArguments:
             tiers=self.lowmem_activations,
             stochastic=self.lowmem_activations_stochastic,
             seed=getattr(self, "seed", None),  # of TrainingArguments, if it is mixed in
+            offload=self.lowmem_offload,
             labels=labels,
         )
 

@@ -24,7 +24,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from hf_lowmem.optim import StepInBackward
-from hf_lowmem.training.head_blocks import Context, Saved, by_blocks, rows_of_block, stays_finite
+from hf_lowmem.training.head_blocks import Context, Saved, Sums, by_blocks, of_hidden, rows_of_block, stays_finite
 
 __all__ = ["GATHERED", "BlockedHead"]
 
@@ -86,8 +86,7 @@ class HeadFunction(TheirFunction):
         if not heads or torch.is_grad_enabled() or hasattr(weight, "ds_id"):
             return _backward(ctx, *grads)
         if not ctx.needs_input_grad[1]:
-            heads[-1].why = FROZEN
-            return _backward(ctx, *grads)
+            return heads[-1].backward_frozen(ctx, grads[0], grads[1])
         return heads[-1].backward(ctx, grads[0], grads[1])
 
 
@@ -169,12 +168,12 @@ class BlockedHead:
             else:
                 sums = by_blocks(ctx, saved, grads, self.rows, _one_room(weight, self.rows), _into(whole))
             self.whole, self.why = self.whole + 1, why
-        return (
-            None if sums.hidden is None else sums.hidden.to(saved.hidden.dtype),
-            whole,
-            None if sums.bias is None or saved.bias is None else sums.bias.to(saved.bias.dtype),
-            *[None] * (len(ctx.needs_input_grad) - 3),
-        )
+        return _gradients(ctx, saved, sums, whole)
+
+    def backward_frozen(self, ctx: _Kept, of_logps: Tensor | None, of_entropy: Tensor | None) -> Gradients:
+        """`backward` of a weight that needs no gradient."""
+        self.why, saved = FROZEN, Saved(*ctx.saved_tensors)
+        return _gradients(ctx, saved, of_hidden(ctx, saved, (of_logps, of_entropy)), None)
 
     def _why(self, call: _Call) -> str | None:
         """Why this backward pass makes the whole gradient of the weight; None: it need not."""
@@ -202,6 +201,12 @@ class BlockedHead:
         if sum(q is weight for m in trainer.model.modules() for q in m.parameters(recurse=False)) > 1:
             return TIED
         return stepping.whole_only(weight)
+
+
+def _gradients(ctx: Context, saved: Saved, sums: Sums, whole: Tensor | None) -> Gradients:
+    """Gradients of the arguments of TRL's function, of whose weight it is `whole`."""
+    bias = None if sums.bias is None or saved.bias is None else sums.bias.to(saved.bias.dtype)
+    return sums.hidden, whole, bias, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def _one_room(weight: Tensor, rows: int) -> Callable[[int, int], Tensor]:

@@ -16,9 +16,14 @@ for rows in blocks of the vocabulary:
 
 TRL's loops are the other way round, with the same products and, for each value, the same order of sums. So blocks of as
 many rows as TRL's tile has columns, or of the whole vocabulary, have its bits.
+
+`grad_hidden` is a sum over the blocks, and so exists in fp32, twice the size of the hidden states in bf16. Of many
+tokens it is made in a pass of its own, before the blocks: with tokens outside, the sums of a tile are complete, and
+written in the hidden states' dtype, before the next begins. Those are TRL's bits, for one more product of four. Where
+one block holds the whole vocabulary, or the weight is frozen, tokens are outside anyway.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -27,9 +32,20 @@ from trl.kernels import chunked_logprob
 
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
 
-__all__ = ["BLOCK_BYTES", "Context", "Saved", "Sums", "by_blocks", "rows_of_block", "stays_finite"]
+__all__ = [
+    "BLOCK_BYTES",
+    "SUM_BYTES",
+    "Context",
+    "Saved",
+    "Sums",
+    "by_blocks",
+    "of_hidden",
+    "rows_of_block",
+    "stays_finite",
+]
 
 BLOCK_BYTES = 2**29  # of a block in fp32
+SUM_BYTES = 2**30  # of the hidden states' gradient in fp32, at most: 65,536 tokens of 4,096 values
 
 
 class Context(Protocol):
@@ -54,10 +70,10 @@ class Saved(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Gradients that are summed over all blocks, in fp32; None for what needs none."""
+    """Gradients that are summed over all blocks; None for what needs none."""
 
-    hidden: Tensor | None
-    bias: Tensor | None
+    hidden: Tensor | None  # of the hidden states' dtype
+    bias: Tensor | None  # fp32
 
 
 def rows_of_block(weight: Tensor, tile: int, unit: int = 1) -> int:
@@ -67,6 +83,11 @@ def rows_of_block(weight: Tensor, tile: int, unit: int = 1) -> int:
     while rows > 1 and rows * weight.shape[1] * 4 > BLOCK_BYTES:
         rows //= 2
     return min(max(rows // unit, 1) * unit, weight.shape[0])
+
+
+def of_hidden(ctx: Context, saved: Saved, grads: tuple[Tensor | None, Tensor | None]) -> Sums:
+    """The gradients of hidden states and bias alone: what is there for a frozen weight."""
+    return _sums(ctx, saved, grads, len(saved.weight), ctx.needs_input_grad[::2], None)
 
 
 def by_blocks(
@@ -84,18 +105,37 @@ def by_blocks(
         room: from the first and the last row to zeros in fp32, for a block.
         done: takes the first row and a complete block.
     """
+    hidden, bias = ctx.needs_input_grad[::2][:2]
+    if not hidden or rows >= len(saved.weight) or saved.hidden.numel() * 4 <= SUM_BYTES:
+        return _sums(ctx, saved, grads, rows, (hidden, bias), (room, done))
+    first = _sums(ctx, saved, grads, len(saved.weight), (True, False), None)  # before a block may be stepped
+    return first._replace(bias=_sums(ctx, saved, grads, rows, (False, bias), (room, done)).bias)
+
+
+def _sums(
+    ctx: Context,
+    saved: Saved,
+    grads: tuple[Tensor | None, Tensor | None],
+    rows: int,
+    needed: Sequence[bool],
+    blocks: tuple[Callable[[int, int], Tensor], Callable[[int, Tensor], object]] | None,
+) -> Sums:
+    """One pass over the blocks. `needed`: whether gradients of hidden states and bias are; `blocks`: `room` and `done`,
+    None where the weight's is not."""
     hidden, weight, bias, targets, log_z, entropy = saved
     columns = targets, log_z, entropy, *(None if g is None else g.float().contiguous() for g in grads)
-    sums = Sums(*(_zeros(t, needed) for t, needed in zip((hidden, bias), ctx.needs_input_grad[::2], strict=False)))
     most, width = chunked_logprob.TOKEN_CHUNK_SIZE, min(ctx.chunk_size, rows)
     tiles = torch.empty((min(len(hidden), most), width), dtype=ctx.compute_dtype, device=hidden.device)
+    of_hidden = _HiddenSums(hidden, whole=rows < len(weight)) if needed[0] else None
+    of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[1] else None
     for first in range(0, len(weight), rows):
         last = min(first + rows, len(weight))
-        block = room(first, last)
+        block = None if blocks is None else blocks[0](first, last)
         for begin in range(0, len(hidden), most):
             tokens = slice(begin, min(begin + most, len(hidden)))
             here = hidden[tokens].to(ctx.compute_dtype)
             of_tokens = [None if c is None else c[tokens] for c in columns]
+            sums = None if of_hidden is None else of_hidden.begin(tokens)
             for start in range(first, last, width):
                 stop = min(start + width, last)
                 old = weight[start:stop].to(ctx.compute_dtype)
@@ -104,17 +144,43 @@ def by_blocks(
                 if bias is not None:
                     tile.add_(bias[start:stop].to(ctx.compute_dtype))
                 _logits_gradient(ctx, tile, start, of_tokens)
-                if sums.hidden is not None:
-                    chunked_logprob._addmm_fp32(sums.hidden[tokens], tile, old)
-                chunked_logprob._addmm_fp32(block[start - first : stop - first], tile.t(), here)
-                if sums.bias is not None:
-                    sums.bias[start:stop] += tile.sum(dim=0, dtype=torch.float32)
-        done(first, block)
-    return sums
+                if sums is not None:
+                    chunked_logprob._addmm_fp32(sums, tile, old)
+                if block is not None:
+                    chunked_logprob._addmm_fp32(block[start - first : stop - first], tile.t(), here)
+                if of_bias is not None:
+                    of_bias[start:stop] += tile.sum(dim=0, dtype=torch.float32)
+            if of_hidden is not None:
+                of_hidden.end(tokens)
+        if block is not None and blocks is not None:
+            blocks[1](first, block)
+    return Sums(None if of_hidden is None else of_hidden.result(), of_bias)
 
 
-def _zeros(like: Tensor | None, needed: bool) -> Tensor | None:
-    return None if like is None or not needed else torch.zeros_like(like, dtype=torch.float32)
+class _HiddenSums:
+    """The gradient of the hidden states: fp32 sums of all tokens (`whole`), or of a tile, which is then written."""
+
+    def __init__(self, hidden: Tensor, whole: bool) -> None:
+        self.dtype, fp32 = hidden.dtype, torch.float32
+        self.whole = whole or hidden.dtype == fp32
+        if self.whole:
+            self.gradient = torch.zeros_like(hidden, dtype=fp32)
+        else:
+            self.gradient = torch.empty_like(hidden)
+            shape = min(len(hidden), chunked_logprob.TOKEN_CHUNK_SIZE), hidden.shape[1]
+            self.tile = torch.empty(shape, dtype=fp32, device=hidden.device)
+
+    def begin(self, tokens: slice) -> Tensor:
+        """Where to add up what these tokens get."""
+        return self.gradient[tokens] if self.whole else self.tile[: tokens.stop - tokens.start].zero_()
+
+    def end(self, tokens: slice) -> None:
+        """Take what was added for these tokens in one block."""
+        if not self.whole:
+            self.gradient[tokens] = self.tile[: tokens.stop - tokens.start]
+
+    def result(self) -> Tensor:
+        return self.gradient.to(self.dtype)
 
 
 def _logits_gradient(ctx: Context, tile: Tensor, start: int, of_tokens: list[Tensor | None]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_lowmem.activations import convert
+from hf_lowmem.activations import OwnedTiers, convert, ends
+from hf_lowmem.specs import ActivationSpec
 from tests.activations.models import batch, build
 
 ROOT = Path(__file__).parents[2]
@@ -43,14 +45,19 @@ def sharded(model: nn.Module, mixed: bool, parts: bool = False) -> nn.Module:
     return model
 
 
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "fsdp2": lambda m: sharded(m, mixed=False),
+    "fsdp2-bf16": lambda m: sharded(m, mixed=True),
+    "fsdp2-parts": lambda m: sharded(m, mixed=False, parts=True),
+}
+
+
 def check(wrap: str, when: str, tier: str) -> None:
-    plain, ours = build("llama"), build("llama")
-    wrappers = {
-        "ddp": DistributedDataParallel,
-        "fsdp2": lambda m: sharded(m, mixed=False),
-        "fsdp2-bf16": lambda m: sharded(m, mixed=True),
-        "fsdp2-parts": lambda m: sharded(m, mixed=False, parts=True),
-    }
+    if tier == LONG:
+        check_long(wrap)
+        return
+    plain, ours, wrappers = build("llama"), build("llama"), WRAPPERS
     expected = gradients(wrappers[wrap](copy.deepcopy(plain)))
     if when == "before":
         convert(ours, tier)
@@ -63,6 +70,24 @@ def check(wrap: str, when: str, tier: str) -> None:
     assert bool(unequal) == (tier != "exact"), unequal
     # tests/activations/test_lossy.py derives 0.15; here it tells a rounded gradient from a wrong one.
     assert max(((found[n] - g).norm() / g.norm()).item() for n, g in expected.items()) < 0.15
+
+
+LONG = "a long sequence's"
+
+
+def check_long(wrap: str) -> None:
+    """The last norm in tiles, and inputs in host memory, change no gradient but that norm's, a sum over tiles."""
+    found = []
+    for tile, offload in ((2**20, None), (5, "inputs")):
+        ends.TILE = tile
+        model = build("llama")
+        OwnedTiers(model, ActivationSpec(tiers="checkpoint_fp8", offload=offload), "a test")
+        found.append(gradients(WRAPPERS[wrap](model)))
+    for name, grad in found[0].items():
+        if name == "model.norm.weight":
+            torch.testing.assert_close(found[1][name], grad, rtol=2.0**-7, atol=2.0**-9)
+        else:
+            assert torch.equal(found[1][name], grad), name
 
 
 CASES = [
@@ -78,6 +103,9 @@ CASES = [
     ("fsdp2-parts", "after", "checkpoint_fp8"),
     ("fsdp2-bf16", "after", "exact"),
     ("fsdp2-bf16", "after", "fp8"),
+    ("ddp", "before", LONG),
+    ("fsdp2", "before", LONG),
+    ("fsdp2-bf16", "before", LONG),
 ]
 
 

@@ -36,6 +36,7 @@ OURS = {
     "optim": "optim",
     "tiers": "lowmem_activations",
     "stochastic": "lowmem_activations_stochastic",
+    "host": "lowmem_offload",
     "in_backward": "lowmem_step_in_backward",
     "budget": "lowmem_budget",
 }

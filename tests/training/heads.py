@@ -36,7 +36,13 @@ def masked_data() -> Dataset:
 
 
 def train(
-    tmp_path: Path, *, model: Any = None, dtype: torch.dtype = torch.bfloat16, data: Any = None, **fields: Any
+    tmp_path: Path,
+    *,
+    model: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+    data: Any = None,
+    peft_config: Any = None,
+    **fields: Any,
 ) -> Any:
     """A trained SFT or DPO trainer, by whether the fields have a loss of pairs."""
     pairs = "loss_type" in fields and fields["loss_type"] not in ("nll", "dft")
@@ -48,6 +54,7 @@ def train(
         args=settings(config, tmp_path, **fields),
         train_dataset=data,
         processing_class=word_tokenizer(),
+        peft_config=peft_config,
     )
     trainer.train()
     return trainer

@@ -138,17 +138,19 @@ def test_prompts_alone_leave_nothing_to_score(tiles: None, tmp_path: Path, monke
 
 
 class Largest(TorchDispatchMode):
-    """The most values of a tensor that an operator has made."""
+    """The most values of a tensor (of one dtype, where it is given) that an operator has made."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.values = 0
+        self.values, self.dtype = 0, dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+            if not isinstance(t, torch.Tensor) or self.dtype not in (None, t.dtype):
+                continue
+            if t.untyped_storage()._cdata not in given:
                 self.values = max(self.values, t.untyped_storage().nbytes() // t.itemsize)
         return out
 

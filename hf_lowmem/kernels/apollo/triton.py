@@ -70,11 +70,11 @@ def scale_kernel(
     base = batch * channels * width + channel.to(tl.int64)[:, None] * channel_stride
     above = tl.zeros((CHANNELS, WIDTH), tl.float32)
     below = tl.zeros((CHANNELS, WIDTH), tl.float32)
-    start = 0  # a range of numbers is beyond the interpreter of triton 3.6
+    start = tl.full([], 0, tl.int64)  # a range of numbers is beyond the interpreter of triton 3.6
     while start < width:
         place = start + tl.arange(0, WIDTH)
         mask = (channel < channels)[:, None] & (place < width)[None, :]
-        offset = base + place.to(tl.int64)[None, :] * width_stride
+        offset = base + place[None, :] * width_stride
         n = tl.load(direction + offset, mask=mask, other=0.0)
         r = tl.load(projected + offset, mask=mask, other=0.0)
         above += n * n
