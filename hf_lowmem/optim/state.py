@@ -33,8 +33,11 @@ CORRECTION = "correction"
 # In the state of a sharded parameter: its tensors are laid out by rows; see hf_lowmem/optim/sharded.py.
 BY_ROWS = "by_rows"
 
+# How many gradients the sum in int8 has that a state holds within a window; see hf_lowmem/optim/accumulator.py.
+ADDED = "added"
+
 # The whole numbers of a state.
-COUNTS = ("step", "key", BY_ROWS)
+COUNTS = ("step", "key", BY_ROWS, ADDED)
 COUNT_BYTES = 8
 
 

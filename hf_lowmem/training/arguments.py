@@ -23,6 +23,7 @@ from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.specs import (
+    ACCUMULATIONS,
     EMBEDDING_RULES,
     LABELS,
     OPTIMIZER_FIELDS,
@@ -161,8 +162,16 @@ class LowMemArguments:
         default=False,
         metadata={
             "help": "Update each weight during backward and free its gradient at once. Needs max_grad_norm=0, one "
-            "process or FSDP2, and no fp16; with gradient accumulation only for galore and natural_galore. Only with "
-            "an optim of hf_lowmem."
+            "process or FSDP2, and no fp16; with gradient accumulation lowmem_accumulation, but for galore and "
+            "natural_galore. Only with an optim of hf_lowmem."
+        },
+    )
+    lowmem_accumulation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How gradients are added up over gradient_accumulation_steps where lowmem_step_in_backward frees "
+            "them: int8_sr (1.03 bytes a parameter, rounded at random; galore and natural_galore still add up their "
+            "projections exactly). Default: not at all. Not under FSDP2. Only with an optim of hf_lowmem."
         },
     )
     lowmem_max_skipped_steps: int | None = field(
@@ -225,6 +234,8 @@ class LowMemArguments:
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
+        if self.lowmem_accumulation is not None:
+            check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
         self.lowmem_activation_spec()
         if self.lowmem_budget is not None:
             parse_bytes("lowmem_budget", self.lowmem_budget)
