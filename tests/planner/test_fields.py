@@ -90,6 +90,7 @@ BOTH: dict[str, list[Any]] = {
     "lowmem_rotate": [True],
     "lowmem_embeddings": ["scale", "adam_mini"],
     "lowmem_step_in_backward": [True],
+    "lowmem_accumulation": ["int8_sr"],
 }
 DPO: dict[str, list[Any]] = {
     "loss_type": ["hinge", "ipo", "exo_pair", "robust", "aot", "sft", "orpo", "simpo", "cpo", ["asft", "sigmoid"]],
@@ -134,6 +135,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lowmem_rotate": {"optim": "galore", "lowmem_rank": 8},
     "lowmem_embeddings": {"optim": "apollo_mini"},
     "lowmem_step_in_backward": {"optim": "apollo_mini", "max_grad_norm": 0.0},
+    "lowmem_accumulation": {
+        "optim": "lion",
+        "lowmem_step_in_backward": True,
+        "max_grad_norm": 0.0,
+        "gradient_accumulation_steps": 3,
+    },
     "loss_weights": {"loss_type": ["sigmoid"]},
     "asft_lambda": {"loss_type": "asft"},
     "orpo_lambda": {"loss_type": "orpo"},
