@@ -17,7 +17,7 @@ and resumed inside a window draws the same.
 
 **The error.** A code is a 127th of its group's largest value, which for a normal distribution is 2.7 standard
 deviations: one rounding errs by 0.9 % of a value's standard deviation, and k passes round k - 1 times. For gradients
-that have nothing in common the sum errs by 0.9 % * sqrt((k - 1) / 2) of itself (measured: scripts/bench/README.md).
+that have nothing in common the sum errs by 0.9 % * sqrt((k - 1) / 2) of itself (measured: hf_lowmem/optim/README.md).
 
 **Why not bf16**, which errs less: it takes twice the bytes, what the gradient itself would take. **Why not 4 bits:**
 their error is sixteen times as large, half of the gradient's own size after a few passes.
@@ -27,7 +27,6 @@ window nothing of it is left.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def empty(values: int, device: torch.device | str) -> dict[str, Tensor]:
     return {CODES: torch.zeros(values, dtype=torch.int8, device=device), SCALE: scale}
 
 
-def is_open(raw: Mapping[str, Any] | None) -> bool:
+def is_open(raw: Mapping[str, object] | None) -> bool:
     """Whether a parameter's state, or None, holds a sum."""
     return raw is not None and ADDED in raw
 
@@ -98,7 +97,7 @@ def add(grad: Tensor, slot: Slot) -> None:
         int8.encode_(part, *of_part, group=group, seed=seed, first=start, bottom=BOTTOM)
 
 
-def take(p: Tensor, raw: dict[str, Any]) -> None:
+def take(p: Tensor, raw: dict[str, Tensor]) -> None:
     """Add the sum to `p.grad`, the window's last gradient or None, and leave none in the state."""
     if not is_open(raw):
         return
@@ -113,11 +112,11 @@ def take(p: Tensor, raw: dict[str, Any]) -> None:
     drop(raw)
 
 
-def drop(raw: dict[str, Any]) -> None:
+def drop(raw: dict[str, Tensor]) -> None:
     """Forget the sum."""
     for name in (CODES, SCALE, ADDED):
         raw.pop(name, None)
 
 
-def _of(raw: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _of(raw: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return raw[CODES], raw[SCALE]

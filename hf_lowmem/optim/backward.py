@@ -160,7 +160,7 @@ class StepInBackward:
         p.grad = None
 
     @torch.no_grad()
-    def _end_windows(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _end_windows(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Step what has gradients of a window in its state that the last pass has not reached, as a fused expert."""
         for group in optimizer.param_groups:
             for p in group["params"]:

@@ -94,7 +94,7 @@ def check_keys(slot: Slot, group: Group, label: str, raw: dict[str, Any], states
             )
 
 
-def _in_window(raw: Mapping[str, Any]) -> bool:
+def _in_window(raw: Mapping[str, object]) -> bool:
     return WINDOW in raw or is_open(raw)
 
 

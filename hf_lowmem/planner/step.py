@@ -17,7 +17,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -86,7 +86,7 @@ class Measured:
     shapes: list[Shape] = field(default_factory=list)
 
 
-def sums_of(states: Iterable[dict[str, Any]]) -> Iterator[torch.Tensor]:
+def sums_of(states: Iterable[Mapping[str, object]]) -> Iterator[torch.Tensor]:
     """Sums of gradients that optimizer states hold within a window of gradient accumulation."""
     for raw in states:
         yield from tensors_in({name: value for name, value in raw.items() if name in (WINDOW, CODES, SCALE)})

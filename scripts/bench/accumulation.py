@@ -28,7 +28,6 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +91,13 @@ def errors(size: Row, seed: int, smoke: bool) -> Iterator[Row]:
             rounded[name] = torch.zeros_like(p, dtype=torch.bfloat16)
             for grad in mine:
                 rounded[name] += grad[name].bfloat16()
-        truth, twin = ({n: sum(g[n].double() for g in part) for n in part[0]} for part in (mine, other))
-        size_of = norm(truth)
-        apart = lambda found: norm({n: found[n].double() - truth[n] for n in truth}) / size_of  # noqa: B023, E731
-        yield {"passes": passes, "int8_sr": apart(coded), "bf16": apart(rounded), "noise": apart(twin) / 2**0.5}
+        truth, twin = (
+            {n: torch.stack([g[n] for g in some]).double().sum(0) for n in mine[0]} for some in (mine, other)
+        )
+        parts = [
+            norm({n: found[n].double() - truth[n] for n in truth}) / norm(truth) for found in (coded, rounded, twin)
+        ]
+        yield {"passes": passes, "int8_sr": parts[0], "bf16": parts[1], "noise": parts[2] / 2**0.5}
 
 
 def train(method: str, sums: str, size: Row, seed: int) -> Row:
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
     options = parser.parse_args(arguments)
     size = SMOKE | {"batch": 4} if options.smoke else SIZE
-    common: dict[str, Any] = {"size": size, "command": "python scripts/bench/accumulation.py"}
+    common: Row = {"size": size, "command": "python scripts/bench/accumulation.py"}
     common |= provenance(("torch", "transformers"))
 
     def have(row: Row) -> bool:

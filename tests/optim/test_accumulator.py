@@ -38,7 +38,7 @@ class Wide(nn.Module):
 class Window:
     """An optimizer with step in backward, and which pass is the last."""
 
-    def __init__(self, name: str, model: nn.Module, state: str = "8bit", **kwargs: Any) -> None:
+    def __init__(self, name: str, model: Any, state: str = "8bit", **kwargs: Any) -> None:
         self.model, self.last = model, True
         self.optimizer = make_optimizer(name, model, state=state, lr=0.01, **options(name), **kwargs)
         self.stepping = StepInBackward(self.optimizer, ready=lambda: self.last, accumulation=SUMS)

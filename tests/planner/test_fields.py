@@ -352,6 +352,25 @@ def test_a_search_under_packing_knows_the_square() -> None:
     raise AssertionError("no candidate of four rows")
 
 
+@pytest.mark.slow
+def test_a_search_knows_what_gradients_take_that_are_added_up_in_int8() -> None:
+    """A budget with `lowmem_accumulation` is asked of what steps in backward and accumulates, and estimated as such."""
+    values: dict[str, Any] = {"optim": "scale", "lowmem_state": "8bit", "lowmem_weights": "bf16_sr", "max_length": 64}
+    args = arguments(
+        **values,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        lowmem_activations="fp8",
+        lowmem_accumulation="int8_sr",
+        lowmem_budget="1GiB",
+    )
+    asked = prepare(small_config(num_hidden_layers=5), args, dtype="bfloat16", device="cpu")
+    (choice,) = asked.found
+    assert choice.step_in_backward
+    assert asked.estimate(choice, 64) == pytest.approx(asked.really(choice, 64), rel=0.01)
+
+
 @pytest.mark.parametrize("optim", ["apollo", "galore", "fira", "natural_galore"])
 def test_a_rank_that_no_weight_exceeds_is_refused_in_words(optim: str) -> None:
     for rank, says in ((None, "Set lowmem_rank to less than 64"), (512, "Lower the rank")):

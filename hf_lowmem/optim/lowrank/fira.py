@@ -67,8 +67,9 @@ class Fira(LowRankOptimizer):
     does, so that with scale < 1 a part of the projection is counted twice; the paper, and our default, subtract all.
 
     Recommended: for pre-training the authors' lr 0.01 with scale 0.25 and rank a quarter of the hidden size. For
-    fine-tuning the authors take lr 1e-4 with scale 1. Not for you when gradients are accumulated in backward (the
-    residual needs the whole gradient; take `galore`), or when the basis is too much: `apollo` stores none.
+    fine-tuning the authors take lr 1e-4 with scale 1. Not for you when gradients are accumulated in backward and
+    their sum must be exact (the residual needs the whole gradient; take `galore`), or when the basis is too much:
+    `apollo` stores none.
     """
 
     name = "fira"
