@@ -41,7 +41,8 @@ from parts.tables import markdown
 RECORD = RECORDS / "accumulation.jsonl"
 PASSES = (2, 4, 16, 64)
 MICRO = 2  # sequences of a micro-batch; SIZE's batch is four of them
-METHODS = {"adamw": 3e-3, "apollo_mini": 1e-2}  # learning rates near those of records/optimizers.jsonl
+METHODS = {"adamw": 3e-3}  # and the learning rate, near that of records/optimizers.jsonl
+RUN = {"steps": 150}
 SUMS = ("fp32", "int8_sr", "control")
 SEEDS = (0, 1, 2)
 WARM = 40  # steps before gradients are looked at
@@ -158,19 +159,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
     options = parser.parse_args(arguments)
     size = SMOKE | {"batch": 4} if options.smoke else SIZE
-    common: Row = {"size": size, "command": "python scripts/bench/accumulation.py"}
-    common |= provenance(("torch", "transformers"))
+    common: Row = {"command": "python scripts/bench/accumulation.py", **provenance(("torch", "transformers"))}
 
     def have(row: Row) -> bool:
-        return key(row | {"size": size}) in map(key, read_rows(options.record))
+        return key(row) in map(key, read_rows(options.record))
 
     for seed in SEEDS:
-        if not all(have({"part": "errors", "passes": n, "seed": seed}) for n in PASSES[: 2 if options.smoke else None]):
+        made = {"part": "errors", "seed": seed, "size": size}
+        if not all(have({**made, "passes": n}) for n in PASSES[: 2 if options.smoke else None]):
             for row in errors(size, seed, options.smoke):
-                append_row(options.record, {"part": "errors", "seed": seed, **row} | common)
+                append_row(options.record, made | row | common)
+    size = size if options.smoke else size | RUN
     for seed in SEEDS:
         for method, sums in itertools.product(METHODS, SUMS):
-            row = {"part": "losses", "method": method, "sums": sums, "seed": seed}
+            row = {"part": "losses", "method": method, "sums": sums, "seed": seed, "size": size}
             if not have(row):
                 row |= {"lr": METHODS[method]} | train(method, sums, size, seed)
                 append_row(options.record, row | common)
