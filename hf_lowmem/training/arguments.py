@@ -36,7 +36,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
-from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, settle
+from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle
 from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,6 @@ DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim
 
 # What a section of an accelerate YAML (see section.py) may hold beside the fields of LowMemArguments.
 SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
-
-
-def own_defaults(option: str) -> str:
-    """The defaults of an option by method, for a help text: "256 (apollo), 1 (apollo_mini)"."""
-    by_value: dict[Any, list[str]] = {}
-    for name in methods_with(option):
-        by_value.setdefault(OPTIMIZERS[name].DEFAULTS[option], []).append(name)
-    return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
 
 
 @dataclass

@@ -342,6 +342,14 @@ def test_what_does_not_go_together_is_refused(arguments: dict[str, Any], words: 
         StepInBackward(optimizer, **arguments)
 
 
+def test_shards_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = make_optimizer("adamw", Wide())
+    monkeypatch.setattr("hf_lowmem.optim.backward.is_sharded", lambda p: True)
+    with pytest.raises(ValueError, match=r"accumulation='int8_sr' cannot be combined with FSDP2.*last backward pass"):
+        StepInBackward(optimizer, ready=lambda: True, accumulation=SUMS)
+    assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in optimizer.param_groups[0]["params"])
+
+
 def test_parameters_of_odd_sizes_keep_their_gradients() -> None:
     assert [accumulator.nbytes(n) for n in (4095, 4096 + 16, 4096, 4096 + 32)] == [None, None, 4224, 4128 + 4 * 129]
     window = Window("adamw", Mixed())
