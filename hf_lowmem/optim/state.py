@@ -108,6 +108,7 @@ class StateDecl(NamedTuple):
         average: it moves a little in each step, so its codes are rounded at random; else it is written once, or carried
             along, and rounded to the nearest.
         passing: it is there only between the backward passes of one accumulation window.
+        option: of the group, which may name another codec for this state alone.
     """
 
     signed: bool
@@ -116,6 +117,7 @@ class StateDecl(NamedTuple):
     rows: Callable[[Shape, Group], int | None] | None = first_dimension
     average: bool = True
     passing: bool = False
+    option: str | None = None
 
 
 class State(NamedTuple):
@@ -143,14 +145,21 @@ class State(NamedTuple):
 
 
 def whole_layout(
-    decls: Mapping[str, StateDecl], codecs: tuple[StateCodec, StateCodec], shape: Shape, group: Group
+    decls: Mapping[str, StateDecl],
+    codecs: tuple[StateCodec, StateCodec],
+    shape: Shape,
+    group: Group,
+    *,
+    small: bool = False,
 ) -> dict[str, State]:
-    """The states of a parameter of `shape` as one process keeps them."""
+    """The states of a parameter of `shape` as one process keeps them; of a `small` one all by `codecs`."""
     found: dict[str, State] = {}
     for name, decl in decls.items():
         own = decl.shape(shape, group)
         if own is not None:
             codec = codecs[0 if decl.signed else 1] if decl.coded else CODECS["fp32"]
+            named_by = group.get(decl.option) if decl.option is not None and not small else None
+            codec = codec if named_by is None else CODECS[named_by]
             found[name] = State(decl, codec, own)
     return found
 

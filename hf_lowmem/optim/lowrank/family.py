@@ -94,7 +94,7 @@ class LowRankOptimizer(LowMemOptimizer):
         "exp_avg": StateDecl(signed=True, shape=first_shape, rows=channels),
         "exp_avg_sq": StateDecl(signed=False, shape=second_shape, rows=channels),
         "row_sq": OTHERS["row_sq"],
-        "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False),
+        "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False, option="basis"),
     }
     FACTS = ("role",)
     CHECKS = {"cautious": check_flag}
