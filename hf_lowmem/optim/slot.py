@@ -24,6 +24,7 @@ from hf_lowmem.optim.names import stream_name
 from hf_lowmem.optim.state import (
     CORRECTION,
     COUNT_BYTES,
+    OVERLAP,
     Group,
     Reach,
     State,
@@ -159,7 +160,8 @@ class Slot:
     def nbytes(self) -> int:
         """Bytes of the tensors that the state takes on this process; nothing is allocated."""
         states = sum(state.nbytes() for state in self.states.values() if not state.decl.passing)
-        return states + self.store.nbytes(self.values) + COUNT_BYTES * (1 + self.draws + self.sharded)
+        counts = 1 + self.draws + self.sharded + 2 * (OVERLAP in self.states)
+        return states + self.store.nbytes(self.values) + COUNT_BYTES * counts
 
     @property
     def step(self) -> int:

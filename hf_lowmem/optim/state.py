@@ -36,8 +36,12 @@ BY_ROWS = "by_rows"
 # How many gradients the sum in int8 has that a state holds within a window; see hf_lowmem/optim/accumulator.py.
 ADDED = "added"
 
+# Of a basis that is refreshed the less often the less it moves; see hf_lowmem/optim/lowrank/projector.py. How much of
+# the last one it was made from is in a basis, the update at which the next is due, and its interval in `update_gap`s.
+OVERLAP, DUE, STRETCH = "overlap", "due", "stretch"
+
 # The whole numbers of a state.
-COUNTS = ("step", "key", BY_ROWS, ADDED)
+COUNTS = ("step", "key", BY_ROWS, ADDED, DUE, STRETCH)
 COUNT_BYTES = 8
 
 

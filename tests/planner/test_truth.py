@@ -41,6 +41,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_grad_norm": 0,
         },
     ),
+    "a basis in int4, refreshed by its overlap": (
+        "bfloat16",
+        {"optim": "galore", "lowmem_rank": 64, "lowmem_state": "8bit", "optim_args": "basis=int4,lazy_overlap=0.9"},
+    ),
     "weights at rest in int8": (
         "bfloat16",
         {"optim": "adamw", "lowmem_weights": "int8_sr", "lowmem_step_in_backward": True, "max_grad_norm": 0},
