@@ -35,12 +35,11 @@ TABLES = {
     "hf_lowmem/kernels/README.md": ["targets"],
     "hf_lowmem/optim/README.md": [
         "codecs", "long_run", "long_steps", "update_errors", "quality", "states", "speed", "weight_stores",
-        "accumulation", "accumulation_loss",
     ],
     "hf_lowmem/planner/README.md": ["plan_vs_cpu", "plan_table", "plan_fields", "budget"],
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
     "hf_lowmem/training/README.md": ["presets", "wire"],
-    "scripts/bench/README.md": ["demo", "embeddings"],
+    "scripts/bench/README.md": ["demo", "embeddings", "accumulation", "accumulation_loss"],
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ and resumed inside a window draws the same.
 
 **The error.** A code is a 127th of its group's largest value, which for a normal distribution is 2.7 standard
 deviations: one rounding errs by 0.9 % of a value's standard deviation, and k passes round k - 1 times. For gradients
-that have nothing in common the sum errs by 0.9 % * sqrt((k - 1) / 2) of itself (measured: hf_lowmem/optim/README.md).
+that have nothing in common the sum errs by 0.9 % * sqrt((k - 1) / 2) of itself (measured: scripts/bench/README.md).
 
 **Why not bf16**, which errs less: it takes twice the bytes, what the gradient itself would take. **Why not 4 bits:**
 their error is sixteen times as large, half of the gradient's own size after a few passes.
