@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from hf_lowmem import LowMemPlugin, LowMemTrainer, LowMemTrainingArguments, make_optimizer
 from hf_lowmem.optim import StepInBackward, accumulator
 from hf_lowmem.optim.state import ADDED
+from hf_lowmem.weights import resting
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import same_bits
 from tests.training.heads import norms, train
@@ -64,6 +65,18 @@ def test_a_run_goes_where_whole_gradients_take_it(loss: str, optim: str, counted
         assert norms(ours) == pytest.approx(norms(plain), rel=0.05)
     assert losses(ours) == pytest.approx(losses(plain), rel=0.02)
     assert "accumulated" in ours.output_head.facts()["why"]
+
+
+@pytest.mark.train
+def test_weights_at_rest_are_trained_on_sums(counted: list[int], tmp_path: Path) -> None:
+    """Beside whole gradients of weights in bf16: what differs is the rounding of both."""
+    fields = STEPPING | {"optim": "apollo_mini", "learning_rate": 1e-3}
+    plain = train(tmp_path, **fields, lowmem_weights="bf16_sr")
+    ours = train(tmp_path, **fields, **SUMS, lowmem_weights="int8_sr")
+    assert len(resting(ours.model)) == 1 + 7 * len(ours.model.model.layers)
+    assert len(counted) == 7 * sum(p.numel() >= 4096 for p in ours.model.parameters())
+    assert losses(ours) == pytest.approx(losses(plain), rel=0.02)
+    assert norms(ours) == pytest.approx(norms(plain), rel=0.1)
 
 
 class Watch(TrainerCallback):
