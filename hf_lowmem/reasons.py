@@ -21,7 +21,11 @@ NO_CHECKPOINT = (
 # Of step in backward.
 CLIPPING = "the global norm needs every gradient before the first update"
 NO_CLIPPING = "apollo, apollo_mini and fira limit the growth of each update by themselves"
-
+# Of sums of gradients in int8.
+SUMS_SHARDED = (
+    "gradients are reduced in the last backward pass of a window alone, and those of all weights are whole until then, "
+    "so that none would be freed before. Leave it unset; galore and natural_galore take an accumulation there"
+)
 
 # Of the option `cautious` under ZeRO.
 CAUTIOUS_FLAT = (

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = [
+    "ACCUMULATIONS",
     "EMBEDDING_RULES",
     "INPUT_TIERS",
     "LABELS",
@@ -43,6 +44,7 @@ __all__ = [
 
 WEIGHT_STORES = ("keep", "bf16_sr", "bf16_ecc")
 STORES_AT_REST = ("int8_sr",)  # of a model, whose layers decode them; no kernel of a step knows such weights
+ACCUMULATIONS = ("int8_sr",)  # how gradients are added up that step in backward frees
 PROJECTIONS = ("svd", "subspace", "random")
 # Rules that embedding and output head may take beside another for linear weights.
 EMBEDDING_RULES = ("adam", "scale", "adam_mini")

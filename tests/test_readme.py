@@ -39,7 +39,7 @@ TABLES = {
     "hf_lowmem/planner/README.md": ["plan_vs_cpu", "plan_table", "plan_fields", "budget"],
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
     "hf_lowmem/training/README.md": ["presets", "wire"],
-    "scripts/bench/README.md": ["demo", "embeddings"],
+    "scripts/bench/README.md": ["demo", "embeddings", "accumulation", "accumulation_loss"],
 }  # fmt: skip
 
 

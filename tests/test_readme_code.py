@@ -52,6 +52,7 @@ COMMANDS = {
     "hf-lowmem plan --model": "runs, slow: test_a_plan_is_made",
     "hf-lowmem sft": TRAINS,
     "python scripts/bench/_readme.py": "tests/test_readme.py",
+    "python scripts/bench/accumulation.py": MINUTES + "tests/bench/test_accumulation.py",
     "python scripts/bench/activations.py": MINUTES + "tests/bench/test_activations.py",
     "python scripts/bench/budget.py": MINUTES + "its --toy; the search in tests/planner/test_search.py",
     "python scripts/bench/codecs.py": MINUTES + "its own flags; what it measures in tests/codecs/test_update_error.py",

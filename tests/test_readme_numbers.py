@@ -233,6 +233,8 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "differ by 2^-20": SETTING,
         "Llama-3-8B's 291 parameters made tiny": SETTING,
         "for 250 steps": SETTING,
+        "The first 150 steps": SETTING,
+        "weights differ by 2^-20": SETTING,
     },
 }
 

@@ -23,12 +23,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem.distributed import Shards, is_sharded, local
+from hf_lowmem.optim import accumulator
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.chunked import unit_of
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.method import METHODS
 from hf_lowmem.optim.row_steps import RowStep, whole_only
-from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.state import WINDOW, Group
+from hf_lowmem.reasons import SUMS_SHARDED
+from hf_lowmem.specs import ACCUMULATIONS, check_choice
 
 MOST_NORMS = 4096  # kept one by one; no model has so many parameters
 SECOND_GRADIENT = (
@@ -57,17 +60,35 @@ class StepInBackward:
             a method that works on a projection of the gradient (`ACCUMULATES`) adds up the projections, which is
             exact because a projection is linear; its other parameters keep their gradients until then. A new basis is
             taken from the first gradient of a window instead of from their sum, which is not there.
+        accumulation: "int8_sr" adds up in int8 what the method cannot add up by itself, which is everything but the
+            projections; see hf_lowmem/optim/accumulator.py for the error. Parameters of fewer than 4,096 values keep
+            their gradients. `step()` applies whatever was added up, also of parameters that the last pass has not
+            reached, and `zero_grad()` drops it.
 
     Raises:
         TypeError: for an optimizer of somebody else.
-        ValueError: for `ready` with a method that needs whole gradients; for an optimizer that is attached already.
+        ValueError: for `ready` with a method that needs whole gradients, and no `accumulation`; for `accumulation`
+            without `ready`, or of parameters that FSDP2 has cut; for an optimizer that is attached already.
     """
 
-    def __init__(self, optimizer: LowMemOptimizer, *, ready: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: LowMemOptimizer,
+        *,
+        ready: Callable[[], bool] | None = None,
+        accumulation: str | None = None,
+    ) -> None:
         _check_ours(optimizer)
-        if ready is not None and not optimizer.ACCUMULATES:
-            raise ValueError(accumulation_refused("gradient accumulation", optimizer.name))
-        self.optimizer = optimizer
+        if accumulation is not None:
+            check_choice("accumulation", accumulation, ACCUMULATIONS)
+            if ready is None:
+                raise ValueError(
+                    f"accumulation={accumulation!r} has no effect without `ready`, which says of a backward pass "
+                    "whether it is the last of its window: every pass is. Give both, or neither."
+                )
+        elif ready is not None and not optimizer.ACCUMULATES:
+            raise ValueError(accumulation_refused("gradient accumulation", optimizer.name, "accumulation"))
+        self.optimizer, self.accumulation = optimizer, accumulation
         self.ready = ready or (lambda: True)
         # Norms of the step under way, on their devices, and where the rest of each gradient is: None for whole ones,
         # else any sharded parameter's places.
@@ -92,8 +113,14 @@ class StepInBackward:
                         f"a parameter of shape {tuple(p.shape)} has a hook on its gradient already. Remove it, or the "
                         "StepInBackward that set it, first: its `remove()`, or LowMemPlugin's."
                     )
+                if self.accumulation is not None and is_sharded(p):
+                    self.remove()
+                    raise ValueError(
+                        f"accumulation={self.accumulation!r} cannot be combined with FSDP2: {SUMS_SHARDED}."
+                    )
                 if p.requires_grad:
                     self._hooks.append(p.register_post_accumulate_grad_hook(self._hook(index)))
+        self._hooks.append(optimizer.register_step_pre_hook(self._end_windows))
         self._hooks.append(optimizer.register_step_post_hook(self._close))
 
     def follow(self) -> None:
@@ -122,10 +149,27 @@ class StepInBackward:
             raise RuntimeError(SECOND_GRADIENT.format(shape=tuple(p.shape)))
         group = self.optimizer.param_groups[index]
         if self.ready():
-            self.optimizer.step_param(p, group, norm=self._count(p))
+            self._step(p, group)
+        elif self.optimizer.accumulate_param(p, group, coded=self.accumulation is not None):
             p.grad = None
-        elif self.optimizer.accumulate_param(p, group):
-            p.grad = None
+
+    def _step(self, p: Tensor, group: Group) -> None:
+        if (raw := self.optimizer.state.get(p)) is not None:
+            accumulator.take(p, raw)
+        self.optimizer.step_param(p, group, norm=self._count(p))
+        p.grad = None
+
+    @torch.no_grad()
+    def _end_windows(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Step what has gradients of a window in its state that the last pass has not reached, as a fused expert."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                raw = optimizer.state.get(p)
+                if raw is None or not (WINDOW in raw or accumulator.is_open(raw)):
+                    continue
+                if p.grad is None and WINDOW in raw:
+                    p.grad = torch.zeros_like(p)
+                self._step(p, group)
 
     def _count(self, p: Tensor) -> Tensor:
         """The norm of the gradient that is here, which is kept."""
@@ -153,7 +197,7 @@ class StepInBackward:
 
     def whole_now(self, p: Tensor) -> str | None:
         """The same of the backward pass now running, which may be one of several whose gradients are added up."""
-        if p.grad is not None or not self.ready():
+        if p.grad is not None or not self.ready() or accumulator.is_open(self.optimizer.state.get(p)):
             return "its gradients are accumulated over several backward passes"
         return None
 
@@ -223,11 +267,16 @@ def _remove_all(hooks: list[RemovableHandle]) -> None:
     hooks.clear()
 
 
-def accumulation_refused(setting: str, name: str) -> str:
-    """The reason why a method cannot add up gradients that it frees, with the remedy."""
+def accumulation_refused(setting: str, name: str, field: str | None = None) -> str:
+    """The reason why a method cannot add up gradients that it frees, with the remedy.
+
+    Args:
+        field: by which they can be added up in int8, as the user calls it; None where they cannot.
+    """
     able = [n for n, cls in METHODS.items() if cls.ACCUMULATES]
+    coded = "" if field is None else f"{field}={ACCUMULATIONS[0]!r} to add them up in int8, or "
     return (
         f"{setting} with step in backward: {name!r} needs whole gradients, which are freed in each backward pass. "
-        "Set gradient_accumulation_steps=1 with a larger batch, or choose a method that adds up projections: "
+        f"Set {coded}gradient_accumulation_steps=1 with a larger batch, or choose a method that adds up projections: "
         f"{', '.join(able)}."
     )

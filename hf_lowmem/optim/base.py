@@ -14,6 +14,7 @@ is a flat dict of plain tensors: `{"step": int64, "exp_avg.codes": uint8, "exp_a
     stepping    a step by decoding, `update` and encoding
     chunked     the same of long parameters, a chunk at a time
     row_steps   the same of a matrix whose gradient comes a block of rows at a time
+    accumulator gradients of several backward passes, added up in int8
     fused       kernels that do a whole step
     guard       what is not finite is left out, and counted
     checkpoint  states loaded without torch's casts
@@ -31,6 +32,7 @@ from torch.optim import Optimizer
 
 from hf_lowmem.distributed import is_sharded, local
 from hf_lowmem.kernels import current_impl
+from hf_lowmem.optim import accumulator
 from hf_lowmem.optim.cautious import warn_slower
 from hf_lowmem.optim.checkpoint import load
 from hf_lowmem.optim.fused import is_plain, kernel_runs, step_fused, warn_unfused
@@ -42,7 +44,7 @@ from hf_lowmem.optim.placement import check_flattened, check_placement
 from hf_lowmem.optim.row_steps import RowStep
 from hf_lowmem.optim.sharded import ShardedSlot, agreed
 from hf_lowmem.optim.slot import FLOATS, Slot
-from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.state import WINDOW, Group
 from hf_lowmem.optim.stepping import step_by_loop
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec
 from hf_lowmem.weights import at_rest
@@ -233,15 +235,31 @@ class LowMemOptimizer(Method, Optimizer):
         return RowStep(self, p, slot, with_rate(group), finite, self._skips, self._fuses)
 
     @torch.no_grad()
-    def accumulate_param(self, p: Tensor, group: Group) -> bool:
-        """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead."""
+    def accumulate_param(self, p: Tensor, group: Group, *, coded: bool = False) -> bool:
+        """Take up `p.grad` into the state, ahead of the last gradient of a window. False: keep the gradient instead.
+
+        Args:
+            coded: whether what the method cannot add up by itself is added up in int8: hf_lowmem/optim/accumulator.py.
+        """
         assert p.grad is not None
+        check_dense(self.name, p.grad)
         slot = self._slot(p, group)
-        if not (self.ACCUMULATES and slot.low_rank) or group.get("cautious"):  # which needs the sum itself
+        own = self.ACCUMULATES and slot.low_rank and not group.get("cautious")  # which needs the sum itself
+        if not (own or (coded and accumulator.takes(slot))):
             return False
         slot.open(self.state[p])
-        self.accumulate(local(p.grad).to(torch.float32), slot, group)
+        if own:
+            self.accumulate(local(p.grad).to(torch.float32), slot, group)
+        else:
+            accumulator.add(p.grad, slot)
         return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients as in torch, and sums of gradients that are in the state."""
+        for raw in self.state.values():
+            raw.pop(WINDOW, None)
+            accumulator.drop(raw)
+        super().zero_grad(set_to_none)
 
     def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:
         """The parameters of a group that have values and a gradient, each with its slot, opened for an update."""
@@ -249,11 +267,10 @@ class LowMemOptimizer(Method, Optimizer):
         found: list[tuple[Tensor, Slot]] = []
         for p in params:
             grad = p.grad
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{self.name} needs dense gradients, got {grad.layout}. Use nn.Embedding(sparse=False)."
-                )
+            if accumulator.is_open(self.state.get(p)):
+                raise RuntimeError(accumulator.LEFT)
             if grad is not None and p.numel():
+                check_dense(self.name, grad)
                 slot = self._slot(p, group, options)
                 slot.open(self.state[p])
                 found.append((p, slot))
@@ -331,6 +348,12 @@ class LowMemOptimizer(Method, Optimizer):
                 parameters in another order; and where a state does not fit its parameter.
         """
         load(self, self._slot, self.STRUCTURAL, state_dict, super().load_state_dict)
+
+
+def check_dense(name: str, grad: Tensor) -> None:
+    """Raise for a sparse gradient."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name} needs dense gradients, got {grad.layout}. Use nn.Embedding(sparse=False).")
 
 
 def check_stepped(group: Group) -> None:

@@ -15,9 +15,10 @@ from hf_lowmem.codecs import BlockCodec, StateCodec
 from hf_lowmem.codecs.rows import RowCodec
 from hf_lowmem.distributed import local
 from hf_lowmem.kernels.codecs.blocks import code_bytes
+from hf_lowmem.optim.accumulator import empty, is_open
 from hf_lowmem.optim.chunked import CHUNK
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import CORRECTION, COUNTS, Group, State, encoded_in, number
+from hf_lowmem.optim.state import CORRECTION, COUNTS, WINDOW, Group, State, encoded_in, number
 
 __all__ = ["check_counts", "check_keys", "check_values"]
 
@@ -32,7 +33,8 @@ def check_counts(label: str, raw: dict[str, Any], method: str) -> None:
         ValueError: naming the parameter, the value and the remedy.
     """
     for name in COUNTS:
-        value = raw.get(name, None if name == "step" else 1)
+        # Within a window a state may be older than the first update.
+        value = raw.get(name, None if name == "step" and not _in_window(raw) else 1)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, Tensor) and value.numel() == 1:
             whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -61,11 +63,15 @@ def check_keys(slot: Slot, group: Group, label: str, raw: dict[str, Any], states
         (passing if state.decl.passing else expected).update(state.empty(name, "meta"))
     if slot.store.corrected:
         expected[CORRECTION] = torch.empty(slot.shape, dtype=torch.int8, device="meta")
+    if "step" not in raw:
+        passing, expected = expected | passing, {}
+    if is_open(raw):
+        expected |= _sum_of(slot, label)
     found = {k: v for k, v in raw.items() if k not in COUNTS}
     for key in expected.keys() - found.keys():
         raise ValueError(
             f"the checkpoint's state of {label} has no {key!r}: it would begin at zero under a step count of "
-            f"{number(raw['step'])}. {REMEDY}"
+            f"{number(raw.get('step', 0))}. {REMEDY}"
         )
     expected |= passing
     for key, value in found.items():
@@ -86,6 +92,19 @@ def check_keys(slot: Slot, group: Group, label: str, raw: dict[str, Any], states
                 f"the checkpoint's state of {label} has {key!r} of shape {tuple(value.shape)}, expected "
                 f"{tuple(shape)}. Build the model {AS_SAVED}."
             )
+
+
+def _in_window(raw: Mapping[str, object]) -> bool:
+    return WINDOW in raw or is_open(raw)
+
+
+def _sum_of(slot: Slot, label: str) -> dict[str, Tensor]:
+    if slot.sharded:
+        raise ValueError(
+            f"the checkpoint was saved in the middle of a gradient accumulation: its state of {label} holds a sum in "
+            "int8, which cannot be put into shards. Continue it in one process to the next step, or save after a step."
+        )
+    return empty(slot.values, "meta")
 
 
 def check_values(label: str, raw: dict[str, Any], states: Mapping[str, State]) -> None:

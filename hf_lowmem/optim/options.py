@@ -60,6 +60,12 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
         checks[option](spec.label(option), value)
     defaults = {**cls.DEFAULTS, **roles.DEFAULTS}
     group |= {option: spec.options.get(option, defaults[option]) for option in checks}
+    for option in ("basis", "lazy_overlap"):
+        if group.get(option) is not None and group["projection"] == "random":
+            raise ValueError(
+                f"{spec.label('options')}: {option}={group[option]!r} has no effect with "
+                f"{spec.label('projection')}='random', which stores no basis. Leave it unset, or choose 'subspace'."
+            )
     state = names[0] if names[0] == names[1] else ",".join(names)
     return group | {"state": state} | {k: getattr(spec, k) for k in ("weight_decay", "weights", "seed")}
 

@@ -24,6 +24,7 @@ from hf_lowmem.optim.names import stream_name
 from hf_lowmem.optim.state import (
     CORRECTION,
     COUNT_BYTES,
+    OVERLAP,
     Counted,
     Group,
     Reach,
@@ -69,7 +70,7 @@ class Slot:
         values: how many of the parameter's are on this process.
         states: those that the parameter has, as they lie on this process.
         whole: the same as one process would keep them all.
-        coded: whether any of them is stored in fewer bits than fp32.
+        coded: whether any of them that is an average is stored in fewer bits than fp32.
         low_rank: whether the low-rank rule applies.
         elementwise: whether the update of a value sees that value alone.
         fusable: whether the kernels of optim/fused.py know such weights and states.
@@ -103,17 +104,18 @@ class Slot:
         groups: Sequence[Group] = (),
     ) -> None:
         self.shape, self.device, self.values = p.shape, p.device, local(p).numel()
-        self.codecs = codec_pair(group["state"] if p.numel() >= SMALLEST_COMPRESSED else "fp32")
+        small = p.numel() < SMALLEST_COMPRESSED
+        self.codecs = codec_pair("fp32" if small else group["state"])
         self.low_rank = is_low_rank(p.shape, group.get("rank"))
         self.reach, self.rule = reach, rule
         self.elementwise = reach == "value"
         self.rest = at_rest(p)
         self.store = store_for(group["weights"], p.dtype, resting=self.rest is not None)
         self.syncs = reads_are_free(p.device)
-        self.whole = whole_layout(decls, self.codecs, p.shape, group)
+        self.whole = whole_layout(decls, self.codecs, p.shape, group, small=small)
         self.states = self._states(p, group)
         self.codec_names = tuple(state.codec.name for state in self.states.values())
-        self.coded = any(name != "fp32" for name in self.codec_names)
+        self.coded = any(s.codec.name != "fp32" for s in self.states.values() if s.decl.average)
         self.fusable = (
             not (self.low_rank or self.sharded or self.rest)
             and p.dtype in FLOATS
@@ -159,7 +161,8 @@ class Slot:
     def nbytes(self) -> int:
         """Bytes of the tensors that the state takes on this process; nothing is allocated."""
         states = sum(state.nbytes() for state in self.states.values() if not state.decl.passing)
-        return states + self.store.nbytes(self.values) + COUNT_BYTES * (1 + self.draws + self.sharded)
+        counts = 1 + self.draws + self.sharded + 2 * (OVERLAP in self.states)
+        return states + self.store.nbytes(self.values) + COUNT_BYTES * counts
 
     @property
     def step(self) -> int:

@@ -34,8 +34,15 @@ CORRECTION = "correction"
 # In the state of a sharded parameter: its tensors are laid out by rows; see hf_lowmem/optim/sharded.py.
 BY_ROWS = "by_rows"
 
+# How many gradients the sum in int8 has that a state holds within a window; see hf_lowmem/optim/accumulator.py.
+ADDED = "added"
+
+# Of a basis that is refreshed the less often the less it moves; see hf_lowmem/optim/lowrank/projector.py. How much of
+# the last one it was made from is in a basis, the update at which the next is due, and its interval in `update_gap`s.
+OVERLAP, DUE, STRETCH = "overlap", "due", "stretch"
+
 # The whole numbers of a state.
-COUNTS = ("step", "key", BY_ROWS)
+COUNTS = ("step", "key", BY_ROWS, ADDED, DUE, STRETCH)
 COUNT_BYTES = 8
 
 
@@ -125,6 +132,7 @@ class StateDecl(NamedTuple):
         average: it moves a little in each step, so its codes are rounded at random; else it is written once, or carried
             along, and rounded to the nearest.
         passing: it is there only between the backward passes of one accumulation window.
+        option: of the group, which may name another codec for this state alone.
     """
 
     signed: bool
@@ -133,6 +141,7 @@ class StateDecl(NamedTuple):
     rows: Callable[[Shape, Group], int | None] | None = first_dimension
     average: bool = True
     passing: bool = False
+    option: str | None = None
 
 
 class State(NamedTuple):
@@ -160,14 +169,21 @@ class State(NamedTuple):
 
 
 def whole_layout(
-    decls: Mapping[str, StateDecl], codecs: tuple[StateCodec, StateCodec], shape: Shape, group: Group
+    decls: Mapping[str, StateDecl],
+    codecs: tuple[StateCodec, StateCodec],
+    shape: Shape,
+    group: Group,
+    *,
+    small: bool = False,
 ) -> dict[str, State]:
-    """The states of a parameter of `shape` as one process keeps them."""
+    """The states of a parameter of `shape` as one process keeps them; of a `small` one all by `codecs`."""
     found: dict[str, State] = {}
     for name, decl in decls.items():
         own = decl.shape(shape, group)
         if own is not None:
             codec = codecs[0 if decl.signed else 1] if decl.coded else CODECS["fp32"]
+            named_by = group.get(decl.option) if decl.option is not None and not small else None
+            codec = codec if named_by is None else CODECS[named_by]
             found[name] = State(decl, codec, own)
     return found
 

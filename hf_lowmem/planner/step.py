@@ -17,7 +17,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,6 +37,8 @@ from trl.trainer import dpo_trainer
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward
+from hf_lowmem.optim.accumulator import CODES, SCALE
+from hf_lowmem.optim.state import WINDOW
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
 from hf_lowmem.planner.allocations import INSTEAD, CannotSimulate, Live
 from hf_lowmem.planner.four_bit import state_of
@@ -82,6 +84,12 @@ class Measured:
     start: int = 0  # clock at the first step's beginning
     end: int = 0
     shapes: list[Shape] = field(default_factory=list)
+
+
+def sums_of(states: Iterable[Mapping[str, object]]) -> Iterator[torch.Tensor]:
+    """Sums of gradients that optimizer states hold within a window of gradient accumulation."""
+    for raw in states:
+        yield from tensors_in({name: value for name, value in raw.items() if name in (WINDOW, CODES, SCALE)})
 
 
 class Seen:
@@ -190,6 +198,8 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
+            if self.optimizer is not None:
+                measured.gradients |= live.rows_of(sums_of(self.optimizer.state.values()))
             live.phase("clipping")
             return loss
 

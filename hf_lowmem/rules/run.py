@@ -119,6 +119,7 @@ class Run:
         named = {f"lowmem_{name}": getattr(args, f"lowmem_{name}", None) for name in OPTIMIZER_FIELDS}
         in_backward = bool(getattr(args, "lowmem_step_in_backward", False))
         named["lowmem_step_in_backward"] = in_backward or None
+        named["lowmem_accumulation"] = getattr(args, "lowmem_accumulation", None)
         named["lowmem_max_skipped_steps"] = getattr(args, "lowmem_max_skipped_steps", None)
         checkpointing = next(
             (n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None

@@ -5,7 +5,7 @@ from torch import Size
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.backward import accumulation_refused
 from hf_lowmem.optim.resting import SHARDED
-from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, flattened
+from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, SUMS_SHARDED, flattened
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
@@ -41,14 +41,24 @@ def _why_whole(run: Run) -> str:
     if OPTIMIZERS[str(run.optim)].ACCUMULATES:
         return (
             f"{run.say('accumulation')} with step in backward: cautious=True compares an update with whole gradients, "
-            "which are freed in each backward pass. Set gradient_accumulation_steps=1, or leave cautious unset."
+            "which are freed in each backward pass. Set lowmem_accumulation='int8_sr' to add them up in int8, or "
+            "gradient_accumulation_steps=1, or leave cautious unset."
         )
-    return accumulation_refused(run.say("accumulation"), str(run.optim))
+    field = None if run.engine == "fsdp" else "lowmem_accumulation"
+    return accumulation_refused(run.say("accumulation"), str(run.optim), field)
 
 
 def _accumulates_whole(run: Run) -> bool:
     able = run.ours and OPTIMIZERS[str(run.optim)].ACCUMULATES and not _cautious(run)
-    return bool(run.in_backward) and (run.accumulation or 1) > 1 and not able
+    return bool(run.in_backward) and (run.accumulation or 1) > 1 and not (able or _sums(run))
+
+
+def _sums(run: Run) -> bool:
+    return run.ours and (run.fields or {}).get("lowmem_accumulation") is not None
+
+
+def _sum(run: Run) -> str:
+    return f"lowmem_accumulation={(run.fields or {}).get('lowmem_accumulation')!r}"
 
 
 WITHOUT_EFFECT = (
@@ -174,6 +184,30 @@ IN_BACKWARD = (
         ("accumulation", "in_backward"),
         _accumulates_whole,
         _why_whole,
+        "",
+    ),
+    Rule(
+        "sums_in_backward",
+        ("fields", "in_backward", "optim"),
+        lambda run: _sums(run) and not run.in_backward and run.budget is None,
+        lambda run: (
+            f"{_sum(run)} has no effect without lowmem_step_in_backward=True: gradients stay until the step, and are "
+            "added up as they are"
+        ),
+        "Set it, with max_grad_norm=0, or leave lowmem_accumulation unset",
+    ),
+    Rule(
+        "sums_nothing",
+        ("fields", "accumulation", "optim"),
+        lambda run: _sums(run) and run.accumulation == 1 and run.budget is None,
+        lambda run: f"{_sum(run)} has no effect with {run.say('accumulation')}: there is nothing to add up",
+        "Leave it unset, or accumulate over more than one backward pass",
+    ),
+    Rule(
+        "sums_sharded",
+        ("fields", "engine", "optim"),
+        lambda run: _sums(run) and run.engine == "fsdp",
+        lambda run: f"{_sum(run)} cannot be combined with FSDP2: {SUMS_SHARDED}",
         "",
     ),
     Rule(

@@ -23,6 +23,7 @@ from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
 from hf_lowmem.specs import (
+    ACCUMULATIONS,
     EMBEDDING_RULES,
     LABELS,
     OPTIMIZER_FIELDS,
@@ -35,7 +36,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
-from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, settle
+from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle
 from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,6 @@ DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim
 
 # What a section of an accelerate YAML (see section.py) may hold beside the fields of LowMemArguments.
 SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_modules")
-
-
-def own_defaults(option: str) -> str:
-    """The defaults of an option by method, for a help text: "256 (apollo), 1 (apollo_mini)"."""
-    by_value: dict[Any, list[str]] = {}
-    for name in methods_with(option):
-        by_value.setdefault(OPTIMIZERS[name].DEFAULTS[option], []).append(name)
-    return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
 
 
 @dataclass
@@ -161,8 +154,16 @@ class LowMemArguments:
         default=False,
         metadata={
             "help": "Update each weight during backward and free its gradient at once. Needs max_grad_norm=0, one "
-            "process or FSDP2, and no fp16; with gradient accumulation only for galore and natural_galore. Only with "
-            "an optim of hf_lowmem."
+            "process or FSDP2, and no fp16; with gradient accumulation lowmem_accumulation, but for galore and "
+            "natural_galore. Only with an optim of hf_lowmem."
+        },
+    )
+    lowmem_accumulation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How gradients are added up over gradient_accumulation_steps where lowmem_step_in_backward frees "
+            "them: int8_sr (1.03 bytes a parameter, rounded at random; galore and natural_galore still add up their "
+            "projections exactly). Default: not at all. Not under FSDP2. Only with an optim of hf_lowmem."
         },
     )
     lowmem_max_skipped_steps: int | None = field(
@@ -229,6 +230,8 @@ class LowMemArguments:
         check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
         ours = name in OPTIMIZERS
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
+        if self.lowmem_accumulation is not None:
+            check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
         self.lowmem_activation_spec()
         if self.lowmem_budget is not None:
             parse_bytes("lowmem_budget", self.lowmem_budget)

@@ -161,6 +161,7 @@ class LowMemTrainerMixin(RestingWeights):
         """Leave the model as it was before this training, whatever has ended it."""
         if self.stepping is not None:
             self.stepping.remove()
+            self.stepping.optimizer.zero_grad()  # of a window that an exception has cut off
         if self._tiers is not None:
             self._tiers.take_off()
             self._tiers = None
@@ -199,7 +200,9 @@ class LowMemTrainerMixin(RestingWeights):
             self.stepping.remove()
             self.stepping = None
         if self.args.lowmem_step_in_backward:
-            self.stepping = StepInBackward(optimizer, ready=self._window_ends if optimizer.ACCUMULATES else None)
+            sums = self.args.lowmem_accumulation
+            ready = self._window_ends if optimizer.ACCUMULATES or sums is not None else None
+            self.stepping = StepInBackward(optimizer, ready=ready, accumulation=sums)
         self.optimizer, self._made = optimizer, True
         return optimizer
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import OPTIMIZERS, methods_with
 
-__all__ = ["ADAM_DEFAULTS", "assigned", "open_fields", "settle"]
+__all__ = ["ADAM_DEFAULTS", "assigned", "open_fields", "own_defaults", "settle"]
 
 ADAM_DEFAULTS: dict[str, float] = {
     f: TrainingArguments.__dataclass_fields__[f].default for f in ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -70,3 +70,11 @@ def open_fields(args: Any) -> frozenset[str]:
         for f in fields(args)
         if getattr(args, f.name, MISSING) == (f.default if f.default_factory is MISSING else f.default_factory())
     )
+
+
+def own_defaults(option: str) -> str:
+    """The defaults of an option by method, for a help text: "256 (apollo), 1 (apollo_mini)"."""
+    by_value: dict[Any, list[str]] = {}
+    for name in methods_with(option):
+        by_value.setdefault(OPTIMIZERS[name].DEFAULTS[option], []).append(name)
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())

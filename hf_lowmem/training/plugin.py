@@ -205,8 +205,10 @@ class LowMemPlugin(LowMemArguments):
                 accelerator.register_load_state_pre_hook(lambda models, folder: expect_scales(model, folder)),
             ]
         if self.lowmem_step_in_backward:
-            ready = (lambda: accelerator.sync_gradients) if OPTIMIZERS[self.optim].ACCUMULATES else None
-            self.stepping = StepInBackward(used, ready=ready)  # type: ignore[arg-type]
+            sums = self.lowmem_accumulation
+            adds = OPTIMIZERS[self.optim].ACCUMULATES or sums is not None
+            ready = (lambda: accelerator.sync_gradients) if adds else None
+            self.stepping = StepInBackward(used, ready=ready, accumulation=sums)  # type: ignore[arg-type]
             self._put_on.append(self.stepping)
             accelerator.clip_grad_norm_ = accelerator.clip_grad_value_ = _no_clipping
             self._undo_clipping = lambda: [vars(accelerator).pop(f"clip_grad_{n}_", None) for n in ("norm", "value")]

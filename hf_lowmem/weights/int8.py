@@ -56,7 +56,14 @@ def scale_of(largest: Tensor) -> Tensor:
 
 
 def encode_(
-    values: Tensor, codes: Tensor, scale: Tensor, *, group: int, seed: int | None = None, first: int = 0
+    values: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    group: int,
+    seed: int | None = None,
+    first: int = 0,
+    bottom: int = BOTTOM,
 ) -> None:
     """Write fp32 values over codes and scales, all of them flat.
 
@@ -68,11 +75,12 @@ def encode_(
     Args:
         seed: of the random numbers; None rounds to the nearest, as a weight is that is encoded for the first time.
         first: place in the whole parameter of the first value, which decides what it draws.
+        bottom: the least that a group's largest code may be before its scale is derived anew.
     """
     for start, stop in spans(values.numel(), group, values.device):
         part, s = values[start:stop].view(-1, group), scale[start // group : stop // group]
         largest = torch.maximum(part.amax(1), part.amin(1).neg_())
-        stays = ((largest <= s * TOP) & (largest >= s * BOTTOM)) | (largest == 0)
+        stays = ((largest <= s * TOP) & (largest >= s * bottom)) | (largest == 0)
         s.copy_(torch.where(stays, s, scale_of(largest)))
         scaled = part / s[:, None]
         if seed is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import accumulation as sums
 import embeddings as embedding_rules
 import plan_table as plans
 import wire as sent
@@ -240,6 +241,16 @@ def embeddings() -> list[str]:
     return embedding_rules.table(records("embeddings.jsonl"))
 
 
+def accumulation() -> list[str]:
+    """Error of gradients that are added up in int8, by the number of micro-batches."""
+    return sums.error_table(records("accumulation.jsonl"))
+
+
+def accumulation_loss() -> list[str]:
+    """Loss of runs that train on them, beside sums in fp32."""
+    return sums.loss_table(records("accumulation.jsonl"))
+
+
 def targets() -> list[str]:
     """How many kernels compile for each GPU target, and how many of them spill registers."""
     rows = records("kernels_targets.jsonl")
@@ -267,6 +278,8 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "preference_time": preference_time,
     "wire": wire,
     "embeddings": embeddings,
+    "accumulation": accumulation,
+    "accumulation_loss": accumulation_loss,
     "targets": targets,
 }
 

@@ -92,6 +92,7 @@ BOTH: dict[str, list[Any]] = {
     "lowmem_rotate": [True],
     "lowmem_embeddings": ["scale", "adam_mini"],
     "lowmem_step_in_backward": [True],
+    "lowmem_accumulation": ["int8_sr"],
 }
 DPO: dict[str, list[Any]] = {
     "loss_type": ["hinge", "ipo", "exo_pair", "robust", "aot", "sft", "orpo", "simpo", "cpo", ["asft", "sigmoid"]],
@@ -137,6 +138,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lowmem_rotate": {"optim": "galore", "lowmem_rank": 8},
     "lowmem_embeddings": {"optim": "apollo_mini"},
     "lowmem_step_in_backward": {"optim": "apollo_mini", "max_grad_norm": 0.0},
+    "lowmem_accumulation": {
+        "optim": "lion",
+        "lowmem_step_in_backward": True,
+        "max_grad_norm": 0.0,
+        "gradient_accumulation_steps": 3,
+    },
     "loss_weights": {"loss_type": ["sigmoid"]},
     "asft_lambda": {"loss_type": "asft"},
     "orpo_lambda": {"loss_type": "orpo"},
@@ -352,6 +359,25 @@ def test_a_search_under_packing_knows_the_square() -> None:
             assert estimate == pytest.approx(asked.really(choice, 128), rel=0.01)
             return
     raise AssertionError("no candidate of four rows")
+
+
+@pytest.mark.slow
+def test_a_search_knows_what_gradients_take_that_are_added_up_in_int8() -> None:
+    """A budget with `lowmem_accumulation` is asked of what steps in backward and accumulates, and estimated as such."""
+    values: dict[str, Any] = {"optim": "scale", "lowmem_state": "8bit", "lowmem_weights": "bf16_sr", "max_length": 64}
+    args = arguments(
+        **values,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        lowmem_activations="fp8",
+        lowmem_accumulation="int8_sr",
+        lowmem_budget="1GiB",
+    )
+    asked = prepare(small_config(num_hidden_layers=5), args, dtype="bfloat16", device="cpu")
+    (choice,) = asked.found
+    assert choice.step_in_backward
+    assert asked.estimate(choice, 64) == pytest.approx(asked.really(choice, 64), rel=0.01)
 
 
 @pytest.mark.parametrize("optim", ["apollo", "galore", "fira", "natural_galore"])

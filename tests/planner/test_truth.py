@@ -31,6 +31,20 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "bfloat16",
         {"optim": "apollo", "lowmem_rank": 16, "lowmem_step_in_backward": True, "max_grad_norm": 0},
     ),
+    "gradients added up in int8": (
+        "bfloat16",
+        {
+            "optim": "scale",
+            "gradient_accumulation_steps": 3,
+            "lowmem_accumulation": "int8_sr",
+            "lowmem_step_in_backward": True,
+            "max_grad_norm": 0,
+        },
+    ),
+    "a basis in int4, refreshed by its overlap": (
+        "bfloat16",
+        {"optim": "galore", "lowmem_rank": 64, "lowmem_state": "8bit", "optim_args": "basis=int4,lazy_overlap=0.9"},
+    ),
     "weights at rest in int8": (
         "bfloat16",
         {"optim": "adamw", "lowmem_weights": "int8_sr", "lowmem_step_in_backward": True, "max_grad_norm": 0},

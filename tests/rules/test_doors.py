@@ -22,6 +22,7 @@ class Row(NamedTuple):
 ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
 FP8 = {"tiers": "fp8"}
+SUMS = {"lowmem_accumulation": "int8_sr"}
 ZERO2 = {"zero_optimization": {"stage": 2}}
 ROWS = {
     "fields_of_ours": Row({"optim": "sgd", "fields": {"lowmem_rank": 4}}, "has no effect with"),
@@ -67,6 +68,11 @@ ROWS = {
     "in_backward_processes": Row(STEPPING | {"engine": "ddp", "processes": 2}, "DDP averages"),
     "in_backward_n_gpu": Row(STEPPING | {"n_gpu": 2}, "DataParallel adds up"),
     "in_backward_accumulation": Row(STEPPING | {"accumulation": 4}, "with step in backward: 'adamw' needs"),
+    "sums_in_backward": Row(ADAMW | {"fields": SUMS, "in_backward": False}, "has no effect without"),
+    "sums_nothing": Row(STEPPING | {"fields": SUMS, "accumulation": 1}, "there is nothing to add up"),
+    "sums_sharded": Row(
+        STEPPING | {"fields": SUMS, "accumulation": 2, "engine": "fsdp", "fsdp_version": 2}, "gradients are reduced"
+    ),
     "in_backward_clips": Row(STEPPING, "which clips gradients"),
     "rest_in_backward": Row(
         ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"
@@ -96,7 +102,7 @@ BLIND = {
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("in_backward", "rest", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith(("in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",

@@ -47,6 +47,12 @@ def stored_basis(shape: Shape, group: Group) -> Shape | None:
     return basis_shape(shape, group["rank"]) if stored else None
 
 
+def lazy_shape(shape: Shape, group: Group) -> Shape | None:
+    """Shape of the one number of a matrix whose basis is refreshed by how much it moves."""
+    lazy = group.get("lazy_overlap") is not None and len(shape) == 2 and stored_basis(shape, group) is not None
+    return Shape([]) if lazy else None
+
+
 def one_a_matrix(shape: Shape, group: Group) -> Shape | None:
     """Shape of one number for each low-rank matrix."""
     return shape[:-2] if is_low_rank(shape, group["rank"]) else None
@@ -61,6 +67,8 @@ def channels(shape: Shape, group: Group) -> int:
 
 # The memory of the limit on how fast norms may grow.
 PREVIOUS_NORM = StateDecl(signed=False, shape=one_a_matrix, coded=False)
+# How much of a basis was in the one before.
+SHARED = StateDecl(signed=False, shape=lazy_shape, coded=False)
 # The sum of projected gradients.
 SUM = StateDecl(signed=True, shape=low_rank_shape, coded=False, rows=channels, passing=True)
 
@@ -94,7 +102,7 @@ class LowRankOptimizer(LowMemOptimizer):
         "exp_avg": StateDecl(signed=True, shape=first_shape, rows=channels),
         "exp_avg_sq": StateDecl(signed=False, shape=second_shape, rows=channels),
         "row_sq": OTHERS["row_sq"],
-        "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False),
+        "basis": StateDecl(signed=True, shape=stored_basis, rows=None, average=False, option="basis"),
     }
     FACTS = ("role",)
     CHECKS = {"cautious": check_flag}

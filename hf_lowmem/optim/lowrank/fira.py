@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, LowRankOptimizer
+from hf_lowmem.optim.lowrank.family import PREVIOUS_NORM, SHARED, LowRankOptimizer
 from hf_lowmem.optim.lowrank.galore import GaLore
 from hf_lowmem.optim.lowrank.pipeline import growth_of_
 from hf_lowmem.optim.lowrank.projector import Projector
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.state import OVERLAP, Group
 from hf_lowmem.specs import check_flag
 
 
@@ -63,18 +63,21 @@ class Fira(LowRankOptimizer):
     State: GaLore's 2 * r * max(m, n) + r * min(m, n) values a matrix, in the codec, and 4 bytes.
 
     Options: rank 128, update_gap 200, scale 0.25 (the authors' alpha), eps 1e-6, betas (0.9, 0.999), `projection`,
-    `rotate`: as in GaLore. `authors_residual=True` subtracts only `scale` times the projection, as the authors' code
-    does, so that with scale < 1 a part of the projection is counted twice; the paper, and our default, subtract all.
+    `rotate`, `basis`, `lazy_overlap`: as in GaLore. `authors_residual=True` subtracts only `scale` times the
+    projection, as the authors' code does, so that with scale < 1 a part of the projection is counted twice; the paper,
+    and our default, subtract all.
 
     Recommended: for pre-training the authors' lr 0.01 with scale 0.25 and rank a quarter of the hidden size. For
-    fine-tuning the authors take lr 1e-4 with scale 1. Not for you when gradients are accumulated in backward (the
-    residual needs the whole gradient; take `galore`), or when the basis is too much: `apollo` stores none.
+    fine-tuning the authors take lr 1e-4 with scale 1. Not for you when gradients are accumulated in backward and
+    their sum must be exact (the residual needs the whole gradient; take `galore`), or when the basis is too much:
+    `apollo` stores none.
     """
 
     name = "fira"
-    STATES = {**LowRankOptimizer.STATES, "prev_norm": PREVIOUS_NORM}
+    STATES = {**LowRankOptimizer.STATES, "prev_norm": PREVIOUS_NORM, OVERLAP: SHARED}
     DEFAULTS: ClassVar[dict[str, Any]] = {**GaLore.DEFAULTS, "authors_residual": False}
     CHECKS = {**GaLore.CHECKS, "authors_residual": check_flag}
+    STRUCTURAL = GaLore.STRUCTURAL
 
     def full_update(
         self,

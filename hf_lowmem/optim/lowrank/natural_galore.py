@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.distributed import WHOLE, Whole
-from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.lowrank.family import channels, low_rank_shape
 from hf_lowmem.optim.lowrank.galore import GaLore
@@ -111,7 +110,7 @@ class NaturalGaLore(GaLore):
         "damping": check_damping,
         "history": functools.partial(check_integer, low=1),
     }
-    STRUCTURAL = (*LowMemOptimizer.STRUCTURAL, "history")
+    STRUCTURAL = (*GaLore.STRUCTURAL, "history")
 
     def precondition(self, projected: Tensor, slot: Slot, group: Group) -> Tensor:
         newest = (slot.step - 1) % group["history"]

@@ -18,6 +18,18 @@ A basis is made where step % update_gap == 0. Two things keep it from being made
 all zero (an expert that saw no token, a LoRA's A while B is zero) or not finite keeps the basis it has, and one that
 has none yet gets it at step 1, 2, 4, 8, ... (also after the first gap, if need be). Both are selections on the device,
 so no step waits for it.
+
+**Lazy refresh** (the idea of Q-GaLore, arXiv 2407.08296). With `lazy_overlap` a weight has an interval of its own:
+
+```python
+overlap = norm(P_old.T @ P_new)**2 / r                   # 1: the subspace has not moved; 0: nothing of it is left
+interval = min(2 * interval, 8 * update_gap) if overlap >= lazy_overlap else update_gap
+```
+It is the overlap of a refresh that decides at the *next* one, when it has long been computed: no step waits for it.
+The paper's code compares the leading singular vectors alone, whose sign is arbitrary and not taken out, and once above
+its threshold doubles at every later refresh. An overlap of subspaces has neither fault, and costs nothing here. What to
+compare it with depends on the projection: of a gradient that is mere noise, (m, n) with m >= n, `svd` keeps r / n, and
+`subspace`, which starts from the last basis, m / (m + n).
 """
 
 import math
@@ -31,8 +43,19 @@ from hf_lowmem.kernels.apollo.reference import channel_dim, channel_scale
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
 from hf_lowmem.optim.linalg import linalg
 from hf_lowmem.optim.slot import Slot
-from hf_lowmem.optim.state import Group, Shape, stream_key
+from hf_lowmem.optim.state import (
+    DUE,
+    OVERLAP,
+    STRETCH,
+    Group,
+    Shape,
+    count,
+    in_dispatch_mode,
+    number,
+    stream_key,
+)
 
+LONGEST = 8  # update_gaps between two lazy refreshes
 COLD_STEPS = 4  # power steps from a Gaussian start; later refreshes start from the last basis and take one
 
 
@@ -109,6 +132,7 @@ class Projector:
         self.slot = slot
         self.rank: int = group["rank"]
         self.update_gap: int = group["update_gap"]
+        self.lazy_overlap: float = group.get("lazy_overlap") or 1.0
         self.step = step
         self.projects_back = projects_back
         self.shards = slot.shards
@@ -165,8 +189,24 @@ class StoredProjector(Projector):
     def load_basis(self, grad: Tensor) -> Tensor:
         return self.slot.load("basis")
 
+    def _is_due(self) -> bool:
+        """Whether a basis is due at this step; where its intervals are its own, that is noted in the state."""
+        if OVERLAP not in self.slot.states:
+            return self.step % self.update_gap == 0
+        raw = self.slot.raw
+        due, stretch = (number(raw[name]) if name in raw else first for name, first in ((DUE, 0), (STRETCH, 1)))
+        if self.step < due:
+            return False
+        is_due = (self.step - due) % (self.update_gap * stretch) == 0  # not where an update was left out at `due`
+        if is_due:
+            overlap = self.slot.load(OVERLAP)
+            kept = not in_dispatch_mode() and overlap.item() >= self.lazy_overlap  # a simulated one is no number
+            stretch = min(2 * stretch, LONGEST) if kept else 1
+            raw[DUE], raw[STRETCH] = count(self.step + self.update_gap * stretch), count(stretch)
+        return is_due
+
     def refresh_(self, grad: Tensor) -> Tensor | None:
-        due = self.step % self.update_gap == 0
+        due = self._is_due()
         if not due and self.step & (self.step - 1):
             return None
         old = self.basis
@@ -181,7 +221,11 @@ class StoredProjector(Projector):
         rotation = None
         if due:
             same = torch.eye(self.rank, dtype=torch.float32, device=grad.device)
-            rotation = torch.where(renewed & ~missing, old.mT @ new, same)
+            turned = renewed & ~missing
+            rotation = torch.where(turned, old.mT @ new, same)
+            if OVERLAP in self.slot.states:
+                overlap = torch.where(turned, rotation, 0.0).square().sum() / self.rank
+                self.slot.save(OVERLAP, overlap)
         self.slot.save("basis", new)
         self.basis = self.load_basis(grad)  # what the codec made of it, as every later step will see it
         return rotation

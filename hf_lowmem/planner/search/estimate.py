@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import OPTIMIZERS, accumulator
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
 from hf_lowmem.planner.methods import Method
 from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
@@ -83,11 +83,13 @@ Values = NDArray[np.float64]  # (len(ENDS), len(PARTS) + 1) bytes
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Bytes of trained parameters' gradients: of all, of the largest, of the largest in a layer."""
+    """Bytes of trained parameters' gradients: of all, of the largest, of the largest in a layer, of all as sums in
+    int8."""
 
     whole: int
     largest: int
     in_layer: int
+    summed: int
 
 
 @dataclass
@@ -123,7 +125,11 @@ class Estimator:
             self.meta = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
         self.tied = bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
         nothing = dict.fromkeys(
-            (*(f"lowmem_{name}" for name in OPTIMIZER_FIELDS), "optim_args", "optim_target_modules")
+            (
+                *(f"lowmem_{name}" for name in (*OPTIMIZER_FIELDS, "accumulation")),
+                "optim_args",
+                "optim_target_modules",
+            )
         )
         self.bare = self.args.lowmem_replace(optim=NO_STATES, lowmem_step_in_backward=False, **nothing)
 
@@ -197,7 +203,11 @@ class Estimator:
 
     def _own_update(self, choice: Choice) -> Update | None:
         args = self.args.lowmem_replace(
-            optim=choice.optim, lowmem_state=choice.state, lowmem_weights=choice.weights, lowmem_step_in_backward=False
+            optim=choice.optim,
+            lowmem_state=choice.state,
+            lowmem_weights=choice.weights,
+            lowmem_step_in_backward=False,
+            lowmem_accumulation=None,
         )
         spec = args.lowmem_optim_spec()
         with _as_simulated(self.accelerator):
@@ -262,6 +272,7 @@ class Estimator:
             whole=sum(s.nbytes for s in trained),
             largest=max((s.nbytes for s in trained), default=0),
             in_layer=max((s.nbytes for s in trained if s.layer is not None), default=0),
+            summed=sum(accumulator.nbytes(s.numel) or s.nbytes for s in trained),
         )
 
     def _gradients_at(self, end: End, choice: Choice, simulated: float) -> float:
@@ -273,12 +284,17 @@ class Estimator:
         parameters from the passes before, and in backward what is on its way beside.
         """
         sizes, (phase, where) = self.gradients, end
+        summed = self._summed(choice)
         passing = {"before": simulated, "after": sizes.largest}.get(where, sizes.in_layer)
         if choice.step_in_backward and phase == "backward" and where != "before":
-            return passing + (sizes.largest if self.tied and where != "after" else 0)
+            return summed + passing + (sizes.largest if self.tied and where != "after" else 0)
         if choice.accumulation > 1:
-            return sizes.whole + (passing if phase == "backward" else 0)
+            return (summed or sizes.whole) + (passing if phase == "backward" else 0)
         return simulated
+
+    def _summed(self, choice: Choice) -> int:
+        """Bytes of the gradients that step in backward has added up in int8 in the passes before."""
+        return self.gradients.summed if choice.accumulation > 1 and self.args.lowmem_accumulation is not None else 0
 
     def _by_rows(self, choice: Choice, update: Update) -> bool:
         """Whether the output head's gradient does not exist whole."""
@@ -299,7 +315,8 @@ class Estimator:
         if choice.step_in_backward:  # of the head, when all is still kept; of the embedding, when nothing is
             late = self.tied or self._by_rows(choice, update)
             values = (made[-1] if late else next(m for m in made if m.phase == KEPT)).values.copy()
-            values[GRADIENTS], values[TEMPORARIES] = self.gradients.largest, values[TEMPORARIES] + update.temporaries
+            values[GRADIENTS] = self.gradients.largest + (0 if late else self._summed(choice))
+            values[TEMPORARIES] += update.temporaries
             made.append(Moment(len(made), "backward", None, "", False, values))
         else:
             values = made[0].values.copy()
