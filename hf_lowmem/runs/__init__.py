@@ -9,6 +9,7 @@
     compare     several runs beside each other: a table
     plot        the same as a picture
     callback    what a run keeps in memory, counted while it trains
+    said        what a run prints at its start and its end
     skips       updates that were left out: in the log, in warnings, and the end of the run
     model_card  the card that a trainer writes
 

@@ -1,5 +1,6 @@
 """Losses, speed and memory of a run, from the rows that a trainer has logged."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ SKIPPED = "lowmem/skipped"
 # Points of a loss curve that a report keeps: enough for a picture, and a file of tens of kilobytes after any number of
 # steps. trainer_state.json has them all.
 POINTS = 500
+_IN_GIB = re.compile(r"lowmem/(\w+)_gib")
 
 
 def speed_of(rows: list[dict[str, Any]], tokens: float = 0) -> dict[str, Any]:
@@ -64,8 +66,11 @@ def facts_of_state(state: Any, folder: Path, manifest: dict[str, Any]) -> dict[s
     rows = state["log_history"]
     memory: dict[str, Any] = {}
     for row in rows:
-        kept = {name: v for name, v in row.items() if name.startswith("lowmem/") and name != SKIPPED}
-        memory |= {name.removeprefix("lowmem/"): v for name, v in kept.items()}
+        for key, size in row.items():
+            if (found := _IN_GIB.fullmatch(key)) is not None and isinstance(size, int | float):
+                memory[found[1]] = round(size * 2**30)
+            elif key.startswith("lowmem/") and key != SKIPPED:  # an older version's, in bytes
+                memory[key.removeprefix("lowmem/")] = size
     for kind, source in (("cuda", "cuda allocator"), ("rss", "process RSS, sampled")):
         if f"peak_{kind}" in memory:
             peak, added = memory.pop(f"peak_{kind}"), memory.pop(f"peak_{kind}_added")

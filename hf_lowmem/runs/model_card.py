@@ -52,7 +52,7 @@ class _Automatic(MemoryReportCallback):
     tells = False
 
     def __init__(self) -> None:
-        super().__init__(verbose=False, trim=False)
+        super().__init__(trim=False)
 
 
 def write_card(trainer: Any, parents: Callable[..., None], *args: Any, **kwargs: Any) -> None:

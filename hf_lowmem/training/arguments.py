@@ -310,6 +310,8 @@ class LowMemArguments:
         if self.gradient_checkpointing is None:
             default = inherited_default(type(self), "gradient_checkpointing")
             self.gradient_checkpointing = default if self.lowmem_activations is None else False
+            if getattr(self, "activation_checkpointing", False) is None:  # its newer name, of which nobody is warned
+                self.activation_checkpointing = self.gradient_checkpointing
 
     def lowmem_activation_spec(self) -> ActivationSpec | None:
         """The activation tiers that these arguments ask for; None for none."""
