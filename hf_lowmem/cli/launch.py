@@ -7,10 +7,12 @@ every option is accepted. No launcher is rewritten: each process runs `hf_lowmem
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_lowmem import rules
 from hf_lowmem.rules import deepspeed
@@ -100,7 +102,7 @@ def through_worker(options: argparse.Namespace, kind: str) -> None:
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """`accelerate launch ARGUMENTS`, where `--config_file` may hold our section.
+    """`accelerate launch ARGUMENTS`, where `--config_file` may hold our section; the exit status.
 
     Raises:
         SystemExit: from accelerate's parser, or with the status of a run that failed.
@@ -110,11 +112,14 @@ def launch(arguments: Sequence[str]) -> int:
 
     parser = launch_command_parser()
     parser.prog = "hf-lowmem launch"
+    parser.error = _stop  # in place of a usage of a hundred lines
     options: argparse.Namespace = parser.parse_args(list(arguments))
     file = options.config_file
     if file is None and not options.cpu and Path(default_config_file).is_file():
         file = default_config_file  # as accelerate does
     try:
+        if not (options.module or options.no_python or Path(options.training_script).is_file()):
+            raise FileNotFoundError(f"{options.training_script}: there is no such script. Give its path, or -m MODULE")
         given, asked, rest = given_options(options), section.from_env(), {}
         if file is None:
             check(section.VARIABLE, asked, given)
@@ -134,5 +139,13 @@ def launch(arguments: Sequence[str]) -> int:
             options.config_file = str(plain)
         if asked:
             os.environ.update(section.to_env(asked))
-        launch_command(options)
+        try:
+            launch_command(options)
+        except subprocess.CalledProcessError as error:  # the script has said itself what was wrong
+            return error.returncode
     return 0
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"hf-lowmem launch: {message.rstrip('.')}. `hf-lowmem launch --help` says more.", file=sys.stderr)
+    sys.exit(2)

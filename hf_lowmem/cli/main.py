@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hf_lowmem import __version__
 from hf_lowmem.cli.screens import EXAMPLES, SCREENS
+from hf_lowmem.cli.wrong import WrongCommand
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,13 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments[:1] if own else arguments)
     try:
         return options.run_command(options, arguments)
-    except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
+    except (ModuleNotFoundError, OSError, WrongCommand) as error:  # what a user can put right: no traceback
         print(f"hf-lowmem {options.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongCommand) else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose error names the command's help in place of printing half of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` says what there is.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-lowmem",
         description="Train HuggingFace models in less memory.",
         epilog="example:\n  hf-lowmem demo --quick\n\n`hf-lowmem COMMAND --help` says more, with an example.",

@@ -54,7 +54,11 @@ def from_spec(
         check_rests(spec, model)
     else:
         check_awake(spec, model)
-        check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
+        trained, adapters = (
+            [p for p in model.parameters() if p.requires_grad],
+            bool(getattr(model, "peft_config", None)),
+        )
+        check_store(spec.label("weights"), spec.weights, trained, adapters=adapters)
     groups = parameter_groups(model, spec, rank=options.get("rank"), facts=cls.facts(options), decay=decay)
     if spec.embeddings not in (None, cls.DEFAULTS.get("embeddings")) and not any(
         group["role"] in ("embedding", "head") for group in groups
