@@ -31,8 +31,7 @@ def assumed(plan: "Plan") -> str:
     rows, tokens, steps = (plan.settings[k] for k in ("sequences", "tokens", "gradient_accumulation_steps"))
     trained, whole = plan.settings["trained"], plan.settings["parameters"]
     said = [
-        f"{rows} {'sequence' if rows == 1 else 'sequences'} of {tokens:,} tokens"
-        + (f" × {steps}" if steps > 1 else ""),
+        f"{rows} sequence{'s'[: rows != 1]} of {tokens:,} tokens" + (f", {steps} times a step" if steps > 1 else ""),
         f"{settings['dtype']} weights",
         "all parameters trained" if trained == whole else f"{trained:,} of {whole:,} parameters trained",
         f"optim={settings['optim']}" + (f" ({settings['implementation']})" if settings["implementation"] else ""),
