@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_lowmem import __version__
-from hf_lowmem.cli.screens import EXAMPLES, SCREENS
+from hf_lowmem.cli.screens import AGAINST, EXAMPLES, SCREENS
 from hf_lowmem.cli.wrong import WrongCommand
 
 
@@ -26,8 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if own and "--help-all" in asked:
         arguments = [arguments[0], "--help"]
-    options = _parser().parse_args(arguments[:1] if own else arguments)
+    flags = {word.split("=")[0] for word in asked}
+    against = arguments[:1] == ["compare"] and "--against" in flags and not {"-h", "--help"} & flags
+    # What follows is the flags of a training.
+    words = [*arguments[:1], "."] if against else arguments[:1] if own else arguments
+    options = _parser().parse_args(words)
     try:
+        if against:
+            from hf_lowmem.cli.against import run
+
+            return run(arguments[1:])
         return options.run_command(options, arguments)
     except (ModuleNotFoundError, OSError, WrongCommand) as error:  # what a user can put right: no traceback
         print(f"hf-lowmem {options.command}: {error}", file=sys.stderr)
@@ -112,11 +120,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Print a table of runs: the settings in which they differ, memory, loss, speed.",
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    compare.add_argument(
+        "--against",
+        choices=["baseline"],
+        help="in place of RUN: run a few steps (--steps, 10) of `hf-lowmem sft` (--method dpo: `hf-lowmem dpo`) with "
+        "the flags that follow, and the same without the fields of hf_lowmem; --output_dir keeps both reports",
+    )
     compare.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and loss into this file, a PNG")
     compare.set_defaults(run_command=_compare)
     for name, command in {"demo": demo, "doctor": doctor, "card": card, "compare": compare}.items():
         command.epilog = f"example: {EXAMPLES[name]}"
+    compare.epilog = f"{compare.epilog}; or: {AGAINST}"
     return parser
 
 

@@ -89,23 +89,27 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**values)
 
     def _without_unset(self, given: list[str]) -> list[str]:
-        """The arguments without flags that unset a field, whose names are kept in `unset`."""
-        kept: list[str] = []
+        """The arguments without flags that unset a field, and without those before that set it; their names in
+        `unset`."""
+        kept: list[tuple[str | None, list[str]]] = []  # a field, or None, and its words
         while given:
             word, *given = given
             flag, equals, value = word.partition("=")
             action = self._option_string_actions.get(flag)
-            if action is None or (not equals and (not given or given[0].startswith("--"))):
-                kept.append(word)
+            if action is None:
+                kept.append((None, [word]))
                 continue
-            value = value if equals else given[0]
-            none = value.lower() == "none" and self.defaults[action.dest] is None and action.dest not in MEANT
-            if value.lower() in UNSET or none:
+            words = [word]
+            while not equals and given and not given[0].startswith("--"):
+                words.append(given.pop(0))
+            value = value if equals else words[1] if len(words) == 2 else None
+            none = value is not None and value.lower() == "none" and self.defaults[action.dest] is None
+            if value is not None and (value.lower() in UNSET or (none and action.dest not in MEANT)):
                 self.unset.add(action.dest)
-                given = given if equals else given[1:]
+                kept = [(field, words) for field, words in kept if field != action.dest]
             else:
-                kept.append(word)
-        return kept
+                kept.append((action.dest, words))
+        return [word for _, words in kept for word in words]
 
     def _unknown(self, rest: list[str]) -> str:
         known = {name: flag for flag in self._option_string_actions if (name := flag.lstrip("-"))}

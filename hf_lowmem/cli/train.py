@@ -5,7 +5,7 @@ or data before training begins, and what hf_lowmem refuses later. Other errors k
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import transformers
 from datasets import load_dataset
 from packaging.version import Version
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 import hf_lowmem
@@ -22,14 +22,17 @@ from hf_lowmem.cli.parsing import Parser
 from hf_lowmem.cli.wrong import WrongCommand
 from hf_lowmem.training.callbacks import LowMemCallback
 
+Given = dict[str, Any]  # keyword arguments of a trainer
+
 
 def train(
-    config_class: Any,
-    trainer_class: Any,
-    first_stage: Any = None,
+    config_class: type,
+    trainer_class: Callable[..., Trainer],
+    first_stage: type | None = None,
     *,
     arguments: Sequence[str] | None = None,
     command: str | None = None,
+    save: bool = True,
 ) -> int:
     """Parse, load, train (from a checkpoint if one is named), report and save; the exit status.
 
@@ -39,12 +42,13 @@ def train(
             model to go on from.
         arguments: of the command line. Default: the process's.
         command: what the usage line calls it. Default: the process's name.
+        save: whether the model is saved, and pushed where that is asked for.
     """
     parser = Parser(tuple(filter(None, (ScriptArguments, config_class, ModelConfig, first_stage))), prog=command)
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         parser.set_defaults(bf16=False)  # TRL's own default, which transformers refuses without a GPU
     try:
-        _train(parser, trainer_class, arguments)
+        _train(parser, trainer_class, arguments, save=save)
     except WrongCommand as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -88,7 +92,9 @@ def _is_ours(error: Exception) -> bool:
     return place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(hf_lowmem.__file__).parent)
 
 
-def _train(parser: Parser, trainer_class: Any, arguments: Sequence[str] | None) -> None:
+def _train(
+    parser: Parser, trainer_class: Callable[..., Trainer], arguments: Sequence[str] | None, *, save: bool
+) -> None:
     script_args, training_args, model_args, *stages = parser.read(arguments)
     with answered_in_words():
         given = _loaded(script_args, training_args, model_args)
@@ -99,14 +105,15 @@ def _train(parser: Parser, trainer_class: Any, arguments: Sequence[str] | None) 
         trainer = _made(trainer_class, given)
     with answered_in_words(begun=True):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    if save:
+        trainer.save_model(training_args.output_dir)
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
 
 
-def _made(trainer_class: Any, given: dict[str, Any]) -> Any:
+def _made(trainer_class: Callable[..., Trainer], given: Given) -> Trainer:
     """The trainer. Raises ValueError for data without a column that it reads."""
     try:
         return trainer_class(**given, callbacks=[LowMemCallback()])
@@ -120,7 +127,7 @@ def _made(trainer_class: Any, given: dict[str, Any]) -> Any:
         ) from error
 
 
-def _loaded(script_args: ScriptArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+def _loaded(script_args: ScriptArguments, training_args: Any, model_args: ModelConfig) -> Given:
     """The keyword arguments of a trainer."""
     if not model_args.model_name_or_path:
         raise ValueError(

@@ -5,6 +5,8 @@
     history     losses and speed, from the rows that a trainer has logged
     parts       what is measured of a run's memory: labels, colours
     report      lowmem_report.json: written atomically, read with care; or made from a trainer_state.json
+    foreign     sizes of a run without a report, from its files
+    mended      TRL's card, where it would say what is not so
     card        README.md: model_cards/template.md filled in, or its section in a card that somebody else's code made
     compare     several runs beside each other: a table
     plot        the same as a picture

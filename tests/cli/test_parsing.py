@@ -42,6 +42,12 @@ def test_a_field_with_a_default_gets_it_back(file: str) -> None:
     assert args.optim == default.optim
 
 
+def test_the_last_of_two_flags_counts() -> None:
+    words = ["--optim", "lion", "--lowmem_state", "8bit"]
+    assert read(LowMemSFTConfig, *words, "--lowmem_state", "null").lowmem_state is None
+    assert read(LowMemSFTConfig, "--lowmem_state", "null", *words).lowmem_state == "8bit"
+
+
 def test_none_stays_a_value_where_it_is_one(file: str) -> None:
     args = read(LowMemDPOConfig, "--config", file, "--lowmem_reference", "none", "--report_to", "none")
     assert args.lowmem_reference == "none"
