@@ -172,6 +172,8 @@ def make_optimizer(
 
 
 def _check_model(name: str, model: object) -> None:
+    if isinstance(name, nn.Module):
+        raise TypeError(f"name: expected an optimizer's name, got {type(name).__name__}: make_optimizer(name, model).")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}. For bare parameters use the class: "

@@ -35,6 +35,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
+from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, settle
 from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
@@ -55,7 +56,7 @@ def own_defaults(option: str) -> str:
 
 
 @dataclass
-class LowMemArguments:
+class LowMemArguments(NamedFields):
     """Fields that make a training step fit in less memory; mix in before a TrainingArguments class.
 
     ```python
