@@ -118,8 +118,6 @@ def launch(arguments: Sequence[str]) -> int:
     if file is None and not options.cpu and Path(default_config_file).is_file():
         file = default_config_file  # as accelerate does
     try:
-        if not (options.module or options.no_python or Path(options.training_script).is_file()):
-            raise FileNotFoundError(f"{options.training_script}: there is no such script. Give its path, or -m MODULE")
         given, asked, rest = given_options(options), section.from_env(), {}
         if file is None:
             check(section.VARIABLE, asked, given)

@@ -119,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
         help="show several runs beside each other",
         description="Print a table of runs: the settings in which they differ, memory, loss, speed.",
     )
+    _add_options(compare)
+    for name, command in {"demo": demo, "doctor": doctor, "card": card, "compare": compare}.items():
+        command.epilog = f"example: {EXAMPLES[name]}"
+    compare.epilog = f"{compare.epilog}; or: {AGAINST}"
+    return parser
+
+
+def _add_options(compare: argparse.ArgumentParser) -> None:
+    """Options of `hf-lowmem compare`."""
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
     compare.add_argument(
         "--against",
@@ -129,10 +138,6 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and loss into this file, a PNG")
     compare.set_defaults(run_command=_compare)
-    for name, command in {"demo": demo, "doctor": doctor, "card": card, "compare": compare}.items():
-        command.epilog = f"example: {EXAMPLES[name]}"
-    compare.epilog = f"{compare.epilog}; or: {AGAINST}"
-    return parser
 
 
 def _sft(options: argparse.Namespace, arguments: Sequence[str]) -> int:

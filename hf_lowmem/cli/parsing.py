@@ -12,6 +12,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 import yaml
@@ -24,6 +25,9 @@ __all__ = ["Parser"]
 UNSET = ("null", "")
 MEANT = ("lowmem_reference", "report_to")  # of which "none" is a value
 FLAG = re.compile(r"--[A-Za-z]\w*(?:-\w+)*")
+# What TRL and transformers say of words that no field has taken.
+UNKNOWN = re.compile(r"(?:not used by the HfArgumentParser|Unknown arguments from config file): (\[.*?\])(?:$|\. )")
+WORD = re.compile(r"'([^']*)'")
 # What belongs to a loss: an option of one means something else, or nothing, to another.
 OF_A_LOSS = ("beta", "asft_lambda", "orpo_lambda", "simpo_gamma", "cpo_alpha", "loss_weights")
 
@@ -31,9 +35,11 @@ OF_A_LOSS = ("beta", "asft_lambda", "orpo_lambda", "simpo_gamma", "cpo_alpha", "
 class Parser(TrlParser):
     """TRL's parser, whose errors are WrongCommand."""
 
-    def __init__(self, classes: Iterable[type], **options: str | None) -> None:
+    def __init__(self, classes: Iterable[Any], **options: str | None) -> None:
         super().__init__(classes, **options)
-        self.defaults = {action.dest: action.default for action in self._actions}
+        self.defaults = {f.name: _default_of(f) for made in self.dataclass_types for f in fields(made) if f.init}
+        dashed = {f"--{name.replace('_', '-')}": name for name in self.defaults}
+        self.flags = dashed | {f"--{name}": name for name in self.defaults}
         self.unset: set[str] = set()
         self.losses: list[str] | None = None
 
@@ -59,7 +65,7 @@ class Parser(TrlParser):
         given = self._without_unset(given)
         self.losses = _values_of(given, "--loss_type")
         try:
-            *made, rest = self.parse_args_and_config(given, return_remaining_strings=True)
+            return self.parse_args_and_config(given)
         except WrongCommand:
             raise
         except OSError as error:
@@ -67,15 +73,13 @@ class Parser(TrlParser):
         except yaml.YAMLError as error:
             raise WrongCommand(f"--config: no YAML ({' '.join(str(error).split())}).") from error
         except (TypeError, ValueError) as error:
-            raise WrongCommand(str(error)) from error
-        if rest:
-            raise WrongCommand(self._unknown(rest))
-        return tuple(made)
+            unknown = UNKNOWN.search(str(error))
+            raise WrongCommand(self._unknown(WORD.findall(unknown[1])) if unknown else str(error)) from error
 
     def set_defaults_with_config(self, **values: object) -> list[str]:
         """Take a file's values, without those that are unset."""
         values = {name: v for name, v in values.items() if v is not None and name not in self.unset}
-        theirs = values.get("loss_type", self.defaults.get("loss_type") or ["sigmoid"])
+        theirs = values.get("loss_type", self.defaults.get("loss_type"))
         theirs = list(theirs) if isinstance(theirs, list | tuple) else [str(theirs)]
         if self.losses is not None and "loss_type" in self.defaults and set(self.losses) != set(theirs):
             left = [name for name in OF_A_LOSS if name in values]
@@ -95,30 +99,35 @@ class Parser(TrlParser):
         while given:
             word, *given = given
             flag, equals, value = word.partition("=")
-            action = self._option_string_actions.get(flag)
-            if action is None:
+            name = self.flags.get(flag)
+            if name is None:
                 kept.append((None, [word]))
                 continue
             words = [word]
             while not equals and given and not given[0].startswith("--"):
                 words.append(given.pop(0))
             value = value if equals else words[1] if len(words) == 2 else None
-            none = value is not None and value.lower() == "none" and self.defaults[action.dest] is None
-            if value is not None and (value.lower() in UNSET or (none and action.dest not in MEANT)):
-                self.unset.add(action.dest)
-                kept = [(field, words) for field, words in kept if field != action.dest]
+            none = value is not None and value.lower() == "none" and self.defaults[name] is None
+            if value is not None and (value.lower() in UNSET or (none and name not in MEANT)):
+                self.unset.add(name)
+                kept = [(other, words) for other, words in kept if other != name]
             else:
-                kept.append((action.dest, words))
+                kept.append((name, words))
         return [word for _, words in kept for word in words]
 
     def _unknown(self, rest: list[str]) -> str:
-        known = {name: flag for flag in self._option_string_actions if (name := flag.lstrip("-"))}
         flags = [word for word in rest if FLAG.match(word)] or rest[:1]
         said = []
         for flag in flags:
-            near = difflib.get_close_matches(flag.split("=")[0].lstrip("-").replace("-", "_"), known, n=1)
-            said.append(f"{flag}: there is no such field" + (f"; did you mean {known[near[0]]}?" if near else "."))
+            near = difflib.get_close_matches(flag.split("=")[0].lstrip("-").replace("-", "_"), self.defaults, n=1)
+            said.append(f"{flag}: there is no such field" + (f"; did you mean --{near[0]}?" if near else "."))
         return f"{' '.join(said)} {self._more}"
+
+
+def _default_of(field: Field[object]) -> object:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
 
 
 def _values_of(given: list[str], flag: str) -> list[str] | None:

@@ -57,11 +57,11 @@ def train(
 
 @contextmanager
 def answered_in_words(*, begun: bool = False) -> Iterator[None]:
-    """What is a WrongCommand of the errors that may come.
+    """Turn errors that a user can put right into WrongCommand.
 
     Args:
-        begun: training has begun: those alone that hf_lowmem raises, with their remedies. Before it, those of model
-            and data as well.
+        begun: training has begun, so it is those alone that hf_lowmem raises, with their remedies. Before it, those of
+            model and data as well.
     """
     try:
         yield

@@ -54,7 +54,7 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_xlabel("one training step, layer by layer")
     # The highest part on top, as in the picture; beside it, so that no part is covered.
     figure.legend(drawn[::-1], parts[::-1], fontsize=8, loc="outside right upper")
-    axes.set_title("\n".join(wrap(f"{plan.settings['model_type']}: {assumed(plan)}", 110)), fontsize=9)
+    axes.set_title("\n".join(wrap(f"{plan.settings['model_type']}: {assumed(plan.settings)}", 110)), fontsize=9)
     figure.savefig(path)
 
 

@@ -97,7 +97,8 @@ class Plan:
         lines = [f"{name:<16}{human_bytes(size):>12}" for name, size in rows]
         lines += [f"{'peak':<16}{human_bytes(self.peak_bytes):>12}   in {self.phase}, {self.module}"]
         lines += [f"{'to have free':<16}{human_bytes(self.reserved_bytes):>12}   with rounding and a CUDA context"]
-        return "\n".join([in_words(self), f"assumed: {assumed(self)}", *lines, *(f"- {note}" for note in self.notes)])
+        words = [in_words(self.reserved_bytes, self.settings), f"assumed: {assumed(self.settings)}"]
+        return "\n".join([*words, *lines, *(f"- {note}" for note in self.notes)])
 
 
 @dataclass

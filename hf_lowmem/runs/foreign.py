@@ -16,7 +16,6 @@ __all__ = ["memory_of_files", "model_of_files", "versions_of_card"]
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _VERSION = re.compile(r"^- (TRL|Transformers|Pytorch|Datasets|Tokenizers|PEFT):? (\d[\w.+]*)$", re.MULTILINE)
-_PACKAGES = {"pytorch": "torch"}
 
 
 def memory_of_files(folder: Path) -> dict[str, int]:
@@ -51,7 +50,8 @@ def versions_of_card(folder: Path) -> dict[str, str]:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return {}
-    return {_PACKAGES.get(name.lower(), name.lower()): version for name, version in _VERSION.findall(text)}
+    found: list[tuple[str, str]] = _VERSION.findall(text)
+    return {"torch" if name == "Pytorch" else name.lower(): version for name, version in found}
 
 
 def _tensors(folder: Path) -> list[tuple[int, int, str]]:

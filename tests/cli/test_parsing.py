@@ -64,7 +64,7 @@ def test_null_in_a_file_is_the_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", ["orpo", "simpo", "sigmoid"])
 def test_another_loss_does_not_inherit_the_file_s_options(file: str, loss: str, capsys: Any) -> None:
     args = read(LowMemDPOConfig, "--config", file, "--loss_type", loss)
-    alone = LowMemDPOConfig("out", use_cpu=True, loss_type=loss)
+    alone = LowMemDPOConfig("out", use_cpu=True, loss_type=[loss])
     assert (args.beta, args.asft_lambda) == (alone.beta, None)
     assert args.lowmem_state == "8bit", "what is no option of a loss stays"
     said = capsys.readouterr().err

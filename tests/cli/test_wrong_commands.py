@@ -90,7 +90,6 @@ WRONG: list[tuple[list[str], tuple[str, ...]]] = [
     ([*PLAN, "--plot", "planned"], (".png",)),
     # launchers
     (["launch"], ("training_script", "hf-lowmem launch --help")),
-    (["launch", "gone.py"], ("gone.py", "no such script")),
     (["launch", "--config_file", "gone.yaml", "list.yaml"], ("config_file='gone.yaml'", "no such file")),
     (["launch", "--config_file", "accelerate.yaml", "list.yaml"], ("'optm'", "optim")),
 ]
