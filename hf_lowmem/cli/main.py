@@ -43,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, whose error names the command's help in place of printing half of it."""
+    """argparse's, whose error names the command's help as well."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit."""
+        self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` says what there is.\n")
 
 
