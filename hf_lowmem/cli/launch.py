@@ -105,7 +105,7 @@ def launch(arguments: Sequence[str]) -> int:
     """`accelerate launch ARGUMENTS`, where `--config_file` may hold our section; the exit status.
 
     Raises:
-        SystemExit: from accelerate's parser, or with the status of a run that failed.
+        SystemExit: from accelerate's parser.
     """
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
