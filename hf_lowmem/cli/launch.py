@@ -145,5 +145,5 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _stop(message: str) -> NoReturn:
-    print(f"hf-lowmem launch: {message.rstrip('.')}. `hf-lowmem launch --help` says more.", file=sys.stderr)
+    print(f"hf-lowmem launch: error: {message.rstrip('.')}. `hf-lowmem launch --help` says more.", file=sys.stderr)
     sys.exit(2)
