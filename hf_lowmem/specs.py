@@ -205,7 +205,7 @@ def parse_options(optim_args: str | None, name: str) -> dict[str, Any]:
     for pair in filter(None, (optim_args or "").replace(" ", "").split(",")):
         key, equals, text = pair.partition("=")
         if not equals or not key or not text:
-            raise ValueError(f"optim_args={optim_args!r}: {pair!r} is not of the form key=value.")
+            raise ValueError(f"optim_args={optim_args!r}: {pair!r} is not of the form key=value. Write it so.")
         if key in {f.name for f in fields(OptimSpec)}:
             raise ValueError(
                 f"optim_args={optim_args!r}: with optim={name!r} this is a field of its own. Set "

@@ -6,7 +6,9 @@
 See hf_lowmem/cli/dpo.py for the columns of the data set and for `--sft_first`.
 """
 
+import sys
+
 from hf_lowmem.cli.dpo import run
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

@@ -4,7 +4,9 @@ python scripts/train_sft.py --config integrations/trl/sft_apollo_mini.yaml --out
 hf-lowmem launch --config_file integrations/accelerate/fsdp2.yaml scripts/train_sft.py --config ...
 """
 
+import sys
+
 from hf_lowmem.cli.sft import run
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

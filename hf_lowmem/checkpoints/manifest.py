@@ -78,7 +78,9 @@ def verify(folder: str | os.PathLike[str]) -> None:
     root = Path(folder)
     try:
         if not root.is_dir():
-            raise FileNotFoundError(f"there is no checkpoint {root}.")
+            raise FileNotFoundError(
+                f"there is no checkpoint {root}. Give a checkpoint-N of output_dir, or resume_from_checkpoint='auto'."
+            )
         check_links(root)
         manifest = read_manifest(root)
         if manifest is None:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hf_lowmem.cli.pictures import check_picture
 from hf_lowmem.runs.card import CARD, UsersCard, refresh, whole_card
 from hf_lowmem.runs.compare import compare, names_of, table
 from hf_lowmem.runs.report import BadReport, predicted_of, read_report, write_atomically, write_report
@@ -36,16 +37,16 @@ def card(options: argparse.Namespace) -> int:
 
 def compare_runs(options: argparse.Namespace) -> int:
     """Print a table of the runs, or JSON, and draw them; the exit status."""
+    if options.plot is not None:
+        check_picture("--plot", options.plot)
     try:
         runs = dict(zip(names_of(options.runs), map(read_report, options.runs), strict=True))
     except ValueError as error:
         return _failed("compare", str(error))
     compared = compare(runs)
     if options.plot is not None:
-        try:
-            from hf_lowmem.runs.plot import draw
-        except ModuleNotFoundError as error:
-            return _failed("compare", f"--plot needs {error.name}: pip install matplotlib")
+        from hf_lowmem.runs.plot import draw
+
         draw(runs, options.plot)
     print(json.dumps(compared, indent=1) if options.json else table(compared))
     return 0

@@ -17,6 +17,7 @@ commands, on other data for instance: `hf-lowmem sft`, then this with its --outp
 import copy
 import gc
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -164,9 +165,8 @@ def answered(dataset: Any) -> Any:
 
 def run(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
     """Train as `arguments` say (default: the process's); the exit status."""
-    train(LowMemDPOConfig, LowMemDPOTrainer, FirstStage, arguments=arguments, command=command)
-    return 0
+    return train(LowMemDPOConfig, LowMemDPOTrainer, FirstStage, arguments=arguments, command=command)
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

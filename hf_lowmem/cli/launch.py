@@ -7,10 +7,12 @@ every option is accepted. No launcher is rewritten: each process runs `hf_lowmem
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_lowmem import rules
 from hf_lowmem.rules import deepspeed
@@ -100,16 +102,17 @@ def through_worker(options: argparse.Namespace, kind: str) -> None:
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """`accelerate launch ARGUMENTS`, where `--config_file` may hold our section.
+    """`accelerate launch ARGUMENTS`, where `--config_file` may hold our section; the exit status.
 
     Raises:
-        SystemExit: from accelerate's parser, or with the status of a run that failed.
+        SystemExit: from accelerate's parser.
     """
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     parser = launch_command_parser()
     parser.prog = "hf-lowmem launch"
+    parser.error = _stop  # in place of a usage of a hundred lines
     options: argparse.Namespace = parser.parse_args(list(arguments))
     file = options.config_file
     if file is None and not options.cpu and Path(default_config_file).is_file():
@@ -134,5 +137,13 @@ def launch(arguments: Sequence[str]) -> int:
             options.config_file = str(plain)
         if asked:
             os.environ.update(section.to_env(asked))
-        launch_command(options)
+        try:
+            launch_command(options)
+        except subprocess.CalledProcessError as error:  # the script has said itself what was wrong
+            return error.returncode
     return 0
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"hf-lowmem launch: error: {message.rstrip('.')}. `hf-lowmem launch --help` says more.", file=sys.stderr)
+    sys.exit(2)

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hf_lowmem import __version__
-from hf_lowmem.cli.screens import EXAMPLES, SCREENS
+from hf_lowmem.cli.screens import AGAINST, EXAMPLES, SCREENS
+from hf_lowmem.cli.wrong import WrongCommand
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,16 +26,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if own and "--help-all" in asked:
         arguments = [arguments[0], "--help"]
-    options = _parser().parse_args(arguments[:1] if own else arguments)
+    flags = {word.split("=")[0] for word in asked}
+    against = arguments[:1] == ["compare"] and "--against" in flags and not {"-h", "--help"} & flags
+    # What follows is the flags of a training.
+    words = [*arguments[:1], "."] if against else arguments[:1] if own else arguments
+    options = _parser().parse_args(words)
     try:
+        if against:
+            from hf_lowmem.cli.against import run
+
+            return run(arguments[1:])
         return options.run_command(options, arguments)
-    except (ModuleNotFoundError, OSError) as error:  # what a user can put right: no traceback
+    except (ModuleNotFoundError, OSError, WrongCommand) as error:  # what a user can put right: no traceback
         print(f"hf-lowmem {options.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongCommand) else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose error names the command's help as well."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}. `{self.prog} --help` says what there is.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-lowmem",
         description="Train HuggingFace models in less memory.",
         epilog="example:\n  hf-lowmem demo --quick\n\n`hf-lowmem COMMAND --help` says more, with an example.",
@@ -102,13 +121,25 @@ def _parser() -> argparse.ArgumentParser:
         help="show several runs beside each other",
         description="Print a table of runs: the settings in which they differ, memory, loss, speed.",
     )
+    _add_options(compare)
+    for name, command in {"demo": demo, "doctor": doctor, "card": card, "compare": compare}.items():
+        command.epilog = f"example: {EXAMPLES[name]}"
+    compare.epilog = f"{compare.epilog}; or: {AGAINST}"
+    return parser
+
+
+def _add_options(compare: argparse.ArgumentParser) -> None:
+    """Options of `hf-lowmem compare`."""
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    compare.add_argument(
+        "--against",
+        choices=["baseline"],
+        help="in place of RUN: run a few steps (--steps, 10) of `hf-lowmem sft` (--method dpo: `hf-lowmem dpo`) with "
+        "the flags that follow, and the same without the fields of hf_lowmem; --output_dir keeps both reports",
+    )
     compare.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and loss into this file, a PNG")
     compare.set_defaults(run_command=_compare)
-    for name, command in {"demo": demo, "doctor": doctor, "card": card, "compare": compare}.items():
-        command.epilog = f"example: {EXAMPLES[name]}"
-    return parser
 
 
 def _sft(options: argparse.Namespace, arguments: Sequence[str]) -> int:

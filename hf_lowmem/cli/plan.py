@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from hf_lowmem.cli.parsing import Parser
+from hf_lowmem.cli.pictures import check_picture
 from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.parallel import PARALLEL
+from hf_lowmem.planner.search.explain import NothingFits
 from hf_lowmem.planner.search.fastest import longest, search
 from hf_lowmem.planner.search.ranking import Found
 from hf_lowmem.planner.simulate import Plan, plan
 from hf_lowmem.planner.step import IMPLEMENTATIONS
+from hf_lowmem.specs import check_choice
 
 __all__ = ["PlanArguments", "run"]
 
@@ -65,7 +69,10 @@ class PlanArguments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse, plan, print; the exit status. What a user can put right goes to stderr in one line."""
+    """Parse, plan, print; the exit status: 2 where the question has to be put right, 1 where there is no such plan.
+
+    Either goes to stderr in one line.
+    """
     if "--help" in arguments:
         _parse(arguments)  # prints it, and exits
     try:
@@ -73,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             arguments, auto = _without_auto(arguments)
             asked, args, model_args = _parse(arguments)
+            if asked.plot is not None:
+                check_picture("--plot", Path(asked.plot))
             made = _plan(asked, args, model_args, auto)
             if asked.plot is not None:
                 from hf_lowmem.planner.plot import draw
@@ -80,21 +89,22 @@ def run(arguments: Sequence[str]) -> int:
                 draw(made.plan if isinstance(made, Found) else made, Path(asked.plot))
     except (CannotSimulate, TypeError, ValueError) as error:
         print(f"hf-lowmem plan: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, CannotSimulate | NothingFits) else 2
     print(json.dumps(made.to_dict()) if asked.json else made)
     return 0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[PlanArguments, Any, ModelConfig]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--method", choices=METHODS, default="sft")
+    early.add_argument("--method", default="sft")
     method = early.parse_known_args(arguments)[0].method
+    check_choice("--method", method, METHODS)
     classes: Any = (PlanArguments, METHODS[method].config, ModelConfig, ScriptArguments)
-    parser = TrlParser(classes, prog="hf-lowmem plan", description="Predict the memory of a training step.")
+    parser = Parser(classes, prog="hf-lowmem plan", description="Predict the memory of a training step.")
     if not torch.cuda.is_available():
         # transformers refuses bf16 where there is no GPU. The plan is for another machine; see `--device`.
         parser.set_defaults(use_cpu=True)
-    asked, args, model_args, _ = parser.parse_args_and_config(list(arguments))
+    asked, args, model_args, _ = parser.read(arguments)
     return asked, args, model_args
 
 

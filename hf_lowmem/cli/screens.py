@@ -3,7 +3,9 @@
 `hf-lowmem sft --help` says what one needs to begin, with an example; `hf-lowmem sft --help-all` is the parser's list.
 """
 
-__all__ = ["EXAMPLES", "SCREENS"]
+__all__ = ["AGAINST", "EXAMPLES", "SCREENS"]
+
+AGAINST = "hf-lowmem compare --against baseline --model_name_or_path MODEL --dataset_name DATA --lowmem balanced"
 
 # An example of each command, which is the end of its help.
 EXAMPLES = {

@@ -6,6 +6,7 @@ Every field of trl's ScriptArguments and ModelConfig and of LowMemSFTConfig is a
 unknown one is an error.
 """
 
+import sys
 from collections.abc import Sequence
 
 from hf_lowmem.cli.train import train
@@ -14,9 +15,8 @@ from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 
 def run(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
     """Train as `arguments` say (default: the process's); the exit status."""
-    train(LowMemSFTConfig, LowMemSFTTrainer, arguments=arguments, command=command)
-    return 0
+    return train(LowMemSFTConfig, LowMemSFTTrainer, arguments=arguments, command=command)
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

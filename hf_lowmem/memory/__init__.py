@@ -8,6 +8,7 @@ view of it, is one storage; a slice keeps the whole storage alive, and the whole
     count   parameters, gradients, optimizer state: sets of tensors that somebody holds and can be asked for
     saved   what autograd keeps for the backward pass, per module
     peak    the sum of everything at its highest, from the allocator or the operating system
+    free    what a device has left
     units   amounts as people write them
 
 It needs torch alone. It measures; it never prints, and never changes a result.

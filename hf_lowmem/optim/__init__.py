@@ -54,7 +54,11 @@ def from_spec(
         check_rests(spec, model)
     else:
         check_awake(spec, model)
-        check_store(spec.label("weights"), spec.weights, (p for p in model.parameters() if p.requires_grad))
+        trained, adapters = (
+            [p for p in model.parameters() if p.requires_grad],
+            bool(getattr(model, "peft_config", None)),
+        )
+        check_store(spec.label("weights"), spec.weights, trained, adapters=adapters)
     groups = parameter_groups(model, spec, rank=options.get("rank"), facts=cls.facts(options), decay=decay)
     if spec.embeddings not in (None, cls.DEFAULTS.get("embeddings")) and not any(
         group["role"] in ("embedding", "head") for group in groups
@@ -168,6 +172,8 @@ def make_optimizer(
 
 
 def _check_model(name: str, model: object) -> None:
+    if isinstance(name, nn.Module):
+        raise TypeError(f"name: expected an optimizer's name, got {type(name).__name__}: make_optimizer(name, model).")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}. For bare parameters use the class: "

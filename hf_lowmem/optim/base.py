@@ -369,8 +369,18 @@ def check_stepped(group: Group) -> None:
         )
 
 
-def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
-    """Raise where a store for bf16 weights would meet none."""
+LOAD_BF16 = (
+    "Load the model with dtype=torch.bfloat16 (where a trainer loads it by its name: "
+    'model_init_kwargs={"dtype": "bfloat16"}; on the command line: --dtype bfloat16), or leave it unset.'
+)
+
+
+def check_store(label: str, store: str, parameters: Iterable[Tensor], *, adapters: bool = False) -> None:
+    """Raise where a store for bf16 weights would meet none.
+
+    Args:
+        adapters: whether PEFT's adapters are what is trained, whatever the model's own weights are.
+    """
     parameters = list(parameters)
     dtypes = {p.dtype for p in parameters}
     if store in STORES_AT_REST and not any(map(at_rest, parameters)):
@@ -380,7 +390,10 @@ def check_store(label: str, store: str, parameters: Iterable[Tensor]) -> None:
         )
     if store != "keep" and torch.bfloat16 not in dtypes:
         found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-        raise ValueError(
-            f"{label}={store!r} has no effect: no parameter is bfloat16 (found: {found}). Load the model with "
-            "dtype=torch.bfloat16, or leave it unset."
-        )
+        if adapters:
+            raise ValueError(
+                f"{label}={store!r} has no effect: it is for weights that are trained, and those are PEFT's adapters, "
+                f"which PEFT keeps in {found} beside weights of any dtype. Leave it unset; or make the adapters in "
+                "bfloat16: get_peft_model(model, config, autocast_adapter_dtype=False)."
+            )
+        raise ValueError(f"{label}={store!r} has no effect: no parameter is bfloat16 (found: {found}). {LOAD_BF16}")

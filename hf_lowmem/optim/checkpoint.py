@@ -80,6 +80,12 @@ def load(
 def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[str]) -> None:
     """Raise where the saved groups are of another method, of settings that shape the state, or of other names."""
     for ours, theirs in zip(groups, saved, strict=False):  # torch checks the lengths
+        if "method" in ours and "method" not in theirs:
+            raise ValueError(
+                "the checkpoint was made without hf_lowmem's optimizers, as plain Trainer and TRL make it, and "
+                f"{ours['method']!r} cannot continue another's state. Train on with that run's own optim; or take the "
+                "checkpoint's folder as the model, and leave resume_from_checkpoint unset."
+            )
         for option in structural:
             saved_as = theirs.get(option, BEFORE.get(option))
             if option in ours and saved_as != ours[option]:

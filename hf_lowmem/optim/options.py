@@ -51,6 +51,7 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
         if option not in checks:
             others, mine = methods_with(option), ARGUMENTS.get(option)
             remedy = f"It belongs to: {', '.join(others)}" if others else f"It has: {', '.join(cls.CHECKS) or 'none'}"
+            remedy += ". Leave it out" + (f", or choose one of those as {spec.label('name')}" if others else "")
             if mine is not None and not spec.labels:
                 remedy = f"That is the field of training arguments; here it is {mine}={value!r}"
             raise ValueError(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hf_lowmem.optim.base import LOAD_BF16
 from hf_lowmem.optim.groups import linear_weights
 from hf_lowmem.optim.names import named_modules, named_parameters
 from hf_lowmem.optim.roles import lookups
@@ -109,8 +110,8 @@ def check_rests(spec: OptimSpec, model: nn.Module) -> Chosen:
     if not found.weights:
         why = "; ".join(found.left) or "it has no matrix"
         raise ValueError(
-            f"{asked} has no effect: no trained bfloat16 weight of {type(model).__name__} can be at rest ({why}). Load "
-            "the model with dtype=torch.bfloat16, or leave it unset."
+            f"{asked} has no effect: no trained bfloat16 weight of {type(model).__name__} can be at rest ({why}). "
+            f"{LOAD_BF16}"
         )
     return found
 

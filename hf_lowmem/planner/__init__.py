@@ -19,6 +19,7 @@ print(search("path/to/config.json", LowMemSFTConfig("out"), budget="24GiB", dtyp
     methods     SFT: which trainer, what batch
     modelled    what a plan would be wrong about, and so is refused
     models      configs, and models without weights
+    words       an answer in words
 """
 
 from hf_lowmem.planner.allocations import CannotSimulate

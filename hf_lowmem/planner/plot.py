@@ -1,9 +1,13 @@
 """One picture of a plan: what is alive over the step, part by part."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
+from hf_lowmem.memory import human_bytes
 from hf_lowmem.planner.parts import PARTS
 from hf_lowmem.planner.simulate import Plan
+from hf_lowmem.planner.words import assumed
 
 __all__ = ["draw"]
 
@@ -16,10 +20,11 @@ COLOURS: dict[str, str] = dict(
     )
 )
 GIB = 2**30
+NARROW = 0.09  # of the width: nearer than that, two names overlap
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write `path`, a PNG: the last simulated step, one point a layer and phase; the peak is marked.
+    """Write `path`, a PNG, SVG or PDF by its name: the last simulated step, one point a layer and phase, and its peak.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
@@ -29,22 +34,41 @@ def draw(plan: Plan, path: Path) -> None:
 
     last = max(point.step for point in plan.timeline)
     points = [point for point in plan.timeline if point.step == last]
-    figure = Figure(figsize=(10, 4.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 5.2), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     parts = [name for name in PARTS if any(name in point.parts for point in points)]
     heights = [[point.parts.get(name, 0) / GIB for point in points] for name in parts]
-    axes.stackplot(range(len(points)), heights, labels=parts, colors=[COLOURS[name] for name in parts], step="mid")
+    drawn = axes.stackplot(
+        range(len(points)), heights, labels=parts, colors=[COLOURS[name] for name in parts], step="mid"
+    )
     axes.axhline(plan.peak_bytes / GIB, color="black", linewidth=0.8)
     axes.text(
-        0, plan.peak_bytes / GIB, f"peak {plan.peak_bytes / GIB:.2f} GiB, in {plan.phase}", va="bottom", fontsize=8
+        0, plan.peak_bytes / GIB, f" peak {human_bytes(plan.peak_bytes)}, in {plan.phase}", va="bottom", fontsize=8
     )
-    starts = [i for i, point in enumerate(points) if i == 0 or point.phase != points[i - 1].phase]
-    axes.set_xticks(starts, [points[i].phase for i in starts], fontsize=8, rotation=30, ha="left")
+    ticks = phase_ticks([point.phase for point in points])
+    axes.set_xticks([place for place, _ in ticks], [phase for _, phase in ticks], fontsize=8)
+    axes.set_xlim(0, max(len(points) - 1, 1))
     axes.set_ylim(0, 1.12 * plan.peak_bytes / GIB)
-    axes.set_ylabel("GiB")
-    axes.legend(fontsize=8, loc="lower right")
-    axes.set_title(
-        f"{plan.settings['model_type']}, {plan.settings['tokens']} tokens, {plan.settings['optim']}", fontsize=10
-    )
+    axes.set_ylabel("memory, GiB (less is better)")
+    axes.set_xlabel("one training step, layer by layer")
+    # The highest part on top, as in the picture; beside it, so that no part is covered.
+    figure.legend(drawn[::-1], parts[::-1], fontsize=8, loc="outside right upper")
+    axes.set_title("\n".join(wrap(f"{plan.settings['model_type']}: {assumed(plan.settings)}", 110)), fontsize=9)
     figure.savefig(path)
+
+
+def phase_ticks(phases: Sequence[str]) -> list[tuple[float, str]]:
+    """The middle of each run of equal phases, and its name; where names would overlap, that of the longer run."""
+    runs: list[tuple[int, int]] = []
+    for i, phase in enumerate(phases):
+        if i and phase == phases[i - 1]:
+            runs[-1] = (runs[-1][0], i)
+        else:
+            runs.append((i, i))
+    found: list[tuple[float, str]] = []
+    for first, last in sorted(runs, key=lambda run: run[0] - run[1]):  # the widest first
+        middle, room = (first + last) / 2, NARROW * max(len(phases) - 1, 1)
+        if all(abs(middle - place) >= room for place, _ in found):
+            found.append((middle, phases[first]))
+    return sorted(found)

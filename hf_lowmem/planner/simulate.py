@@ -31,6 +31,7 @@ from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, NotLinear, edge_of
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.step import EVALUATION, IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
+from hf_lowmem.planner.words import assumed, in_words
 from hf_lowmem.specs import STORES_AT_REST, check_choice, check_integer
 
 __all__ = ["CUDA_CONTEXT", "Plan", "Point", "config_and_dtype", "plan"]
@@ -93,13 +94,15 @@ class Plan:
         return {**vars(self), "timeline": points, "depths": list(self.depths), "notes": list(self.notes)}
 
     def __str__(self) -> str:
+        """The answer in words, what was assumed, and the parts of the peak."""
         rows = sorted(self.parts.items(), key=lambda item: -item[1])
         lines = [f"{name:<16}{human_bytes(size):>12}" for name, size in rows]
         lines += [f"{'peak':<16}{human_bytes(self.peak_bytes):>12}   in {self.phase}, {self.module}"]
         lines += [f"{'to have free':<16}{human_bytes(self.reserved_bytes):>12}   with rounding and a CUDA context"]
         if self.host_bytes:
             lines += [f"{'host memory':<16}{human_bytes(self.host_bytes):>12}   pinned, beside"]
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+        words = [in_words(self.reserved_bytes, self.settings), f"assumed: {assumed(self.settings)}"]
+        return "\n".join([*words, *lines, *(f"- {note}" for note in self.notes)])
 
 
 @dataclass

@@ -5,10 +5,13 @@
     history     losses and speed, from the rows that a trainer has logged
     parts       what is measured of a run's memory: labels, colours
     report      lowmem_report.json: written atomically, read with care; or made from a trainer_state.json
+    foreign     sizes of a run without a report, from its files
+    mended      TRL's card, where it would say what is not so
     card        README.md: model_cards/template.md filled in, or its section in a card that somebody else's code made
     compare     several runs beside each other: a table
     plot        the same as a picture
     callback    what a run keeps in memory, counted while it trains
+    said        what a run prints at its start and its end
     skips       updates that were left out: in the log, in warnings, and the end of the run
     model_card  the card that a trainer writes
 

@@ -15,19 +15,23 @@ the model as well, but no event hands over the trainer.
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowmem.activations import Report
 from hf_lowmem.memory import PeakMemory, gradient_bytes, human_bytes, optimizer_bytes, parameter_bytes
 from hf_lowmem.memory.forward import ForwardSaved
 from hf_lowmem.memory.peak import CUDA_SOURCE
 from hf_lowmem.runs.parts import PARTS
 from hf_lowmem.runs.record import RunRecord
-from hf_lowmem.runs.report import predicted_of
-from hf_lowmem.runs.skips import KEY, add_skipped
+from hf_lowmem.runs.report import REPORT, predicted_of
+from hf_lowmem.runs.said import adamw_parts, at_end, at_start, is_quiet
+from hf_lowmem.runs.skips import KEY, add_skipped, ours_in
 
 __all__ = ["MemoryReportCallback"]
 
@@ -44,7 +48,8 @@ class MemoryReportCallback(TrainerCallback):
         callback.report["optimizer"], callback.report["saved"], callback.report["peak"]
 
     every:    measure again every so many optimizer steps; None: in the first step only
-    verbose:  print a table at the end of training (rank 0; the other processes log theirs)
+    verbose:  print a block at the start of training and one at its end (rank 0; the other processes log theirs at its
+              end). log_level="error" of the arguments is silent, too
     trim:     first give freed memory back to the system, as PeakMemory does: a few tenths of a second
 
     `report`, a plain dict, describes the latest `train()`; each figure, in bytes, is this process's, of FSDP its shard:
@@ -64,11 +69,11 @@ class MemoryReportCallback(TrainerCallback):
     `generate`) do not count. Where a compiled model or DataParallel's replicas run in the model's place, there is no
     `saved`.
 
-    The numbers go to the loggers in GiB, as `memory/weights_gib` and so on (W&B and TensorBoard put `train/` before
+    The numbers go to the loggers in GiB, as `lowmem/weights_gib` and so on (W&B and TensorBoard put `train/` before
     it): parts with the first row of metrics after each measured step and with the last, the peak so far with each. The
-    key of the peak carries its source, `memory/peak_cuda_gib` or `memory/peak_rss_gib`. Only loggers that come after
-    this callback see them: use `add_to`. `state.log_history`, hence trainer_state.json, has the same rows in bytes, as
-    `lowmem/...`. And `output_dir` gets lowmem_report.json, with each save and at the end: settings, memory, loss and
+    key of the peak carries its source, `lowmem/peak_cuda_gib` or `lowmem/peak_rss_gib`. Only loggers that come after
+    this callback see them: use `add_to`. `state.log_history`, hence trainer_state.json, has the rows with parts, by the
+    same keys. And `output_dir` gets lowmem_report.json, with each save and at the end: settings, memory, loss and
     speed, for `hf-lowmem card` and `hf-lowmem compare`.
 
     A measured step gives bit-equal results and takes a little longer; the others cost nothing. On a CPU a daemon thread
@@ -93,6 +98,8 @@ class MemoryReportCallback(TrainerCallback):
         self.trainer_name: str | None = None
         self.predicted: dict[str, Any] | None = None  # a plan's `to_dict()`, for the report
         self.head: Callable[[], dict[str, object]] | None = None  # says what was done with the output head's gradient
+        self.activations: Report | None = None  # what tiers have done to the model
+        self._beside: dict[str, int] = {}  # what AdamW would take
         self._due = False  # measured, and not logged yet
         self._told = 0  # the number of skipped steps that was warned of
         self._last: int | None = None
@@ -113,12 +120,14 @@ class MemoryReportCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._stop()  # of a training that ended in an exception
-        self.report, self._last, self._due = {}, None, False
+        self.report, self._beside, self._last, self._due = {}, {}, None, False
         if state.is_world_process_zero and not state.is_hyper_param_search:
             self.record = self._begin_record(args, state, kw)
         else:
             self.record = None
         self._start_peak(args)
+        if self.record is not None and self._tells_of(args):
+            self._say_start(args, kw.get("model"), kw.get("optimizer"))
 
     def close(self) -> None:
         """Take away what a training that ended in an exception has left."""
@@ -135,6 +144,7 @@ class MemoryReportCallback(TrainerCallback):
         for name in ("saved", "saved_by_module", "saved_step"):
             self.report.pop(name, None)
         self.report |= {"weights": parameter_bytes(model), "trainable": parameter_bytes(model, trainable=True)}
+        self._beside = adamw_parts(model, args)
         if not args.torch_compile:  # it would be traced with the hooks, for nothing, and again without them
             self._forward.attach(model, self.report)
 
@@ -173,10 +183,11 @@ class MemoryReportCallback(TrainerCallback):
         last = "train_runtime" in logs
         self._note_peak()
         parts = self._parts() if self._due or last else {}
-        logs |= {f"memory/{name}_gib": size / GIB for name, size in (parts | self._peaks()).items()}
+        numbers = in_gib(parts | self._peaks())
+        logs |= numbers
         if parts:
             self._due = False
-            self._to_history(state, parts | self._peaks())
+            self._to_history(state, numbers)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.write_report(args, state)
@@ -188,10 +199,10 @@ class MemoryReportCallback(TrainerCallback):
         self._note_optimizer(kw)
         if self._due and self.tells:  # nothing was logged
             self._due = False
-            self._to_history(state, self._parts() | self._peaks())
+            self._to_history(state, in_gib(self._parts() | self._peaks()))
         self.write_report(args, state, finished=True)
-        if self.verbose:
-            self._show(state.is_world_process_zero)
+        if self._tells_of(args):
+            self._say_end(args, state)
 
     def write_report(self, args: TrainingArguments, state: TrainerState, *, finished: bool = False) -> None:
         """Write lowmem_report.json into `output_dir`, on rank 0. What cannot be written is a warning, no error."""
@@ -253,29 +264,54 @@ class MemoryReportCallback(TrainerCallback):
         kind = "cuda" if self.report["peak_source"] == CUDA_SOURCE else "rss"
         return {f"peak_{kind}": self.report["peak"], f"peak_{kind}_added": self.report["peak_added"]}
 
-    def _to_history(self, state: TrainerState, numbers: dict[str, int]) -> None:
+    def _to_history(self, state: TrainerState, numbers: dict[str, float]) -> None:
         """Add numbers to the row that was just logged."""
         if not state.log_history or state.log_history[-1].get("step") != state.global_step:
             state.log_history.append({"epoch": state.epoch, "step": state.global_step})
-        state.log_history[-1] |= {f"lowmem/{name}": size for name, size in numbers.items()}
+        state.log_history[-1] |= numbers
 
-    def _show(self, rank_zero: bool) -> None:
-        rows = [
-            (part.label if part.drawn else f"  {part.label}", human_bytes(self.report[name]))
-            for name, part in PARTS.items()
-            if name in self.report
-        ]
-        if "peak" in self.report:
-            rows.append((f"peak ({self.report['peak_source']})", human_bytes(self.report["peak"])))
-            rows.append(("  of which since the start", human_bytes(self.report["peak_added"])))
-        if not rank_zero:
-            logger.info("lowmem: %s", ", ".join(f"{label.strip()} {size}" for label, size in rows))
+    def _tells_of(self, args: TrainingArguments) -> bool:
+        return self.verbose and not is_quiet(args)
+
+    def _say_start(self, args: TrainingArguments, model: nn.Module | None, optimizer: object) -> None:
+        if model is None or self.record is None:
             return
-        from rich.console import Console
-        from rich.table import Table
+        try:
+            said = at_start(
+                args,
+                model,
+                ours_in(optimizer),
+                trainer=self.trainer_name,
+                activations=self.activations,
+                predicted=self.record.predicted,
+            )
+        except Exception as error:  # models and arguments are anybody's, and no words are worth a training
+            logger.warning("what is on could not be said: %s: %s", type(error).__name__, error)
+            return
+        tqdm.write(said)
 
-        table = Table("kept in memory", "size", title="hf_lowmem")
-        table.columns[1].justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+    def _say_end(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero:
+            sizes = {PARTS[name].label: size for name, size in self._parts().items()} | self._peaks()
+            logger.info("lowmem: %s", ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items()))
+            return
+        folder = Path(str(args.output_dir))
+        results = self.record.results if self.record is not None else {}
+        speed = self.record.trainings[-1]["speed"].get("steps_per_second") if self.record is not None else None
+        words = [f"{state.global_step:,} steps"]
+        words += [f"{speed:.3g} steps/s"] if speed is not None else []
+        words += [f"train loss {results['train_loss']:.4g}"] if isinstance(results.get("train_loss"), float) else []
+        notes = [f"in {folder / REPORT}, which `hf-lowmem card` and `compare` read"] if self.record is not None else []
+        said = at_end(
+            self.report,
+            self._beside,
+            heading=f"hf_lowmem: {', '.join(words)}",
+            notes=notes,
+            same_activations=self.activations is None and getattr(args, "lowmem_activations", None) is None,
+        )
+        tqdm.write(said)  # below the progress bar, which is still there
+
+
+def in_gib(sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes by part, as they are logged and kept in the history: in GiB, whose bits are those of the bytes."""
+    return {f"lowmem/{name}_gib": size / GIB for name, size in sizes.items()}

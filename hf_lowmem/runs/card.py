@@ -36,8 +36,6 @@ BEGIN, END = "<!-- hf_lowmem: section -->", "<!-- hf_lowmem: end of section -->"
 _SECTION = re.compile(r"<!-- hf_lowmem: section(?: \S+ \S.*?)? -->\n.*?" + re.escape(END) + r"\n*", re.DOTALL)
 _DIGEST = re.compile(r"<!-- hf_lowmem: section ([0-9a-f]{16}) ")
 
-# A part as it is measured, and as a plan calls it.
-
 
 class UsersCard(ValueError):
     """A README.md that no trainer has made, and that is therefore left as it is."""
@@ -132,7 +130,7 @@ def _is_generated(text: str) -> bool:
 
 def _filled(report: dict[str, Any]) -> str:
     model = report["model"]
-    base = model.get("name")
+    base = None if model.get("folder") else model.get("name")  # a folder is no name on the hub
     data = ModelCardData(
         base_model=base,
         datasets=report["dataset"].get("name"),

@@ -19,6 +19,10 @@ RESULTS = {
     "best_eval_loss": "eval loss, best",
 }
 NOT_SET = "default"
+FOREIGN = (
+    "no report of hf_lowmem, so weights and optimizer state are those of its checkpoint's files, and the rest is not "
+    "known. `MemoryReportCallback().add_to(trainer)` measures it in any Trainer."
+)
 IDENTITY = ("trainer", "device", "processes", "model", "parameters", "dataset", "rows of the dataset")
 VERSION = "version of "
 
@@ -100,4 +104,6 @@ def table(compared: dict[str, Any]) -> str:
         rows += [[label, *(number(run[kind][key]) for run in runs.values())] for key, label in names.items()]
     shown = [row for row in rows if any(cell != MISSING for cell in row[1:])]
     head = [["", *map(safe, runs)], ["---", *("---:" for _ in runs)]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *shown])
+    lines = ["| " + " | ".join(row) + " |" for row in [*head, *shown]]
+    foreign = [safe(name) for name, run in runs.items() if not run["settings_recorded"]]
+    return "\n".join([*lines, *(["", f"{', '.join(foreign)}: {FOREIGN}"] if foreign else [])])

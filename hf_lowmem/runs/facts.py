@@ -46,6 +46,7 @@ LEFT_OUT = re.compile(
 )
 # Names that `load_dataset` gives to files and generators.
 NAMELESS = {"json", "csv", "parquet", "text", "arrow", "generator", "pandas", "xml", "webdataset"}
+_HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+?)/snapshots/")
 
 
@@ -108,8 +109,11 @@ def public_name(model: str) -> str:
 
 
 def dataset_name(dataset: Any) -> str | None:
-    """Name with which `load_dataset` was called; None for files and for data made in memory."""
+    """Name of a data set on the hub; None for files and for data made in memory."""
     info = getattr(dataset, "info", None)
+    sources = getattr(info, "download_checksums", None) or {}
+    if isinstance(sources, Mapping) and (found := next(filter(None, map(_HUB_DATA.match, sources)), None)) is not None:
+        return found[1]
     names = (getattr(info, "dataset_name", None), getattr(info, "builder_name", None))
     return next((name for name in names if isinstance(name, str) and name not in NAMELESS), None)
 
@@ -171,6 +175,7 @@ def _model(model: Any) -> dict[str, Any]:
         sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
     return {
         "name": public_name(name) if (name := getattr(config, "_name_or_path", None)) else None,
+        "folder": bool(name) and _SNAPSHOT.search(name) is None and Path(name).is_dir(),  # and so not on the hub
         "type": getattr(config, "model_type", None),
         "parameters": sum(sizes.values()),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),

@@ -1,9 +1,11 @@
 """Losses, speed and memory of a run, from the rows that a trainer has logged."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from hf_lowmem.runs.facts import plain
+from hf_lowmem.runs.foreign import memory_of_files, model_of_files, versions_of_card
 
 __all__ = ["POINTS", "SKIPPED", "facts_of_state", "history_of", "results_of", "speed_of"]
 
@@ -13,6 +15,7 @@ SKIPPED = "lowmem/skipped"
 # Points of a loss curve that a report keeps: enough for a picture, and a file of tens of kilobytes after any number of
 # steps. trainer_state.json has them all.
 POINTS = 500
+_IN_GIB = re.compile(r"lowmem/(\w+)_gib")
 
 
 def speed_of(rows: list[dict[str, Any]], tokens: float = 0) -> dict[str, Any]:
@@ -54,18 +57,22 @@ def history_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return plain(sorted(kept, key=lambda point: point["step"]))
 
 
-def facts_of_state(state: Any, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def facts_of_state(state: Any, folder: Path, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """A report, but for its format, from a trainer_state.json: memory, losses and speed where they were logged; nothing
     of settings.
 
-    manifest: that of the checkpoint it lies in, if there is one. Raises KeyError, TypeError and the like for what is no
+    folder: the run's. checkpoint: that of the state's file, whose files say the sizes of weights and optimizer state.
+    manifest: the checkpoint's, if there is one. Raises KeyError, TypeError and the like for what is no
     trainer's state.
     """
     rows = state["log_history"]
     memory: dict[str, Any] = {}
     for row in rows:
-        kept = {name: v for name, v in row.items() if name.startswith("lowmem/") and name != SKIPPED}
-        memory |= {name.removeprefix("lowmem/"): v for name, v in kept.items()}
+        for key, size in row.items():
+            if (found := _IN_GIB.fullmatch(key)) is not None and isinstance(size, int | float):
+                memory[found[1]] = round(size * 2**30)
+            elif key.startswith("lowmem/") and key != SKIPPED:  # an older version's, in bytes
+                memory[key.removeprefix("lowmem/")] = size
     for kind, source in (("cuda", "cuda allocator"), ("rss", "process RSS, sampled")):
         if f"peak_{kind}" in memory:
             peak, added = memory.pop(f"peak_{kind}"), memory.pop(f"peak_{kind}_added")
@@ -73,17 +80,18 @@ def facts_of_state(state: Any, folder: Path, manifest: dict[str, Any]) -> dict[s
     finished = any("train_runtime" in row for row in rows)
     training = {"from_step": 0, "to_step": int(state["global_step"]), "finished": finished}
     versions = manifest.get("versions")
+    memory = memory_of_files(checkpoint) | memory
     return {
         "run": folder.resolve().name,
         "trainer": None,
         "config": None,
-        "model": {},
+        "model": model_of_files(checkpoint),
         "dataset": {},
         "settings": {},
         "device": None,
         "processes": manifest.get("processes"),
         "head": None,
-        "versions": versions if isinstance(versions, dict) else {},
+        "versions": versions if isinstance(versions, dict) else versions_of_card(folder),
         "predicted": None,
         "trainings": [{**training, "memory": plain(memory), "speed": speed_of(rows)}],
         "results": results_of(rows),

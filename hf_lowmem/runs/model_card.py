@@ -14,8 +14,10 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_lowmem.preference.losses import PREFERENCE_LOSSES
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.card import CARD, UsersCard, own_frame, refresh
+from hf_lowmem.runs.mended import mended
 from hf_lowmem.runs.report import write_atomically
 
 __all__ = ["reporter_of", "write_card", "write_last_card"]
@@ -52,7 +54,7 @@ class _Automatic(MemoryReportCallback):
     tells = False
 
     def __init__(self) -> None:
-        super().__init__(verbose=False, trim=False)
+        super().__init__(trim=False)
 
 
 def write_card(trainer: Any, parents: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -64,8 +66,19 @@ def write_card(trainer: Any, parents: Callable[..., None], *args: Any, **kwargs:
         parents(*args, **kwargs)
         return
     tags = kwargs.get("tags") or []
-    kwargs["tags"] = sorted({TAG, *([tags] if isinstance(tags, str) else tags)})
-    _write(trainer, reporter, lambda: parents(*args, **kwargs))
+    asked = getattr(trainer.args, "loss_type", None) or []
+    losses = [asked] if isinstance(asked, str) else list(asked)
+    ours = [name for name in losses if name in PREFERENCE_LOSSES]
+    kwargs["tags"] = sorted({TAG, *ours, *([tags] if isinstance(tags, str) else tags)})
+    path = Path(trainer.args.output_dir) / CARD
+    facts = reporter.record.facts["model"] if reporter.record is not None else {}
+
+    def make_frame() -> None:
+        parents(*args, **kwargs)
+        text = path.read_text(encoding="utf-8")
+        write_atomically(path, mended(text, model=facts.get("name"), losses=losses))
+
+    _write(trainer, reporter, make_frame)
 
 
 def write_last_card(trainer: Any, parents: Callable[..., None]) -> None:

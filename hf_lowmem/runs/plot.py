@@ -11,7 +11,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from hf_lowmem.memory import human_bytes
+from hf_lowmem.memory.peak import CUDA_SOURCE
 from hf_lowmem.runs.parts import DRAWN, PARTS
 
 __all__ = ["MIB", "draw", "draw_memory"]
@@ -19,44 +22,59 @@ __all__ = ["MIB", "draw", "draw_memory"]
 # Okabe and Ito's colours, as those of the parts.
 RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#56B4E9", "#F0E442", "#000000")
 MIB = 2**20
+UNITS = (("GiB", 2**30), ("MiB", MIB), ("KiB", 2**10))
+FAR = 2.5  # times the parts: a line that high would leave them less than a third of the picture
 
 
 def draw_memory(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """A stacked bar of parts for each run, and a line at its peak.
 
+    A process's peak has Python and its libraries in it. Where it stands so high above the parts of all runs that they
+    could not be told apart, it is written above its bar in place of the line.
+
     runs: (name, bytes by part, "peak" and "peak_source"), as of MemoryReportCallback.report; what is missing is not
     drawn
     """
+    parts = max((sum(memory.get(part) or 0 for part in DRAWN) for _, memory in runs), default=0)
+    peaks = [memory.get("peak") or 0 for _, memory in runs]
+    sampled = [memory.get("peak_source") != CUDA_SOURCE for _, memory in runs]
+    far = [rss and peak > FAR * parts > 0 for peak, rss in zip(peaks, sampled, strict=True)]
+    highest = max([parts, *(peak for peak, away in zip(peaks, far, strict=True) if not away), 1])
+    unit, scale = next((u, s) for u, s in UNITS if highest >= 4 * s or s == 1024)
     for place, (_, memory) in enumerate(runs):
         bottom = 0.0
         for part in DRAWN:
-            size = (memory.get(part) or 0) / MIB
+            size = (memory.get(part) or 0) / scale
             axes.bar(place, size, bottom=bottom, color=PARTS[part].colour, width=0.62)
-            if size > 100:
-                axes.text(place, bottom + size / 2, f"{size:,.0f}", ha="center", va="center", fontsize=8)
+            if size * scale > 0.06 * highest:
+                axes.text(place, bottom + size / 2, f"{size:,.4g}", ha="center", va="center", fontsize=8)
             bottom += size
-        if memory.get("peak") is not None:
-            peak = memory["peak"] / MIB
+        if far[place]:
+            axes.text(
+                place, bottom, f"whole process\n{human_bytes(peaks[place])}", ha="center", va="bottom", fontsize=8
+            )
+        elif peaks[place]:
+            peak = peaks[place] / scale
             axes.hlines(peak, place - 0.38, place + 0.38, colors="black", linewidth=1.6)
-            axes.text(place, peak, f"peak {peak:,.0f}", ha="center", va="bottom", fontsize=8)
+            axes.text(place, peak, f"peak {peak:,.4g}", ha="center", va="bottom", fontsize=8)
+        if lacking := [PARTS[part].label for part in DRAWN if memory.get(part) is None]:
+            text = "not measured:\n" + ",\n".join(lacking)
+            axes.annotate(text, (place, bottom), (0, 24), textcoords="offset points", ha="center", fontsize=7)
     for part in DRAWN:
         axes.bar(0, 0, color=PARTS[part].colour, label=PARTS[part].drawn)
-    sources = sorted({memory["peak_source"] for _, memory in runs if memory.get("peak_source")})
-    if sources:
-        axes.plot([], [], color="black", linewidth=1.6, label=f"peak ({'; '.join(sources)})")
-    highest = max(
-        (max(memory.get("peak") or 0, sum(memory.get(part) or 0 for part in DRAWN)) for _, memory in runs), default=0
-    )
+    lines = {m["peak_source"] for (_, m), away in zip(runs, far, strict=True) if m.get("peak_source") and not away}
+    if lines:
+        axes.plot([], [], color="black", linewidth=1.6, label=f"peak ({'; '.join(sorted(lines))})")
     axes.set_xticks(range(len(runs)), [name.replace(", ", ",\n") for name, _ in runs], fontsize=8)
-    axes.set_ylabel("MiB")
-    axes.set_ylim(0, 1.32 * max(highest, MIB) / MIB)
+    axes.set_ylabel(unit)
+    axes.set_ylim(0, 1.32 * highest / scale)
     axes.legend(fontsize=8, ncols=2, loc="upper right")
-    axes.set_title("Kept in memory by a training step", fontsize=10)
+    axes.set_title("Kept in memory by a training step (less is better)", fontsize=10)
 
 
 def draw(runs: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Write `path`, a PNG. runs: name -> report."""
-    figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained")
+    """Write `path`, a PNG, SVG or PDF by its name, on white, which reads on dark pages too. runs: name -> report."""
+    figure = Figure(figsize=(12.5, 5.2), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     memory, loss = figure.subplots(1, 2)
     draw_memory(
@@ -65,14 +83,20 @@ def draw(runs: Mapping[str, dict[str, Any]], path: Path) -> None:
     )
     for i, (name, report) in enumerate(runs.items()):
         colour = RUNS[i % len(RUNS)]
-        for key, style in (("loss", {"linewidth": 1.2}), ("eval_loss", {"marker": "o", "linestyle": "--"})):
+        if not report["history"]:
+            loss.plot([], [], color=colour, label=f"{name}: no loss was logged")
+        for key, style in (
+            ("loss", {"linewidth": 1.2 if i else 2.6}),
+            ("eval_loss", {"marker": "o", "linestyle": "--"}),
+        ):
             points = [(row["step"], float(row[key])) for row in report["history"] if key in row]
             if points:
                 label = name if key == "loss" else f"{name}, evaluation"
                 loss.plot(*zip(*points, strict=True), color=colour, label=label, **style)
     loss.set_xlabel("optimizer steps")
+    loss.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss.set_ylabel("loss")
     if loss.lines:
         loss.legend(fontsize=8)
-    loss.set_title("Loss, as the trainer logs it", fontsize=10)
-    figure.savefig(path, format="png")
+    loss.set_title("Loss, as the trainer logs it (lower is better)", fontsize=10)
+    figure.savefig(path)

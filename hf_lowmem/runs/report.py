@@ -80,7 +80,7 @@ def read_report(run: str | os.PathLike[str]) -> dict[str, Any]:
     if (path := _newest_state(folder)) is not None:
         state = _parse(path)
         try:
-            report = {"format": FORMAT, **facts_of_state(state, folder, _manifest(path.parent))}
+            report = {"format": FORMAT, **facts_of_state(state, folder, path.parent, _manifest(path.parent))}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise BadReport(
                 f"{path} is not the state of a trainer ({type(error).__name__}: {error}). Give the output_dir of a "

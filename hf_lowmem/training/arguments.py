@@ -36,6 +36,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
+from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle
 from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
 
@@ -48,7 +49,7 @@ SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_m
 
 
 @dataclass
-class LowMemArguments:
+class LowMemArguments(NamedFields):
     """Fields that make a training step fit in less memory; mix in before a TrainingArguments class.
 
     ```python
@@ -317,6 +318,8 @@ class LowMemArguments:
         if self.gradient_checkpointing is None:
             default = inherited_default(type(self), "gradient_checkpointing")
             self.gradient_checkpointing = default if self.lowmem_activations is None else False
+            if getattr(self, "activation_checkpointing", False) is None:  # its newer name, of which nobody is warned
+                self.activation_checkpointing = self.gradient_checkpointing
 
     def lowmem_activation_spec(self) -> ActivationSpec | None:
         """The activation tiers that these arguments ask for; None for none."""

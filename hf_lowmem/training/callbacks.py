@@ -13,7 +13,7 @@ from typing import Any
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lowmem import rules
-from hf_lowmem.activations import OwnedTiers, Report, rehearsal
+from hf_lowmem.activations import OwnedTiers, rehearsal
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.specs import ActivationSpec
 from hf_lowmem.training.arguments import trainers
@@ -47,7 +47,6 @@ class LowMemCallback(MemoryReportCallback):
         self.spec = ActivationSpec(tiers=activations) if isinstance(activations, str) else activations
         if self.spec is not None and not isinstance(self.spec, ActivationSpec):
             raise TypeError(f"activations={activations!r}: expected a tier, such as 'fp8', or None.")
-        self.activations: Report | None = None
         self._tiers: OwnedTiers | None = None
 
     def __getstate__(self) -> dict[str, Any]:

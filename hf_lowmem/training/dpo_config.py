@@ -147,7 +147,10 @@ class LowMemDPOConfig(LowMemArguments, DPOConfig):
         for name in types:
             check_choice("loss_type", name, [*PREFERENCE_LOSSES, *TRL_LOSSES])
         if len(set(types)) < len(types) or not types:
-            raise ValueError(f"loss_type={types!r} names {'a loss twice' if types else 'no loss'}.")
+            said = (
+                "names a loss twice. Name each once; loss_weights weighs them" if types else "names no loss. Name one"
+            )
+            raise ValueError(f"loss_type={types!r} {said}.")
         self.loss_type = types
         self._check_options()
         self._check_formula_fields()

@@ -237,6 +237,7 @@ class LowMemTrainerMixin(RestingWeights):
                 logger.warning("this training keeps the tiers that the model has from %s", owner)
             if reporter is not None:
                 reporter.head = None if self.output_head is None else self.output_head.facts
+                reporter.activations = self.activations or reporter.activations
             result = super().train(resume, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._take_off()

@@ -287,6 +287,22 @@ def test_a_report_of_an_older_version_is_read(tmp_path: Path, format: int) -> No
     assert read_report(tmp_path) == now
 
 
+def test_a_state_is_read_with_the_keys_of_now_and_of_before(tmp_path: Path) -> None:
+    """In GiB under the names of the loggers; older ones in bytes."""
+    now = {"lowmem/saved_gib": 3 / 2**30, "lowmem/peak_rss_gib": 7.0, "lowmem/peak_rss_added_gib": 0.5}
+    then = {"lowmem/saved": 3, "lowmem/peak_rss": 7 * 2**30, "lowmem/peak_rss_added": 2**29}
+    for i, row in enumerate((now, then)):
+        run = tmp_path / str(i)
+        run.mkdir()
+        (run / "trainer_state.json").write_text(json.dumps(STATE | {"log_history": [{"step": 1, **row}]}))
+        assert read_report(run)["trainings"][0]["memory"] == {
+            "saved": 3,
+            "peak": 7 * 2**30,
+            "peak_added": 2**29,
+            "peak_source": "process RSS, sampled",
+        }
+
+
 @pytest.mark.train
 def test_help_is_fast_and_names_the_commands() -> None:
     script = (

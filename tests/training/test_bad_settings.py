@@ -1,10 +1,13 @@
 """Bad settings: one table. Each is refused at construction by an error that names the field and the remedy."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -23,6 +26,13 @@ from hf_lowmem import (
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward
 from tests.conftest import tiny_llama
 
+SCREEN = 10 * 120
+# A message says what to do, or what is expected in place of the value.
+REMEDY = re.compile(
+    r"\b(set|leave|choose|use|take|write|give|make|load|expected|must|raise|add|call|train|name|need|did you mean|here it "
+    r"is|at least|remove|pass|build|lower)s?\b",
+    re.IGNORECASE,
+)
 COMMON: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 
 
@@ -32,6 +42,10 @@ def args(config: Any = LowMemTrainingArguments, **kwargs: Any) -> Callable[[], A
 
 def optimizer(name: str = "apollo", **kwargs: Any) -> Callable[[], Any]:
     return lambda: make_optimizer(name, nn.Linear(80, 60), **kwargs)
+
+
+def lora() -> nn.Module:
+    return get_peft_model(tiny_llama(dtype=torch.bfloat16), LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[return-value]
 
 
 def frozen_model() -> nn.Module:
@@ -213,6 +227,50 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("SFT's arguments for DPO", lambda: DPOTrainer(tiny_llama(), args=args(LowMemSFTConfig, **OURS)()), TypeError, ("LowMemSFTConfig", "Make the arguments with LowMemDPOConfig")),
     ("DPO's arguments for SFT", lambda: SFTTrainer(tiny_llama(), args=args(LowMemDPOConfig)()), TypeError, ("LowMemDPOConfig", "Use LowMemDPOTrainer")),
     ("DPO's arguments for no trainer of TRL's", lambda: Trainer(tiny_llama(), args(LowMemDPOConfig, lowmem_reference="quantized")()), TypeError, ("LowMemDPOConfig", "Use LowMemDPOTrainer")),
+    # presets
+    ("unknown preset", args(lowmem="tiny"), ValueError, ("lowmem='tiny'", "light, balanced, smallest")),
+    ("preset that is no word", args(lowmem=3), TypeError, ("lowmem=3", "string")),
+    ("preset of nothing", args(lowmem="light", optim="lion", lowmem_state="int8"), ValueError, ("lowmem='light' has no effect", "Leave it unset")),
+    ("preset beside another's optim", args(lowmem="light", optim="adamw_torch"), ValueError, ("lowmem='light' sets lowmem_state=8bit", "optim='adamw_torch'")),
+    ("smallest with accumulation", args(lowmem="smallest", gradient_accumulation_steps=2), ValueError, ("gradient_accumulation_steps=2", "lowmem='smallest' sets")),
+    ("smallest with clipping", args(lowmem="smallest", max_grad_norm=0.5), ValueError, ("max_grad_norm=0.5", "Set max_grad_norm=0")),
+    ("smallest, compiled", args(lowmem="smallest", torch_compile=True), ValueError, ("torch_compile=True", "leave torch_compile unset")),
+    ("balanced in a checkpoint", args(lowmem="balanced", gradient_checkpointing=True), ValueError, ("gradient_checkpointing=True", "lowmem='balanced' sets")),
+    # names of fields
+    ("a misspelt field", args(lowmem_stat="int8"), TypeError, ("lowmem_stat='int8'", "Did you mean lowmem_state?")),
+    ("a misspelt field of TRL's", args(LowMemSFTConfig, max_lenght=8), TypeError, ("max_lenght=8", "Did you mean max_length?")),
+    ("a misspelt field of a loop", lambda: LowMemPlugin(lowmem_actvations="fp8"), TypeError, ("lowmem_actvations='fp8'", "Did you mean lowmem_activations?")),  # type: ignore[call-arg]
+    ("a field of no config", args(LowMemDPOConfig, zzzz=1), TypeError, ("zzzz=1", "Leave it out")),
+    # weights and what is trained
+    ("bf16 weights of adapters", lambda: make_optimizer("adamw", lora(), weights="bf16_sr"), ValueError, ("weights='bf16_sr'", "adapters", "autocast_adapter_dtype=False")),
+    ("weights at rest of adapters", lambda: make_optimizer("adamw", lora(), weights="int8_sr"), ValueError, ("weights='int8_sr'", "adapters", "load_in_8bit=True")),
+    ("weights at rest that wait", args(**OURS, lowmem_weights="int8_sr"), ValueError, ("lowmem_weights='int8_sr'", "lowmem_step_in_backward=True")),
+    ("weights at rest in fp32", lambda: make_optimizer("adamw", tiny_llama(), weights="int8_sr"), ValueError, ("weights='int8_sr'", '{"dtype": "bfloat16"}', "--dtype bfloat16")),
+    ("a model by its name in fp32", trainer(args(**OURS, lowmem_weights="bf16_ecc"), create=True), ValueError, ('model_init_kwargs={"dtype": "bfloat16"}', "--dtype bfloat16")),
+    # the end of a diverged run
+    ("no skipped steps at all", args(**OURS, lowmem_max_skipped_steps=0), ValueError, ("lowmem_max_skipped_steps=0", "at least 1")),
+    ("skipped steps as text", args(**OURS, lowmem_max_skipped_steps="3"), TypeError, ("lowmem_max_skipped_steps='3'", "integer")),
+    ("skipped steps without us", args(lowmem_max_skipped_steps=3), ValueError, ("lowmem_max_skipped_steps=3", "no effect")),
+    # a loop of one's own
+    ("checkpointing of a loop", lambda: LowMemPlugin(gradient_checkpointing=True), ValueError, ("gradient_checkpointing=True", "gradient_checkpointing_enable()")),
+    ("skipped steps of a loop", lambda: LowMemPlugin(optim="adamw", lowmem_max_skipped_steps=3), ValueError, ("lowmem_max_skipped_steps=3", "optimizer.skipped()")),
+    ("a rate for another's optimizer", lambda: LowMemPlugin(learning_rate=1e-3), ValueError, ("learning_rate=0.001", "no effect")),
+    ("an unknown field of a section", lambda: LowMemPlugin.from_section("x", {"lowmem_stat": "int8"}), ValueError, ("'lowmem_stat'", "Did you mean 'lowmem_state'")),
+    ("a loop without an optimizer", lambda: LowMemPlugin().prepare(Accelerator(cpu=True), tiny_llama()), ValueError, ("optimizer=yours",)),
+    ("a scheduler that is none", lambda: LowMemPlugin(optim="adamw").prepare(Accelerator(cpu=True), tiny_llama(), scheduler=3), TypeError, ("scheduler=3", "lambda optimizer")),  # type: ignore[arg-type]
+    # fields where they are none
+    ("a field in make_optimizer", optimizer("adamw", lowmem_state="int8"), ValueError, ("lowmem_state='int8'", "here it is state='int8'")),
+    ("another method's option", optimizer("adamw", damping=3), ValueError, ("damping=3", "natural_galore", "Leave it out")),
+    ("the model first", lambda: make_optimizer(nn.Linear(4, 4), "adamw"), TypeError, ("got Linear", "make_optimizer(name, model)")),  # type: ignore[arg-type]
+    ("tiers of two owners", trainer(args(lowmem_activations="fp8"), callbacks=[LowMemCallback("fp8")]), ValueError, ("one owner", "Leave one")),
+    ("tiers of a callback as a number", lambda: LowMemCallback(3), TypeError, ("activations=3", "'fp8'")),  # type: ignore[arg-type]
+    # budgets
+    ("a budget without a unit", args(lowmem_budget="24"), ValueError, ("lowmem_budget='24'", "GiB")),
+    ("a budget as a number", args(lowmem_budget=24), TypeError, ("lowmem_budget=24", "'24GiB'")),
+    ("a budget of nothing", args(lowmem_budget="0GiB"), ValueError, ("lowmem_budget='0GiB'", "above zero")),
+    ("a budget for what cannot be planned", trainer(args(lowmem_budget="1GiB")), ValueError, ("lowmem_budget='1GiB'", "LowMemSFTTrainer", "hf-lowmem plan")),
+    ("layers in the wrong order", args(lowmem_activations="fp8:5-2"), ValueError, ("'fp8:5-2'", "fp8:0-11")),
+    ("fp16 in a step in backward", args(**STEPPING, fp16=True), ValueError, ("fp16=True", "Use bf16")),
     ("a budget for a loop", lambda: LowMemPlugin(lowmem_budget="1GiB"), ValueError, ("lowmem_budget='1GiB' has no effect in LowMemPlugin", "hf-lowmem plan")),
 ]  # fmt: skip
 
@@ -223,10 +281,12 @@ def test_is_refused(build: Callable[[], Any], error: type[Exception], says: tupl
         build()
     for words in says:
         assert words in str(caught.value)
+    assert len(str(caught.value)) <= SCREEN, "a screen"
+    assert REMEDY.search(str(caught.value)), f"no remedy: {caught.value}"
 
 
 def test_the_table_is_long_enough_and_has_no_row_twice() -> None:
-    assert len({row[0] for row in BAD}) == len(BAD) >= 30
+    assert len({row[0] for row in BAD}) == len(BAD) >= 60
 
 
 def test_the_same_settings_without_the_fault_are_accepted() -> None:

@@ -4,7 +4,6 @@ import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import hf_lowmem
 from hf_lowmem.kernels.choice import VARIABLE
 from hf_lowmem.kernels.proof import cache_folder, driver_version
 from hf_lowmem.kernels.registry import INSTALL, has_numba
+from hf_lowmem.memory.free import free_and_total
 
 # Distribution → what a user does without who does without it. In the order in which they are missed.
 PACKAGES = {
@@ -26,7 +26,7 @@ PACKAGES = {
     "datasets": "no SFT, DPO or ASFT trainer, no `demo`",
     "peft": "no LoRA and other adapters",
     "bitsandbytes": "no 4-bit base weights, no `plan`, no lowmem_budget",
-    "rich": "no report of memory while training, no `demo`",
+    "rich": "no `demo`",
     "deepspeed": "no ZeRO; FSDP2 and DDP work",
     "torchao": "nothing of ours: HuggingFace's 8-bit and 4-bit torchao optimizers alone need it",
     "matplotlib": "no --plot of `plan` and `compare`, no picture of `demo`",
@@ -61,25 +61,15 @@ def devices() -> list[dict[str, Any]]:
     """Every GPU, or the CPU where there is none: name, capability, free and total bytes."""
     found = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(i)
+        free, total = free_and_total(torch.device("cuda", i))
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
         name = torch.cuda.get_device_name(i)
         found.append({"device": f"cuda:{i}", "name": name, "capability": capability, "free": free, "total": total})
     if not found:
-        free, total = _memory()
+        free, total = free_and_total(torch.device("cpu"))
         name = f"{platform.machine()}, {torch.get_num_threads()} threads"
         found.append({"device": "cpu", "name": name, "capability": "", "free": free, "total": total})
     return found
-
-
-def _memory() -> tuple[int | None, int | None]:
-    """Bytes that a process may still take, and all; None where the system does not say (not Linux)."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None, None
-    found = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    return found.get("MemAvailable"), found.get("MemTotal")
 
 
 def packages() -> dict[str, dict[str, str]]:

@@ -23,9 +23,9 @@ def test_every(tmp_path, every, steps):
     trainer.train()
     *measured, last = records(trainer)
     assert [r["step"] for r in measured] == steps
-    assert all(r["lowmem/saved"] == measured[0]["lowmem/saved"] > 0 for r in measured)
+    assert all(r["lowmem/saved_gib"] == measured[0]["lowmem/saved_gib"] > 0 for r in measured)
     assert last["step"] == 5
-    assert last["lowmem/peak_rss"] >= measured[0]["lowmem/peak_rss"] > 0
+    assert last["lowmem/peak_rss_gib"] >= measured[0]["lowmem/peak_rss_gib"] > 0
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
@@ -42,9 +42,9 @@ def test_records_are_plain_numbers_and_reach_trainer_state_json(tmp_path):
     for record in records(trainer):
         assert all(type(v) in (int, float) for v in record.values())
     first = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
-    assert any(r.get("lowmem/optimizer", 0) > 0 for r in first)
+    assert any(r.get("lowmem/optimizer_gib", 0) > 0 for r in first)
     written = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    assert [r for r in written if "lowmem/saved" in r] == records(trainer)
+    assert [r for r in written if "lowmem/saved_gib" in r] == records(trainer)
 
 
 @pytest.mark.train
