@@ -100,8 +100,8 @@ class Seen:
 class Phases(TrainerCallback):
     """Tells the log where in the step the trainer is, and what has become of the storages by then."""
 
-    def __init__(self, measured: Measured, evaluate: Callable[[], Any] | None) -> None:
-        self.measured, self.live, self.evaluate = measured, measured.live, evaluate
+    def __init__(self, measured: Measured, evaluate: Callable[[], Any] | None, steps: int) -> None:
+        self.measured, self.live, self.evaluate, self.steps = measured, measured.live, evaluate, steps
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if not self.measured.start:
@@ -121,7 +121,7 @@ class Phases(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         state: Any = args[1]
-        if state.global_step == STEPS and self.evaluate is not None:
+        if state.global_step == self.steps and self.evaluate is not None:
             self.live.phase(EVALUATION)
             self.evaluate()
         self.measured.end = self.live.clock
@@ -323,9 +323,11 @@ def simulate_step(
     peft_config: Any = None,
     quantization: Any = None,
     gathered: bool = False,
+    steps: int = STEPS,
 ) -> Measured:
     """Run the trainer's steps on fake tensors; see the module. `method`: one of `hf_lowmem.planner.methods.METHODS`;
-    `gathered`: as a process under FSDP2 does, whose output head is a copy that is gathered for each pass.
+    `gathered`: as a process under FSDP2 does, whose output head is a copy that is gathered for each pass; `steps`: one
+    is enough for an optimizer that keeps nothing.
 
     Raises:
         CannotSimulate: naming the operation and the module, where what the step does depends on values.
@@ -337,7 +339,7 @@ def simulate_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        run = weighed_args(args, folder)
+        run = weighed_args(args, folder, steps)
         stack.enter_context(as_with_real_tensors())
         if accelerator:
             stack.enter_context(as_on_accelerator())
@@ -355,7 +357,7 @@ def simulate_step(
             trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.data(args)), token_maker())
             trainer.remove_callback(PrinterCallback)
             evaluates = args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-            trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None))
+            trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None, steps))
             trainer.train()
             measured.end = live.clock
     return measured

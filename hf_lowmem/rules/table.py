@@ -208,15 +208,6 @@ AT_REST = (
         ),
         "Set it, with max_grad_norm=0, or set lowmem_weights='bf16_sr'",
     ),
-    Rule(
-        "rest_budget",
-        ("fields", "budget", "optim"),
-        _rests,
-        lambda run: (
-            f"{run.say('budget')} cannot be combined with {_at_rest(run)}: the search counts weights as they are loaded"
-        ),
-        f"Leave lowmem_weights unset, {BY_HAND}",
-    ),
 )
 
 BUDGET = (

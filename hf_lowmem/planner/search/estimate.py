@@ -33,17 +33,19 @@ from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim.resting import rest
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
 from hf_lowmem.planner.methods import Method
 from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
-from hf_lowmem.planner.search.space import AS_IS, Choice, layers_by_tier, policy_fields
-from hf_lowmem.planner.search.updates import Update, count_states, head_by_rows, own_temporaries
+from hf_lowmem.planner.search.rested import Rested, rested
+from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier, policy_fields
+from hf_lowmem.planner.search.updates import ENOUGH, Described, Update, describe_update, own_temporaries
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
-from hf_lowmem.planner.step import quiet, simulate_step
-from hf_lowmem.specs import OPTIMIZER_FIELDS
+from hf_lowmem.planner.step import STEPS, quiet, simulate_step
+from hf_lowmem.specs import OPTIMIZER_FIELDS, STORES_AT_REST, OptimSpec
 
 __all__ = ["Estimator"]
 
@@ -112,8 +114,9 @@ class Estimator:
     progress: Callable[[str], None] = lambda message: None
     simulated: int = 0
     _ends: dict[tuple[str, int, int], Values] = field(default_factory=dict)
-    _updates: dict[tuple[Any, ...], Update | None] = field(default_factory=dict)
-    _model: Any = None
+    _updates: dict[tuple[Any, ...], Update] = field(default_factory=dict)
+    _described: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _models: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depth, period = layer_count(self.config), period_of(self.config)
@@ -146,9 +149,10 @@ class Estimator:
             self._ends[key] = _ends_of(self._simulate(args, depth), depth)
         return self._ends[key]
 
-    def _simulate(self, args: Any, depth: int) -> list[Moment]:
+    def _simulate(self, args: Any, depth: int, steps: int = 1) -> list[Moment]:
         sequences, tokens = self.method.shape(args)
-        self.progress(f"simulating {depth} of {self.depth} layers, {sequences} × {tokens} tokens")
+        policy = args.lowmem_activations or (CHECKPOINTING if args.gradient_checkpointing else AS_IS)
+        self.progress(f"estimating with {depth} of {self.depth} layers, {sequences} × {tokens} tokens, {policy}")
         self.simulated += 1
         measured = simulate_step(
             with_depth(self.config, depth),
@@ -159,6 +163,7 @@ class Estimator:
             accelerator=self.accelerator,
             peft_config=copy.deepcopy(self.peft_config),
             **({} if self.quantization is None else {"quantization": self.quantization}),
+            steps=steps,
         )
         return outline(curve_of(measured), measured.live, measured.start, measured.stack)
 
@@ -187,30 +192,78 @@ class Estimator:
         low, high = (self._deep(policy, point)[AT[KEPT_ALL], ACTIVATIONS] for point in (0, 1))
         return max(0.0, (high - low) / (n[1] - n[0]))
 
-    def update(self, choice: Choice) -> Update | None:
-        """Memory of a choice's update; None where its rule would be plain Adam's on this model."""
-        key = choice.optim, choice.state, choice.weights
+    def states(self, choice: Choice) -> int | None:
+        """Bytes of a choice's states; None where its rule would be plain Adam's on this model."""
+        if choice.optim not in OPTIMIZERS:
+            return self.update(choice).states
+        found = self._describe(choice)
+        return None if found is None else found.states
+
+    def update(self, choice: Choice) -> Update:
+        """Memory of a choice's update, whose `states` are not None."""
+        key = _rule_of(choice)
         if key not in self._updates:
             ours = choice.optim in OPTIMIZERS
             self._updates[key] = self._own_update(choice) if ours else self._hf_update(choice)
         return self._updates[key]
 
-    def _own_update(self, choice: Choice) -> Update | None:
-        args = self.args.lowmem_replace(
-            optim=choice.optim, lowmem_state=choice.state, lowmem_weights=choice.weights, lowmem_step_in_backward=False
-        )
-        spec = args.lowmem_optim_spec()
-        with _as_simulated(self.accelerator):
-            states = count_states(spec, self.meta)
-            if states is None:
-                return None
-            if self._model is None:
-                self._model = self._shallow_model()
-            by_rows = not self.tied and head_by_rows(spec, self.meta)
-            return Update(states, own_temporaries(spec, self._model, self.fake), by_rows)
+    def _spec(self, choice: Choice) -> OptimSpec:
+        rests = choice.weights in STORES_AT_REST
+        return self.args.lowmem_replace(
+            optim=choice.optim,
+            lowmem_state=choice.state,
+            lowmem_weights=choice.weights,
+            lowmem_embeddings=choice.embeddings,
+            lowmem_step_in_backward=rests,
+            max_grad_norm=0.0 if rests else self.args.max_grad_norm,
+        ).lowmem_optim_spec()
 
-    def _shallow_model(self) -> nn.Module:
+    def _describe(self, choice: Choice) -> Described | None:
+        key = _rule_of(choice)
+        if key not in self._described:
+            asleep = choice.weights in STORES_AT_REST
+            with _as_simulated(self.accelerator):
+                model = self.rested.model if asleep else self.meta
+                self._described[key] = describe_update(self._spec(choice), model)
+        return self._described[key]
+
+    @cached_property
+    def rested(self) -> Rested:
+        """The model with its weights at rest in int8. Raises ValueError where none can be."""
+        with quiet():
+            return rested(OptimSpec(name="adamw", weights=STORES_AT_REST[0]), meta_model(self.config, self.dtype, None))
+
+    def can_rest(self) -> bool:
+        """Whether weights of this model can be at rest: all of it is trained, by one process."""
+        if self.peft_config is not None or self.quantization is not None or self.parallel is not None:
+            return False
+        if getattr(self.args, "sync_ref_model", False):
+            return False
+        try:
+            return self.rested.saved > 0
+        except ValueError:
+            return False
+
+    def _own_update(self, choice: Choice) -> Update:
+        described, spec = self._describe(choice), self._spec(choice)
+        assert described is not None
+        kind = described.cuts, choice.weights in STORES_AT_REST
+        with _as_simulated(self.accelerator):
+            if kind not in self._models:
+                self._models[kind] = self._shallow_model(small=kind[0])
+                if kind[1]:
+                    with self.fake:
+                        rest(spec, self._models[kind])
+            by_rows = not self.tied and described.head_by_rows
+            return Update(described.states, own_temporaries(spec, self._models[kind], self.fake), by_rows)
+
+    def _shallow_model(self, *, small: bool) -> nn.Module:
+        """A fake model of a few layers. `small`: and of no larger a vocabulary than shows what an update takes."""
         config = with_depth(self.config, min(self.depth, period_of(self.config)))
+        text: Any = config.get_text_config()
+        if small and self.peft_config is None:
+            text.vocab_size = min(text.vocab_size, max(1, ENOUGH // text.hidden_size))
+            config.pad_token_id = None  # which may lie beyond
         with self.fake:
             model = make_model(config, self.dtype, self.attention, *[q for q in [self.quantization] if q is not None])
             if self.peft_config is not None:
@@ -229,7 +282,7 @@ class Estimator:
         )
         found = []
         for depth in self.depths:
-            moments = self._simulate(args, depth)
+            moments = self._simulate(args, depth, STEPS)
             top = max((m for m in moments if m.phase == "optimizer"), key=lambda m: m.total).values
             found.append(np.array([top[STATES], top[TEMPORARIES]], dtype=np.float64))
         values = found[0]
@@ -239,10 +292,9 @@ class Estimator:
 
     def need(self, choice: Choice, tokens: int) -> int | None:
         """Bytes of one device that a combination takes, as `Plan.reserved_bytes`. None: not a choice on this model."""
-        update = self.update(choice)
-        if update is None:
+        if self.states(choice) is None:
             return None
-        moments = self._moments(choice, tokens, update)
+        moments = self._moments(choice, tokens, self.update(choice))
         if self.parallel is not None:
             moments = spread(
                 moments,
@@ -254,6 +306,17 @@ class Estimator:
             )
         highest = max(m.total + int(m.values[ROUNDING]) for m in moments)
         return highest + (CUDA_CONTEXT if self.accelerator else 0)
+
+    def least(self, choice: Choice) -> int:
+        """Bytes below which no activations and no update bring a combination: weights, states, and gradients where they
+        wait for the update. Of several processes nothing is said: 0."""
+        states = self.states(choice)
+        if self.parallel is not None or states is None:
+            return 0
+        weights = sum(s.nbytes for s in self.shapes)
+        weights -= self.rested.saved if choice.weights in STORES_AT_REST else 0
+        gradients = 0 if choice.step_in_backward else self.gradients.whole
+        return weights + states + gradients + (CUDA_CONTEXT if self.accelerator else 0)
 
     @cached_property
     def gradients(self) -> _Gradients:
@@ -291,6 +354,9 @@ class Estimator:
         for i, (end, simulated) in enumerate(self._mixed(choice, tokens)):
             values = simulated.copy()
             values[STATES] = update.states
+            if choice.weights in STORES_AT_REST:
+                values[WEIGHTS] -= self.rested.saved
+                values[TEMPORARIES] += self.rested.decoded if end.where in ("first", "last") else 0
             values[INPUTS] *= choice.accumulation
             of_head = 0.0 if self._by_rows(choice, update) else simulated[GRADIENTS]
             values[GRADIENTS] = self._gradients_at(end, choice, of_head)
@@ -333,6 +399,11 @@ class Estimator:
                 done = low[AT[FIRST_BACKWARD]]
                 made.append((BETWEEN, done + share * (low[i] - done)))
         return made
+
+
+def _rule_of(choice: Choice) -> tuple[str | None, ...]:
+    """All of a choice on which its update depends."""
+    return choice.optim, choice.state, choice.weights, choice.embeddings
 
 
 def _ends_of(moments: list[Moment], depth: int) -> Values:

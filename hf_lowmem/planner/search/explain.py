@@ -9,7 +9,7 @@ from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.search.space import Choice
 from hf_lowmem.planner.simulate import Plan
 
-__all__ = ["NothingFits", "describe", "explain"]
+__all__ = ["NothingFits", "assumed", "describe", "explain", "in_loss"]
 
 
 class NothingFits(ValueError):
@@ -23,6 +23,29 @@ class NothingFits(ValueError):
 def describe(values: Mapping[str, Any]) -> str:
     """Fields and their values."""
     return ", ".join(f"{name}={value!r}" for name, value in values.items()) or "the settings as they are"
+
+
+def assumed(plan: Plan) -> str:
+    """What a plan is of, in words: the batch, the weights, the optimizer, where it runs."""
+    of = plan.settings
+    batch = f"{of['sequences']} × {of['tokens']:,} tokens"
+    if of["gradient_accumulation_steps"] > 1:
+        batch += f" × {of['gradient_accumulation_steps']} micro-batches"
+    kept = "checkpointing" if of["gradient_checkpointing"] else of["lowmem"].get("lowmem_activations")
+    where = "a GPU" if of["device"] == "cuda" else "a CPU"
+    several = f", {of['world_size']} processes ({of['parallel']})" if of["parallel"] else ""
+    return (
+        f"a step of {batch}, weights in {of['dtype']}, optim={of['optim']}, {kept or 'no checkpointing'}, on {where}"
+        f"{several}"
+    )
+
+
+def in_loss(losses: Mapping[str, float | None]) -> str:
+    """What parts cost in loss, each with its figure."""
+    if not losses:
+        return "nothing of it changes what is computed"
+    said = [f"{name} {'not measured' if cost is None else f'{cost:+.2f} %'}" for name, cost in losses.items()]
+    return ", ".join(said) + " (each measured alone, on a small Llama)"
 
 
 def _rate(optim: str) -> str | None:
@@ -46,6 +69,7 @@ def explain(
     count: int,
     args: Any,
     refused: Mapping[str, Exception],
+    losses: Mapping[str, float | None],
 ) -> str:
     """Sentences, one a line.
 
@@ -54,12 +78,15 @@ def explain(
         least: the least that each optimizer needs which was preferred and does not fit.
         count: of combinations.
         refused: activation policies that are no choice on this model, and why.
+        losses: what parts of the choice were measured to cost; see `losses.parts_of`.
     """
     lines = [
         f"Chosen: {describe(chosen)}.",
         f"It needs {human_bytes(plan.reserved_bytes)} of {human_bytes(budget)}, at its highest in {plan.phase}, and of "
         f"{count:,} combinations is the fastest that fits, by a cost model of a nominal device, in the order of "
         "optimizers.",
+        f"Assumed: {assumed(plan)}.",
+        f"In loss: {in_loss(losses)}.",
     ]
     for name, size in least.items():
         lines.append(f"optim={name!r} was preferred, but needs at least {human_bytes(size)}.")
@@ -71,7 +98,7 @@ def explain(
             "growth of each update by itself."
         )
     if following is None:
-        lines.append("Nothing would have been preferred to it.")
+        lines.append("There is nothing faster among your settings: they fit without giving anything up.")
     else:
         how = "needs" if following["planned"] else "is estimated to need"
         lines.append(

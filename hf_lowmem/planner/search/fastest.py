@@ -142,7 +142,9 @@ def prepare(
     # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.
     stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
     parted = {"world_size": world_size, "parallel": parallel}
-    found = candidates(args, depth=layer_count(config), bf16_weights=stores, **parted)
-    made = Search(estimator, make_plan, found, began)
-    made.weigh(longest_seen)
+    found = candidates(
+        args, depth=layer_count(config), bf16_weights=stores, can_rest=stores and estimator.can_rest(), **parted
+    )
+    made = Search(estimator, make_plan, found, began, args, bf16_weights=stores)
+    made.weigh()
     return made

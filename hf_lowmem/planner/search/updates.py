@@ -1,13 +1,14 @@
 """Memory of an optimizer's update, apart from the rest of the step: its states and its temporaries.
 
 Neither depends on the batch or on what layers keep, so a search needs them once for each (optim, lowmem_state,
-lowmem_weights), not for each combination with the rest. Ours update parameter by parameter: states are counted over the
+lowmem_weights, lowmem_embeddings), not for each combination with the rest. Ours update parameter by parameter: states are counted over the
 whole model without allocating anything (`state_bytes`), and the temporaries are those of the worst parameter, which a
-model of a few layers has as well. torch's foreach AdamW has temporaries of all parameters at once, so HuggingFace's
+model of a few layers has as well, and one of a small vocabulary where long parameters are updated in parts. torch's foreach AdamW has temporaries of all parameters at once, so HuggingFace's
 names are simulated with the trainer at two depths, and lie on the line through them.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from hf_lowmem.optim import OPTIMIZERS, from_spec
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.chunked import CHUNK
 from hf_lowmem.optim.row_steps import whole_only
 from hf_lowmem.planner.allocations import Live
-from hf_lowmem.specs import OptimSpec
+from hf_lowmem.specs import STORES_AT_REST, OptimSpec
 
-__all__ = ["Update", "count_states", "head_by_rows", "own_temporaries"]
+__all__ = ["ENOUGH", "Described", "Update", "describe_update", "own_temporaries"]
+
+ENOUGH = 3 * CHUNK  # values of an embedding that is updated in parts: as many parts as differ from each other
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,32 @@ class Update:
     head_by_rows: bool = False
 
 
-def count_states(spec: Any, meta: nn.Module) -> int | None:
-    """Bytes of the states of our optimizer on a model on the meta device; None where a low-rank rule finds no matrix
-    to work on, so that it would save nothing."""
+@dataclass(frozen=True)
+class Described:
+    """What an optimizer says of a model without making anything. states: bytes; head_by_rows: see `Update`; cuts: whether
+    it updates embedding and output head a part at a time, so that temporaries do not grow with the vocabulary."""
+
+    states: int
+    head_by_rows: bool
+    cuts: bool
+
+
+def describe_update(spec: OptimSpec, meta: PreTrainedModel) -> Described | None:
+    """Our optimizer on a model on the meta device; None where a low-rank rule finds no matrix to work on, so that it
+    would save nothing."""
     optimizer = from_spec(spec, meta)
     groups = optimizer.param_groups
     if "rank" in OPTIMIZERS[spec.name].DEFAULTS and all(group["rank"] is None for group in groups):
         return None
-    return sum(optimizer.state_bytes(p, group) for group in groups for p in group["params"])
-
-
-def head_by_rows(spec: OptimSpec, meta: PreTrainedModel) -> bool:
-    """Whether our optimizer takes the gradient of the output head by rows, on a model on the meta device."""
-    optimizer, head = from_spec(spec, meta), getattr(meta.get_output_embeddings(), "weight", None)
-    group = next((g for g in optimizer.param_groups for p in g["params"] if p is head), None)
-    return head is not None and group is not None and whole_only(head, optimizer.slot(head, group)) is None
+    outside = [getattr(m, "weight", None) for m in (meta.get_output_embeddings(), meta.get_input_embeddings())]
+    pairs = [(p, group) for group in groups for p in group["params"]]
+    slots = {id(p): optimizer.slot(p, group) for p, group in pairs if any(p is other for other in outside)}
+    head = outside[0]
+    return Described(
+        states=sum(optimizer.state_bytes(p, group) for p, group in pairs),
+        head_by_rows=head is not None and id(head) in slots and whole_only(head, slots[id(head)]) is None,
+        cuts=all(slot.elementwise or slot.reach != "whole" for slot in slots.values()),
+    )
 
 
 def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:
@@ -65,13 +81,21 @@ def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:
             p.grad = torch.empty_like(p)
             p.detach()  # which shows the weight to the log
         optimizer = from_spec(spec, model)
-        optimizer.step()
+        step = partial(_one_by_one, optimizer) if spec.weights in STORES_AT_REST else optimizer.step
+        step()
         start = live.clock
-        optimizer.step()
+        step()
         end = live.clock
     for p in parameters:
         p.grad = None
     return _highest(live, start, end) - _alive(live, end)
+
+
+def _one_by_one(optimizer: LowMemOptimizer) -> None:
+    """A step as backward makes it, which is the only one that weights at rest have."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.step_param(p, group)
 
 
 def _alive(live: Live, clock: int) -> int:
