@@ -255,7 +255,8 @@ class Estimator:
                     with self.fake:
                         rest(spec, self._models[kind])
             by_rows = not self.tied and described.head_by_rows
-            return Update(described.states, own_temporaries(spec, self._models[kind], self.fake), by_rows)
+            layered, outside = (own_temporaries(spec, self._models[kind], self.fake, layers=x) for x in (True, False))
+            return Update(described.states, layered, outside, by_rows)
 
     def _shallow_model(self, *, small: bool) -> nn.Module:
         """A fake model of a few layers. `small`: and of no larger a vocabulary than shows what an update takes."""
@@ -364,12 +365,19 @@ class Estimator:
             made.append(Moment(i, end.phase, layer, "", end.where == "before", np.rint(values).astype(np.int64)))
         if choice.step_in_backward:  # of the head, when all is still kept; of the embedding, when nothing is
             late = self.tied or self._by_rows(choice, update)
-            values = (made[-1] if late else next(m for m in made if m.phase == KEPT)).values.copy()
-            values[GRADIENTS], values[TEMPORARIES] = self.gradients.largest, values[TEMPORARIES] + update.temporaries
-            made.append(Moment(len(made), "backward", None, "", False, values))
+            kept = next(m for m in made if m.phase == KEPT)
+            largest, in_layer = self.gradients.largest, self.gradients.in_layer
+            for at, gradient, more in (
+                (made[-1] if late else kept, largest, update.outside),
+                (kept, in_layer, update.temporaries),
+            ):
+                values = at.values.copy()
+                values[GRADIENTS], values[TEMPORARIES] = gradient, values[TEMPORARIES] + more
+                made.append(Moment(len(made), "backward", None, "", False, values))
         else:
             values = made[0].values.copy()
-            values[ACTIVATIONS], values[GRADIENTS], values[TEMPORARIES] = 0, self.gradients.whole, update.temporaries
+            values[ACTIVATIONS], values[GRADIENTS] = 0, self.gradients.whole
+            values[TEMPORARIES] = max(update.temporaries, update.outside)
             made.append(Moment(len(made), "optimizer", None, "", False, values))
         return made
 

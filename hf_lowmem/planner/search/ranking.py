@@ -19,7 +19,9 @@ from hf_lowmem.specs import STORES_AT_REST
 __all__ = ["STEP", "Found", "Search"]
 
 MOST_PLANS = 6  # of one length; the answer itself is planned in any case
-NEAR = 0.03  # an estimate is at most so far from its plan: what is further above the budget is not planned to make sure
+# An estimate is at most so far from its plan, and so far once a plan of its kind has corrected it: what is further above
+# the budget is not planned to make sure.
+NEAR, CORRECTED = 0.03, 0.005
 STEP = 64  # tokens: lengths are multiples of it
 POOL = 64  # combinations that may be the smallest at some length: those that are so at the shortest or the longest
 
@@ -234,7 +236,8 @@ class Search:
             nearest = min(preferred, key=lambda c: self.need(c, tokens), default=None)
             if nearest is None or (nearest, tokens) in self.plans or len(self.plans) - before >= MOST_PLANS:
                 return fitting, nearest
-            if self.need(nearest, tokens) > (1 + NEAR) * self.budget:
+            margin = CORRECTED if self._kind(nearest) in self.errors else NEAR
+            if self.need(nearest, tokens) > (1 + margin) * self.budget:
                 return fitting, nearest
             if self.really(nearest, tokens) > self.budget:
                 again = min(preferred, key=lambda c: self.need(c, tokens))

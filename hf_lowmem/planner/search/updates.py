@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.optim import OPTIMIZERS, from_spec
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.chunked import CHUNK
@@ -30,11 +31,13 @@ ENOUGH = 3 * CHUNK  # values of an embedding that is updated in parts: as many p
 
 @dataclass(frozen=True)
 class Update:
-    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest. head_by_rows: whether it takes
-    the gradient of an output head of its own a block of rows at a time."""
+    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest, of a weight in a layer; outside:
+    of one outside of the layers. head_by_rows: whether it takes the gradient of an output head of its own a block of
+    rows at a time."""
 
     states: int
     temporaries: int
+    outside: int = 0
     head_by_rows: bool = False
 
 
@@ -66,8 +69,9 @@ def describe_update(spec: OptimSpec, meta: PreTrainedModel) -> Described | None:
     )
 
 
-def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:
-    """Bytes that a step of our optimizer holds beside weights, gradients and states, at most, on a fake model.
+def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode, *, layers: bool) -> int:
+    """Bytes that a step of our optimizer holds beside weights, gradients and states, at most, on a fake model: of the
+    weights in its layers, or of the others.
 
     It is called where accelerators' implementations are chosen, or not, for the whole search. The second step counts,
     which finds its states there. A projection is refreshed in it.
@@ -75,7 +79,9 @@ def own_temporaries(spec: Any, model: nn.Module, fake: FakeTensorMode) -> int:
     if "update_gap" in OPTIMIZERS[spec.name].DEFAULTS:
         spec = replace(spec, update_gap=1)
     live = Live(invent_numbers=True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    stack = f"{find_stack(model)[0]}."
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for name, p in named if name.startswith(stack) == layers]
     with fake, live:
         for p in parameters:
             p.grad = torch.empty_like(p)
@@ -95,7 +101,8 @@ def _one_by_one(optimizer: LowMemOptimizer) -> None:
     """A step as backward makes it, which is the only one that weights at rest have."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.step_param(p, group)
+            if p.grad is not None:
+                optimizer.step_param(p, group)
 
 
 def _alive(live: Live, clock: int) -> int:
