@@ -43,6 +43,7 @@ from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
 from hf_lowmem.training.head import GATHERED
+from hf_lowmem.training.presets import AUTO
 from hf_lowmem.weights import resting
 
 __all__ = [
@@ -251,6 +252,7 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
         "eos_token": None,
         "ref_model_sync_steps": 1,  # what happens now and then happens in each of the two steps
         "lowmem_budget": None,  # this is what a search runs
+        "lowmem": None if getattr(args, "lowmem", None) == AUTO else getattr(args, "lowmem", None),
         # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
         "lowmem_update_gap": 1 if "update_gap" in getattr(OPTIMIZERS.get(args.optim), "DEFAULTS", {}) else None,
     }

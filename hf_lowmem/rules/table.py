@@ -12,7 +12,7 @@ from hf_lowmem.rules.run import Run
 from hf_lowmem.specs import STORES_AT_REST
 
 ONE_GPU = "Make one GPU visible, or start a process a GPU with `accelerate launch` or `torchrun`"
-BY_HAND = "or leave lowmem_budget unset and choose the settings with `hf-lowmem plan`"
+BY_HAND = "or set neither lowmem_budget nor lowmem='auto', and choose the settings with `hf-lowmem plan`"
 
 
 def _unread(run: Run) -> str:

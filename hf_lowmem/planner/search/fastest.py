@@ -25,9 +25,11 @@ from hf_lowmem.planner.modelled import check_modelled
 from hf_lowmem.planner.models import layer_count
 from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.explain import NothingFits
+from hf_lowmem.planner.search.losses import is_accepted, parts_of
 from hf_lowmem.planner.search.ranking import STEP, Found, Search
-from hf_lowmem.planner.search.space import candidates
+from hf_lowmem.planner.search.space import candidates, layers_by_tier
 from hf_lowmem.planner.simulate import Plan, config_and_dtype, plan
+from hf_lowmem.training.presets import AUTO
 
 __all__ = ["Found", "NothingFits", "Search", "longest", "prepare", "search"]
 
@@ -145,6 +147,10 @@ def prepare(
     found = candidates(
         args, depth=layer_count(config), bf16_weights=stores, can_rest=stores and estimator.can_rest(), **parted
     )
+    if args.lowmem == AUTO:
+        depth = estimator.depth
+        costs = lambda c: parts_of(c, layers_by_tier(c.activations, depth), bf16_weights=stores)  # noqa: E731
+        found = [c for c in found if is_accepted(c, costs(c), args)]
     made = Search(estimator, make_plan, found, began, args, bf16_weights=stores)
     made.weigh()
     return made

@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_lowmem.optim import OPTIMIZERS
 
-__all__ = ["BOUND", "EMBEDDINGS", "STATES", "TIERS", "WEIGHTS", "embedding_rules", "is_measured", "parts_of", "total"]
+__all__ = ["BOUND", "EMBEDDINGS", "STATES", "TIERS", "WEIGHTS", "embedding_rules", "is_accepted", "is_measured", "parts_of", "total"]
 
 BOUND = 0.5  # per cent of held-out loss: `lowmem="auto"` takes nothing that was measured to cost more
 
@@ -92,6 +92,20 @@ def parts_of(settings: Any, tiers: Iterable[str], *, bf16_weights: bool) -> dict
         worst = max(ours, key=TIERS.__getitem__)
         found[f"activations {worst}"] = TIERS[worst]
     return found
+
+
+def is_accepted(settings: Any, parts: Mapping[str, float | None], args: Any) -> bool:
+    """Whether `lowmem="auto"` may take a choice: nothing of it that the user left open was measured to cost more than
+    BOUND, all together, or was not measured."""
+    ours = str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS or "optim" in args.lowmem_open
+    chosen = {}
+    for name, cost in parts.items():
+        field = f"lowmem_{'state' if name.startswith('states') else name.split()[0]}"
+        fixed = settings.optim not in OPTIMIZERS and not ours  # HuggingFace's stores belong to the optimizer
+        if field in args.lowmem_open and not (fixed and field in ("lowmem_state", "lowmem_weights")):
+            chosen[name] = cost
+    cost = total(chosen)
+    return cost is not None and cost <= BOUND
 
 
 def total(parts: Mapping[str, float | None]) -> float | None:
