@@ -18,7 +18,7 @@ from hf_lowmem.specs import STORES_AT_REST
 
 __all__ = ["STEP", "Found", "Search"]
 
-MOST_PLANS = 6  # of one length; the answer itself is planned in any case
+MOST_PLANS = 3  # of one length; the answer itself is planned in any case
 # An estimate is at most so far from its plan, and so far once a plan of its kind has corrected it: what is further above
 # the budget is not planned to make sure.
 NEAR, CORRECTED = 0.03, 0.005
@@ -210,13 +210,15 @@ class Search:
                 return self._found(first, None, tokens, len(self.plans) - before)
         if not self._kept:
             self.simulate_policies(tokens)
-        considered: list[Choice] = []
+        passed: list[Choice] = []
         for level in sorted({c.departure for c in self.found}):
             group = [c for c in self.found if c.departure == level and self.estimator.least(c) <= self.budget]
-            considered += self._sorted(group, tokens)
-            fitting, nearest = self._choose(considered, tokens, before)
+            order = self._sorted(group, tokens)
+            fitting, nearest = self._choose(order, tokens, before)
             if fitting is not None:
+                nearest = nearest or min(passed, key=lambda c: self.need(c, tokens), default=None)
                 return self._found(fitting, nearest, tokens, len(self.plans) - before)
+            passed += order
         while True:
             smallest = self._smallest(tokens)
             if self.really(smallest, tokens) <= self.budget:
@@ -225,24 +227,35 @@ class Search:
                 raise self.nothing(smallest, tokens)
 
     def _choose(self, order: list[Choice], tokens: int, before: int) -> tuple[Choice | None, Choice | None]:
-        """The first of an order that fits, and of what was preferred to it that which comes nearest to fitting."""
+        """The first of an order that fits, and of what was preferred to it that which comes nearest to fitting.
+
+        An estimate that is near the budget is not believed: what is behind it may fit and be preferred.
+        """
         while True:
             fitting = next((c for c in order if self.need(c, tokens) <= self.budget), None)
             if fitting is None:
-                return None, None
+                smallest = min(order, key=lambda c: self.need(c, tokens), default=None)
+                if smallest is None or not self._is_near(smallest, tokens, before):
+                    return None, None
+                self.really(smallest, tokens)
+                continue
             if self.really(fitting, tokens) > self.budget:
                 continue
             preferred = order[: order.index(fitting)]
             nearest = min(preferred, key=lambda c: self.need(c, tokens), default=None)
-            if nearest is None or (nearest, tokens) in self.plans or len(self.plans) - before >= MOST_PLANS:
-                return fitting, nearest
-            margin = CORRECTED if self._kind(nearest) in self.errors else NEAR
-            if self.need(nearest, tokens) > (1 + margin) * self.budget:
+            if nearest is None or not self._is_near(nearest, tokens, before):
                 return fitting, nearest
             if self.really(nearest, tokens) > self.budget:
                 again = min(preferred, key=lambda c: self.need(c, tokens))
                 if again is nearest or self.need(again, tokens) > self.budget:
                     return fitting, nearest
+
+    def _is_near(self, choice: Choice, tokens: int, before: int) -> bool:
+        """Whether a plan may show that a choice fits, though its estimate does not; there are not many plans."""
+        if (choice, tokens) in self.plans or len(self.plans) - before >= MOST_PLANS:
+            return False
+        margin = CORRECTED if self._kind(choice) in self.errors else NEAR
+        return self.need(choice, tokens) <= (1 + margin) * self.budget
 
     def _smallest(self, tokens: int) -> Choice:
         """What needs least. Combinations are looked at by what they need in any case, until that is more."""
