@@ -1,8 +1,6 @@
 """What choices cost in loss: the tables are the records', and the bound and the order of a search follow from them."""
 
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +17,11 @@ from hf_lowmem.planner.search.losses import (
     total,
 )
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, candidates
+from parts.optimizers import report, schedule
+from parts.optimizers.settings import Setting
+from parts.record import RECORDS, read_rows
+from parts.small_llama import SIZE
 from tests.planner.real import arguments
-
-BENCH = Path(__file__).parents[2] / "scripts" / "bench"
-sys.path.insert(0, str(BENCH))
-
-from parts.optimizers import report, schedule  # noqa: E402
-from parts.optimizers.settings import Setting  # noqa: E402
-from parts.record import RECORDS, read_rows  # noqa: E402
-from parts.small_llama import SIZE  # noqa: E402
 
 ROUNDED = 0.005 + 1e-9
 
@@ -117,7 +111,9 @@ def test_choices_come_in_the_order_of_what_they_cost() -> None:
     order = {(c.weights, c.embeddings): c.departure for c in found if c.step_in_backward}
     ranked = sorted(order, key=lambda kind: order[kind])
     assert ranked.index(("bf16_sr", None)) < ranked.index(("int8_sr", None)) < ranked.index(("bf16_sr", "scale"))
-    assert ranked.index(("bf16_sr", "scale")) < ranked.index(("int8_sr", "scale")) < ranked.index(("bf16_sr", "adam_mini"))
+    assert (
+        ranked.index(("bf16_sr", "scale")) < ranked.index(("int8_sr", "scale")) < ranked.index(("bf16_sr", "adam_mini"))
+    )
     assert embedding_rules("apollo_mini") == ["scale", "adam_mini"]
     assert embedding_rules("apollo") == [], "not measured"
     assert all(c.step_in_backward and c.accumulation == 1 for c in found if c.weights == "int8_sr")

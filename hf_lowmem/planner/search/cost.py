@@ -101,9 +101,7 @@ def _newton_schulz(shape: Shape) -> float:
     return STEPS * math.prod(many) * (4.0 * small * small * large + 2.0 * small**3)
 
 
-def cost_a_token(
-    choice: Choice, work: Work, states: int, tokens: int, depth: int, kept: Mapping[str, float]
-) -> float:
+def cost_a_token(choice: Choice, work: Work, states: int, tokens: int, depth: int, kept: Mapping[str, float]) -> float:
     """Operations' worth of time for one token.
 
     Args:

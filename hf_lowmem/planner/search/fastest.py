@@ -3,10 +3,10 @@
 Candidates are all valid combinations of what the user left open (`space`). They are tried in an order of preference:
 first by how far their optimizer departs from what was asked for, so that a rule which needs another learning rate is
 taken only if nothing before it fits; then by the cost model (`cost`). The first of all is planned at once: where the
-user's own settings fit as they run fastest, that is the answer. Else estimates (`estimate`) of what each needs skip
-those that are far too large, and a rule whose weights, states and gradients alone are too large is not estimated. What is left is planned by the real `plan()`, the answer always, and the preferred
-combination that was nearest to fitting as well: had the estimate wronged it, it would be taken. Each plan corrects the
-estimates of its like.
+user's own settings fit in the form in which they run fastest, that is the answer. Else estimates (`estimate`) of what
+each needs skip those that are far too large, and a rule whose weights, states and gradients alone are too large is not
+estimated. What is left is planned by the real `plan()`, the answer always, and the preferred combination that was
+nearest to fitting as well, if an estimate may have wronged it. Each plan corrects the estimates of its like.
 
 The same question has the same answer: nothing is drawn at random, and ties are broken by the settings' names. Asked
 again in the same process it costs nothing (`cache`).

@@ -19,7 +19,18 @@ from typing import Any
 
 from hf_lowmem.optim import OPTIMIZERS
 
-__all__ = ["BOUND", "EMBEDDINGS", "STATES", "TIERS", "WEIGHTS", "embedding_rules", "is_accepted", "is_measured", "parts_of", "total"]
+__all__ = [
+    "BOUND",
+    "EMBEDDINGS",
+    "STATES",
+    "TIERS",
+    "WEIGHTS",
+    "embedding_rules",
+    "is_accepted",
+    "is_measured",
+    "parts_of",
+    "total",
+]
 
 BOUND = 0.5  # per cent of held-out loss: `lowmem="auto"` takes nothing that was measured to cost more
 

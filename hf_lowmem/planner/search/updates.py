@@ -1,10 +1,11 @@
 """Memory of an optimizer's update, apart from the rest of the step: its states and its temporaries.
 
 Neither depends on the batch or on what layers keep, so a search needs them once for each (optim, lowmem_state,
-lowmem_weights, lowmem_embeddings), not for each combination with the rest. Ours update parameter by parameter: states are counted over the
-whole model without allocating anything (`state_bytes`), and the temporaries are those of the worst parameter, which a
-model of a few layers has as well, and one of a small vocabulary where long parameters are updated in parts. torch's foreach AdamW has temporaries of all parameters at once, so HuggingFace's
-names are simulated with the trainer at two depths, and lie on the line through them.
+lowmem_weights, lowmem_embeddings), not for each combination with the rest. Ours update parameter by parameter: states
+are counted over the whole model without allocating anything (`state_bytes`), and the temporaries are those of the worst
+parameter, which a model of a few layers has as well, and one of a small vocabulary where long parameters are updated in
+parts. torch's foreach AdamW has temporaries of all parameters at once, so HuggingFace's names are simulated with the
+trainer at two depths, and lie on the line through them.
 """
 
 from dataclasses import dataclass, replace
@@ -31,9 +32,9 @@ ENOUGH = 3 * CHUNK  # values of an embedding that is updated in parts: as many p
 
 @dataclass(frozen=True)
 class Update:
-    """Bytes. states: held by the optimizer; temporaries: of the update, at its highest, of a weight in a layer; outside:
-    of one outside of the layers. head_by_rows: whether it takes the gradient of an output head of its own a block of
-    rows at a time."""
+    """Bytes. states: held by the optimizer; temporaries: of the update of a weight in a layer, at their highest;
+    outside: of one outside of the layers. head_by_rows: whether it takes the gradient of an output head of its own a
+    block of rows at a time."""
 
     states: int
     temporaries: int
@@ -43,8 +44,9 @@ class Update:
 
 @dataclass(frozen=True)
 class Described:
-    """What an optimizer says of a model without making anything. states: bytes; head_by_rows: see `Update`; cuts: whether
-    it updates embedding and output head a part at a time, so that temporaries do not grow with the vocabulary."""
+    """What an optimizer says of a model without making anything. states: bytes; head_by_rows: see `Update`; cuts:
+    whether it updates embedding and output head a part at a time, so that temporaries do not grow with the vocabulary.
+    """
 
     states: int
     head_by_rows: bool
