@@ -19,8 +19,8 @@ from hf_lowmem.specs import STORES_AT_REST
 __all__ = ["STEP", "Found", "Search"]
 
 MOST_PLANS = 3  # of one length; the answer itself is planned in any case
-# An estimate is at most so far from its plan, and so far once a plan of its kind has corrected it: what is further above
-# the budget is not planned to make sure.
+# An estimate is at most so far from its plan, and so far once a plan of its kind has corrected it: what is further
+# above the budget is not planned to make sure.
 NEAR, CORRECTED = 0.03, 0.005
 STEP = 64  # tokens: lengths are multiples of it
 POOL = 64  # combinations that may be the smallest at some length: those that are so at the shortest or the longest
@@ -160,7 +160,7 @@ class Search:
             raise next(iter(self.refused.values()))
 
     def cost(self, choice: Choice, tokens: int) -> float:
-        """Time of a token; see `cost`. Before policies are simulated, only choices under one of them can be compared."""
+        """Time of a token. Before policies are simulated, only choices under one of them can be compared."""
         key = choice, tokens, bool(self._kept)
         if key not in self._costs:
             if tokens not in self._works:
@@ -181,8 +181,8 @@ class Search:
         return sorted(choices, key=lambda c: (c.departure, self.cost(c, tokens), self.estimate(c, tokens), repr(c)))
 
     def first(self, tokens: int) -> Choice | None:
-        """The most preferred combination, where that is known without estimates: nothing is faster than layers that keep
-        all, in the largest micro-batch. None: the order has to be computed."""
+        """The most preferred combination, where that is known without estimates: nothing is faster than layers that
+        keep all, in the largest micro-batch. None: the order has to be computed."""
         nearest = min(c.departure for c in self.found)
         group = [c for c in self.found if c.departure == nearest]
         policies = {c.activations for c in group}

@@ -20,7 +20,7 @@ __all__ = ["Rested", "rested"]
 
 @dataclass(frozen=True)
 class Rested:
-    """model: on the meta device, its weights at rest; saved, decoded: bytes less in all, and more while a layer runs."""
+    """model: on the meta device, at rest; saved, decoded: bytes less in all, and more while a layer runs."""
 
     model: Any
     saved: int
