@@ -62,8 +62,8 @@ def check_kept(args: Any, folder: str | Path) -> None:
     before, now = (_written(choice.get("chosen", {})) for choice in (stored, mine))
     raise ValueError(
         f"resume_from_checkpoint={str(folder)!r} cannot be combined with lowmem='auto' here: the checkpoint was "
-        f"trained with {before}, and what was chosen now is {now}. Leave lowmem unset and set what the checkpoint was trained "
-        "with, or set output_dir to the run's, whose choice is kept."
+        f"trained with {before}, and what was chosen now is {now}. Leave lowmem unset and set what the "
+        "checkpoint was trained with, or set output_dir to the run's, whose choice is kept."
     )
 
 

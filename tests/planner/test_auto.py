@@ -87,7 +87,7 @@ def test_it_says_in_five_lines_what_it_chose_and_trains_with_it(
 @pytest.mark.train
 def test_a_resume_keeps_the_choice_whatever_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    few = parse_bytes("", "15MiB")
+    few = parse_bytes("", "17MiB")
     monkeypatch.setattr(budget, "measured_budget", lambda device, model=None: (few, "little is free"))
     first = trainer_of(tmp_path, **saving)
     first.train()

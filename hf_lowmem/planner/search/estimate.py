@@ -17,9 +17,8 @@ What it leaves out (that a gradient and a temporary may not meet, layers of seve
 orders candidates, and no more: what a search answers has been planned by the real `plan()`.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,25 +26,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
-from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.optim.resting import rest
-from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
 from hf_lowmem.planner.methods import Method
-from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
+from hf_lowmem.planner.models import Shape, layer_count, meta_model, period_of, shapes_of, with_depth
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
-from hf_lowmem.planner.search.rested import Rested, rested
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier, policy_fields
-from hf_lowmem.planner.search.updates import ENOUGH, Described, Update, describe_update, own_temporaries
+from hf_lowmem.planner.search.updates import Update, Updates
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
-from hf_lowmem.planner.step import STEPS, quiet, simulate_step
-from hf_lowmem.specs import OPTIMIZER_FIELDS, STORES_AT_REST, OptimSpec
+from hf_lowmem.planner.step import quiet, simulate_step
+from hf_lowmem.specs import OPTIMIZER_FIELDS, STORES_AT_REST
 
 __all__ = ["Estimator"]
 
@@ -53,7 +46,6 @@ WEIGHTS, STATES, GRADIENTS, INPUTS, TEMPORARIES, ACTIVATIONS = (
     PARTS.index(name) for name in ("weights", "states", "gradients", "inputs", "temporaries", "activations")
 )
 NO_STATES = "sgd"  # of HuggingFace: an optimizer that keeps nothing
-SHORT = 64  # tokens of a step of which only the update counts
 
 
 class End(NamedTuple):
@@ -114,17 +106,26 @@ class Estimator:
     progress: Callable[[str], None] = lambda message: None
     simulated: int = 0
     _ends: dict[tuple[str, int, int], Values] = field(default_factory=dict)
-    _updates: dict[tuple[Any, ...], Update] = field(default_factory=dict)
-    _described: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    _models: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depth, period = layer_count(self.config), period_of(self.config)
         self.depths = (2 * period, 3 * period) if 3 * period < self.depth else (self.depth,)
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with quiet():
             self.meta = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
         self.tied = bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+        self.updates = Updates(
+            self.config,
+            self.args,
+            self.dtype,
+            self.meta,
+            self._simulate,
+            self.depths,
+            tied=self.tied,
+            attention=self.attention,
+            accelerator=self.accelerator,
+            peft_config=self.peft_config,
+            quantization=self.quantization,
+        )
         nothing = dict.fromkeys(
             (*(f"lowmem_{name}" for name in OPTIMIZER_FIELDS), "optim_args", "optim_target_modules")
         )
@@ -192,110 +193,11 @@ class Estimator:
         low, high = (self._deep(policy, point)[AT[KEPT_ALL], ACTIVATIONS] for point in (0, 1))
         return max(0.0, (high - low) / (n[1] - n[0]))
 
-    def states(self, choice: Choice) -> int | None:
-        """Bytes of a choice's states; None where its rule would be plain Adam's on this model."""
-        if choice.optim not in OPTIMIZERS:
-            return self.update(choice).states
-        found = self._describe(choice)
-        return None if found is None else found.states
-
-    def update(self, choice: Choice) -> Update:
-        """Memory of a choice's update, whose `states` are not None."""
-        key = _rule_of(choice)
-        if key not in self._updates:
-            ours = choice.optim in OPTIMIZERS
-            self._updates[key] = self._own_update(choice) if ours else self._hf_update(choice)
-        return self._updates[key]
-
-    def _spec(self, choice: Choice) -> OptimSpec:
-        rests = choice.weights in STORES_AT_REST
-        return self.args.lowmem_replace(
-            optim=choice.optim,
-            lowmem_state=choice.state,
-            lowmem_weights=choice.weights,
-            lowmem_embeddings=choice.embeddings,
-            lowmem_step_in_backward=rests,
-            max_grad_norm=0.0 if rests else self.args.max_grad_norm,
-        ).lowmem_optim_spec()
-
-    def _describe(self, choice: Choice) -> Described | None:
-        key = _rule_of(choice)
-        if key not in self._described:
-            asleep = choice.weights in STORES_AT_REST
-            with _as_simulated(self.accelerator):
-                model = self.rested.model if asleep else self.meta
-                self._described[key] = describe_update(self._spec(choice), model)
-        return self._described[key]
-
-    @cached_property
-    def rested(self) -> Rested:
-        """The model with its weights at rest in int8. Raises ValueError where none can be."""
-        with quiet():
-            return rested(OptimSpec(name="adamw", weights=STORES_AT_REST[0]), meta_model(self.config, self.dtype, None))
-
-    def can_rest(self) -> bool:
-        """Whether weights of this model can be at rest: all of it is trained, by one process."""
-        if self.peft_config is not None or self.quantization is not None or self.parallel is not None:
-            return False
-        if getattr(self.args, "sync_ref_model", False):
-            return False
-        try:
-            return self.rested.saved > 0
-        except ValueError:
-            return False
-
-    def _own_update(self, choice: Choice) -> Update:
-        described, spec = self._describe(choice), self._spec(choice)
-        assert described is not None
-        kind = described.cuts, choice.weights in STORES_AT_REST
-        with _as_simulated(self.accelerator):
-            if kind not in self._models:
-                self._models[kind] = self._shallow_model(small=kind[0])
-                if kind[1]:
-                    with self.fake:
-                        rest(spec, self._models[kind])
-            by_rows = not self.tied and described.head_by_rows
-            layered, outside = (own_temporaries(spec, self._models[kind], self.fake, layers=x) for x in (True, False))
-            return Update(described.states, layered, outside, by_rows)
-
-    def _shallow_model(self, *, small: bool) -> nn.Module:
-        """A fake model of a few layers. `small`: and of no larger a vocabulary than shows what an update takes."""
-        config = with_depth(self.config, min(self.depth, period_of(self.config)))
-        text: Any = config.get_text_config()
-        if small and self.peft_config is None:
-            text.vocab_size = min(text.vocab_size, max(1, ENOUGH // text.hidden_size))
-            config.pad_token_id = None  # which may lie beyond
-        with self.fake:
-            model = make_model(config, self.dtype, self.attention, *[q for q in [self.quantization] if q is not None])
-            if self.peft_config is not None:
-                from peft import get_peft_model
-
-                model = get_peft_model(model, copy.deepcopy(self.peft_config))
-        return model
-
-    def _hf_update(self, choice: Choice) -> Update:
-        """The update of an optimizer that is not ours, simulated with the trainer at two depths."""
-        args = self.args.lowmem_replace(
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,
-            max_length=min(SHORT, self.args.max_length),
-            **policy_fields(AS_IS),
-        )
-        found = []
-        for depth in self.depths:
-            moments = self._simulate(args, depth, STEPS)
-            top = max((m for m in moments if m.phase == "optimizer"), key=lambda m: m.total).values
-            found.append(np.array([top[STATES], top[TEMPORARIES]], dtype=np.float64))
-        values = found[0]
-        if len(self.depths) > 1:
-            values = values + (found[-1] - found[0]) * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
-        return Update(round(values[0]), round(values[1]))
-
     def need(self, choice: Choice, tokens: int) -> int | None:
         """Bytes of one device that a combination takes, as `Plan.reserved_bytes`. None: not a choice on this model."""
-        if self.states(choice) is None:
+        if self.updates.states(choice) is None:
             return None
-        moments = self._moments(choice, tokens, self.update(choice))
+        moments = self._moments(choice, tokens, self.updates.of(choice))
         if self.parallel is not None:
             moments = spread(
                 moments,
@@ -311,11 +213,11 @@ class Estimator:
     def least(self, choice: Choice) -> int:
         """Bytes below which no activations and no update bring a combination: weights, states, and gradients where they
         wait for the update. Of several processes nothing is said: 0."""
-        states = self.states(choice)
+        states = self.updates.states(choice)
         if self.parallel is not None or states is None:
             return 0
         weights = sum(s.nbytes for s in self.shapes)
-        weights -= self.rested.saved if choice.weights in STORES_AT_REST else 0
+        weights -= self.updates.rested.saved if choice.weights in STORES_AT_REST else 0
         gradients = 0 if choice.step_in_backward else self.gradients.whole
         return weights + states + gradients + (CUDA_CONTEXT if self.accelerator else 0)
 
@@ -356,8 +258,8 @@ class Estimator:
             values = simulated.copy()
             values[STATES] = update.states
             if choice.weights in STORES_AT_REST:
-                values[WEIGHTS] -= self.rested.saved
-                values[TEMPORARIES] += self.rested.decoded if end.where in ("first", "last") else 0
+                values[WEIGHTS] -= self.updates.rested.saved
+                values[TEMPORARIES] += self.updates.rested.decoded if end.where in ("first", "last") else 0
             values[INPUTS] *= choice.accumulation
             of_head = 0.0 if self._by_rows(choice, update) else simulated[GRADIENTS]
             values[GRADIENTS] = self._gradients_at(end, choice, of_head)
@@ -409,11 +311,6 @@ class Estimator:
         return made
 
 
-def _rule_of(choice: Choice) -> tuple[str | None, ...]:
-    """All of a choice on which its update depends."""
-    return choice.optim, choice.state, choice.weights, choice.embeddings
-
-
 def _ends_of(moments: list[Moment], depth: int) -> Values:
     """The moments of ENDS in the last step of a simulation."""
     values = np.zeros((len(ENDS), ROUNDING + 1))
@@ -430,11 +327,3 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
             if moment.values[:ROUNDING].sum() > values[i, :ROUNDING].sum():
                 values[i] = moment.values
     return values
-
-
-@contextlib.contextmanager
-def _as_simulated(accelerator: bool) -> Iterator[None]:
-    """Context that `simulate_step` sets up, for an optimizer without a trainer."""
-    device = as_on_accelerator() if accelerator else contextlib.nullcontext()
-    with quiet(), as_with_real_tensors(), device:
-        yield

@@ -158,7 +158,11 @@ def prepare(
     stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
     parted = {"world_size": world_size, "parallel": parallel}
     found = candidates(
-        args, depth=layer_count(config), bf16_weights=stores, can_rest=stores and estimator.can_rest(), **parted
+        args,
+        depth=layer_count(config),
+        bf16_weights=stores,
+        can_rest=stores and parallel is None and estimator.updates.can_rest(),
+        **parted,
     )
     if args.lowmem == AUTO:
         depth = estimator.depth

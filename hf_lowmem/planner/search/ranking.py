@@ -131,7 +131,7 @@ class Search:
                 "a budget leaves nothing to choose: the arguments accept no combination of the settings that are open. "
                 "Leave more of them unset."
             )
-        left = [c for c in self.found if self.estimator.states(c) is not None]
+        left = [c for c in self.found if self.estimator.updates.states(c) is not None]
         if not left:  # every rule left would be plain Adam's
             optim, rank = self.found[0].optim, getattr(self.args, "lowmem_rank", None)
             default = OPTIMIZERS[optim].DEFAULTS["rank"]
@@ -165,7 +165,7 @@ class Search:
         if key not in self._costs:
             if tokens not in self._works:
                 self._works[tokens] = Work.of(self.estimator.config, self.estimator.shapes, tokens)
-            states, rows = self.estimator.states(choice), choice.batch * self.estimator.method.rows * tokens
+            states, rows = self.estimator.updates.states(choice), choice.batch * self.estimator.method.rows * tokens
             assert states is not None
             kept = self._kept or dict.fromkeys(self._tiers(choice), 0.0)
             self._costs[key] = cost_a_token(choice, self._works[tokens], states, rows, self.estimator.depth, kept)

@@ -8,24 +8,39 @@ parts. torch's foreach AdamW has temporaries of all parameters at once, so Huggi
 trainer at two depths, and lie on the line through them.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.optim import OPTIMIZERS, from_spec
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.chunked import CHUNK
+from hf_lowmem.optim.resting import rest
 from hf_lowmem.optim.row_steps import whole_only
+from hf_lowmem.planner.accelerator import as_on_accelerator, as_with_real_tensors
 from hf_lowmem.planner.allocations import Live
+from hf_lowmem.planner.models import layer_count, make_model, meta_model, period_of, with_depth
+from hf_lowmem.planner.moments import Moment
+from hf_lowmem.planner.parts import PARTS
+from hf_lowmem.planner.search.rested import Rested, rested
+from hf_lowmem.planner.search.space import AS_IS, Choice, policy_fields
+from hf_lowmem.planner.step import STEPS, quiet
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec
 
-__all__ = ["ENOUGH", "Described", "Update", "describe_update", "own_temporaries"]
+__all__ = ["Update", "Updates"]
+
+STATES, TEMPORARIES = PARTS.index("states"), PARTS.index("temporaries")
+SHORT = 64  # tokens of a step of which only the update counts
 
 ENOUGH = 3 * CHUNK  # values of an embedding that is updated in parts: as many parts as differ from each other
 
@@ -51,6 +66,151 @@ class Described:
     states: int
     head_by_rows: bool
     cuts: bool
+
+
+@dataclass
+class Updates:
+    """Updates of one model, each weighed once.
+
+    Args:
+        config, args, dtype, attention, accelerator, peft_config, quantization: see `Estimator`.
+        meta: the whole model on the meta device.
+        simulate: runs the trainer on so many layers; for optimizers that are not ours.
+        depths: numbers of layers to draw lines through.
+        tied: whether embedding and output head are one weight.
+    """
+
+    config: PreTrainedConfig
+    args: Any
+    dtype: torch.dtype
+    meta: PreTrainedModel
+    simulate: Callable[[Any, int, int], list[Moment]]
+    depths: tuple[int, ...]
+    _: KW_ONLY
+    tied: bool
+    attention: str | None
+    accelerator: bool
+    peft_config: Any
+    quantization: Any
+    _updates: dict[tuple[Any, ...], Update] = field(default_factory=dict)
+    _described: dict[tuple[Any, ...], Described | None] = field(default_factory=dict)
+    _models: dict[tuple[bool, bool], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.depth = layer_count(self.config)
+
+    def states(self, choice: Choice) -> int | None:
+        """Bytes of a choice's states; None where its rule would be plain Adam's on this model."""
+        if choice.optim not in OPTIMIZERS:
+            return self.of(choice).states
+        found = self._describe(choice)
+        return None if found is None else found.states
+
+    def of(self, choice: Choice) -> Update:
+        """Memory of a choice's update, whose `states` are not None."""
+        key = _rule_of(choice)
+        if key not in self._updates:
+            ours = choice.optim in OPTIMIZERS
+            self._updates[key] = self._own_update(choice) if ours else self._hf_update(choice)
+        return self._updates[key]
+
+    def _spec(self, choice: Choice) -> OptimSpec:
+        rests = choice.weights in STORES_AT_REST
+        return self.args.lowmem_replace(
+            optim=choice.optim,
+            lowmem_state=choice.state,
+            lowmem_weights=choice.weights,
+            lowmem_embeddings=choice.embeddings,
+            lowmem_step_in_backward=rests,
+            max_grad_norm=0.0 if rests else self.args.max_grad_norm,
+        ).lowmem_optim_spec()
+
+    def _describe(self, choice: Choice) -> Described | None:
+        key = _rule_of(choice)
+        if key not in self._described:
+            asleep = choice.weights in STORES_AT_REST
+            with _as_simulated(self.accelerator):
+                model = self.rested.model if asleep else self.meta
+                self._described[key] = describe_update(self._spec(choice), model)
+        return self._described[key]
+
+    @cached_property
+    def rested(self) -> Rested:
+        """The model with its weights at rest in int8. Raises ValueError where none can be."""
+        with quiet():
+            return rested(OptimSpec(name="adamw", weights=STORES_AT_REST[0]), meta_model(self.config, self.dtype, None))
+
+    def can_rest(self) -> bool:
+        """Whether weights of this model can be at rest, if one process trains all of it."""
+        if self.peft_config is not None or self.quantization is not None:
+            return False
+        if getattr(self.args, "sync_ref_model", False):
+            return False
+        try:
+            return self.rested.saved > 0
+        except ValueError:
+            return False
+
+    def _own_update(self, choice: Choice) -> Update:
+        described, spec = self._describe(choice), self._spec(choice)
+        assert described is not None
+        kind = described.cuts, choice.weights in STORES_AT_REST
+        with _as_simulated(self.accelerator):
+            if kind not in self._models:
+                self._models[kind] = self._shallow_model(small=kind[0])
+                if kind[1]:
+                    with self.fake:
+                        rest(spec, self._models[kind])
+            by_rows = not self.tied and described.head_by_rows
+            layered, outside = (own_temporaries(spec, self._models[kind], self.fake, layers=x) for x in (True, False))
+            return Update(described.states, layered, outside, by_rows)
+
+    def _shallow_model(self, *, small: bool) -> nn.Module:
+        """A fake model of a few layers. `small`: and of no larger a vocabulary than shows what an update takes."""
+        config = with_depth(self.config, min(self.depth, period_of(self.config)))
+        text: Any = config.get_text_config()
+        if small and self.peft_config is None:
+            text.vocab_size = min(text.vocab_size, max(1, ENOUGH // text.hidden_size))
+            config.pad_token_id = None  # which may lie beyond
+        with self.fake:
+            model = make_model(config, self.dtype, self.attention, *[q for q in [self.quantization] if q is not None])
+            if self.peft_config is not None:
+                from peft import get_peft_model
+
+                model = get_peft_model(model, copy.deepcopy(self.peft_config))
+        return model
+
+    def _hf_update(self, choice: Choice) -> Update:
+        """The update of an optimizer that is not ours, simulated with the trainer at two depths."""
+        args = self.args.lowmem_replace(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            max_length=min(SHORT, self.args.max_length),
+            **policy_fields(AS_IS),
+        )
+        found = []
+        for depth in self.depths:
+            moments = self.simulate(args, depth, STEPS)
+            top = max((m for m in moments if m.phase == "optimizer"), key=lambda m: m.total).values
+            found.append(np.array([top[STATES], top[TEMPORARIES]], dtype=np.float64))
+        values = found[0]
+        if len(self.depths) > 1:
+            values = values + (found[-1] - found[0]) * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
+        return Update(round(values[0]), round(values[1]))
+
+
+def _rule_of(choice: Choice) -> tuple[str | None, ...]:
+    """All of a choice on which its update depends."""
+    return choice.optim, choice.state, choice.weights, choice.embeddings
+
+
+@contextlib.contextmanager
+def _as_simulated(accelerator: bool) -> Iterator[None]:
+    """Context that `simulate_step` sets up, for an optimizer without a trainer."""
+    device = as_on_accelerator() if accelerator else contextlib.nullcontext()
+    with quiet(), as_with_real_tensors(), device:
+        yield
 
 
 def describe_update(spec: OptimSpec, meta: PreTrainedModel) -> Described | None:
