@@ -25,7 +25,6 @@ from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import method_of
 from hf_lowmem.planner.modelled import check_modelled
-from hf_lowmem.planner.models import layer_count
 from hf_lowmem.planner.search.cache import cached, key_of
 from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.explain import NothingFits
@@ -156,14 +155,9 @@ def prepare(
 
     # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.
     stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
+    rests = stores and parallel is None and estimator.updates.can_rest()
     parted = {"world_size": world_size, "parallel": parallel}
-    found = candidates(
-        args,
-        depth=layer_count(config),
-        bf16_weights=stores,
-        can_rest=stores and parallel is None and estimator.updates.can_rest(),
-        **parted,
-    )
+    found = candidates(args, depth=estimator.depth, bf16_weights=stores, can_rest=rests, **parted)
     if args.lowmem == AUTO:
         depth = estimator.depth
         costs = lambda c: parts_of(c, layers_by_tier(c.activations, depth), bf16_weights=stores)  # noqa: E731
