@@ -4,15 +4,19 @@ The memory that is free is another at every start, and with other settings a che
 trainer that is made in a run's folder takes what the run's last complete checkpoint says, if it was asked the same.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_lowmem import checkpoints
 
-__all__ = ["KEY", "SEARCHED", "asked_of", "check_kept", "kept_choice"]
+if TYPE_CHECKING:
+    from hf_lowmem.training.sft import LowMemSFTConfig
+
+__all__ = ["CHOSEN", "KEY", "SEARCHED", "asked_of", "check_kept", "kept_choice"]
 
 KEY = "auto"  # in a manifest
+CHOSEN = "_lowmem_auto"  # among the values of arguments
+Values = dict[str, object]
 # The fields that a search may set.
 SEARCHED = (
     "per_device_train_batch_size",
@@ -28,18 +32,18 @@ SEARCHED = (
 )
 
 
-def asked_of(args: Any) -> dict[str, Any]:
+def asked_of(args: "LowMemSFTConfig") -> Values:
     """What was asked of a search: the searched fields that are the user's, and the budget."""
     given = [name for name in SEARCHED if name not in args.lowmem_open]
     values = {name: getattr(args, name) for name in given} | {"optim": str(getattr(args.optim, "value", args.optim))}
     return {"given": {name: values[name] for name in sorted(values)}, "lowmem_budget": args.lowmem_budget}
 
 
-def kept_choice(args: Any) -> tuple[str, dict[str, Any]] | None:
+def kept_choice(args: "LowMemSFTConfig") -> tuple[str, Values] | None:
     """(the checkpoint, the fields that were chosen) of the run that `args` would go on with; None where there is none
     that was asked the same."""
-    folder = getattr(args, "resume_from_checkpoint", None)
-    if not isinstance(folder, str) or not Path(folder).is_dir():
+    folder: str | Path | None = args.resume_from_checkpoint
+    if folder is None or not Path(folder).is_dir():
         folder = checkpoints.last_complete(args.output_dir)[0] if Path(args.output_dir).is_dir() else None
     stored = None if folder is None else _stored(folder)
     if folder is None or stored is None or stored.get("asked") != asked_of(args):
@@ -50,16 +54,16 @@ def kept_choice(args: Any) -> tuple[str, dict[str, Any]] | None:
     return str(folder), chosen
 
 
-def check_kept(args: Any, folder: str | Path) -> None:
+def check_kept(args: object, folder: str | Path) -> None:
     """Raise where a checkpoint was trained with another choice than these arguments have.
 
     Raises:
         ValueError: naming what differs, and how to go on.
     """
-    mine, stored = getattr(args, "_lowmem_auto", None), _stored(folder)
+    mine, stored = vars(args).get(CHOSEN), _stored(folder)
     if mine is None or stored is None or stored.get("chosen") == mine["chosen"]:
         return
-    before, now = (_written(choice.get("chosen", {})) for choice in (stored, mine))
+    before, now = _written(stored.get("chosen")), _written(mine["chosen"])
     raise ValueError(
         f"resume_from_checkpoint={str(folder)!r} cannot be combined with lowmem='auto' here: the checkpoint was "
         f"trained with {before}, and what was chosen now is {now}. Leave lowmem unset and set what the "
@@ -67,7 +71,7 @@ def check_kept(args: Any, folder: str | Path) -> None:
     )
 
 
-def _stored(folder: str | Path) -> Mapping[str, Any] | None:
+def _stored(folder: str | Path) -> Values | None:
     try:
         manifest = checkpoints.read_manifest(folder)
     except checkpoints.BadCheckpoint:  # which is said when it is resumed from
@@ -76,5 +80,7 @@ def _stored(folder: str | Path) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _written(chosen: Mapping[str, Any]) -> str:
+def _written(chosen: object) -> str:
+    if not isinstance(chosen, dict):
+        return "other settings"
     return ", ".join(f"{name}={value!r}" for name, value in chosen.items()) or "the settings as they were"

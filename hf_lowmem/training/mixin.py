@@ -21,7 +21,7 @@ from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
-from hf_lowmem.training.chosen import KEY, check_kept
+from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
 from hf_lowmem.training.presets import take_weights
 from hf_lowmem.training.resting import RestingWeights
 
@@ -328,8 +328,8 @@ class LowMemTrainerMixin(RestingWeights):
             facts = {"step": step, "processes": self.args.world_size, "versions": library_versions()}
             if self._run is not None:
                 facts["run"] = self._run
-            if (chosen := getattr(self.args, "_lowmem_auto", None)) is not None:
-                facts[KEY] = chosen
+            if CHOSEN in vars(self.args):
+                facts[KEY] = vars(self.args)[CHOSEN]
             checkpoints.write_manifest(folder, **facts)
             checkpoints.drop_aside(folder)
             rotate_checkpoints(

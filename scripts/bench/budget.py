@@ -27,7 +27,7 @@ from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare
-from parts.record import RECORDS, provenance, read_rows, write_rows
+from parts.record import RECORDS, Row, Rows, provenance, read_rows, write_rows
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 LLAMA_3_8B: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": 32, "max_position_embeddings": 8192}
@@ -149,7 +149,7 @@ def main() -> None:
     batches = (options.batch,) if options.batch is not None else batches
     head = {"model": options.model} | provenance(("torch", "transformers", "trl"))
     out = options.out or (None if options.toy else RECORDS / record)
-    made: list[dict[str, Any]] = list(read_rows(out)) if some and out is not None else []
+    made: Rows = list(read_rows(out)) if some and out is not None else []
     rows = (row for batch in batches for row in of_batch(config, batch, tokens, budgets))
     for row in rows if some or options.model == "1b" else _and_length(rows, config, budgets[1]):
         row |= head | {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -161,7 +161,7 @@ def main() -> None:
         print("\n".join(table(made)))
 
 
-def replaced(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+def replaced(rows: Rows, row: Row) -> Rows:
     """The rows with this one in the place of that which asked the same; at their end where there is none."""
     kind = [row[name] for name in ASKED]
     at = next((i for i, other in enumerate(rows) if [other.get(name) for name in ASKED] == kind), len(rows))

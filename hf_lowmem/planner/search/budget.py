@@ -9,9 +9,12 @@ is a search in the memory that is free, or in `lowmem_budget`, which takes nothi
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_lowmem import rules
@@ -24,18 +27,20 @@ from hf_lowmem.planner.search.fastest import search
 from hf_lowmem.planner.simulate import CUDA_CONTEXT, plan
 from hf_lowmem.rules.run import fsdp_asked
 from hf_lowmem.rules.table import BY_HAND
-from hf_lowmem.training.chosen import asked_of, kept_choice
+from hf_lowmem.training.chosen import CHOSEN, asked_of, kept_choice
 from hf_lowmem.training.presets import AUTO
+from hf_lowmem.training.sft import LowMemSFTConfig
 
 __all__ = ["measured_budget", "within_budget"]
 
 logger = logging.getLogger(__name__)
+Values = dict[str, Any]
 
 SPARED = 20  # one part in so many of what is free is left: for fragmentation, and for what others take
 GRAIN = 2**28  # bytes that a measured budget is a multiple of, so that a little more or less decides nothing
 
 
-def within_budget(trainer: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def within_budget(trainer: object, args: LowMemSFTConfig, given: Values) -> tuple[LowMemSFTConfig, Values]:
     """A copy of `args` with the fastest of the open settings that fit, and the plan of it.
 
     Args:
@@ -77,59 +82,59 @@ def within_budget(trainer: Any, args: Any, given: dict[str, Any]) -> tuple[Any, 
     chosen, made = found[0]
     settled = args.lowmem_settle(**chosen)
     if automatic:
-        settled._lowmem_auto = {"asked": asked_of(args), "chosen": chosen}
+        vars(settled)[CHOSEN] = {"asked": asked_of(args), "chosen": chosen}
     return settled, made
 
 
-def _asked(args: Any, asked: dict[str, Any], given: dict[str, Any], label: str) -> tuple[dict[str, Any], Any]:
+def _asked(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values]:
+    assert args.lowmem_budget is not None
     best = search(args=args, budget=args.lowmem_budget, label="lowmem_budget", progress=_shown(args, label), **asked)
     # A warning, because it changes how the user's model is trained.
     logger.warning("%s, searched for %.0f s.\n%s", label, best.seconds, best.why)
     return best.chosen, best.plan.to_dict()
 
 
-def _automatic(args: Any, asked: dict[str, Any], given: dict[str, Any], label: str) -> tuple[dict[str, Any], Any]:
+def _automatic(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values]:
     kept = kept_choice(args)
     if kept is not None:
         folder, chosen = kept
         made = plan(args=args.lowmem_replace(**chosen), progress=_shown(args, label), **asked)
-        logger.warning(
-            "%s keeps what %s was trained with: %s. It needs %s.",
-            label, folder, describe(chosen), human_bytes(made.reserved_bytes),
-        )  # fmt: skip
+        need = human_bytes(made.reserved_bytes)
+        logger.warning("%s keeps what %s was trained with: %s. It needs %s.", label, folder, describe(chosen), need)
         return chosen, made.to_dict()
-    budget, whence = args.lowmem_budget, "lowmem_budget"
-    if budget is None:
+    budget: int | str
+    if args.lowmem_budget is not None:
+        budget, whence = args.lowmem_budget, "lowmem_budget"
+    else:
         budget, whence = measured_budget(args.device, given.get("model"))
     best = search(args=args, budget=budget, label=label, progress=_shown(args, label), **asked)
     logger.warning("%s", auto_lines(best, whence, args))
     return best.chosen, best.plan.to_dict()
 
 
-def measured_budget(device: Any, model: Any = None) -> tuple[int, str]:
+def measured_budget(device: torch.device, model: object = None) -> tuple[int, str]:
     """(bytes that a run may take on a device, where they are from, in words).
 
     What a model that is there already takes of the device is the run's too, and so is the context of a GPU in which
     this process has begun.
     """
     free = free_bytes(device)
-    own = parameter_bytes(model) if hasattr(model, "parameters") and next(iter(model.parameters())).device.type == (
-        device.type
-    ) else 0  # fmt: skip
+    there = list(model.parameters()) if isinstance(model, nn.Module) else []
+    own = parameter_bytes([p for p in there if p.device.type == device.type])
     context = CUDA_CONTEXT if device.type == "cuda" else 0
     size = max(GRAIN, (free - free // SPARED + own + context) // GRAIN * GRAIN)
     where = "the GPU" if device.type == "cuda" else "this machine's RAM"
     return size, f"{human_bytes(free)} of {where} are free"
 
 
-def _shown(args: Any, label: str) -> Any:
+def _shown(args: LowMemSFTConfig, label: str) -> Callable[[str], None]:
     """What shows progress, one line each: on stderr, as progress bars are, and not where these are off."""
     if args.disable_tqdm:
         return lambda message: logger.info("%s: %s", label, message)
     return lambda message: print(f"{label}: {message}", file=sys.stderr, flush=True)
 
 
-def _check(trainer: Any, args: Any, given: dict[str, Any], label: str) -> None:
+def _check(trainer: object, args: LowMemSFTConfig, given: Values, label: str) -> None:
     name = type(trainer).__name__
     methods = [m for m in METHODS.values() if isinstance(args, m.config) and isinstance(trainer, m.trainer)]
     if not methods:
@@ -142,7 +147,7 @@ def _check(trainer: Any, args: Any, given: dict[str, Any], label: str) -> None:
     rules.check(rules.Run.from_arguments(args).knowing(passed=f"{passed[0]}=" if passed else None))
 
 
-def _model(model: Any, peft_config: Any, label: str) -> dict[str, Any]:
+def _model(model: Any, peft_config: object, label: str) -> Values:
     """Arguments of `search` that describe the model: `model`, `peft_config` and perhaps `dtype`."""
     if isinstance(model, str | os.PathLike):
         return {"model": model, "peft_config": peft_config}

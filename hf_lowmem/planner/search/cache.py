@@ -8,12 +8,12 @@ import dataclasses
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from transformers import PreTrainedConfig
 
 from hf_lowmem.planner.search.ranking import Search
+from hf_lowmem.training.sft import LowMemSFTConfig
 
 __all__ = ["cached", "key_of"]
 
@@ -22,7 +22,7 @@ PASSING = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "l
 _searches: OrderedDict[str, Search] = OrderedDict()
 
 
-def key_of(config: PreTrainedConfig, args: Any, asked: dict[str, Any]) -> str:
+def key_of(config: PreTrainedConfig, args: LowMemSFTConfig, asked: Mapping[str, object]) -> str:
     """A digest of a question; `asked`: the other arguments of `prepare`."""
     values = {f.name: _plain(getattr(args, f.name)) for f in dataclasses.fields(args) if f.name not in PASSING}
     question = {
@@ -45,6 +45,6 @@ def cached(key: str, make: Callable[[], Search]) -> Search:
     return _searches[key]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     to_dict = getattr(value, "to_dict", None)
     return f"{type(value).__qualname__} {to_dict()}" if to_dict is not None else repr(value)

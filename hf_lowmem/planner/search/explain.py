@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.search.losses import BOUND, total
 from hf_lowmem.planner.search.space import Choice
 from hf_lowmem.planner.simulate import Plan
+
+if TYPE_CHECKING:  # which stands above this
+    from hf_lowmem.planner.search.ranking import Found
+    from hf_lowmem.training.sft import LowMemSFTConfig
 
 __all__ = ["NothingFits", "assumed", "auto_lines", "describe", "explain", "in_loss"]
 
@@ -49,7 +53,7 @@ def in_loss(losses: Mapping[str, float | None]) -> str:
     return ", ".join(said) + " (each measured alone, on a small Llama)"
 
 
-def auto_lines(found: Any, whence: str, args: Any) -> str:
+def auto_lines(found: "Found", whence: str, args: "LowMemSFTConfig") -> str:
     """Five lines of `lowmem="auto"`: what was chosen, in what memory, what it costs in loss and in time, how to pin it.
 
     Args:

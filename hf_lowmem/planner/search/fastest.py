@@ -159,9 +159,9 @@ def prepare(
     parted = {"world_size": world_size, "parallel": parallel}
     found = candidates(args, depth=estimator.depth, bf16_weights=stores, can_rest=rests, **parted)
     if args.lowmem == AUTO:
-        depth = estimator.depth
-        costs = lambda c: parts_of(c, layers_by_tier(c.activations, depth), bf16_weights=stores)  # noqa: E731
-        found = [c for c in found if is_accepted(c, costs(c), args)]
+        tiers = [layers_by_tier(c.activations, estimator.depth) for c in found]
+        costs = [parts_of(c, each, bf16_weights=stores) for c, each in zip(found, tiers, strict=True)]
+        found = [c for c, parts in zip(found, costs, strict=True) if is_accepted(c, parts, args)]
     made = Search(estimator, make_plan, found, began, args, bf16_weights=stores)
     made.weigh()
     return made

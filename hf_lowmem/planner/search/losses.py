@@ -15,9 +15,13 @@ that was trained before. What is not in a table was not measured.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_lowmem.optim import OPTIMIZERS
+
+if TYPE_CHECKING:  # which are made of these tables
+    from hf_lowmem.planner.search.space import Choice
+    from hf_lowmem.training.arguments import LowMemArguments
 
 __all__ = [
     "BOUND",
@@ -78,11 +82,10 @@ def embedding_rules(optim: str) -> list[str]:
     return sorted((rule for method, rule in EMBEDDINGS if method == optim), key=lambda rule: EMBEDDINGS[optim, rule])
 
 
-def parts_of(settings: Any, tiers: Iterable[str], *, bf16_weights: bool) -> dict[str, float | None]:
+def parts_of(settings: "Choice", tiers: Iterable[str], *, bf16_weights: bool) -> dict[str, float | None]:
     """What each part of some settings costs; None where that was not measured, and no entry where there is none.
 
     Args:
-        settings: optim, state, weights, embeddings, by attribute.
         tiers: of the layers; the worst counts.
         bf16_weights: whether trained weights are bfloat16.
     """
@@ -105,7 +108,7 @@ def parts_of(settings: Any, tiers: Iterable[str], *, bf16_weights: bool) -> dict
     return found
 
 
-def is_accepted(settings: Any, parts: Mapping[str, float | None], args: Any) -> bool:
+def is_accepted(settings: "Choice", parts: Mapping[str, float | None], args: "LowMemArguments") -> bool:
     """Whether `lowmem="auto"` may take a choice: nothing of it that the user left open was measured to cost more than
     BOUND, all together, or was not measured."""
     ours = str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS or "optim" in args.lowmem_open

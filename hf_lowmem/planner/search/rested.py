@@ -6,7 +6,6 @@ bf16 as well.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ __all__ = ["Rested", "rested"]
 class Rested:
     """model: on the meta device, at rest; saved, decoded: bytes less in all, and more while a layer runs."""
 
-    model: Any
+    model: PreTrainedModel
     saved: int
     decoded: int
 
