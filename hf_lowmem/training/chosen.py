@@ -44,7 +44,8 @@ def kept_choice(args: "LowMemSFTConfig") -> tuple[str, Values] | None:
     that was asked the same."""
     folder: str | Path | None = args.resume_from_checkpoint
     if folder is None or not Path(folder).is_dir():
-        folder = checkpoints.last_complete(args.output_dir)[0] if Path(args.output_dir).is_dir() else None
+        run = Path(args.output_dir or "")
+        folder = checkpoints.last_complete(run)[0] if run.is_dir() else None
     stored = None if folder is None else _stored(folder)
     if folder is None or stored is None or stored.get("asked") != asked_of(args):
         return None

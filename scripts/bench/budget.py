@@ -151,7 +151,8 @@ def main() -> None:
     out = options.out or (None if options.toy else RECORDS / record)
     made: Rows = list(read_rows(out)) if some and out is not None else []
     rows = (row for batch in batches for row in of_batch(config, batch, tokens, budgets))
-    for row in rows if some or options.model == "1b" else _and_length(rows, config, budgets[1]):
+    longest_in = TOY_BUDGETS[1] if options.toy else BUDGETS[1]
+    for row in rows if some or options.model == "1b" else _and_length(rows, config, longest_in):
         row |= head | {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         made = replaced(made, row)
         print(row["budget"], row["per_device_train_batch_size"], row["seconds"], row["why"], "", sep="\n", flush=True)

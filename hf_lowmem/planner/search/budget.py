@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -27,6 +27,7 @@ from hf_lowmem.planner.search.fastest import search
 from hf_lowmem.planner.simulate import CUDA_CONTEXT, plan
 from hf_lowmem.rules.run import fsdp_asked
 from hf_lowmem.rules.table import BY_HAND
+from hf_lowmem.training.arguments import LowMemArguments
 from hf_lowmem.training.chosen import CHOSEN, asked_of, kept_choice
 from hf_lowmem.training.presets import AUTO
 from hf_lowmem.training.sft import LowMemSFTConfig
@@ -40,11 +41,12 @@ SPARED = 20  # one part in so many of what is free is left: for fragmentation, a
 GRAIN = 2**28  # bytes that a measured budget is a multiple of, so that a little more or less decides nothing
 
 
-def within_budget(trainer: object, args: LowMemSFTConfig, given: Values) -> tuple[LowMemSFTConfig, Values]:
-    """A copy of `args` with the fastest of the open settings that fit, and the plan of it.
+def within_budget(trainer: object, asked_for: LowMemArguments, given: Values) -> tuple[LowMemArguments, Values]:
+    """A copy of the arguments with the fastest of the open settings that fit, and the plan of it.
 
     Args:
         trainer: not yet constructed.
+        asked_for: its arguments.
         given: the other arguments of its constructor, by name.
 
     Of a model that is passed, the config and the dtype count; parameters that were frozen by hand are taken for
@@ -53,6 +55,7 @@ def within_budget(trainer: object, args: LowMemSFTConfig, given: Values) -> tupl
     Raises:
         ValueError: where nothing fits, with what would; where what trains cannot be planned.
     """
+    args = cast(LowMemSFTConfig, asked_for)  # or another config that `_check` knows, which has the same fields
     automatic = args.lowmem == AUTO
     label = "lowmem='auto'" if automatic else f"lowmem_budget={args.lowmem_budget!r}"
     _check(trainer, args, given, label)

@@ -101,6 +101,8 @@ def explain(
     args: Any,
     refused: Mapping[str, Exception],
     losses: Mapping[str, float | None],
+    *,
+    first: bool,
 ) -> str:
     """Sentences, one a line.
 
@@ -110,6 +112,7 @@ def explain(
         count: of combinations.
         refused: activation policies that are no choice on this model, and why.
         losses: what parts of the choice were measured to cost; see `losses.parts_of`.
+        first: whether nothing was preferred to it.
     """
     lines = [
         f"Chosen: {describe(chosen)}.",
@@ -128,9 +131,9 @@ def explain(
             f"max_grad_norm={args.max_grad_norm!r} was set to 0, as step in backward needs; {choice.optim} limits the "
             "growth of each update by itself."
         )
-    if following is None:
+    if first:
         lines.append("There is nothing faster among your settings: they fit without giving anything up.")
-    else:
+    elif following is not None:
         how = "needs" if following["planned"] else "is estimated to need"
         lines.append(
             f"Next to be preferred, at {following['time']:.3f} of its time: {describe(following['chosen'])}; it {how} "

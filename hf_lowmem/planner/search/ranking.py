@@ -298,7 +298,17 @@ class Search:
             chosen=chosen,
             plan=made,
             why=explain(
-                self.budget, choice, chosen, made, following, least, len(self.found), self.args, self.refused, costs
+                self.budget,
+                choice,
+                chosen,
+                made,
+                following,
+                least,
+                len(self.found),
+                self.args,
+                self.refused,
+                costs,
+                first=following is None and choice == self.first(tokens),
             ),
             next=following,
             losses=costs,
