@@ -5,12 +5,9 @@ trainer that is made in a run's folder takes what the run's last complete checkp
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from hf_lowmem import checkpoints
-
-if TYPE_CHECKING:
-    from hf_lowmem.training.sft import LowMemSFTConfig
 
 __all__ = ["CHOSEN", "KEY", "SEARCHED", "asked_of", "check_kept", "kept_choice"]
 
@@ -32,14 +29,26 @@ SEARCHED = (
 )
 
 
-def asked_of(args: "LowMemSFTConfig") -> Values:
+class Asked(Protocol):
+    """The fields of arguments that this module reads by their own names."""
+
+    output_dir: str | None
+    resume_from_checkpoint: str | None
+    lowmem_budget: str | None
+    optim: str
+
+    @property
+    def lowmem_open(self) -> frozenset[str]: ...
+
+
+def asked_of(args: Asked) -> Values:
     """What was asked of a search: the searched fields that are the user's, and the budget."""
     given = [name for name in SEARCHED if name not in args.lowmem_open]
     values = {name: getattr(args, name) for name in given} | {"optim": str(getattr(args.optim, "value", args.optim))}
     return {"given": {name: values[name] for name in sorted(values)}, "lowmem_budget": args.lowmem_budget}
 
 
-def kept_choice(args: "LowMemSFTConfig") -> tuple[str, Values] | None:
+def kept_choice(args: Asked) -> tuple[str, Values] | None:
     """(the checkpoint, the fields that were chosen) of the run that `args` would go on with; None where there is none
     that was asked the same."""
     folder: str | Path | None = args.resume_from_checkpoint

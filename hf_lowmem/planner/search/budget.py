@@ -22,7 +22,8 @@ from hf_lowmem.memory import human_bytes, parameter_bytes
 from hf_lowmem.memory.free import free_bytes
 from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.methods import METHODS
-from hf_lowmem.planner.search.explain import auto_lines, describe
+from hf_lowmem.planner.search.auto import auto_lines
+from hf_lowmem.planner.search.explain import describe
 from hf_lowmem.planner.search.fastest import search
 from hf_lowmem.planner.simulate import CUDA_CONTEXT, plan
 from hf_lowmem.rules.run import fsdp_asked

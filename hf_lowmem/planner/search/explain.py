@@ -2,19 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.planner.search.losses import BOUND, total
 from hf_lowmem.planner.search.space import Choice
 from hf_lowmem.planner.simulate import Plan
 
-if TYPE_CHECKING:  # which stands above this
-    from hf_lowmem.planner.search.ranking import Found
-    from hf_lowmem.training.sft import LowMemSFTConfig
-
-__all__ = ["NothingFits", "assumed", "auto_lines", "describe", "explain", "in_loss"]
+__all__ = ["NothingFits", "assumed", "describe", "explain", "in_loss", "rate_of"]
 
 
 class NothingFits(ValueError):
@@ -53,33 +48,7 @@ def in_loss(losses: Mapping[str, float | None]) -> str:
     return ", ".join(said) + " (each measured alone, on a small Llama)"
 
 
-def auto_lines(found: "Found", whence: str, args: "LowMemSFTConfig") -> str:
-    """Five lines of `lowmem="auto"`: what was chosen, in what memory, what it costs in loss and in time, how to pin it.
-
-    Args:
-        found: the answer of a search, `ranking.Found`.
-        whence: where its budget is from.
-        args: as they were before.
-    """
-    cost = total(found.losses)
-    known = "" if cost is None else f"{cost:.2f} % at most, of {BOUND:g} % that auto allows: "
-    other = str(getattr(args.optim, "value", args.optim)) != str(found.args.optim)
-    rate = _rate(found.args.optim) if other else None
-    beside = "; other rules were not compared in fine-tuning" if other and rate else ""
-    return "\n".join(
-        (
-            f"lowmem='auto' chose: {describe(found.chosen)}",
-            f"memory: needs {human_bytes(found.plan.reserved_bytes)} of {human_bytes(found.budget)} ({whence}), for "
-            f"{assumed(found.plan)}",
-            f"loss: {known}{in_loss(found.losses)}{beside}{f'; {rate}' if rate else ''}",
-            f"time: a step takes {found.time:.2f} of what the fastest of these settings without any limit of memory "
-            "would, by a cost model of a nominal device",
-            f"to pin it: leave lowmem unset, and set {describe(found.chosen)}",
-        )
-    )
-
-
-def _rate(optim: str) -> str | None:
+def rate_of(optim: str) -> str | None:
     """Advice on the learning rate of an optimizer that scales its update; None for one that does not."""
     scale = getattr(OPTIMIZERS.get(optim), "DEFAULTS", {}).get("scale")
     if scale is None:
@@ -124,7 +93,7 @@ def explain(
     ]
     for name, size in least.items():
         lines.append(f"optim={name!r} was preferred, but needs at least {human_bytes(size)}.")
-    if choice.optim != str(getattr(args.optim, "value", args.optim)) and (why := _rate(choice.optim)):
+    if choice.optim != str(getattr(args.optim, "value", args.optim)) and (why := rate_of(choice.optim)):
         lines.append(f"learning_rate={args.learning_rate!r} was not changed: {why}.")
     if "max_grad_norm" in chosen:
         lines.append(

@@ -15,13 +15,10 @@ that was trained before. What is not in a table was not measured.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from hf_lowmem.optim import OPTIMIZERS
-
-if TYPE_CHECKING:  # which are made of these tables
-    from hf_lowmem.planner.search.space import Choice
-    from hf_lowmem.training.arguments import LowMemArguments
+from hf_lowmem.training.arguments import LowMemArguments
 
 __all__ = [
     "BOUND",
@@ -72,6 +69,19 @@ TIERS: Mapping[str, float] = {
 PLAIN = ("adamw_torch", "adamw_torch_fused")  # of HuggingFace, whose states are as the weights are
 
 
+class Settings(Protocol):
+    """What of a choice has a cost here."""
+
+    @property
+    def optim(self) -> str: ...
+    @property
+    def state(self) -> str | None: ...
+    @property
+    def weights(self) -> str | None: ...
+    @property
+    def embeddings(self) -> str | None: ...
+
+
 def is_measured(optim: str, state: str | None) -> bool:
     """Whether it is known what a codec costs a method of ours; fp32 is what others are compared with."""
     return state in (None, "fp32") or (optim, state) in STATES
@@ -82,7 +92,7 @@ def embedding_rules(optim: str) -> list[str]:
     return sorted((rule for method, rule in EMBEDDINGS if method == optim), key=lambda rule: EMBEDDINGS[optim, rule])
 
 
-def parts_of(settings: "Choice", tiers: Iterable[str], *, bf16_weights: bool) -> dict[str, float | None]:
+def parts_of(settings: Settings, tiers: Iterable[str], *, bf16_weights: bool) -> dict[str, float | None]:
     """What each part of some settings costs; None where that was not measured, and no entry where there is none.
 
     Args:
@@ -108,7 +118,7 @@ def parts_of(settings: "Choice", tiers: Iterable[str], *, bf16_weights: bool) ->
     return found
 
 
-def is_accepted(settings: "Choice", parts: Mapping[str, float | None], args: "LowMemArguments") -> bool:
+def is_accepted(settings: Settings, parts: Mapping[str, float | None], args: LowMemArguments) -> bool:
     """Whether `lowmem="auto"` may take a choice: nothing of it that the user left open was measured to cost more than
     BOUND, all together, or was not measured."""
     ours = str(getattr(args.optim, "value", args.optim)) in OPTIMIZERS or "optim" in args.lowmem_open
