@@ -1,4 +1,4 @@
-"""What `lowmem="auto"` chose, in a run's checkpoints: plain values in the manifest, so that a resume keeps them.
+"""Choices of `lowmem="auto"` in a run's checkpoints: plain values in the manifest, so that a resume keeps them.
 
 The memory that is free is another at every start, and with other settings a checkpoint could not be resumed. So a
 trainer that is made in a run's folder takes what the run's last complete checkpoint says, if it was asked the same.
@@ -12,7 +12,7 @@ from hf_lowmem import checkpoints
 __all__ = ["CHOSEN", "KEY", "SEARCHED", "asked_of", "check_kept", "kept_choice"]
 
 KEY = "auto"  # in a manifest
-CHOSEN = "_lowmem_auto"  # among the values of arguments
+CHOSEN = "lowmem=auto"  # among the values of arguments
 Values = dict[str, object]
 # The fields that a search may set.
 SEARCHED = (
@@ -42,7 +42,7 @@ class Asked(Protocol):
 
 
 def asked_of(args: Asked) -> Values:
-    """What was asked of a search: the searched fields that are the user's, and the budget."""
+    """Question of a search: the searched fields that are the user's, and the budget."""
     given = [name for name in SEARCHED if name not in args.lowmem_open]
     values = {name: getattr(args, name) for name in given} | {"optim": str(getattr(args.optim, "value", args.optim))}
     return {"given": {name: values[name] for name in sorted(values)}, "lowmem_budget": args.lowmem_budget}

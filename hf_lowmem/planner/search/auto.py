@@ -1,4 +1,4 @@
-"""What `lowmem="auto"` says of its choice."""
+"""Five lines in which `lowmem="auto"` says what it chose."""
 
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.planner.search.explain import assumed, describe, in_loss, rate_of

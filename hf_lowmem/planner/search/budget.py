@@ -132,7 +132,7 @@ def measured_budget(device: torch.device, model: object = None) -> tuple[int, st
 
 
 def _shown(args: LowMemSFTConfig, label: str) -> Callable[[str], None]:
-    """What shows progress, one line each: on stderr, as progress bars are, and not where these are off."""
+    """Function that shows progress, one line each: on stderr, as progress bars are, and not where these are off."""
     if args.disable_tqdm:
         return lambda message: logger.info("%s: %s", label, message)
     return lambda message: print(f"{label}: {message}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hf_lowmem.memory import human_bytes
@@ -9,7 +10,7 @@ from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.search.space import Choice
 from hf_lowmem.planner.simulate import Plan
 
-__all__ = ["NothingFits", "assumed", "describe", "explain", "in_loss", "rate_of"]
+__all__ = ["Answer", "NothingFits", "assumed", "describe", "explain", "in_loss", "rate_of"]
 
 
 class NothingFits(ValueError):
@@ -26,7 +27,7 @@ def describe(values: Mapping[str, Any]) -> str:
 
 
 def assumed(plan: Plan) -> str:
-    """What a plan is of, in words: the batch, the weights, the optimizer, where it runs."""
+    """Assumptions of a plan, in words: the batch, the weights, the optimizer, where it runs."""
     of = plan.settings
     batch = f"{of['sequences']} × {of['tokens']:,} tokens"
     if of["gradient_accumulation_steps"] > 1:
@@ -41,7 +42,7 @@ def assumed(plan: Plan) -> str:
 
 
 def in_loss(losses: Mapping[str, float | None]) -> str:
-    """What parts cost in loss, each with its figure."""
+    """Costs of parts in loss, each with its figure."""
     if not losses:
         return "nothing of it changes what is computed"
     said = [f"{name} {'not measured' if cost is None else f'{cost:+.2f} %'}" for name, cost in losses.items()]
@@ -59,39 +60,47 @@ def rate_of(optim: str) -> str | None:
     )
 
 
-def explain(
-    budget: int,
-    choice: Choice,
-    chosen: Mapping[str, Any],
-    plan: Plan,
-    following: Mapping[str, Any] | None,
-    least: Mapping[str, int],
-    count: int,
-    args: Any,
-    refused: Mapping[str, Exception],
-    losses: Mapping[str, float | None],
-    *,
-    first: bool,
-) -> str:
-    """Sentences, one a line.
+@dataclass(frozen=True)
+class Answer:
+    """An answer before it is put into words.
 
     Args:
+        budget: in bytes.
+        choice: what was chosen; `chosen` are the fields that it sets, `plan` is its plan.
         following: the nearest of what was preferred; see `Found.next`.
         least: the least that each optimizer needs which was preferred and does not fit.
         count: of combinations.
+        args: as they were before.
         refused: activation policies that are no choice on this model, and why.
-        losses: what parts of the choice were measured to cost; see `losses.parts_of`.
+        losses: costs of parts of the choice; see `losses.parts_of`.
         first: whether nothing was preferred to it.
     """
+
+    budget: int
+    choice: Choice
+    chosen: Mapping[str, Any]
+    plan: Plan
+    following: Mapping[str, Any] | None
+    least: Mapping[str, int]
+    count: int
+    args: Any
+    refused: Mapping[str, Exception]
+    losses: Mapping[str, float | None]
+    first: bool
+
+
+def explain(answer: Answer) -> str:
+    """Sentences, one a line."""
+    choice, chosen, plan, args, following = answer.choice, answer.chosen, answer.plan, answer.args, answer.following
     lines = [
         f"Chosen: {describe(chosen)}.",
-        f"It needs {human_bytes(plan.reserved_bytes)} of {human_bytes(budget)}, at its highest in {plan.phase}, and of "
-        f"{count:,} combinations is the fastest that fits, by a cost model of a nominal device, in the order of "
+        f"It needs {human_bytes(plan.reserved_bytes)} of {human_bytes(answer.budget)}, at its highest in {plan.phase}, and "
+        f"of {answer.count:,} combinations is the fastest that fits, by a cost model of a nominal device, in the order of "
         "optimizers.",
         f"Assumed: {assumed(plan)}.",
-        f"In loss: {in_loss(losses)}.",
+        f"In loss: {in_loss(answer.losses)}.",
     ]
-    for name, size in least.items():
+    for name, size in answer.least.items():
         lines.append(f"optim={name!r} was preferred, but needs at least {human_bytes(size)}.")
     if choice.optim != str(getattr(args.optim, "value", args.optim)) and (why := rate_of(choice.optim)):
         lines.append(f"learning_rate={args.learning_rate!r} was not changed: {why}.")
@@ -100,7 +109,7 @@ def explain(
             f"max_grad_norm={args.max_grad_norm!r} was set to 0, as step in backward needs; {choice.optim} limits the "
             "growth of each update by itself."
         )
-    if first:
+    if answer.first:
         lines.append("There is nothing faster among your settings: they fit without giving anything up.")
     elif following is not None:
         how = "needs" if following["planned"] else "is estimated to need"
@@ -108,5 +117,5 @@ def explain(
             f"Next to be preferred, at {following['time']:.3f} of its time: {describe(following['chosen'])}; it {how} "
             f"{human_bytes(following['reserved_bytes'])}."
         )
-    lines += [f"Left out: activations {policy}. {reason}" for policy, reason in refused.items()]
+    lines += [f"Left out: activations {policy}. {reason}" for policy, reason in answer.refused.items()]
     return "\n".join(lines)

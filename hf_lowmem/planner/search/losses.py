@@ -1,4 +1,4 @@
-"""What a choice costs in loss, as far as it was measured: per cent of held-out loss, the mean of three seeds.
+"""Costs of choices in loss, as far as they were measured: per cent of held-out loss, the mean of three seeds.
 
 Each figure is of one change alone, on a small Llama, at tuned rates. tests/planner/test_losses.py makes them again from
 the records (scripts/bench/records):
@@ -14,9 +14,11 @@ it is luck, not credit. Another rule in AdamW's place (APOLLO) is no part of the
 that was trained before. What is not in a table was not measured.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from hf_lowmem import specs
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.training.arguments import LowMemArguments
 
@@ -64,13 +66,12 @@ TIERS: Mapping[str, float] = {
     "fp8": -0.01,
     "fp8_recompute": 0.02,
     "checkpoint_fp8": 0.18,
-    "hooks_fp8": 0.15,
 }
 PLAIN = ("adamw_torch", "adamw_torch_fused")  # of HuggingFace, whose states are as the weights are
 
 
 class Settings(Protocol):
-    """What of a choice has a cost here."""
+    """Part of a choice that has a cost here."""
 
     @property
     def optim(self) -> str: ...
@@ -93,7 +94,7 @@ def embedding_rules(optim: str) -> list[str]:
 
 
 def parts_of(settings: Settings, tiers: Iterable[str], *, bf16_weights: bool) -> dict[str, float | None]:
-    """What each part of some settings costs; None where that was not measured, and no entry where there is none.
+    """Cost of each part of some settings; None where that was not measured, and no entry where there is none.
 
     Args:
         tiers: of the layers; the worst counts.
@@ -111,10 +112,10 @@ def parts_of(settings: Settings, tiers: Iterable[str], *, bf16_weights: bool) ->
         found[f"weights {store}"] = WEIGHTS.get(store)
     if settings.embeddings not in (None, "adam"):
         found[f"embeddings {settings.embeddings}"] = EMBEDDINGS.get((optim, settings.embeddings))
-    ours = [tier for tier in dict.fromkeys(tiers) if tier in TIERS]
+    ours = [tier for tier in dict.fromkeys(tiers) if tier in specs.TIERS]
     if ours:
-        worst = max(ours, key=TIERS.__getitem__)
-        found[f"activations {worst}"] = TIERS[worst]
+        worst = max(ours, key=lambda tier: TIERS.get(tier, math.inf))
+        found[f"activations {worst}"] = TIERS.get(worst)
     return found
 
 

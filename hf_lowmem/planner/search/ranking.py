@@ -10,7 +10,7 @@ from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.search.cost import Work, cost_a_token
 from hf_lowmem.planner.search.estimate import Estimator
-from hf_lowmem.planner.search.explain import NothingFits, describe, explain
+from hf_lowmem.planner.search.explain import Answer, NothingFits, describe, explain
 from hf_lowmem.planner.search.losses import parts_of
 from hf_lowmem.planner.search.space import AS_IS, Choice, layers_by_tier
 from hf_lowmem.planner.simulate import Plan
@@ -298,17 +298,19 @@ class Search:
             chosen=chosen,
             plan=made,
             why=explain(
-                self.budget,
-                choice,
-                chosen,
-                made,
-                following,
-                least,
-                len(self.found),
-                self.args,
-                self.refused,
-                costs,
-                first=following is None and choice == self.first(tokens),
+                Answer(
+                    budget=self.budget,
+                    choice=choice,
+                    chosen=chosen,
+                    plan=made,
+                    following=following,
+                    least=least,
+                    count=len(self.found),
+                    args=self.args,
+                    refused=self.refused,
+                    losses=costs,
+                    first=following is None and choice == self.first(tokens),
+                )
             ),
             next=following,
             losses=costs,
