@@ -94,9 +94,9 @@ def explain(answer: Answer) -> str:
     choice, chosen, plan, args, following = answer.choice, answer.chosen, answer.plan, answer.args, answer.following
     lines = [
         f"Chosen: {describe(chosen)}.",
-        f"It needs {human_bytes(plan.reserved_bytes)} of {human_bytes(answer.budget)}, at its highest in {plan.phase}, and "
-        f"of {answer.count:,} combinations is the fastest that fits, by a cost model of a nominal device, in the order of "
-        "optimizers.",
+        f"It needs {human_bytes(plan.reserved_bytes)} of {human_bytes(answer.budget)}, at its highest in {plan.phase}, "
+        f"and of {answer.count:,} combinations is the fastest that fits, by a cost model of a nominal device, in the "
+        "order of optimizers.",
         f"Assumed: {assumed(plan)}.",
         f"In loss: {in_loss(answer.losses)}.",
     ]

@@ -258,7 +258,7 @@ class Search:
         return self.need(choice, tokens) <= (1 + margin) * self.budget
 
     def _smallest(self, tokens: int) -> Choice:
-        """What needs least. Combinations are looked at by what they need in any case, until that is more."""
+        """Combination that needs least. They are looked at by what they need in any case, until that is more."""
         best: Choice | None = None
         for c in sorted(self.found, key=lambda c: (self.estimator.least(c), c.departure, repr(c))):
             if best is not None and self.estimator.least(c) >= self.need(best, tokens):

@@ -59,8 +59,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Described:
-    """What an optimizer says of a model without making anything. states: bytes; head_by_rows: see `Update`; cuts:
-    whether it updates embedding and output head a part at a time, so that temporaries do not grow with the vocabulary.
+    """Facts that an optimizer knows of a model without making anything. states: bytes; head_by_rows: see `Update`;
+    cuts: whether it updates embedding and output head a part at a time, so that temporaries do not grow with the vocabulary.
     """
 
     states: int
@@ -94,7 +94,7 @@ class Updates:
     quantization: Any
     _updates: dict[tuple[Any, ...], Update] = field(default_factory=dict)
     _described: dict[tuple[Any, ...], Described | None] = field(default_factory=dict)
-    _models: dict[tuple[bool, bool], Any] = field(default_factory=dict)
+    _shallow: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -157,13 +157,13 @@ class Updates:
         assert described is not None
         kind = described.cuts, choice.weights in STORES_AT_REST
         with _as_simulated(self.accelerator):
-            if kind not in self._models:
-                self._models[kind] = self._shallow_model(small=kind[0])
+            if kind not in self._shallow:
+                self._shallow[kind] = self._shallow_model(small=kind[0])
                 if kind[1]:
                     with self.fake:
-                        rest(spec, self._models[kind])
+                        rest(spec, self._shallow[kind])
             by_rows = not self.tied and described.head_by_rows
-            layered, outside = (own_temporaries(spec, self._models[kind], self.fake, layers=x) for x in (True, False))
+            layered, outside = (own_temporaries(spec, self._shallow[kind], self.fake, layers=x) for x in (True, False))
             return Update(described.states, layered, outside, by_rows)
 
     def _shallow_model(self, *, small: bool) -> nn.Module:
