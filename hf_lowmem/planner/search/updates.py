@@ -60,8 +60,8 @@ class Update:
 @dataclass(frozen=True)
 class Described:
     """Facts that an optimizer knows of a model without making anything. states: bytes; head_by_rows: see `Update`;
-    cuts: whether it updates embedding and output head a part at a time, so that temporaries do not grow with the vocabulary.
-    """
+    cuts: whether it updates embedding and output head a part at a time, with temporaries that do not grow with the
+    vocabulary."""
 
     states: int
     head_by_rows: bool
