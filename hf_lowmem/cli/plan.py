@@ -28,6 +28,7 @@ from hf_lowmem.planner.search.ranking import Found
 from hf_lowmem.planner.simulate import Plan, plan
 from hf_lowmem.planner.step import IMPLEMENTATIONS
 from hf_lowmem.specs import check_choice
+from hf_lowmem.training.presets import AUTO
 
 __all__ = ["PlanArguments", "run"]
 
@@ -125,6 +126,8 @@ def _budget(asked: PlanArguments, args: Any, auto: bool) -> str | None:
     if asked.budget is not None and args.lowmem_budget not in (None, asked.budget):
         raise ValueError(f"--budget {asked.budget} and lowmem_budget={args.lowmem_budget!r} differ: give one of them.")
     budget = asked.budget or args.lowmem_budget
+    if budget is None and args.lowmem == AUTO:
+        raise ValueError("--lowmem auto: the settings that fit in what? Give --budget, such as 24GiB.")
     if budget is None and auto:
         raise ValueError("--max_length auto: the longest sequence that fits in what? Give --budget, such as 24GiB.")
     if budget is not None and asked.implementation is not None:

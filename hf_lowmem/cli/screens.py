@@ -31,7 +31,7 @@ _TRAINING = """\
 """
 
 _LOWMEM = """\
-  --lowmem              one word for the fields below: light, balanced, smallest
+  --lowmem              one word for the fields below: light, balanced, smallest; or auto
   --optim               adamw, lion, apollo, apollo_mini, galore, ..., or one of HuggingFace's
   --lowmem_state        what stores the optimizer's moments: 8bit, int8, fp8, int4
   --lowmem_activations  what layers keep for backward: exact, fp8, fp8_recompute, checkpoint_fp8

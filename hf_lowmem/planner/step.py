@@ -45,6 +45,7 @@ from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
 from hf_lowmem.training.head import GATHERED
+from hf_lowmem.training.presets import AUTO
 from hf_lowmem.weights import resting
 
 __all__ = [
@@ -108,8 +109,8 @@ class Seen:
 class Phases(TrainerCallback):
     """Tells the log where in the step the trainer is, and what has become of the storages by then."""
 
-    def __init__(self, measured: Measured, evaluate: Callable[[], Any] | None) -> None:
-        self.measured, self.live, self.evaluate = measured, measured.live, evaluate
+    def __init__(self, measured: Measured, evaluate: Callable[[], Any] | None, steps: int) -> None:
+        self.measured, self.live, self.evaluate, self.steps = measured, measured.live, evaluate, steps
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if not self.measured.start:
@@ -129,7 +130,7 @@ class Phases(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         state: Any = args[1]
-        if state.global_step == STEPS and self.evaluate is not None:
+        if state.global_step == self.steps and self.evaluate is not None:
             self.live.phase(EVALUATION)
             self.evaluate()
         self.measured.end = self.live.clock
@@ -261,6 +262,7 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
         "eos_token": None,
         "ref_model_sync_steps": 1,  # what happens now and then happens in each of the two steps
         "lowmem_budget": None,  # this is what a search runs
+        "lowmem": None if getattr(args, "lowmem", None) == AUTO else getattr(args, "lowmem", None),
         # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
         "lowmem_update_gap": 1 if "update_gap" in getattr(OPTIMIZERS.get(args.optim), "DEFAULTS", {}) else None,
     }
@@ -333,9 +335,11 @@ def simulate_step(
     peft_config: Any = None,
     quantization: Any = None,
     gathered: bool = False,
+    steps: int = STEPS,
 ) -> Measured:
     """Run the trainer's steps on fake tensors; see the module. `method`: one of `hf_lowmem.planner.methods.METHODS`;
-    `gathered`: as a process under FSDP2 does, whose output head is a copy that is gathered for each pass.
+    `gathered`: as a process under FSDP2 does, whose output head is a copy that is gathered for each pass; `steps`: one
+    is enough for an optimizer that keeps nothing.
 
     Raises:
         CannotSimulate: naming the operation and the module, where what the step does depends on values; with the
@@ -348,7 +352,7 @@ def simulate_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        run = weighed_args(args, folder)
+        run = weighed_args(args, folder, steps)
         stack.enter_context(as_with_real_tensors())
         stack.enter_context(as_on_accelerator() if accelerator else as_on_cpu())
         stack.enter_context(mock.patch.object(check, "sharing_error", return_value=(0.0, 0.0)))  # tried by numbers
@@ -365,7 +369,7 @@ def simulate_step(
             trainer = method.make(cls, model, run, peft_config, Dataset.from_dict(method.data(args)), token_maker())
             trainer.remove_callback(PrinterCallback)
             evaluates = args.eval_on_start or str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-            trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None))
+            trainer.add_callback(Phases(measured, trainer.evaluate_once if evaluates else None, steps))
             try:
                 trainer.train()
             except CannotSimulate:

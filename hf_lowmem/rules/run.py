@@ -30,7 +30,7 @@ class Run:
         spec: of our optimizer, once it was checked for itself.
         tiers, stochastic, host: `lowmem_activations`, its rounding, and `lowmem_offload`.
         in_backward: whether each weight is stepped in backward.
-        budget: `lowmem_budget`.
+        budget: `lowmem_budget`, or "auto" for lowmem="auto".
         loop: who trains, where that is no Trainer, such as "LowMemPlugin".
         clips: the program that clips gradients by itself and has no door for a step in backward.
         passed: an optimizer that was passed beside the fields, as it was written.
@@ -125,6 +125,7 @@ class Run:
             (n for n in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, n, None)), None
         )
         asked, optim = deepspeed_asked(args), getattr(args, "optim", None)
+        automatic = getattr(args, "lowmem", None) == "auto"
         return cls(
             optim=None if optim is None else str(getattr(optim, "value", optim)),
             fields={name: value for name, value in named.items() if value is not None},
@@ -132,7 +133,7 @@ class Run:
             stochastic=getattr(args, "lowmem_activations_stochastic", None),
             host=getattr(args, "lowmem_offload", None),
             in_backward=in_backward,
-            budget=getattr(args, "lowmem_budget", None),
+            budget=getattr(args, "lowmem_budget", None) or ("auto" if automatic else None),
             engine="deepspeed" if asked else None,
             checkpointing=checkpointing is not None,
             offload=bool(getattr(args, "activation_offloading", False)),
@@ -142,6 +143,7 @@ class Run:
                 "checkpointing": f"{checkpointing}=True",
                 "offload": "activation_offloading=True",
                 "liger": "use_liger_kernel=True",
+                **({"budget": "lowmem='auto'"} if automatic else {}),
             },
         )
 

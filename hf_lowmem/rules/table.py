@@ -12,7 +12,7 @@ from hf_lowmem.rules.run import Run
 from hf_lowmem.specs import STORES_AT_REST
 
 ONE_GPU = "Make one GPU visible, or start a process a GPU with `accelerate launch` or `torchrun`"
-BY_HAND = "or leave lowmem_budget unset and choose the settings with `hf-lowmem plan`"
+BY_HAND = "or set neither lowmem_budget nor lowmem='auto', and choose the settings with `hf-lowmem plan`"
 
 
 def _unread(run: Run) -> str:
@@ -248,15 +248,6 @@ AT_REST = (
             "what the weights do"
         ),
         "Set it, with max_grad_norm=0, or set lowmem_weights='bf16_sr'",
-    ),
-    Rule(
-        "rest_budget",
-        ("fields", "budget", "optim"),
-        _rests,
-        lambda run: (
-            f"{run.say('budget')} cannot be combined with {_at_rest(run)}: the search counts weights as they are loaded"
-        ),
-        f"Leave lowmem_weights unset, {BY_HAND}",
     ),
 )
 

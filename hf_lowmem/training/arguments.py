@@ -38,7 +38,7 @@ from hf_lowmem.specs import (
 from hf_lowmem.training import section
 from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle
-from hf_lowmem.training.presets import PRESETS, WEIGHTS, fill, is_about, said
+from hf_lowmem.training.presets import AUTO, PRESETS, WEIGHTS, fill, is_about, said
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class LowMemArguments(NamedFields):
         metadata={
             "help": "One word for several fields, which are filled in where they have their default: "
             + "; ".join(f"{name} ({said(preset)})" for name, preset in PRESETS.items())
-            + f". With bf16 weights also lowmem_weights={WEIGHTS}."
+            + f". With bf16 weights also lowmem_weights={WEIGHTS}. Or {AUTO}: measure the memory that is free (or take "
+            "lowmem_budget), search the fastest settings that fit, and say what they cost. For SFT and DPO."
         },
     )
     optim: str = field(
@@ -197,8 +198,8 @@ class LowMemArguments(NamedFields):
         metadata={
             "help": "Memory of one device, such as 24GiB, 24GB or 20000MiB. Before anything is set up, the settings "
             "that were left at their defaults (batch size and accumulation at constant product, checkpointing or "
-            "lowmem_activations, optim, lowmem_state, lowmem_weights, lowmem_step_in_backward) are searched for the "
-            "fastest that fits. For SFT and DPO."
+            "lowmem_activations, optim, lowmem_state, lowmem_weights, lowmem_embeddings, lowmem_step_in_backward) are "
+            "searched for the fastest that fits. For SFT and DPO."
         },
     )
     gradient_checkpointing: bool | None = field(

@@ -21,6 +21,7 @@ from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
+from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
 from hf_lowmem.training.presets import take_weights
 from hf_lowmem.training.resting import RestingWeights
 
@@ -72,11 +73,11 @@ class LowMemTrainerMixin(RestingWeights):
         section.state.taken |= isinstance(self.args, LowMemArguments)
 
     def _check_budget(self) -> None:
-        asked = getattr(self.args, "lowmem_budget", None)
-        if asked is not None and self.predicted is None:
+        run = rules.Run.from_fields(self.args)
+        if run.budget is not None and self.predicted is None:
             raise ValueError(
-                f"lowmem_budget={asked!r} has no effect: {type(self).__name__} has made its arguments itself, after "
-                "the search would have run. Pass args=, or leave lowmem_budget unset."
+                f"{run.say('budget')} has no effect: {type(self).__name__} has made its arguments itself, after "
+                "the search would have run. Pass args=, or leave it unset."
             )
 
     def _check_config(self, args: LowMemArguments | None) -> None:
@@ -96,10 +97,10 @@ class LowMemTrainerMixin(RestingWeights):
             )
 
     def _within_budget(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The constructor's arguments with what `lowmem_budget` asks for: in a copy of the TrainingArguments, the
-        settings that were left open are the fastest that fit."""
+        """The constructor's arguments with what `lowmem_budget` or lowmem="auto" asks for: in a copy of the
+        TrainingArguments, the settings that were left open are the fastest that fit."""
         asked = next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None)
-        if asked is None or asked.lowmem_budget is None or self.predicted is not None:
+        if asked is None or rules.Run.from_fields(asked).budget is None or self.predicted is not None:
             return args, kwargs
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         # The planner runs this very trainer, and so stands above it.
@@ -283,6 +284,8 @@ class LowMemTrainerMixin(RestingWeights):
         found = broadcast_object_list(found)
         if found[1] is not None:
             raise found[1]
+        if found[0]:
+            check_kept(self.args, found[0])
         return found[0]
 
     def _choose_checkpoint(self, resume: str | bool) -> str | None:
@@ -329,6 +332,8 @@ class LowMemTrainerMixin(RestingWeights):
             facts = {"step": step, "processes": self.args.world_size, "versions": library_versions()}
             if self._run is not None:
                 facts["run"] = self._run
+            if CHOSEN in vars(self.args):
+                facts[KEY] = vars(self.args)[CHOSEN]
             checkpoints.write_manifest(folder, **facts)
             checkpoints.drop_aside(folder)
             rotate_checkpoints(

@@ -3,6 +3,9 @@
 A preset fills fields that have their default, as far as a config has them (`lowmem_reference` is DPO's alone); whatever
 is set beside it keeps its value. `lowmem_weights` waits for
 the model: `bf16_sr` where weights are bf16, nothing where they are not, or where DeepSpeed writes them.
+
+`auto` is no preset: what it fills in is searched when a trainer knows the model and the memory
+(hf_lowmem/planner/search/budget.py). Here it leaves all fields open.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +18,7 @@ from hf_lowmem.specs import check_choice
 
 Settings = Mapping[str, object]
 
-__all__ = ["PRESETS", "WEIGHTS", "fill", "is_about", "said", "take_weights"]
+__all__ = ["AUTO", "PRESETS", "WEIGHTS", "fill", "is_about", "said", "take_weights"]
 
 _SMALL = {"lowmem_state": "8bit", "lowmem_activations": "checkpoint_fp8", "lowmem_reference": "auto"}
 PRESETS: dict[str, Settings] = {
@@ -24,6 +27,7 @@ PRESETS: dict[str, Settings] = {
     "smallest": {"optim": "apollo_mini", **_SMALL, "lowmem_step_in_backward": True, "max_grad_norm": 0.0},
 }
 WEIGHTS = "bf16_sr"
+AUTO = "auto"
 
 
 class Fields(Protocol):
@@ -48,7 +52,9 @@ def fill(args: Fields, open_names: Iterable[str]) -> Settings:
     """
     if args.lowmem is None:
         return {}
-    check_choice("lowmem", args.lowmem, list(PRESETS))
+    check_choice("lowmem", args.lowmem, [*PRESETS, AUTO])
+    if args.lowmem == AUTO:
+        return {}
     preset = {name: value for name, value in PRESETS[args.lowmem].items() if hasattr(args, name)}
     filled = {name: value for name, value in preset.items() if name in set(open_names)}
     if not filled and all(getattr(args, name) != value for name, value in preset.items()):

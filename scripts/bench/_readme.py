@@ -53,6 +53,8 @@ def cells_of(chosen: dict[str, Any]) -> list[str]:
     cells = [chosen.get(name) for name in ("optim", "lowmem_state", "lowmem_weights")]
     coded = [f"`{cell}`" if cell else "" for cell in cells]
     coded[0] = coded[0] or "HuggingFace's"
+    if (rule := chosen.get("lowmem_embeddings")) is not None:
+        coded[0] += f", `{rule}` for embedding and head"
     kept = tier.replace(",", ", ") if " " in tier or tier == "checkpointing" else f"`{tier}`"
     return [*coded, kept, f"`{chosen['lowmem_step_in_backward']}`" if "lowmem_step_in_backward" in chosen else ""]
 

@@ -1,6 +1,7 @@
 """What fits in 16, 24, 48 and 80 GiB: the settings that `lowmem_budget` chooses for Llama-3-8B, and how long it takes.
 
-    python scripts/bench/budget.py               # writes records/budget.jsonl; about seven minutes of a quiet core
+    python scripts/bench/budget.py               # writes records/budget.jsonl; about ten minutes of a quiet core
+    python scripts/bench/budget.py --budget 16GiB --batch 1    # this row alone; the others of the record stay
     python scripts/bench/budget.py --model 1b    # Llama-3.2-1B's shape, eight sequences: records/budget_1b.jsonl
     python scripts/bench/budget.py --toy         # a tiny model, printed
 
@@ -26,7 +27,7 @@ from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare
-from parts.record import RECORDS, provenance, write_rows
+from parts.record import RECORDS, Row, Rows, provenance, read_rows, write_rows
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 LLAMA_3_8B: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": 32, "max_position_embeddings": 8192}
@@ -38,6 +39,7 @@ LLAMA_3_1B: dict[str, Any] = LLAMA_8B | {
     "max_position_embeddings": 8192,
 }
 MODELS = {"8b": (LLAMA_3_8B, (1, 8), "budget.jsonl"), "1b": (LLAMA_3_1B, (8,), "budget_1b.jsonl")}
+ASKED = ("budget", "per_device_train_batch_size", "max_length")
 BUDGETS = ("16GiB", "24GiB", "48GiB", "80GiB")
 TOY: dict[str, Any] = TOY_SHAPE | {"num_hidden_layers": 4, "max_position_embeddings": 256}
 TOY_BUDGETS = ("601MiB", "660MiB")  # 600 of them are the context
@@ -58,6 +60,7 @@ def chosen(found: Any, config: LlamaConfig) -> dict[str, Any]:
         "parts": again.parts,
         "why": found.why,
         "next": found.next,
+        "losses": found.losses,
         "planned": found.planned,
     }
 
@@ -132,6 +135,8 @@ def _fields(values: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="8b", help="1b: no longest sequence")
+    parser.add_argument("--budget", choices=BUDGETS, help="the rows of this budget alone, and no longest sequence")
+    parser.add_argument("--batch", type=int, help="the rows of this micro-batch alone, and no longest sequence")
     parser.add_argument("--out", type=Path, help="default: the model's record")
     parser.add_argument("--toy", action="store_true", help="a tiny model; nothing is written unless --out says where")
     options = parser.parse_args()
@@ -139,18 +144,29 @@ def main() -> None:
     shape, batches, record = MODELS[options.model]
     config = LlamaConfig(**TOY if options.toy else shape)
     budgets, tokens = (TOY_BUDGETS, 128) if options.toy else (BUDGETS, 2048)
+    some = options.budget is not None or options.batch is not None
+    budgets = (options.budget,) if options.budget is not None else budgets
+    batches = (options.batch,) if options.batch is not None else batches
     head = {"model": options.model} | provenance(("torch", "transformers", "trl"))
     out = options.out or (None if options.toy else RECORDS / record)
-    made = []
+    made: Rows = list(read_rows(out)) if some and out is not None else []
     rows = (row for batch in batches for row in of_batch(config, batch, tokens, budgets))
-    for row in rows if options.model == "1b" else _and_length(rows, config, budgets[1]):
+    longest_in = TOY_BUDGETS[1] if options.toy else BUDGETS[1]
+    for row in rows if some or options.model == "1b" else _and_length(rows, config, longest_in):
         row |= head | {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        made.append(row)
+        made = replaced(made, row)
         print(row["budget"], row["per_device_train_batch_size"], row["seconds"], row["why"], "", sep="\n", flush=True)
         if out is not None:
             write_rows(out, made)
     if out is not None:
         print("\n".join(table(made)))
+
+
+def replaced(rows: Rows, row: Row) -> Rows:
+    """The rows with this one in the place of that which asked the same; at their end where there is none."""
+    kind = [row[name] for name in ASKED]
+    at = next((i for i, other in enumerate(rows) if [other.get(name) for name in ASKED] == kind), len(rows))
+    return [*rows[:at], row, *rows[at + 1 :]]
 
 
 def _and_length(rows: Iterator[dict[str, Any]], config: LlamaConfig, budget: str) -> Iterator[dict[str, Any]]:

@@ -44,6 +44,7 @@ BY_NAME = {
     "optim/lamb.py": ("lamb_",),
     "optim/soap.py": ("soap_",),
     "planner/simulate.py": ("plan",),
+    "planner/step.py": ("simulate_step",),
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

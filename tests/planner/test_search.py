@@ -28,7 +28,6 @@ from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare, search
 from hf_lowmem.planner.search.ranking import Search
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, candidates, layers_by_tier
-from hf_lowmem.planner.search.updates import Update
 from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 from tests.planner.real import arguments, small_config
 from tests.planner.test_plan import LLAMA_3_8B, PARAMETERS, states
@@ -138,7 +137,7 @@ def test_the_cost_model_has_the_order_that_it_states() -> None:
 
     def cost(batch: int = 4, tier: str = AS_IS, states: int = 0, norm: float = 1.0) -> float:
         choice = Choice(0, batch, 4 // batch, tier, "lion", "fp32", max_grad_norm=norm)
-        return cost_a_token(choice, work, Update(states, 0), batch * 128, 4, kept)
+        return cost_a_token(choice, work, states, batch * 128, 4, kept)
 
     policies = [AS_IS, "exact", "fp8", "exact:0-1,fp8:2-"]
     assert cost(tier=AS_IS) < cost(tier="exact") < cost(tier="exact:0-1,fp8:2-") < cost(tier="fp8")
@@ -188,7 +187,7 @@ def test_an_estimate_leaves_nothing_behind() -> None:
 @pytest.mark.train
 def test_between_two_needs_the_faster_that_fits_is_chosen_and_fits(asked: Search) -> None:
     tokens = asked.args.max_length
-    order, _ = asked.in_order(tokens)
+    order = asked.in_order(tokens)
     needs = sorted({asked.really(c, tokens) for c in order})
     assert len(needs) >= 3
     for low, high in ((needs[0], needs[1]), (needs[1], needs[2])):
@@ -213,7 +212,9 @@ def test_what_a_model_refuses_is_left_out_and_said() -> None:
     """The tiers know decoder layers of attention; a state-space model has none."""
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
     args = open_arguments(optim="lion", lowmem_state="fp32", lowmem_step_in_backward=False, max_length=4)
-    found = search(config, args, budget="1GiB", dtype="float32", device="cpu")
+    asked = prepare(config, args, dtype="float32", device="cpu")
+    asked.simulate_policies(4)  # which is left out where the first choice fits
+    found = asked.for_budget("budget", 2**30).answer(4)
     assert found.chosen.get("lowmem_activations") is None
     for tier in ("exact", "fp8", "fp8_recompute"):
         assert f"Left out: activations {tier}. lowmem_activations={tier!r}: no stack of decoder layers" in found.why

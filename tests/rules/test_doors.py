@@ -80,7 +80,6 @@ ROWS = {
     "rest_sharded": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
     ),
-    "rest_budget": Row(STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "budget": "1GiB"}, "the search counts"),
     "budget_passed": Row({"budget": "1GiB", "passed": True}, "what an optimizer of yours"),
     "budget_engine": Row({"budget": "1GiB", "engine": "deepspeed", "zero": ZERO2}, "DeepSpeed's engine cannot"),
     "budget_n_gpu": Row({"budget": "1GiB", "n_gpu": 2}, "DataParallel cannot be planned"),
@@ -98,7 +97,7 @@ BLIND = {
     **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
        for door in ("launch", "planner", "axolotl")},
     **{("loop_budget", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
-    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith(("budget", "rest_b")) for d in ("plugin", "axolotl")},
+    **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith("budget") for d in ("plugin", "axolotl")},
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS

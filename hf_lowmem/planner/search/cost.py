@@ -9,9 +9,11 @@ counts, for one token:
                             MLP's gate and up products
     bytes                   what is kept for backward is written and read. Norms and activations that are computed again
                             are written and read once more. An fp8 codec reads 2 bytes a value and writes 1, and back
+    weights at rest         decoded each time that a layer runs, forward, again and backward: 1 byte read, 2 written and
+                            2 read
     the update              weights and states read and written, gradients read; clipping reads and writes them once
-                            more, each further micro-batch reads and writes them too; temporaries are written and read;
-                            a codec's arithmetic, per value of a state
+                            more, each further micro-batch reads and writes them too; a codec's arithmetic, per value of
+                            a state; a projection; muon's five steps of Newton and Schulz on each matrix of a layer
     a micro-batch           costs as much as so many tokens more: launches, and products too small to fill the device
 
 Three numbers turn all this into one, and none was measured: RATIO operations of a matrix product take as long as a
@@ -20,6 +22,7 @@ operation outside of matrix products takes as long as VECTOR of those in them; a
 Time between processes is left out: it is alike for all combinations, but for gradients' reduction.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +31,17 @@ from transformers import PreTrainedConfig
 
 from hf_lowmem.codecs import codec_pair
 from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim.muon import STEPS
 from hf_lowmem.planner.models import Shape, layer_count
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier
-from hf_lowmem.planner.search.updates import Update
+from hf_lowmem.specs import STORES_AT_REST
 
 __all__ = ["Work", "cost_a_token"]
 
 RATIO = 150
 VECTOR = 16
 MICRO_BATCH = 256
+REST_BYTES = 5  # a weight: its code read, its value written and read
 CODEC_BYTES = 6  # a value: 2 read and 1 written to encode, 1 read and 2 written to decode
 # Operations to decode and encode a value of a state, counted roughly from hf_lowmem.kernels.codecs.
 CODEC_WORK = {"fp32": 0, "bf16": 4}
@@ -49,7 +54,8 @@ class Work:
     """A model's, for one token, in FLOPs unless said otherwise.
 
     forward: of all products; layers: of those in the layers; gate_up: of MLPs' gate and up; trained: part of the
-    weights in products whose gradients are computed; weights, trained_bytes: of all trained parameters
+    weights in products whose gradients are computed; trained_values, trained_bytes: of all trained parameters;
+    orthogonal: of muon's iterations in one step, not for one token
     """
 
     forward: float
@@ -58,6 +64,7 @@ class Work:
     trained: float
     trained_values: int
     trained_bytes: int
+    orthogonal: float = 0.0
 
     @classmethod
     def of(cls, config: PreTrainedConfig, shapes: Sequence[Shape], tokens: int) -> "Work":
@@ -82,15 +89,23 @@ class Work:
             trained=min(1.0, sum(active(s) for s in trained if len(s.shape) >= 2) / max(weights, 1)),
             trained_values=sum(s.numel for s in trained),
             trained_bytes=sum(s.nbytes for s in trained),
+            orthogonal=sum(map(_newton_schulz, (s for s in trained if s.layer is not None and len(s.shape) >= 2))),
         )
 
 
-def cost_a_token(
-    choice: Choice, work: Work, update: Update, tokens: int, depth: int, kept: Mapping[str, float]
-) -> float:
+def _newton_schulz(shape: Shape) -> float:
+    """FLOPs of muon's iteration on one weight, of each of its matrices: a Gram matrix, its square, and their product
+    with the weight, in each step."""
+    *many, rows, columns = shape.shape
+    small, large = sorted((rows, columns))
+    return STEPS * math.prod(many) * (4.0 * small * small * large + 2.0 * small**3)
+
+
+def cost_a_token(choice: Choice, work: Work, states: int, tokens: int, depth: int, kept: Mapping[str, float]) -> float:
     """Operations' worth of time for one token.
 
     Args:
+        states: bytes that the optimizer holds.
         tokens: of a micro-batch.
         kept: bytes kept for backward a token, of all layers under one policy, of the policies that are candidates.
     """
@@ -100,7 +115,10 @@ def cost_a_token(
         share = tiers.count(tier) / depth
         passes += share * (_again(tier, work) + RATIO * _moved(tier, kept))
     fixed = passes * MICRO_BATCH / tokens
-    return passes + fixed + _update(choice, work, update) / (tokens * choice.accumulation)
+    if choice.weights in STORES_AT_REST:
+        times = 2 + sum(_again(tier, work) > 0 for tier in tiers) / depth
+        fixed += RATIO * REST_BYTES * times * work.trained_values / tokens
+    return passes + fixed + _update(choice, work, states) / (tokens * choice.accumulation)
 
 
 def _again(tier: str, work: Work) -> float:
@@ -122,16 +140,17 @@ def _moved(tier: str, kept: Mapping[str, float]) -> float:
     return plain + again + (CODEC_BYTES * kept[tier] if "fp8" in tier else 0.0)
 
 
-def _update(choice: Choice, work: Work, update: Update) -> float:
+def _update(choice: Choice, work: Work, states: int) -> float:
     """Cost of the optimizer's update in one step, in FLOPs."""
     weights = gradients = work.trained_bytes
-    moved = 2 * weights + gradients + 2 * update.states + 2 * update.temporaries
+    moved = 2 * weights + gradients + 2 * states
     moved += 2 * gradients if choice.max_grad_norm else 0
     moved += 2 * gradients * (choice.accumulation - 1)
     codecs = codec_pair(choice.state or "fp32")
     coded = sum(codec.nbytes(MANY, signed=signed) for codec, signed in zip(codecs, (True, False), strict=True))
-    values = update.states * 2 * MANY / coded
+    values = states * 2 * MANY / coded
     coding = sum(CODEC_WORK.get(codec.name, CODEC_WORK_OTHERS) for codec in codecs) / 2
     rule = OPTIMIZERS.get(choice.optim)
     rank = rule.DEFAULTS.get("rank", 0) if rule is not None else 0  # a projection is 2 FLOPs a weight and row
-    return RATIO * moved + VECTOR * coding * values + 2 * rank * work.trained_values
+    products = 2 * rank * work.trained_values + (work.orthogonal if choice.optim == "muon" else 0.0)
+    return RATIO * moved + VECTOR * coding * values + products

@@ -17,9 +17,8 @@ What it leaves out (that a gradient and a temporary may not meet, layers of seve
 orders candidates, and no more: what a search answers has been planned by the real `plan()`.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,23 +26,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from hf_lowmem.activations.detect import find_stack
-from hf_lowmem.optim import OPTIMIZERS, accumulator
-from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
+from hf_lowmem.optim import accumulator
 from hf_lowmem.planner.methods import Method
-from hf_lowmem.planner.models import Shape, layer_count, make_model, meta_model, period_of, shapes_of, with_depth
+from hf_lowmem.planner.models import Shape, layer_count, meta_model, period_of, shapes_of, with_depth
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
-from hf_lowmem.planner.search.space import AS_IS, Choice, layers_by_tier, policy_fields
-from hf_lowmem.planner.search.updates import Update, count_states, head_by_rows, own_temporaries
+from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier, policy_fields
+from hf_lowmem.planner.search.updates import Update, Updates
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
 from hf_lowmem.planner.step import quiet, simulate_step
-from hf_lowmem.specs import OPTIMIZER_FIELDS
+from hf_lowmem.specs import OPTIMIZER_FIELDS, STORES_AT_REST
 
 __all__ = ["Estimator"]
 
@@ -51,7 +47,6 @@ WEIGHTS, STATES, GRADIENTS, INPUTS, TEMPORARIES, ACTIVATIONS = (
     PARTS.index(name) for name in ("weights", "states", "gradients", "inputs", "temporaries", "activations")
 )
 NO_STATES = "sgd"  # of HuggingFace: an optimizer that keeps nothing
-SHORT = 64  # tokens of a step of which only the update counts
 
 
 class End(NamedTuple):
@@ -114,16 +109,26 @@ class Estimator:
     progress: Callable[[str], None] = lambda message: None
     simulated: int = 0
     _ends: dict[tuple[str, int, int], Values] = field(default_factory=dict)
-    _updates: dict[tuple[Any, ...], Update | None] = field(default_factory=dict)
-    _model: Any = None
 
     def __post_init__(self) -> None:
         self.depth, period = layer_count(self.config), period_of(self.config)
         self.depths = (2 * period, 3 * period) if 3 * period < self.depth else (self.depth,)
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with quiet():
             self.meta = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
         self.tied = bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+        self.updates = Updates(
+            self.config,
+            self.args,
+            self.dtype,
+            self.meta,
+            self._simulate,
+            self.depths,
+            tied=self.tied,
+            attention=self.attention,
+            accelerator=self.accelerator,
+            peft_config=self.peft_config,
+            quantization=self.quantization,
+        )
         nothing = dict.fromkeys(
             (
                 *(f"lowmem_{name}" for name in (*OPTIMIZER_FIELDS, "accumulation")),
@@ -152,9 +157,10 @@ class Estimator:
             self._ends[key] = _ends_of(self._simulate(args, depth), depth)
         return self._ends[key]
 
-    def _simulate(self, args: Any, depth: int) -> list[Moment]:
+    def _simulate(self, args: Any, depth: int, steps: int = 1) -> list[Moment]:
         sequences, tokens = self.method.shape(args)
-        self.progress(f"simulating {depth} of {self.depth} layers, {sequences} × {tokens} tokens")
+        policy = args.lowmem_activations or (CHECKPOINTING if args.gradient_checkpointing else AS_IS)
+        self.progress(f"estimating with {depth} of {self.depth} layers, {sequences} × {tokens} tokens, {policy}")
         self.simulated += 1
         measured = simulate_step(
             with_depth(self.config, depth),
@@ -165,6 +171,7 @@ class Estimator:
             accelerator=self.accelerator,
             peft_config=copy.deepcopy(self.peft_config),
             **({} if self.quantization is None else {"quantization": self.quantization}),
+            steps=steps,
         )
         return outline(curve_of(measured), measured.live, measured.start, measured.stack)
 
@@ -193,66 +200,11 @@ class Estimator:
         low, high = (self._deep(policy, point)[AT[KEPT_ALL], ACTIVATIONS] for point in (0, 1))
         return max(0.0, (high - low) / (n[1] - n[0]))
 
-    def update(self, choice: Choice) -> Update | None:
-        """Memory of a choice's update; None where its rule would be plain Adam's on this model."""
-        key = choice.optim, choice.state, choice.weights
-        if key not in self._updates:
-            ours = choice.optim in OPTIMIZERS
-            self._updates[key] = self._own_update(choice) if ours else self._hf_update(choice)
-        return self._updates[key]
-
-    def _own_update(self, choice: Choice) -> Update | None:
-        args = self.args.lowmem_replace(
-            optim=choice.optim,
-            lowmem_state=choice.state,
-            lowmem_weights=choice.weights,
-            lowmem_step_in_backward=False,
-            lowmem_accumulation=None,
-        )
-        spec = args.lowmem_optim_spec()
-        with _as_simulated(self.accelerator):
-            states = count_states(spec, self.meta)
-            if states is None:
-                return None
-            if self._model is None:
-                self._model = self._shallow_model()
-            by_rows = not self.tied and head_by_rows(spec, self.meta)
-            return Update(states, own_temporaries(spec, self._model, self.fake), by_rows)
-
-    def _shallow_model(self) -> nn.Module:
-        config = with_depth(self.config, min(self.depth, period_of(self.config)))
-        with self.fake:
-            model = make_model(config, self.dtype, self.attention, *[q for q in [self.quantization] if q is not None])
-            if self.peft_config is not None:
-                from peft import get_peft_model
-
-                model = get_peft_model(model, copy.deepcopy(self.peft_config))
-        return model
-
-    def _hf_update(self, choice: Choice) -> Update:
-        """The update of an optimizer that is not ours, simulated with the trainer at two depths."""
-        args = self.args.lowmem_replace(
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,
-            max_length=min(SHORT, self.args.max_length),
-            **policy_fields(AS_IS),
-        )
-        found = []
-        for depth in self.depths:
-            moments = self._simulate(args, depth)
-            top = max((m for m in moments if m.phase == "optimizer"), key=lambda m: m.total).values
-            found.append(np.array([top[STATES], top[TEMPORARIES]], dtype=np.float64))
-        values = found[0]
-        if len(self.depths) > 1:
-            values = values + (found[-1] - found[0]) * (self.depth - self.depths[0]) / (self.depths[1] - self.depths[0])
-        return Update(round(values[0]), round(values[1]))
-
     def need(self, choice: Choice, tokens: int) -> int | None:
         """Bytes of one device that a combination takes, as `Plan.reserved_bytes`. None: not a choice on this model."""
-        update = self.update(choice)
-        if update is None:
+        if self.updates.states(choice) is None:
             return None
-        moments = self._moments(choice, tokens, update)
+        moments = self._moments(choice, tokens, self.updates.of(choice))
         if self.parallel is not None:
             moments = spread(
                 moments,
@@ -264,6 +216,17 @@ class Estimator:
             )
         highest = max(m.total + int(m.values[ROUNDING]) for m in moments)
         return highest + (CUDA_CONTEXT if self.accelerator else 0)
+
+    def least(self, choice: Choice) -> int:
+        """Bytes below which no activations and no update bring a combination: weights, states, and gradients where they
+        wait for the update. Of several processes nothing is said: 0."""
+        states = self.updates.states(choice)
+        if self.parallel is not None or states is None:
+            return 0
+        weights = sum(s.nbytes for s in self.shapes)
+        weights -= self.updates.rested.saved if choice.weights in STORES_AT_REST else 0
+        gradients = 0 if choice.step_in_backward else self.gradients.whole
+        return weights + states + gradients + (CUDA_CONTEXT if self.accelerator else 0)
 
     @cached_property
     def gradients(self) -> _Gradients:
@@ -307,6 +270,9 @@ class Estimator:
         for i, (end, simulated) in enumerate(self._mixed(choice, tokens)):
             values = simulated.copy()
             values[STATES] = update.states
+            if choice.weights in STORES_AT_REST:
+                values[WEIGHTS] -= self.updates.rested.saved
+                values[TEMPORARIES] += self.updates.rested.decoded if end.where in ("first", "last") else 0
             values[INPUTS] *= choice.accumulation
             of_head = 0.0 if self._by_rows(choice, update) else simulated[GRADIENTS]
             values[GRADIENTS] = self._gradients_at(end, choice, of_head)
@@ -314,13 +280,19 @@ class Estimator:
             made.append(Moment(i, end.phase, layer, "", end.where == "before", np.rint(values).astype(np.int64)))
         if choice.step_in_backward:  # of the head, when all is still kept; of the embedding, when nothing is
             late = self.tied or self._by_rows(choice, update)
-            values = (made[-1] if late else next(m for m in made if m.phase == KEPT)).values.copy()
-            values[GRADIENTS] = self.gradients.largest + (0 if late else self._summed(choice))
-            values[TEMPORARIES] += update.temporaries
-            made.append(Moment(len(made), "backward", None, "", False, values))
+            kept = next(m for m in made if m.phase == KEPT)
+            largest, in_layer, summed = self.gradients.largest, self.gradients.in_layer, self._summed(choice)
+            for at, gradient, more in (
+                (made[-1] if late else kept, largest + (0 if late else summed), update.outside),
+                (kept, in_layer + summed, update.temporaries),
+            ):
+                values = at.values.copy()
+                values[GRADIENTS], values[TEMPORARIES] = gradient, values[TEMPORARIES] + more
+                made.append(Moment(len(made), "backward", None, "", False, values))
         else:
             values = made[0].values.copy()
-            values[ACTIVATIONS], values[GRADIENTS], values[TEMPORARIES] = 0, self.gradients.whole, update.temporaries
+            values[ACTIVATIONS], values[GRADIENTS] = 0, self.gradients.whole
+            values[TEMPORARIES] = max(update.temporaries, update.outside)
             made.append(Moment(len(made), "optimizer", None, "", False, values))
         return made
 
@@ -368,11 +340,3 @@ def _ends_of(moments: list[Moment], depth: int) -> Values:
             if moment.values[:ROUNDING].sum() > values[i, :ROUNDING].sum():
                 values[i] = moment.values
     return values
-
-
-@contextlib.contextmanager
-def _as_simulated(accelerator: bool) -> Iterator[None]:
-    """Context that `simulate_step` sets up, for an optimizer without a trainer."""
-    device = as_on_accelerator() if accelerator else as_on_cpu()
-    with quiet(), as_with_real_tensors(), device:
-        yield

@@ -1,13 +1,15 @@
 """The fastest settings that fit: `search(model, args, budget=...)`; and the longest sequence that does: `longest`.
 
-Candidates are all valid combinations of what the user left open (`choices`). They are tried in an order of preference:
+Candidates are all valid combinations of what the user left open (`space`). They are tried in an order of preference:
 first by how far their optimizer departs from what was asked for, so that a rule which needs another learning rate is
-taken only if nothing before it fits; then by the cost model (`cost`). Estimates (`compose`) of what each needs skip
-those that are far too large. What is left is planned by the real `plan()`, the answer always, and the preferred
-combination that was nearest to fitting as well: had the estimate wronged it, it would be taken. Each plan corrects the
-estimates of its like.
+taken only if nothing before it fits; then by the cost model (`cost`). The first of all is planned at once: where the
+user's own settings fit in the form in which they run fastest, that is the answer. Else estimates (`estimate`) of what
+each needs skip those that are far too large, and a rule whose weights, states and gradients alone are too large is not
+estimated. What is left is planned by the real `plan()`, the answer always, and the preferred combination that was
+nearest to fitting as well, if an estimate may have wronged it. Each plan corrects the estimates of its like.
 
-The same question has the same answer: nothing is drawn at random, and ties are broken by the settings' names.
+The same question has the same answer: nothing is drawn at random, and ties are broken by the settings' names. Asked
+again in the same process it costs nothing (`cache`).
 """
 
 import time
@@ -18,16 +20,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from hf_lowmem.memory import human_bytes
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import method_of
 from hf_lowmem.planner.modelled import check_modelled
-from hf_lowmem.planner.models import layer_count
+from hf_lowmem.planner.search.cache import cached, key_of
 from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.explain import NothingFits
+from hf_lowmem.planner.search.losses import is_accepted, parts_of
 from hf_lowmem.planner.search.ranking import STEP, Found, Search
-from hf_lowmem.planner.search.space import candidates
+from hf_lowmem.planner.search.space import candidates, layers_by_tier
 from hf_lowmem.planner.simulate import Plan, config_and_dtype, plan
+from hf_lowmem.training.presets import AUTO
 
 __all__ = ["Found", "NothingFits", "Search", "longest", "prepare", "search"]
 
@@ -66,12 +71,21 @@ def search(
         NothingFits: (a ValueError) with the smallest combination and its bytes.
         CannotSimulate, TypeError, ValueError: as `plan`.
     """
+    began = time.perf_counter()
     size = parse_bytes(label, budget) if isinstance(budget, str) else budget
-    asked = prepare(
-        model, args, dtype=dtype, peft_config=peft_config, world_size=world_size, parallel=parallel, device=device,
-        progress=progress, **more,
-    )  # fmt: skip
-    return asked.for_budget(f"{label}={budget!r}", size).answer(args.max_length)
+    config, weights = config_and_dtype(model, args, dtype)
+    asked: dict[str, Any] = {
+        "dtype": weights,
+        "peft_config": peft_config,
+        "world_size": world_size,
+        "parallel": parallel,
+        "device": device,
+        **more,
+    }
+    made = cached(key_of(config, args, asked), lambda: prepare(config, args, progress=progress, **asked))
+    made.began, made.args, made.estimator.progress = began, args, progress
+    named = f"{label}={budget!r}" if "=" not in label else f"{label} in {human_bytes(size)}"
+    return made.for_budget(named, size).answer(args.max_length)
 
 
 def longest(
@@ -141,8 +155,13 @@ def prepare(
 
     # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.
     stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
+    rests = stores and parallel is None and estimator.updates.can_rest()
     parted = {"world_size": world_size, "parallel": parallel}
-    found = candidates(args, depth=layer_count(config), bf16_weights=stores, **parted)
-    made = Search(estimator, make_plan, found, began)
-    made.weigh(longest_seen)
+    found = candidates(args, depth=estimator.depth, bf16_weights=stores, can_rest=rests, **parted)
+    if args.lowmem == AUTO:
+        tiers = [layers_by_tier(c.activations, estimator.depth) for c in found]
+        costs = [parts_of(c, each, bf16_weights=stores) for c, each in zip(found, tiers, strict=True)]
+        found = [c for c, parts in zip(found, costs, strict=True) if is_accepted(c, parts, args)]
+    made = Search(estimator, make_plan, found, began, args, bf16_weights=stores)
+    made.weigh()
     return made

@@ -6,8 +6,11 @@ other is the user's, and is never changed. Open are, each if its fields are:
     micro-batches       per_device_train_batch_size × gradient_accumulation_steps at their product, if both are open
     activations         as HuggingFace keeps them, gradient_checkpointing, the tiers, and mixtures of two by layer
     optim               the default first, then adamw, apollo, apollo_mini
-    lowmem_state        fp32, bf16, 8bit, int4, with an optim of ours
-    lowmem_weights      of bf16 weights, bf16_sr and bf16_ecc: rounding to nearest (keep) loses small updates
+    lowmem_state        fp32, bf16, 8bit, int4, with an optim of ours; where that is open too, those whose cost in loss
+                        was measured (`losses`)
+    lowmem_weights      of bf16 weights, bf16_sr and bf16_ecc: rounding to nearest (keep) loses small updates; int8_sr,
+                        with step in backward, where a whole model is trained in one process
+    lowmem_embeddings   the rules whose cost in loss was measured with the optim (apollo_mini), the cheapest first
     step in backward    where max_grad_norm is 0; or open, and the rule limits growth itself (apollo, apollo_mini, fira)
 
 Which of them go together, LowMemArguments' own checks decide: a combination that they refuse is no candidate.
@@ -28,7 +31,8 @@ from typing import Any
 
 from hf_lowmem import rules
 from hf_lowmem.optim import OPTIMIZERS
-from hf_lowmem.specs import TIERS, WEIGHT_STORES, ActivationSpec
+from hf_lowmem.planner.search.losses import embedding_rules, is_measured
+from hf_lowmem.specs import STORES_AT_REST, TIERS, WEIGHT_STORES, ActivationSpec
 
 __all__ = ["AS_IS", "CHECKPOINTING", "Choice", "candidates", "layers_by_tier", "policy_fields"]
 
@@ -45,12 +49,14 @@ STATES = ("fp32", "bf16", "8bit", "int4")
 COARSE = ("int4",)
 # Rounding to the nearest loses small updates.
 STORES = tuple(store for store in WEIGHT_STORES if store != "keep")
+APART = 64  # departures of two rules are further from each other than those of one rule's forms
 
 
 @dataclass(frozen=True)
 class Choice:
     """One combination. departure: how far it is from what the user asked for, 0 first: by another rule, for each rule
-    by dropping max_grad_norm, then by coarse states.
+    by dropping max_grad_norm, then by states that are coarse or were not measured, then by weights at rest in int8, and
+    last by another rule for embedding and output head, in the order of what these were measured to cost.
 
     activations: AS_IS, CHECKPOINTING, a tier, or a mixture as `lowmem_activations` writes it.
     """
@@ -64,6 +70,7 @@ class Choice:
     weights: str | None = None
     step_in_backward: bool = False
     max_grad_norm: float = 1.0
+    embeddings: str | None = None
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -75,6 +82,7 @@ class Choice:
             "optim": self.optim,
             "lowmem_state": self.state,
             "lowmem_weights": self.weights,
+            "lowmem_embeddings": self.embeddings,
             "lowmem_step_in_backward": self.step_in_backward,
             "max_grad_norm": self.max_grad_norm,
         }
@@ -108,14 +116,26 @@ def layers_by_tier(activations: str, depth: int) -> tuple[str, ...]:
 
 
 def candidates(
-    args: Any, *, depth: int, bf16_weights: bool, world_size: int = 1, parallel: str | None = None
+    args: Any,
+    *,
+    depth: int,
+    bf16_weights: bool,
+    can_rest: bool = False,
+    world_size: int = 1,
+    parallel: str | None = None,
 ) -> list[Choice]:
-    """All valid combinations. `depth`: decoder layers; `bf16_weights`: whether trained weights are bfloat16; the others
-    as for `plan`."""
+    """All valid combinations.
+
+    Args:
+        depth: decoder layers.
+        bf16_weights: whether trained weights are bfloat16.
+        can_rest: whether some of them can be at rest in int8.
+        world_size, parallel: as for `plan`.
+    """
     policies = list(_policies(args))
     found = []
     for batch, accumulation in _micro_batches(args):
-        for rule in _rules(args, bf16_weights):
+        for rule in _rules(args, bf16_weights, can_rest):
             for policy in policies:
                 choice = Choice(batch=batch, accumulation=accumulation, activations=policy, **rule)
                 with contextlib.suppress(TypeError, ValueError):
@@ -168,7 +188,7 @@ def _mixtures(found: list[Choice], args: Any, depth: int) -> Iterator[Choice]:
                 yield replace(valid[smaller], activations=",".join(parts))
 
 
-def _rules(args: Any, bf16_weights: bool) -> Iterator[dict[str, Any]]:
+def _rules(args: Any, bf16_weights: bool, can_rest: bool) -> Iterator[dict[str, Any]]:
     """Optimizers with their stores and the way of stepping, in the order of departure."""
     free = args.lowmem_open
     own = str(getattr(args.optim, "value", args.optim))
@@ -177,21 +197,35 @@ def _rules(args: Any, bf16_weights: bool) -> Iterator[dict[str, Any]]:
         if "optim" not in free:
             return
     names = (own,) if own in OPTIMIZERS else RULES
-    states = STATES if "lowmem_state" in free else (args.lowmem_state,)
     stores = (args.lowmem_weights,)
     if "lowmem_weights" in free:
-        stores = STORES if bf16_weights else (None,)
+        stores = (*STORES, *(STORES_AT_REST if can_rest else ())) if bf16_weights else (None,)
     stepping = (True, False) if "lowmem_step_in_backward" in free else (args.lowmem_step_in_backward,)
     for i, name in enumerate(names):
-        for state, store, steps in product(states, stores, stepping):
+        states = STATES if "lowmem_state" in free else (args.lowmem_state,)
+        if own not in OPTIMIZERS:  # what the user has not named is not tried without having been measured
+            states = tuple(state for state in states if is_measured(name, state))
+        rules = (args.lowmem_embeddings,)
+        if "lowmem_embeddings" in free:
+            rules = (None, *embedding_rules(name))
+        for state, store, steps, (nth, rule) in product(states, stores, stepping, list(enumerate(rules))):
+            if store in STORES_AT_REST and not steps:
+                continue
             norm = args.max_grad_norm
             if steps and "max_grad_norm" in free and "prev_norm" in OPTIMIZERS[name].STATES:
                 norm = 0.0
+            coarse = state in COARSE or not is_measured(name, state)
             yield {
-                "departure": 1 + 4 * i + (norm != args.max_grad_norm) + 2 * (state in COARSE),
+                "departure": 1
+                + APART * i
+                + (norm != args.max_grad_norm)
+                + 2 * coarse
+                + 4 * (store in STORES_AT_REST)
+                + 8 * nth,
                 "optim": name,
                 "state": state,
                 "weights": store,
                 "step_in_backward": steps,
                 "max_grad_norm": norm,
+                "embeddings": rule,
             }

@@ -1,0 +1,148 @@
+"""`lowmem="auto"`: one word, settings that fit when they are measured, five lines, and the same on a resume."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+from hf_lowmem import LowMemPlugin, LowMemSFTConfig, LowMemTrainer, LowMemTrainingArguments, checkpoints
+from hf_lowmem.cli.main import main
+from hf_lowmem.memory.units import parse_bytes
+from hf_lowmem.planner.models import token_maker
+from hf_lowmem.planner.search import budget
+from hf_lowmem.planner.search.explain import NothingFits
+from hf_lowmem.planner.search.fastest import prepare
+from hf_lowmem.planner.search.losses import BOUND, is_accepted, parts_of
+from hf_lowmem.planner.search.space import layers_by_tier
+from hf_lowmem.training import section
+from hf_lowmem.training.sft import LowMemSFTTrainer
+from tests.planner.real import arguments, measure, small_config
+
+CONFIG = small_config(num_hidden_layers=2)
+# Few things are open, so that a test searches for a second.
+FEW: dict[str, Any] = {"optim": "adamw", "lowmem_activations": "fp8", "max_length": 32, "gradient_checkpointing": None}
+
+
+def trainer_of(folder: Path, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(small_config(num_hidden_layers=2) if config is CONFIG else config)
+    args = arguments(**FEW | {"lowmem": "auto", "learning_rate": 1e-3} | settings)
+    args.output_dir = str(folder)
+    rows = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    data = Dataset.from_dict({"input_ids": rows})
+    return LowMemSFTTrainer(model.to(torch.bfloat16), args, train_dataset=data, processing_class=token_maker())
+
+
+def test_the_word_comes_through_every_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    (args,) = HfArgumentParser(LowMemTrainingArguments).parse_args_into_dataclasses(  # type: ignore[arg-type]
+        ["--output_dir", "out", "--lowmem", "auto", "--use_cpu"]
+    )
+    monkeypatch.setenv(section.VARIABLE, json.dumps({"lowmem": "auto"}))
+    for made in (args, LowMemSFTConfig("out", use_cpu=True, bf16=False)):
+        assert made.lowmem == "auto"
+        assert {"optim", "lowmem_state", "lowmem_activations", "lowmem_step_in_backward"} <= made.lowmem_open
+
+
+def test_where_no_step_can_be_planned_it_is_refused_with_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"lowmem='auto' has no effect in LowMemPlugin.*hf-lowmem plan"):
+        LowMemPlugin(lowmem="auto")
+    args = LowMemTrainingArguments(str(tmp_path), lowmem="auto", use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"lowmem='auto' with LowMemTrainer and LowMem.*LowMemSFTTrainer"):
+        LowMemTrainer(LlamaForCausalLM(CONFIG), args)
+    CONFIG.save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--lowmem", "auto"]) == 1
+    assert "--lowmem auto: the settings that fit in what? Give --budget" in capsys.readouterr().err
+
+
+@pytest.mark.train
+def test_it_says_in_five_lines_what_it_chose(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 3 * 2**30)
+    caplog.set_level(logging.WARNING, "hf_lowmem")
+    logging.getLogger("hf_lowmem").addHandler(caplog.handler)
+    try:
+        made = trainer_of(tmp_path, lowmem_state="int8")
+    finally:
+        logging.getLogger("hf_lowmem").removeHandler(caplog.handler)
+    (said,) = {r.getMessage() for r in caplog.records if "auto' chose" in r.getMessage()}
+    lines = said.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["lowmem='auto' chose", "memory", "loss", "time", "to pin it"]
+    assert "2.75 GiB (3.00 GiB of this machine's RAM are free), for a step of 1 × 32 tokens" in lines[1]
+    assert "of 0.5 % that auto allows: states int8 +0.15 %, weights bf16_sr +0.00 %" in lines[2]
+    assert "lowmem_weights='bf16_sr'" in lines[4]
+    assert (made.args.lowmem_state, made.args.optim, made.args.lowmem_activations) == ("int8", "adamw", "fp8")
+    assert made.args.lowmem_weights == "bf16_sr"
+    assert made.predicted["reserved_bytes"] <= parse_bytes("", "2.75GiB")
+
+
+@pytest.mark.train
+def test_a_resume_keeps_the_choice_whatever_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    few = parse_bytes("", "17MiB")
+    monkeypatch.setattr(budget, "measured_budget", lambda device, model=None: (few, "little is free"))
+    first = trainer_of(tmp_path, **saving)
+    first.train()
+    stored = checkpoints.read_manifest(tmp_path / "checkpoint-1")
+    assert stored is not None
+    assert stored["auto"]["asked"]["given"]["lowmem_activations"] == "fp8"
+    monkeypatch.setattr(budget, "measured_budget", lambda device, model=None: (2**34, "much is free"))
+    elsewhere = trainer_of(tmp_path / "other", **saving)
+    fields = ("lowmem_state", "lowmem_weights", "per_device_train_batch_size")
+    chosen = {name: getattr(first.args, name) for name in fields}
+    assert {name: getattr(elsewhere.args, name) for name in fields} != chosen, "more is free, so more is taken"
+    with pytest.raises(ValueError, match=r"the checkpoint was trained with .*Leave lowmem unset and set"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = trainer_of(tmp_path, **saving)
+    assert {name: getattr(again.args, name) for name in fields} == chosen
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
+
+
+@pytest.mark.train
+def test_the_choice_fits_when_it_is_measured_and_a_no_names_the_least(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_activations": "fp8"}
+    asked = arguments(lowmem="auto", **given, max_grad_norm=0.0, max_length=64)
+    search = prepare(CONFIG, asked, dtype="bfloat16", device="cpu")
+    stores = {c.weights for c in search.found}
+    assert stores == {"bf16_sr", "bf16_ecc", "int8_sr"}
+    for c in search.found:
+        assert is_accepted(c, parts_of(c, layers_by_tier(c.activations, 2), bf16_weights=True), asked)
+    least = min(search.really(c, 64) for c in search.found if c.weights == "int8_sr")
+    found = search.for_budget("budget", least).answer(64)
+    assert found.args.lowmem_weights == "int8_sr"
+    assert sum(max(0.0, cost or 0.0) for cost in found.losses.values()) <= BOUND
+    truth = measure(CONFIG, found.args.lowmem_replace(lowmem=None), torch.bfloat16)
+    assert truth.peak <= found.budget
+    with pytest.raises(NothingFits, match=r"The smallest of \d+ combinations needs"):
+        search.for_budget("budget", 2**20).answer(64)
+
+
+SMOLLM2_135M = LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["3GiB", "2GiB"])
+def test_a_model_of_135m_within_two_and_three_gib(budget: str) -> None:
+    """bf16 weights, TRL's own batch: 8 rows of 1,024 tokens, on a CPU."""
+    args = arguments(lowmem="auto", lowmem_budget=budget, gradient_checkpointing=None, optim="adamw_torch_fused",
+                     max_length=1024, per_device_train_batch_size=8)  # fmt: skip
+    search = prepare(SMOLLM2_135M, args, dtype="bfloat16", device="cpu")
+    found = search.for_budget("budget", parse_bytes("budget", budget)).answer(1024)
+    assert measure(SMOLLM2_135M, found.args.lowmem_replace(lowmem=None), torch.bfloat16).peak <= found.budget
