@@ -38,7 +38,7 @@ from hf_lowmem.activations.state import State
 from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.reasons import NO_CHECKPOINT
 
-__all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
+__all__ = ["CACHES", "RunsAgain", "WrappedForward", "is_wrapped", "wrap_layer"]
 
 # What layers call their cache, in transformers 5.17 to 5.24, where they are handed one that is no `Cache`, too.
 CACHES = ("cache", "cache_params", "layer_past", "past_key_value", "past_key_values")
@@ -109,8 +109,8 @@ def is_wrapped(module: nn.Module) -> bool:
     return _wrapped(module) is not None
 
 
-class _Checkpointed(WrappedForward):
-    tier = "checkpoint_fp8"
+class RunsAgain(WrappedForward):
+    """A tier that keeps a layer's input and runs the layer once more in backward."""
 
     def __init__(self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None) -> None:
         super().__init__(module, fmt, seeds)
@@ -124,7 +124,10 @@ class _Checkpointed(WrappedForward):
                     "or another tier for this layer."
                 )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def hidden_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """The activations among a call's arguments, and the other arguments without a cache."""
         args, kwargs = self.without_cache(args, kwargs)
         if args:
             hidden, args = args[0], args[1:]
@@ -135,25 +138,7 @@ class _Checkpointed(WrappedForward):
                 f"{type(self.module).__name__} is wrapped as {self.tier} and was called without a tensor "
                 f"`hidden_states`, first or by name (got {type(hidden).__name__}). Wrap decoder layers, or undo."
             )
-        original, fmt, shape, dtype, wants = self.original, self.fmt, hidden.shape, hidden.dtype, hidden.requires_grad
-        if not (wants or self.has_grad(args, kwargs)):
-            return original(hidden, *args, **kwargs)
-        parts = compress(hidden, fmt, seed=self.seed())
-        exact = [hidden]  # taken by the first pass, so that nothing keeps it
-        del hidden
-        # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
-        state = State(self.module, copies=True)
-
-        def run(*parts: Tensor) -> Any:
-            if exact:
-                output = original(exact.pop(), *args, **kwargs)
-                state.settle()
-                return output
-            x = decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
-            with state.again():
-                return original(x, *args, **kwargs)
-
-        return checkpoint(run, *parts, use_reentrant=False)
+        return hidden, args, kwargs
 
     def has_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -196,6 +181,32 @@ class _Checkpointed(WrappedForward):
     def layer_index(self) -> int:
         found = (vars(module).get("layer_idx") for module in self.module.modules())
         return next((index for index in found if isinstance(index, int)), 0)
+
+
+class _Checkpointed(RunsAgain):
+    tier = "checkpoint_fp8"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, args, kwargs = self.hidden_of(args, kwargs)
+        original, fmt, shape, dtype, wants = self.original, self.fmt, hidden.shape, hidden.dtype, hidden.requires_grad
+        if not (wants or self.has_grad(args, kwargs)):
+            return original(hidden, *args, **kwargs)
+        parts = compress(hidden, fmt, seed=self.seed())
+        exact = [hidden]  # taken by the first pass, so that nothing keeps it
+        del hidden
+        # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
+        state = State(self.module, copies=True)
+
+        def run(*parts: Tensor) -> Any:
+            if exact:
+                output = original(exact.pop(), *args, **kwargs)
+                state.settle()
+                return output
+            x = decompress(parts, fmt, shape, dtype).detach().requires_grad_(wants)
+            with state.again():
+                return original(x, *args, **kwargs)
+
+        return checkpoint(run, *parts, use_reentrant=False)
 
 
 def holds_tokens(cache: Any, layer: int) -> bool:

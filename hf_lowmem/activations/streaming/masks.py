@@ -1,0 +1,216 @@
+"""Which keys a query sees, asked for by blocks of queries and keys, so that no tokens x tokens mask is ever made.
+
+transformers composes a mask from functions of (row, head, query, key) - causal, window, documents of a packed row,
+padding - and hands the composition to `ALL_MASK_ATTENTION_FUNCTIONS[implementation]`, which tabulates it. While a model
+runs whose layers are all streamed, that maker is replaced by `Lazy`: it keeps the question, and tabulates only the
+block that a chunk of queries asks for, by transformers' own maker with its own offsets. So a block is what the whole
+mask has there, whatever the model means by it, also for `eager` attention, whose mask is added.
+
+Why not a mask of our own from windows and `position_ids`: it would have to know what each family means by them, and a
+family that means something else would get wrong numbers in silence.
+
+A block begins at the first key that its first query sees: keys before it are never read. With what transformers
+composes that key can only move to the right from query to query (windows move, documents follow each other, padding
+takes keys away). A function that somebody else passes, which is called by `vmap`, may do as it likes: then blocks begin
+at key 0. In both cases it is looked at that no chunk sees a key behind its end.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import masking_utils
+
+from hf_lowmem.activations.aside import reason_to_step_aside
+from hf_lowmem.activations.fusable import is_fake
+from hf_lowmem.activations.streaming.attention import swapped
+from hf_lowmem.patching import ForwardPatch
+
+__all__ = ["Causal", "Dense", "Lazy", "Mask", "MaskMaker", "mask_of", "whole"]
+
+Span = tuple[int, int]
+LOOKS_AHEAD = (
+    "a layer attends to later tokens (its mask is not causal), which a streamed layer has not computed yet. Use "
+    "lowmem_activations='checkpoint_fp8'."
+)
+LEFT_AND_EAGER = (
+    "eager attention with left padding: a query that sees no key makes NaN of it, without a tier as well. Pad on the "
+    "right, or load the model with attn_implementation='sdpa'."
+)
+
+
+class Causal:
+    """Every query sees itself and all keys before it."""
+
+    def starts(self, spans: Sequence[Span]) -> list[int]:
+        """The first key that each chunk of queries sees."""
+        return [0] * len(spans)
+
+    def block(self, start: int, end: int, first: int) -> Tensor | None:
+        """The mask of queries [start, end) and keys [first, end); None where there is none but the causal one."""
+        return None
+
+
+class Dense:
+    """A mask that somebody has made whole."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def starts(self, spans: Sequence[Span]) -> list[int]:
+        if not is_fake():
+            if not _sees(self.mask[..., :1, :1]).all() and self.mask.is_floating_point():
+                raise ValueError(LEFT_AND_EAGER)
+            if any(_sees(self.mask[..., start:end, end:]).any() for start, end in spans):
+                raise ValueError(LOOKS_AHEAD)
+        return [0] * len(spans)
+
+    def block(self, start: int, end: int, first: int) -> Tensor | None:
+        return self.mask[..., start:end, first:end]
+
+
+class Lazy:
+    """A mask that nobody has made: the arguments with which transformers asks for it, and whom it asks."""
+
+    def __init__(self, maker: Any, asked: dict[str, Any]) -> None:
+        self.maker, self.asked = maker, asked
+        self._starts: dict[tuple[Span, ...], list[int]] = {}
+
+    def starts(self, spans: Sequence[Span]) -> list[int]:
+        key = tuple(spans)
+        if key not in self._starts:
+            self._starts[key] = self._find_starts(key)
+        return self._starts[key]
+
+    def _find_starts(self, spans: Sequence[Span]) -> list[int]:
+        device, tokens = torch.device(self.asked["device"]), self.asked["kv_length"]
+        if is_fake():  # a planned batch is one document a row, without padding
+            window = self.asked.get("local_size") or tokens
+            return [max(0, start - window + 1) for start, _ in spans]
+        if self.asked.get("use_vmap"):
+            ahead = [self._table(end - 1, end, end, tokens) for _, end in spans if end < tokens]
+            if any(_sees(table).any() for table in ahead):
+                raise ValueError(LOOKS_AHEAD)
+            return [0] * len(spans)
+        keys = torch.arange(tokens, device=device)
+        firsts, lasts = torch.tensor(spans, device=device).unbind(1)
+        ahead = self._sees(lasts - 1, keys) & (keys[None] >= lasts[:, None])
+        seen = self._sees(firsts, keys).flatten(0, -3).any(0)  # (chunks, tokens), of any row
+        found = torch.where(seen.any(-1), seen.int().argmax(-1), firsts).tolist()
+        if ahead.any():
+            raise ValueError(LOOKS_AHEAD)
+        return [min(first, start) for first, (start, _) in zip(found, spans, strict=True)]
+
+    def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether each query sees each key: (rows, 1, queries, keys)."""
+        at, padding = self.asked["mask_function"], self.asked.get("attention_mask")
+        rows, head = torch.arange(self.asked["batch_size"], device=keys.device), torch.arange(1, device=keys.device)
+        b, h, q, k = rows[:, None, None, None], head[None, :, None, None], queries[:, None], keys
+        seen = at(b, h, q, k).expand(len(rows), 1, len(queries), len(keys))
+        return seen if padding is None else seen & padding.to(torch.bool)[:, None, None, :]
+
+    def _table(self, start: int, end: int, first: int, last: int) -> Tensor:
+        place = {"q_offset": start, "q_length": end - start, "kv_offset": first, "kv_length": last - first}
+        return self.maker(**{**self.asked, **place, "allow_is_causal_skip": False})
+
+    def block(self, start: int, end: int, first: int) -> Tensor | None:
+        return self._table(start, end, first, end)
+
+    def whole(self) -> Tensor:
+        """The whole mask, for a layer that is not streamed after all."""
+        return self._table(0, self.asked["q_length"], 0, self.asked["kv_length"])
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a streamed model's attention mask has no {name!r}: it is made by chunks of tokens, and this model looks at "
+            "the whole. Use lowmem_activations='checkpoint_fp8'."
+        )
+
+
+Mask = Causal | Dense | Lazy
+
+
+def _sees(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def mask_of(given: Any, implementation: str | None, what: str) -> Mask:
+    """The mask that a layer was given.
+
+    Raises:
+        ValueError: for one of another form; `what` names the layer.
+    """
+    if isinstance(given, Lazy):
+        return given
+    if given is None and implementation != "eager":
+        return Causal()
+    if isinstance(given, Tensor) and given.ndim == 4:
+        return Dense(given)
+    form = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__}"
+    raise ValueError(
+        f"{what} is streamed and was given an attention mask {form} with attn_implementation={implementation!r}: only "
+        "four-dimensional masks, and with 'sdpa' none, can be cut into chunks. Use "
+        "lowmem_activations='checkpoint_fp8'."
+    )
+
+
+def whole(given: Any) -> Any:
+    """What a layer that is not streamed after all is given in the place of a `Lazy` mask."""
+    return given.whole() if isinstance(given, Lazy) else given
+
+
+class _Asking(threading.local):
+    active = False
+
+
+_asking = _Asking()
+
+
+class _Maker:
+    """The table's entry while a streamed model runs: in the thread that runs it, a maker of lazy masks."""
+
+    def __init__(self, maker: Any, implementation: str) -> None:
+        self.maker, self.implementation = maker, implementation
+
+    def __call__(self, *args: Any, **asked: Any) -> Any:
+        tokens = asked.get("kv_length")
+        square = asked.get("q_length") == tokens and not (asked.get("q_offset", 0) or asked.get("kv_offset", 0))
+        if args or not _asking.active or not square or asked.get("allow_is_bidirectional_skip"):
+            return self.maker(*args, **asked)
+        padding = asked.get("attention_mask")
+        padded = padding is not None and not is_fake() and not bool(padding.all())
+        if self.implementation == "eager":
+            if padded and not bool(padding[:, 0].all()):
+                raise ValueError(LEFT_AND_EAGER)
+        elif asked.get("allow_is_causal_skip", True) and not padded and (asked.get("local_size") or tokens) >= tokens:
+            return None
+        return Lazy(self.maker, {"device": "cpu", **asked})
+
+
+class MaskMaker(ForwardPatch):
+    """The forward of a module that makes the masks of a list of layers, all of which are streamed."""
+
+    def __init__(self, module: nn.Module, implementation: str) -> None:
+        super().__init__(module)
+        self.implementation = implementation
+
+    @torch.compiler.disable(reason="masks of streamed layers are made by eager code")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.module.training and torch.is_grad_enabled()) or reason_to_step_aside() is not None:
+            return self.original(*args, **kwargs)
+        with _lazy_masks(self.implementation):
+            return self.original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _lazy_masks(implementation: str) -> Iterator[None]:
+    makers: Any = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    outer, _asking.active = _asking.active, True
+    try:
+        with swapped(makers, implementation, _Maker(makers[implementation], implementation)):
+            yield
+    finally:
+        _asking.active = outer
