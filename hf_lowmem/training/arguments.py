@@ -178,13 +178,21 @@ class LowMemArguments:
         metadata={
             "help": "What decoder layers keep for backward: exact (gradients equal bit for bit, about half), fp8 (a "
             "quarter), fp8_recompute (gate and up are computed again), checkpoint_fp8 (the layer's input alone), "
-            "hooks_fp8 (for layers that are not recognised); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
+            "hooks_fp8 (for layers that are not recognised), stream and stream_fp8 (the layer's input, and inside of a "
+            "layer one chunk of tokens: for long sequences); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
             "optim. Takes the place of gradient_checkpointing, which is then off unless it is set."
         },
     )
     lowmem_activations_stochastic: bool = field(
         default=False,
         metadata={"help": "Round at random where lowmem_activations compresses, so that errors average out."},
+    )
+    lowmem_stream_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that a layer runs on at a time with lowmem_activations='stream' or 'stream_fp8'. Default: "
+            "as many as a graph of one layer in 1 GiB holds, a multiple of 256."
+        },
     )
     lowmem_budget: str | None = field(
         default=None,
@@ -316,10 +324,11 @@ class LowMemArguments:
         check_flag("lowmem_activations_stochastic", self.lowmem_activations_stochastic)
         if self.lowmem_activations is None:
             return None
-        labels = {"stochastic": "lowmem_activations_stochastic"}
+        labels = {"stochastic": "lowmem_activations_stochastic", "chunk": "lowmem_stream_chunk"}
         return ActivationSpec(
             tiers=self.lowmem_activations,
             stochastic=self.lowmem_activations_stochastic,
+            chunk=self.lowmem_stream_chunk,
             seed=getattr(self, "seed", None),  # of TrainingArguments, if it is mixed in
             labels=labels,
         )

@@ -18,7 +18,7 @@ from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
-from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
+from hf_lowmem.specs import STORES_AT_REST, STREAMED, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
 from hf_lowmem.training.presets import take_weights
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hf_lowmem.training.head import BlockedHead  # which needs trl
 
 logger = logging.getLogger(__name__)
+
+NO_MORE = ("checkpoint_fp8", *STREAMED)  # tiers that keep no more than checkpointing does
 
 
 class LowMemTrainerMixin(RestingWeights):
@@ -132,7 +134,7 @@ class LowMemTrainerMixin(RestingWeights):
         inherited = inherited_default(type(self.args), "gradient_checkpointing")
         if not inherited or "gradient_checkpointing" not in self.args.lowmem_open:
             return
-        if all(layer.tier == "checkpoint_fp8" for layer in report.layers) or not logger.isEnabledFor(logging.WARNING):
+        if all(layer.tier in NO_MORE for layer in report.layers) or not logger.isEnabledFor(logging.WARNING):
             return
         try:
             kept, inputs = kept_beside_inputs(self.model, report, self.accelerator.autocast)
