@@ -59,7 +59,7 @@ def why_not_streamed(layer: nn.Module) -> str | None:
     names = inspect.signature(type(layer).forward).parameters
     if not attentions:
         return "it has no attention that is recognised (a recurrence hands a state from chunk to chunk)"
-    if len(attentions) > 1 or "encoder_hidden_states" in names:
+    if len(attentions) > 1:
         return "it has more than one attention (cross attention)"
     if cache_name(layer) is None:
         return "it takes no key-value cache"

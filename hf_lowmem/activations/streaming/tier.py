@@ -32,10 +32,13 @@ from hf_lowmem.activations.checkpoint import CACHES, RunsAgain
 from hf_lowmem.activations.detect import is_linear
 from hf_lowmem.activations.draws import Draws
 from hf_lowmem.activations.formats import compress, decompress
+from hf_lowmem.activations.fusable import is_fake
 from hf_lowmem.activations.state import State
-from hf_lowmem.activations.streaming.attention import Chunk, lower_right, on_accelerator, streaming
+from hf_lowmem.activations.streaming import attention
+from hf_lowmem.activations.streaming.attention import Chunk, lower_right, streaming
 from hf_lowmem.activations.streaming.keys import Filled, Keys
 from hf_lowmem.activations.streaming.masks import Causal, mask_of, whole
+from hf_lowmem.activations.streaming.trial import TOKENS, check_by_trial
 from hf_lowmem.patching import version_of
 
 __all__ = ["Streamed", "cache_name", "chunk_of", "wrap_streamed"]
@@ -48,12 +51,12 @@ POSITIONS = ("position_ids", "cache_position")
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def chunk_of(hidden: Tensor, inner: int) -> int:
-    """Tokens of a chunk: as many as a graph in ROOM holds, of about 23 tensors of the hidden size and 5 of the inner
+def chunk_of(hidden: Tensor, widest: int) -> int:
+    """Tokens of a chunk: as many as a graph in ROOM holds, of about 23 tensors of the hidden size and 5 of the widest linear
     one (arXiv 2506.03077 has the layer; counted on Llama), and attention's mask in MASK_ROOM where it needs one."""
     rows, tokens, width = hidden.shape
-    chunk = ROOM // (rows * (23 * width + 5 * inner) * hidden.element_size())
-    if not on_accelerator(hidden):
+    chunk = ROOM // (rows * (23 * width + 5 * widest) * hidden.element_size())
+    if not attention.on_accelerator(hidden):
         chunk = min(chunk, MASK_ROOM // (rows * tokens * hidden.element_size()))
     return max(STEP, chunk // STEP * STEP)
 
@@ -94,9 +97,9 @@ class Streamed(RunsAgain):
     ) -> None:
         self.tier = tier
         super().__init__(module, fmt, seeds)
-        self.chunk, self.implementation = chunk, implementation
+        self.chunk, self.implementation, self.tried = chunk, implementation, False
         linears = [m for m in module.modules() if is_linear(m)]
-        self.inner = max((int(getattr(m, "out_features", None) or getattr(m, "nf", 0)) for m in linears), default=0)
+        self.widest = max((int(getattr(m, "out_features", None) or getattr(m, "nf", 0)) for m in linears), default=0)
 
     @torch.compiler.disable(reason="streamed layers are run by eager code")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,9 +130,26 @@ class Streamed(RunsAgain):
         weights = trained(self.module)
         if not (hidden.requires_grad or weights):
             return self.original(hidden, **{name: whole(value) for name, value in kwargs.items()})
-        call = _Call(self, hidden, kwargs)
+        if not self.tried:
+            self.tried = True
+            self.try_short(hidden.detach(), kwargs)
+        call = _Call(self, hidden, kwargs, self.chunk or chunk_of(hidden, self.widest))
         output: Any = _Node.apply(call, hidden, *weights)
         return (output, *call.tail) if call.tail is not None else output
+
+    def try_short(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError where the layer's first tokens show that it cannot run by chunks; see `trial`."""
+        tokens = min(TOKENS, hidden.shape[1])
+        if tokens < 2 or is_fake():
+            return
+        long = _Call(self, hidden, kwargs, hidden.shape[1])
+        short = {name: long.cut(name, value, 0, tokens) for name, value in long.kwargs.items()}
+        if "attention_mask" in kwargs:
+            short["attention_mask"] = long.mask.block(0, tokens, 0)
+        first = hidden[:, :tokens]
+        whole_run = lambda: self.original(first, **short)  # noqa: E731
+        in_chunks = lambda: _Call(self, first, short, tokens // 2).first(first)  # noqa: E731
+        check_by_trial(self.module, first, whole_run, in_chunks, type(self.module).__name__)
 
     def by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """Arguments that follow the activations, by the names that the layer has for them."""
@@ -156,7 +176,7 @@ class _Call:
     tail: what the layer returns beside the activations; None where it returns a tensor.
     """
 
-    def __init__(self, patch: Streamed, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def __init__(self, patch: Streamed, hidden: Tensor, kwargs: dict[str, Any], chunk: int) -> None:
         self.module, self.original, self.fmt = patch.module, patch.original, patch.fmt
         self.what, self.implementation, self.seed = type(patch.module).__name__, patch.implementation, patch.seed()
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.device
@@ -165,7 +185,6 @@ class _Call:
         # A cache by another name would be filled, too.
         self.kwargs = {name: value for name, value in kwargs.items() if name not in CACHES}
         self.mask = mask_of(self.kwargs.pop("attention_mask", None), patch.implementation, self.what)
-        chunk = patch.chunk or chunk_of(hidden, patch.inner)
         spans = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
         self.spans = [(*span, first) for span, first in zip(spans, self.mask.starts(spans), strict=True)]
         self.draws: list[Draws | None] = []

@@ -1,0 +1,32 @@
+"""What flash attention's backward pass allocates inside itself, where a dispatcher does not look.
+
+Beside the gradients that it returns there are, in torch's version of the kernel (FlashAttention 2): an fp32 sum of dq,
+padded to whole blocks of queries and of the head's dimension; the row sums of out * grad; and, where heads share keys,
+dk and dv *for every head*, which are added up at the end. Of a long sequence the last are the largest tensors of a
+step: twice tokens x hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKWARD", "backward_in_steps"]
+
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+ROWS = 128  # of a block of queries
+
+
+def backward_in_steps(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The operator on (rows, heads, tokens, dimension), with its temporaries as tensors of their own."""
+    rows, heads, queries, dim = query.shape
+    padded, wide = -(-queries // ROWS) * ROWS, -(-dim // 32) * 32
+    inside = [
+        query.new_empty((rows, heads, padded, wide), dtype=torch.float32),
+        query.new_empty((rows, heads, padded), dtype=torch.float32),
+    ]
+    if key.shape[1] != heads:
+        inside += [t.new_empty((rows, key.shape[2], heads, dim)) for t in (key, value)]
+    out = BACKWARD(grad_out, query, key, value, *args, **kwargs)
+    del inside
+    return out
