@@ -23,9 +23,10 @@ def model_of(family: str, **changes: Any) -> Any:
     return build(family, dtype, **STILL.get(family, {}) | changes)
 
 
-def laid_out(layout: str, rows: int = 2) -> dict[str, Tensor]:
-    """A batch without padding, padded on a side, or of rows of several documents."""
-    made = batch(TOKENS, rows)
+def laid_out(layout: str, rows: int = 2) -> dict[str, Any]:
+    """A batch without padding, padded on a side, or of rows of several documents; without a cache, beside which
+    transformers sees no documents."""
+    made: dict[str, Any] = batch(TOKENS, rows) | {"use_cache": False}
     if layout in ("right", "left"):
         mask = torch.ones_like(made["input_ids"])
         mask[-1, -6:] = 0

@@ -81,6 +81,11 @@ def test_sums_over_chunks_lose_nothing(dtype: torch.dtype) -> None:
     assert error(loss_and_gradients(streamed(model, 4), inputs)[1]) <= 1.1 * theirs
 
 
+def test_blocks_of_queries_under_one_mask_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowmem.activations.streaming.attention.ROWS", 3)
+    is_huggingfaces("llama", "plain")
+
+
 def test_under_autocast() -> None:
     model, inputs = build("llama"), laid_out("right")
 
@@ -92,34 +97,31 @@ def test_under_autocast() -> None:
 
     ours, theirs = streamed(model, 8), twin(model, lambda m: None)
     (found, grads), (loss, expected) = step(ours), step(theirs)
-    assert torch.equal(found, loss)
+    # Of few keys torch's bf16 attention on a CPU makes other blocks than of many.
+    torch.testing.assert_close(found, loss, rtol=1e-4, atol=0)
     assert all(g is not None and g.dtype == torch.float32 for g in grads.values())
     assert distance(grads, expected) <= 0.02  # of bf16 sums, in another order
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:
-    """Gradients are those of the very loss that was computed: numerically, along a random direction."""
-    model = build("gpt2", torch.float64, resid_pdrop=0.3, attn_pdrop=0.3)
-    model = streamed(model, 8)
-    inputs = laid_out("plain")
-    _, grads = loss_and_gradients(model, inputs)
-    names = [n for n, _ in model.named_parameters() if ".h.0." in n and n.endswith("weight")]
-    generator = torch.Generator().manual_seed(5)
-    along = {n: torch.randn(grads[n].shape, generator=generator, dtype=torch.float64) for n in names}
-    params, step = dict(model.named_parameters()), 1e-6
+    """Gradients are those of the very function that was computed: numerically, along a random direction."""
+    model = streamed(build("gpt2", torch.float64, resid_pdrop=0.3, attn_pdrop=0.3), 8)
+    inputs, generator = {"input_ids": batch(TOKENS)["input_ids"]}, torch.Generator().manual_seed(5)
+    weights = [p for n, p in model.named_parameters() if ".h.0." in n and n.endswith("weight")]
+    along = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in weights]
+    onto = torch.randn(2, TOKENS, 96, generator=generator, dtype=torch.float64)
 
-    def loss_at(t: float) -> float:
+    def value(step: float) -> Any:
         with torch.no_grad():
-            for n in names:
-                params[n].add_(along[n], alpha=t)
-        loss = float(loss_and_gradients(model, inputs)[0])
-        with torch.no_grad():
-            for n in names:
-                params[n].sub_(along[n], alpha=t)
-        return loss
+            torch._foreach_add_(weights, along, alpha=step)
+        torch.manual_seed(3)
+        return (model(**inputs).logits * onto).sum()
 
-    slope = (loss_at(step) - loss_at(-step)) / (2 * step)
-    assert slope == pytest.approx(float(sum((grads[n] * along[n]).sum() for n in names)), rel=1e-6)
+    step = 1e-5
+    slope = value(step).item() - value(-2 * step).item()
+    grads = torch.autograd.grad(value(step), weights)
+    inside = sum(float((g * d).sum()) for g, d in zip(grads, along, strict=True))
+    assert slope / (2 * step) == pytest.approx(inside, rel=1e-6)
 
 
 def test_a_model_without_dropout_leaves_the_generators_alone() -> None:

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = ["Chunk", "lower_right", "on_accelerator", "streaming", "swapped"]
 
+ROWS = 512  # queries under one mask
 FLASH_HEAD = 256  # the largest head dimension that it takes
 
 
@@ -110,12 +111,23 @@ class _Attention:
         if flash_takes(query, key, value, dropout):
             out = _flash(query, key, value, scaling)
         else:
-            mask = lower_right(query.shape[2], key.shape[2], query.device)
-            grouped = query.shape[1] != key.shape[1]
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-            )
+            out = _masked(query, key, value, dropout, scaling)
         return out.transpose(1, 2).contiguous()
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+    """By blocks of queries, so that the corner which is computed in vain is small."""
+    before, grouped, parts = key.shape[2] - query.shape[2], query.shape[1] != key.shape[1], []
+    for rows in query.split(ROWS, dim=2):
+        before += rows.shape[2]
+        mask = lower_right(rows.shape[2], before, query.device)
+        seen = key[:, :, :before], value[:, :, :before]
+        parts.append(
+            F.scaled_dot_product_attention(
+                rows, *seen, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 @contextlib.contextmanager
