@@ -28,7 +28,7 @@ class Run:
         optim: name of the optimizer.
         fields: fields of our optimizers that are set, by name.
         spec: of our optimizer, once it was checked for itself.
-        tiers, stochastic: `lowmem_activations` and its rounding.
+        tiers, stochastic, chunk: `lowmem_activations`, its rounding, and tokens that a streamed layer runs on.
         in_backward: whether each weight is stepped in backward.
         budget: `lowmem_budget`.
         loop: who trains, where that is no Trainer, such as "LowMemPlugin".
@@ -53,6 +53,7 @@ class Run:
     spec: OptimSpec | None = None
     tiers: str | None = None
     stochastic: bool | None = None
+    chunk: int | None = None
     in_backward: bool | None = None
     budget: str | None = None
     loop: str | None = None
@@ -97,6 +98,7 @@ class Run:
             "budget": "lowmem_budget",
             "in_backward": "lowmem_step_in_backward",
             "stochastic": "lowmem_activations_stochastic",
+            "chunk": "lowmem_stream_chunk",
         }.get(fact, fact)
         return f"{name}={getattr(self, fact)!r}"
 
@@ -107,7 +109,7 @@ class Run:
 
     def asking(self, other: "Run") -> Self:
         """A copy of this run with the fields, tiers, optimizer and budget of `other`, and nothing else of it."""
-        asks = ("optim", "fields", "spec", "tiers", "stochastic", "in_backward", "budget")
+        asks = ("optim", "fields", "spec", "tiers", "stochastic", "chunk", "in_backward", "budget")
         said = {name: words for name, words in other.said.items() if name in asks}
         return self.knowing(said, **{name: getattr(other, name) for name in asks})
 
@@ -127,6 +129,7 @@ class Run:
             fields={name: value for name, value in named.items() if value is not None},
             tiers=getattr(args, "lowmem_activations", None),
             stochastic=getattr(args, "lowmem_activations_stochastic", None),
+            chunk=getattr(args, "lowmem_stream_chunk", None),
             in_backward=in_backward,
             budget=getattr(args, "lowmem_budget", None),
             engine="deepspeed" if asked else None,

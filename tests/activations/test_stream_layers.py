@@ -214,6 +214,37 @@ def test_transformers_tables_are_its_own_afterwards_and_in_other_threads() -> No
     assert dict(makers._local_mapping) == before
 
 
+def test_a_mask_function_of_ones_own_is_looked_at_query_by_query() -> None:
+    """One whose later queries see earlier keys again, and one that looks ahead inside of a chunk and behind it."""
+    makers: Any = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    seen = {"back": lambda q, k: (k <= q) & ((k > q - 4) | ((q % 8 == 7) & (k < 3))), "ahead": lambda q, k: k <= q + 1}
+    model, inputs = model_of("llama"), laid_out("plain")
+
+    def with_own(model: Any, which: str) -> Any:
+        inner = model.model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            own = makers["sdpa"](
+                batch_size=2, q_length=TOKENS, kv_length=TOKENS, allow_is_causal_skip=False,
+                mask_function=lambda b, h, q, k: seen[which](q, k),
+            )  # fmt: skip
+            return inner(*args, **kwargs | {"attention_mask": own})
+
+        model.model.forward = forward
+        return model
+
+    loss, grads = loss_and_gradients(with_own(copy.deepcopy(model), "back"), inputs)
+    ours = with_own(copy.deepcopy(model), "back")
+    convert(ours, ActivationSpec(tiers="stream", chunk=8))
+    found, of_weights = loss_and_gradients(ours, inputs)
+    assert torch.equal(found, loss)
+    assert distance(of_weights, grads) <= 1e-12
+    ours = with_own(copy.deepcopy(model), "ahead")
+    convert(ours, ActivationSpec(tiers="stream", chunk=8))
+    with pytest.raises(ValueError, match="attends to later tokens"):
+        ours(**inputs)
+
+
 class Shifting(nn.Module):
     """A norm that mixes a token into the next one, as some models do between attention and MLP."""
 

@@ -36,6 +36,7 @@ OURS = {
     "optim": "optim",
     "tiers": "lowmem_activations",
     "stochastic": "lowmem_activations_stochastic",
+    "chunk": "lowmem_stream_chunk",
     "in_backward": "lowmem_step_in_backward",
     "budget": "lowmem_budget",
 }

@@ -26,6 +26,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 ROWS = {
     "fields_of_ours": Row({"optim": "sgd", "fields": {"lowmem_rank": 4}}, "has no effect with"),
     "stochastic_nothing": Row({"stochastic": True}, "has no effect without"),
+    "chunk_nothing": Row({"chunk": 256}, "has no effect without"),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
     "fsdp1": Row(FP8 | {"engine": "fsdp", "fsdp_version": 1}, "FSDP1 flattens"),
@@ -98,6 +99,7 @@ BLIND = {
        if rule.startswith(("in_backward", "rest", "budget", "zero", "passed", "fields", "fsdp2"))},
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
+    ("chunk_nothing", "callback"): "a spec of tiers has checked its own chunk",
     ("fsdp1", "planner"): "the processes that are planned are those of FSDP2 or DDP",
     ("tiers_offload", "plugin"): TRLS,
     ("tiers_offload", "launch"): TRLS,

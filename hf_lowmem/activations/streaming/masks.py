@@ -9,10 +9,10 @@ mask has there, whatever the model means by it, also for `eager` attention, whos
 Why not a mask of our own from windows and `position_ids`: it would have to know what each family means by them, and a
 family that means something else would get wrong numbers in silence.
 
-A block begins at the first key that its first query sees: keys before it are never read. With what transformers
-composes that key can only move to the right from query to query (windows move, documents follow each other, padding
-takes keys away). A function that somebody else passes, which is called by `vmap`, may do as it likes: then blocks begin
-at key 0. In both cases it is looked at that no chunk sees a key behind its end.
+A block begins at the first key that its queries see: keys before it are never read. With what transformers composes
+that key can only move to the right from query to query (windows move, documents follow each other, padding takes keys
+away), so a chunk's first query tells it. A function of somebody else may do as it likes: then the whole table is looked
+through, chunk by chunk, once for all layers. In both cases it is seen that no chunk looks behind its end.
 """
 
 import contextlib
@@ -77,6 +77,8 @@ class Lazy:
 
     def __init__(self, maker: Any, asked: dict[str, Any]) -> None:
         self.maker, self.asked = maker, asked
+        self.shape = (asked["batch_size"], 1, asked["q_length"], asked["kv_length"])  # of the whole
+        self.ndim = 4
         self._starts: dict[tuple[Span, ...], list[int]] = {}
 
     def starts(self, spans: Sequence[Span]) -> list[int]:
@@ -90,11 +92,8 @@ class Lazy:
         if is_fake():  # a planned batch is one document a row, without padding
             window = self.asked.get("local_size") or tokens
             return [max(0, start - window + 1) for start, _ in spans]
-        if self.asked.get("use_vmap"):
-            ahead = [self._table(end - 1, end, end, tokens) for _, end in spans if end < tokens]
-            if any(_sees(table).any() for table in ahead):
-                raise ValueError(LOOKS_AHEAD)
-            return [0] * len(spans)
+        if not self.is_transformers():
+            return [self._first_seen(start, end) for start, end in spans]
         keys = torch.arange(tokens, device=device)
         firsts, lasts = torch.tensor(spans, device=device).unbind(1)
         ahead = self._sees(lasts - 1, keys) & (keys[None] >= lasts[:, None])
@@ -103,6 +102,18 @@ class Lazy:
         if ahead.any():
             raise ValueError(LOOKS_AHEAD)
         return [min(first, start) for first, (start, _) in zip(found, spans, strict=True)]
+
+    def is_transformers(self) -> bool:
+        """Whether the function is one that transformers has composed, of its own parts."""
+        at = self.asked["mask_function"]
+        return not self.asked.get("use_vmap") and getattr(at, "__module__", None) == masking_utils.__name__
+
+    def _first_seen(self, start: int, end: int) -> int:
+        """The first key that a query in [start, end) sees, by looking at all of them."""
+        seen = _sees(self._table(start, end, 0, self.asked["kv_length"])).flatten(0, -2).any(0)
+        if seen[end:].any():
+            raise ValueError(LOOKS_AHEAD)
+        return min(int(seen.int().argmax()), start) if seen.any() else start
 
     def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether each query sees each key: (rows, 1, queries, keys)."""
@@ -181,6 +192,8 @@ class _Maker:
         if args or not _asking.active or not square or asked.get("allow_is_bidirectional_skip"):
             return self.maker(*args, **asked)
         padding = asked.get("attention_mask")
+        if isinstance(padding, Lazy):  # somebody has asked for a mask of his own before
+            return padding
         padded = padding is not None and not is_fake() and not bool(padding.all())
         if self.implementation == "eager":
             if padded and not bool(padding[:, 0].all()):

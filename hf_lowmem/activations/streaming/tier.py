@@ -134,7 +134,7 @@ class Streamed(RunsAgain):
             self.tried = True
             self.try_short(hidden.detach(), kwargs)
         call = _Call(self, hidden, kwargs, self.chunk or chunk_of(hidden, self.widest))
-        output: Any = _Node.apply(call, hidden, *weights)
+        output: Any = _Node.apply(call, self.seed(), hidden, *weights)
         return (output, *call.tail) if call.tail is not None else output
 
     def try_short(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class _Call:
 
     def __init__(self, patch: Streamed, hidden: Tensor, kwargs: dict[str, Any], chunk: int) -> None:
         self.module, self.original, self.fmt = patch.module, patch.original, patch.fmt
-        self.what, self.implementation, self.seed = type(patch.module).__name__, patch.implementation, patch.seed()
+        self.what, self.implementation = type(patch.module).__name__, patch.implementation
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.device
         tokens = hidden.shape[1]
         self.cache = cache_name(patch.module) or "cache"
@@ -187,6 +187,8 @@ class _Call:
         self.mask = mask_of(self.kwargs.pop("attention_mask", None), patch.implementation, self.what)
         spans = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
         self.spans = [(*span, first) for span, first in zip(spans, self.mask.starts(spans), strict=True)]
+        if is_fake():  # memory grows from chunk to chunk: the last ones have the peak, and the third sums that wait
+            self.spans = [*self.spans[:1], *self.spans[1:][-3:]]
         self.draws: list[Draws | None] = []
         self.state = State(patch.module)
         self.autocast = _autocast_now(hidden.device.type)
@@ -330,19 +332,19 @@ def _add_up(totals: list[Tensor | None], found: list[Tensor | None]) -> None:
 
 
 class _Node(torch.autograd.Function):
-    """(call, activations, *weights) → the layer's output."""
+    """(call, seed of rounding, activations, *weights) → the layer's output."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, hidden: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, seed: int | None, hidden: Tensor, *weights: Tensor) -> Tensor:
         out = call.first(hidden)
         ctx.call = call
-        ctx.save_for_backward(*compress(hidden, call.fmt, seed=call.seed))
+        ctx.save_for_backward(*compress(hidden, call.fmt, seed=seed))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.call.second(ctx.saved_tensors, grads[0], ctx.needs_input_grad[1])
+        return None, None, *ctx.call.second(ctx.saved_tensors, grads[0], ctx.needs_input_grad[2])
 
 
 def _autocast_now(device: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
