@@ -9,6 +9,7 @@ fusable      which of them a kernel can stand in for
 convert      from a tier to forwards, and back
 owned        tiers for as long as a training lasts
 checkpoint   tier `checkpoint_fp8`
+streaming    tiers `stream` and `stream_fp8`
 hooks        tier `hooks_fp8`
 seeds        of stochastic rounding, which leave torch's generator alone
 beside       tiers beside the checkpointing that they switch off

@@ -38,8 +38,11 @@ from hf_lowmem.activations.state import State
 from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.reasons import NO_CHECKPOINT
 
-__all__ = ["CACHES", "RunsAgain", "WrappedForward", "is_wrapped", "wrap_layer"]
+__all__ = ["CACHES", "Args", "Kwargs", "RunsAgain", "WrappedForward", "is_wrapped", "wrap_layer"]
 
+# Of a call.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 # What layers call their cache, in transformers 5.17 to 5.24, where they are handed one that is no `Cache`, too.
 CACHES = ("cache", "cache_params", "layer_past", "past_key_value", "past_key_values")
 
@@ -124,9 +127,7 @@ class RunsAgain(WrappedForward):
                     "or another tier for this layer."
                 )
 
-    def hidden_of(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    def hidden_of(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Args, Kwargs]:
         """The activations among a call's arguments, and the other arguments without a cache."""
         args, kwargs = self.without_cache(args, kwargs)
         if args:
@@ -140,11 +141,11 @@ class RunsAgain(WrappedForward):
             )
         return hidden, args, kwargs
 
-    def has_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def has_grad(self, args: Args, kwargs: Kwargs) -> bool:
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.module.parameters())
 
-    def without_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def without_cache(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Take an empty cache away: the second pass would write into it again. HuggingFace's checkpointing does so.
 
         Args:
@@ -155,7 +156,7 @@ class RunsAgain(WrappedForward):
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names += [f"argument {i}" for i in range(len(names), len(args))]
         named = dict(zip(names, args, strict=False)) | kwargs
-        changes: dict[str, Any] = {"use_cache": False} if named.get("use_cache") else {}
+        changes: Kwargs = {"use_cache": False} if named.get("use_cache") else {}
         if not getattr(self.module, "_can_checkpoint_with_cache", False):  # it only reads, says HuggingFace
             caches = {
                 name: value

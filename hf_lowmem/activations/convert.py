@@ -56,8 +56,8 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
         stream            1.0 / 1.0   the layer's input; it runs by chunks of tokens, and inside of a layer is one chunk
         stream_fp8        0.5 / 0.5   the same, its input compressed
 
-    `checkpoint_fp8` and `hooks_fp8` need to know nothing about a layer: in a model without attention and MLPs that are recognised they take
-    its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
+    `checkpoint_fp8` and `hooks_fp8` need to know nothing about a layer: in a model without attention and MLPs that are
+    recognised they take its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
 
     Start with `fp8`, or with `checkpoint_fp8` where layers are checkpointed today. The forward pass is HuggingFace's in
     every tier: same modules, same order, loss equal bit for bit.

@@ -6,8 +6,6 @@ dk and dv *for every head*, which are added up at the end. Of a long sequence th
 step: twice tokens x hidden.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 ROWS = 128  # of a block of queries
 
 
-def backward_in_steps(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def backward_in_steps(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
     """The operator on (rows, heads, tokens, dimension), with its temporaries as tensors of their own."""
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
     rows, heads, queries, dim = query.shape

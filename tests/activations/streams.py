@@ -14,7 +14,7 @@ TOKENS = 29
 LAYOUTS = ("plain", "right", "left", "packed")
 CHUNKS = (1, 7, 8, TOKENS)
 # GPT-2 has dropouts where others have none: their masks are drawn chunk by chunk, so they are not HuggingFace's.
-STILL = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0}}
+STILL: dict[str, dict[str, Any]] = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 
 
 def model_of(family: str, **changes: Any) -> Any:

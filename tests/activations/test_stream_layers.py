@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import re
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -43,8 +45,6 @@ class Largest(TorchDispatchMode):
                 self.alive[storage.data_ptr()] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                import weakref
-
                 weakref.finalize(storage, self._gone, storage.data_ptr())
         return out
 
@@ -261,18 +261,8 @@ def test_a_layer_that_mixes_tokens_by_other_means_is_found_by_its_trial() -> Non
     layer = model.model.layers[1]
     layer.post_attention_layernorm = Shifting(layer.post_attention_layernorm)
     convert(model, "stream")
-    with pytest.raises(ValueError, match="cannot be streamed: on 16 tokens.*checkpoint_fp8"):
+    with pytest.raises(ValueError, match=r"cannot be streamed: on 16 tokens.*checkpoint_fp8"):
         model(**batch(TOKENS))
-
-
-def other_layer(change: Any) -> nn.Module:
-    layer = build("llama").model.layers[0]
-    change(layer)
-    return layer
-
-
-def attention(layer: Any) -> Any:
-    return layer.self_attn
 
 
 @pytest.mark.parametrize(
@@ -286,8 +276,6 @@ def attention(layer: Any) -> Any:
     ],
 )
 def test_what_tells_against_a_layer_is_said(change: Any, why: str) -> None:
-    import re
-
     layer = build("llama").model.layers[0]
     assert why_not_streamed(layer) is None
     change(layer)
@@ -325,7 +313,7 @@ def test_a_model_without_one_streamable_layer_is_refused() -> None:
     model = build("llama")
     for layer in model.model.layers:
         layer.mlp.extra = nn.Conv1d(1, 1, 1)
-    with pytest.raises(ValueError, match="no layer of LlamaForCausalLM can run by chunks.*convolutions.*Use"):
+    with pytest.raises(ValueError, match=r"no layer of LlamaForCausalLM can run by chunks.*convolutions.*Use"):
         convert(model, "stream_fp8")
 
 
@@ -333,7 +321,7 @@ def test_a_model_without_one_streamable_layer_is_refused() -> None:
 def test_eager_attention_with_left_padding_is_refused(given: str) -> None:
     """HuggingFace's is NaN there, without a tier too."""
     model = streamed(build("llama", attn="eager"), 8, "stream" if given == "lazy" else "stream:0,exact:1")
-    with pytest.raises(ValueError, match="eager attention with left padding.*attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"eager attention with left padding.*attn_implementation='sdpa'"):
         model(**laid_out("left"))
 
 
@@ -343,7 +331,7 @@ def test_a_mask_that_looks_ahead_is_refused() -> None:
     inputs = batch(TOKENS)
     model(**inputs, attention_mask=mask).loss.backward()
     mask[..., 7, 8] = True
-    with pytest.raises(ValueError, match="attends to later tokens.*checkpoint_fp8"):
+    with pytest.raises(ValueError, match=r"attends to later tokens.*checkpoint_fp8"):
         model(**inputs, attention_mask=mask)
 
 
@@ -371,8 +359,9 @@ def test_a_cache_with_tokens_and_huggingfaces_checkpointing_are_refused() -> Non
     ],
 )
 def test_bad_settings_are_errors_at_construction(values: dict[str, Any], error: type[Exception], words: str) -> None:
+    settings: dict[str, Any] = {"tiers": "stream"} | values
     with pytest.raises(error, match=words):
-        ActivationSpec(**{"tiers": "stream"} | values)
+        ActivationSpec(**settings)
 
 
 def test_a_chunk_is_as_long_as_its_graph_fits(monkeypatch: pytest.MonkeyPatch) -> None:

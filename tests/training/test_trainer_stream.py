@@ -92,5 +92,3 @@ def test_no_warning_that_it_keeps_more_than_checkpointing(
 def test_bad_settings_are_errors_at_construction(values: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         LowMemSFTConfig("unused", use_cpu=True, bf16=False, **values)
-
-

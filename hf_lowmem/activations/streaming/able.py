@@ -15,18 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 from hf_lowmem.activations.detect import is_attention
 from hf_lowmem.activations.streaming.tier import cache_name
 
-__all__ = ["check_streamed", "implementation_of", "why_not_streamed"]
+__all__ = ["check_streamed", "why_not_streamed"]
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 SHARED = ("is_kv_shared_layer", "kv_shared_layer_index", "store_full_length_kv")
 BIASES = ("alibi", "position_bias", "rel_pos_bias")
-
-
-def implementation_of(model: nn.Module) -> str | None:
-    """transformers' name of the way in which a model's decoder computes attention."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "_attn_implementation", None)
 
 
 def check_streamed(model: nn.Module, label: str) -> str:
@@ -37,7 +30,7 @@ def check_streamed(model: nn.Module, label: str) -> str:
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    implementation = implementation_of(model)
+    implementation = getattr(text, "_attn_implementation", None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{label} with attn_implementation={implementation!r}: a chunk's queries stand at the end of its keys, "

@@ -15,13 +15,16 @@ A layer that does not ask the table for its attention is given a mask of chunk x
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import GeneralInterface
 
 __all__ = ["Chunk", "lower_right", "on_accelerator", "streaming", "swapped"]
 
@@ -76,7 +79,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 class _Attention:
     """An entry of the table while chunks run, in the thread that runs them."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Callable[..., object]) -> None:
         self.original = original
 
     def __call__(
@@ -89,8 +92,8 @@ class _Attention:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         chunk = _current.chunk
         if chunk is not None:
             chunk.attended += 1
@@ -131,7 +134,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: fl
 
 
 @contextlib.contextmanager
-def swapped(table: Any, name: str, value: Any) -> Iterator[None]:
+def swapped(table: "GeneralInterface", name: str, value: object) -> Iterator[None]:
     """A context in which one of transformers' tables of functions has another entry."""
     local = dict(table._local_mapping)
     table[name] = value
@@ -150,7 +153,7 @@ def streaming(chunk: Chunk, implementation: str | None) -> Iterator[None]:
     if implementation != "sdpa":
         yield
         return
-    table: Any = ALL_ATTENTION_FUNCTIONS
+    table = ALL_ATTENTION_FUNCTIONS
     outer, _current.chunk = _current.chunk, chunk
     try:
         with swapped(table, "sdpa", _Attention(table["sdpa"])):

@@ -13,7 +13,7 @@ all tokens at once, returns views and never joins tensors. It serves three passe
 That node makes one backward pass a chunk do, without keeping the graph for a second one from keys to the input.
 """
 
-from typing import Any
+from typing import NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -50,10 +50,10 @@ class Keys:
         self.start, self.end, self.first, self.way, self.calls = start, end, first, way, 0
         return self
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+    def get_seq_length(self, *args: object, **kwargs: object) -> int:
         return self.start
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Write a chunk's keys and values; returns all that it may see."""
         self.calls += 1
         pair = (key, value)
@@ -69,8 +69,7 @@ class Keys:
         if not self.kept:
             self.kept = [t.new_empty((*t.shape[:2], self.tokens, t.shape[3])) for t in pair]
         if self.way == "again":
-            seen: Any = _Seen.apply(self, key, value)
-            return seen
+            return cast("tuple[Tensor, Tensor]", _Seen.apply(self, key, value))
         with torch.no_grad():
             for kept, t in zip(self.kept, pair, strict=True):
                 kept[:, :, self.start : self.end] = t
@@ -92,23 +91,32 @@ class Keys:
             total[:, :, first:end] += grad
         return None if total is None else total[:, :, start:end].to(self.kept[which].dtype)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"{self.what} is streamed and asks its cache for {name!r}, which chunks of tokens have not. Use "
             "lowmem_activations='checkpoint_fp8' for it."
         )
 
 
+class Context(Protocol):
+    """Place of what a chunk's keys leave for their backward."""
+
+    keys: Keys
+    place: tuple[int, int, int]
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Seen(torch.autograd.Function):
     """A chunk's keys and values → views of all that it sees."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Keys, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Context, keys: Keys, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.keys, ctx.place = keys, (keys.first, keys.start, keys.end)
         return keys.views()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *(ctx.keys.add(which, grad, *ctx.place) for which, grad in enumerate(grads))

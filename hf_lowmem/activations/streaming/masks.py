@@ -17,14 +17,15 @@ through, chunk by chunk, once for all layers. In both cases it is seen that no c
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
 from hf_lowmem.activations.aside import reason_to_step_aside
+from hf_lowmem.activations.checkpoint import Kwargs
 from hf_lowmem.activations.fusable import is_fake
 from hf_lowmem.activations.streaming.attention import swapped
 from hf_lowmem.patching import ForwardPatch
@@ -32,6 +33,7 @@ from hf_lowmem.patching import ForwardPatch
 __all__ = ["Causal", "Dense", "Lazy", "Mask", "MaskMaker", "mask_of", "whole"]
 
 Span = tuple[int, int]
+Maker = Callable[..., Tensor]
 LOOKS_AHEAD = (
     "a layer attends to later tokens (its mask is not causal), which a streamed layer has not computed yet. Use "
     "lowmem_activations='checkpoint_fp8'."
@@ -75,7 +77,7 @@ class Dense:
 class Lazy:
     """A mask that nobody has made: the arguments with which transformers asks for it, and whom it asks."""
 
-    def __init__(self, maker: Any, asked: dict[str, Any]) -> None:
+    def __init__(self, maker: Maker, asked: Kwargs) -> None:
         self.maker, self.asked = maker, asked
         self.shape = (asked["batch_size"], 1, asked["q_length"], asked["kv_length"])  # of the whole
         self.ndim = 4
@@ -134,10 +136,10 @@ class Lazy:
         """The whole mask, for a layer that is not streamed after all."""
         return self._table(0, self.asked["q_length"], 0, self.asked["kv_length"])
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"a streamed model's attention mask has no {name!r}: it is made by chunks of tokens, and this model looks at "
-            "the whole. Use lowmem_activations='checkpoint_fp8'."
+            f"a streamed model's attention mask has no {name!r}: it is made by chunks of tokens, and this model looks "
+            "at the whole. Use lowmem_activations='checkpoint_fp8'."
         )
 
 
@@ -148,7 +150,7 @@ def _sees(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def mask_of(given: Any, implementation: str | None, what: str) -> Mask:
+def mask_of(given: object, implementation: str | None, what: str) -> Mask:
     """The mask that a layer was given.
 
     Raises:
@@ -168,7 +170,7 @@ def mask_of(given: Any, implementation: str | None, what: str) -> Mask:
     )
 
 
-def whole(given: Any) -> Any:
+def whole(given: object) -> object:
     """What a layer that is not streamed after all is given in the place of a `Lazy` mask."""
     return given.whole() if isinstance(given, Lazy) else given
 
@@ -183,22 +185,24 @@ _asking = _Asking()
 class _Maker:
     """The table's entry while a streamed model runs: in the thread that runs it, a maker of lazy masks."""
 
-    def __init__(self, maker: Any, implementation: str) -> None:
+    def __init__(self, maker: Maker, implementation: str) -> None:
         self.maker, self.implementation = maker, implementation
 
-    def __call__(self, *args: Any, **asked: Any) -> Any:
+    def __call__(self, *args: object, **given: object) -> object:
+        asked: Kwargs = given
         tokens = asked.get("kv_length")
         square = asked.get("q_length") == tokens and not (asked.get("q_offset", 0) or asked.get("kv_offset", 0))
         if args or not _asking.active or not square or asked.get("allow_is_bidirectional_skip"):
             return self.maker(*args, **asked)
-        padding = asked.get("attention_mask")
+        padding, window = asked.get("attention_mask"), asked.get("local_size")
         if isinstance(padding, Lazy):  # somebody has asked for a mask of his own before
             return padding
         padded = padding is not None and not is_fake() and not bool(padding.all())
+        wide = tokens is not None and (window or tokens) >= tokens
         if self.implementation == "eager":
-            if padded and not bool(padding[:, 0].all()):
+            if padding is not None and padded and not bool(padding[:, 0].all()):
                 raise ValueError(LEFT_AND_EAGER)
-        elif asked.get("allow_is_causal_skip", True) and not padded and (asked.get("local_size") or tokens) >= tokens:
+        elif asked.get("allow_is_causal_skip", True) and not padded and wide:
             return None
         return Lazy(self.maker, {"device": "cpu", **asked})
 
@@ -211,7 +215,7 @@ class MaskMaker(ForwardPatch):
         self.implementation = implementation
 
     @torch.compiler.disable(reason="masks of streamed layers are made by eager code")
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         if not (self.module.training and torch.is_grad_enabled()) or reason_to_step_aside() is not None:
             return self.original(*args, **kwargs)
         with _lazy_masks(self.implementation):
@@ -220,7 +224,7 @@ class MaskMaker(ForwardPatch):
 
 @contextlib.contextmanager
 def _lazy_masks(implementation: str) -> Iterator[None]:
-    makers: Any = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    makers = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     outer, _asking.active = _asking.active, True
     try:
         with swapped(makers, implementation, _Maker(makers[implementation], implementation)):

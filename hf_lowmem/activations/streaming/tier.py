@@ -22,13 +22,14 @@ drawn chunk by chunk, and drawn again in backward from the same states.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_lowmem.activations.checkpoint import CACHES, RunsAgain
+from hf_lowmem.activations.checkpoint import CACHES, Args, Kwargs, RunsAgain
 from hf_lowmem.activations.detect import is_linear
 from hf_lowmem.activations.draws import Draws
 from hf_lowmem.activations.formats import compress, decompress
@@ -46,14 +47,15 @@ __all__ = ["Streamed", "cache_name", "chunk_of", "wrap_streamed"]
 ROOM = 2**30  # bytes that a chunk's graph may take
 MASK_ROOM = 2**28  # and its mask, where attention needs one
 STEP = 256  # tokens; a chunk is a multiple of it
+PLANNED = 3  # of the chunks of a planned step, the last that are run
 # Arguments whose last dimension counts tokens, and those that count documents.
 POSITIONS = ("position_ids", "cache_position")
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def chunk_of(hidden: Tensor, widest: int) -> int:
-    """Tokens of a chunk: as many as a graph in ROOM holds, of about 23 tensors of the hidden size and 5 of the widest linear
-    one (arXiv 2506.03077 has the layer; counted on Llama), and attention's mask in MASK_ROOM where it needs one."""
+    """Tokens of a chunk: as many as a graph in ROOM holds, of about 23 tensors of the hidden size and 5 of the widest
+    linear one (arXiv 2506.03077 has the layer; counted on Llama), and attention's mask in MASK_ROOM where it needs one."""
     rows, tokens, width = hidden.shape
     chunk = ROOM // (rows * (23 * width + 5 * widest) * hidden.element_size())
     if not attention.on_accelerator(hidden):
@@ -102,12 +104,12 @@ class Streamed(RunsAgain):
         self.widest = max((int(getattr(m, "out_features", None) or getattr(m, "nf", 0)) for m in linears), default=0)
 
     @torch.compiler.disable(reason="streamed layers are run by eager code")
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         if self.training():
             return self.forward(*args, **kwargs)
         return self.original(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         hidden, args, kwargs = self.hidden_of(args, kwargs)
         kwargs = self.by_name(args) | kwargs
         what = type(self.module).__name__
@@ -134,10 +136,10 @@ class Streamed(RunsAgain):
             self.tried = True
             self.try_short(hidden.detach(), kwargs)
         call = _Call(self, hidden, kwargs, self.chunk or chunk_of(hidden, self.widest))
-        output: Any = _Node.apply(call, self.seed(), hidden, *weights)
+        output = _Node.apply(call, self.seed(), hidden, *weights)
         return (output, *call.tail) if call.tail is not None else output
 
-    def try_short(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def try_short(self, hidden: Tensor, kwargs: Kwargs) -> None:
         """Raise ValueError where the layer's first tokens show that it cannot run by chunks; see `trial`."""
         tokens = min(TOKENS, hidden.shape[1])
         if tokens < 2 or is_fake():
@@ -147,16 +149,15 @@ class Streamed(RunsAgain):
         if "attention_mask" in kwargs:
             short["attention_mask"] = long.mask.block(0, tokens, 0)
         first = hidden[:, :tokens]
-        whole_run = lambda: self.original(first, **short)  # noqa: E731
-        in_chunks = lambda: _Call(self, first, short, tokens // 2).first(first)  # noqa: E731
-        check_by_trial(self.module, first, whole_run, in_chunks, type(self.module).__name__)
+        in_chunks = partial(_Call(self, first, short, tokens // 2).first, first)
+        check_by_trial(self.module, first, partial(self.original, first, **short), in_chunks)
 
-    def by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
+    def by_name(self, args: Args) -> Kwargs:
         """Arguments that follow the activations, by the names that the layer has for them."""
         names = list(inspect.signature(self.original).parameters)[1 : len(args) + 1]
         return dict(zip(names, args, strict=True))
 
-    def has_grad_in(self, kwargs: dict[str, Any]) -> bool:
+    def has_grad_in(self, kwargs: Kwargs) -> bool:
         return any(
             t.requires_grad
             for value in kwargs.values()
@@ -176,7 +177,7 @@ class _Call:
     tail: what the layer returns beside the activations; None where it returns a tensor.
     """
 
-    def __init__(self, patch: Streamed, hidden: Tensor, kwargs: dict[str, Any], chunk: int) -> None:
+    def __init__(self, patch: Streamed, hidden: Tensor, kwargs: Kwargs, chunk: int) -> None:
         self.module, self.original, self.fmt = patch.module, patch.original, patch.fmt
         self.what, self.implementation = type(patch.module).__name__, patch.implementation
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.device
@@ -188,11 +189,11 @@ class _Call:
         spans = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
         self.spans = [(*span, first) for span, first in zip(spans, self.mask.starts(spans), strict=True)]
         if is_fake():  # memory grows from chunk to chunk: the last ones have the peak, and the third sums that wait
-            self.spans = [*self.spans[:1], *self.spans[1:][-3:]]
+            self.spans = [*self.spans[:1], *self.spans[1:][-PLANNED:]]
         self.draws: list[Draws | None] = []
         self.state = State(patch.module)
         self.autocast = _autocast_now(hidden.device.type)
-        self.tail: tuple[Any, ...] | None = None
+        self.tail: Args | None = None
         self.asks_table = True  # until the first chunk shows that it does not
 
     def keys(self) -> Keys:
@@ -244,7 +245,7 @@ class _Call:
         self.asks_table &= chunk.attended == 1
         return self.taken(out)
 
-    def taken(self, out: Any) -> Tensor:
+    def taken(self, out: object) -> Tensor:
         """The activations that a layer returns."""
         if isinstance(out, tuple) and out and all(rest is None for rest in out[1:]):
             out, self.tail = out[0], out[1:]
@@ -255,7 +256,7 @@ class _Call:
             )
         return out
 
-    def cut(self, name: str, value: Any, start: int, end: int) -> Any:
+    def cut(self, name: str, value: object, start: int, end: int) -> object:
         """An argument's part for the tokens [start, end)."""
         tokens = self.shape[1]
         if isinstance(value, tuple | list):
@@ -292,7 +293,9 @@ class _Call:
                 with torch.enable_grad(), draws.again() if draws else contextlib.nullcontext():
                     out = self.run(x, keys.at(start, end, first, "again"))
                 inputs = [x, *weights] if wants else weights
-                found = list(torch.autograd.grad([out], inputs, [grad[:, start:end]], allow_unused=True))
+                found: list[Tensor | None] = list(
+                    torch.autograd.grad([out], inputs, [grad[:, start:end]], allow_unused=True)
+                )
                 del out, x
                 if len(self.spans) == 1:
                     return tuple(found if wants else (None, *found))
@@ -331,11 +334,21 @@ def _add_up(totals: list[Tensor | None], found: list[Tensor | None]) -> None:
             total += grad
 
 
+class Context(Protocol):
+    """Place of what a layer's call leaves for its backward."""
+
+    call: _Call
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Node(torch.autograd.Function):
     """(call, seed of rounding, activations, *weights) → the layer's output."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, seed: int | None, hidden: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Context, call: _Call, seed: int | None, hidden: Tensor, *weights: Tensor) -> Tensor:
         out = call.first(hidden)
         ctx.call = call
         ctx.save_for_backward(*compress(hidden, call.fmt, seed=seed))
@@ -343,7 +356,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.call.second(ctx.saved_tensors, grads[0], ctx.needs_input_grad[2])
 
 
