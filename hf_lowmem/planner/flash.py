@@ -1,4 +1,4 @@
-"""What flash attention's backward pass allocates inside itself, where a dispatcher does not look.
+"""Allocations inside flash attention's backward pass, where a dispatcher does not look.
 
 Beside the gradients that it returns there are, in torch's version of the kernel (FlashAttention 2): an fp32 sum of dq,
 padded to whole blocks of queries and of the head's dimension; the row sums of out * grad; and, where heads share keys,
@@ -15,7 +15,9 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 ROWS = 128  # of a block of queries
 
 
-def backward_in_steps(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+def backward_in_steps(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, ...]:
     """The operator on (rows, heads, tokens, dimension), with its temporaries as tensors of their own."""
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
     rows, heads, queries, dim = query.shape

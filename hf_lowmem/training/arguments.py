@@ -178,8 +178,8 @@ class LowMemArguments:
         metadata={
             "help": "What decoder layers keep for backward: exact (gradients equal bit for bit, about half), fp8 (a "
             "quarter), fp8_recompute (gate and up are computed again), checkpoint_fp8 (the layer's input alone), "
-            "hooks_fp8 (for layers that are not recognised), stream and stream_fp8 (the layer's input, and inside of a "
-            "layer one chunk of tokens: for long sequences); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
+            "hooks_fp8 (for layers that are not recognised), stream, stream_fp8 (for long sequences: a layer runs by "
+            "chunks of tokens); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
             "optim. Takes the place of gradient_checkpointing, which is then off unless it is set."
         },
     )
@@ -189,10 +189,7 @@ class LowMemArguments:
     )
     lowmem_stream_chunk: int | None = field(
         default=None,
-        metadata={
-            "help": "Tokens that a layer runs on at a time with lowmem_activations='stream' or 'stream_fp8'. Default: "
-            "as many as a graph of one layer in 1 GiB holds, a multiple of 256."
-        },
+        metadata={"help": "Tokens of a chunk in a streamed tier. Default: what fits in 1 GiB, a multiple of 256."},
     )
     lowmem_budget: str | None = field(
         default=None,

@@ -47,7 +47,7 @@ def check_streamed(model: nn.Module, label: str) -> str:
 
 
 def why_not_streamed(layer: nn.Module) -> str | None:
-    """What tells against running a layer by chunks; None where nothing does."""
+    """Reason against running a layer by chunks; None where there is none."""
     attentions = [module for module in layer.modules() if is_attention(module)]
     names = inspect.signature(type(layer).forward).parameters
     if not attentions:

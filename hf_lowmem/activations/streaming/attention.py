@@ -14,26 +14,22 @@ A layer that does not ask the table for its attention is given a mask of chunk x
 """
 
 import contextlib
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-if TYPE_CHECKING:
-    from transformers.utils.generic import GeneralInterface
-
-__all__ = ["Chunk", "lower_right", "on_accelerator", "streaming", "swapped"]
+__all__ = ["Chunk", "lower_right", "on_accelerator", "streaming", "swapped", "table_of"]
 
 ROWS = 512  # queries under one mask
 FLASH_HEAD = 256  # the largest head dimension that it takes
 
 
 class Chunk:
-    """What is known of a chunk while its layer runs.
+    """State of a chunk while its layer runs.
 
     causal: its queries see all keys before them. attended: how often the table was asked for attention.
     """
@@ -119,7 +115,7 @@ class _Attention:
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
-    """By blocks of queries, so that the corner which is computed in vain is small."""
+    """Attention by blocks of queries, so that the corner which is computed in vain is small."""
     before, grouped, parts = key.shape[2] - query.shape[2], query.shape[1] != key.shape[1], []
     for rows in query.split(ROWS, dim=2):
         before += rows.shape[2]
@@ -133,18 +129,24 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: fl
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
+def table_of(module: str, name: str) -> MutableMapping[str, Callable[..., object]]:
+    """One of transformers' tables of functions. A model of its has loaded it; nothing here needs it before."""
+    return getattr(sys.modules[module], name)
+
+
 @contextlib.contextmanager
-def swapped(table: "GeneralInterface", name: str, value: object) -> Iterator[None]:
-    """A context in which one of transformers' tables of functions has another entry."""
-    local = dict(table._local_mapping)
+def swapped(
+    table: MutableMapping[str, Callable[..., object]], name: str, value: Callable[..., object]
+) -> Iterator[None]:
+    """A context in which a table has another entry."""
+    before = table[name]
     table[name] = value
     try:
         yield
     finally:
-        if name in local:
-            table[name] = local[name]
-        else:
-            del table[name]
+        del table[name]
+        if table.get(name) is not before:  # it was in no other layer of the table
+            table[name] = before
 
 
 @contextlib.contextmanager
@@ -153,7 +155,7 @@ def streaming(chunk: Chunk, implementation: str | None) -> Iterator[None]:
     if implementation != "sdpa":
         yield
         return
-    table = ALL_ATTENTION_FUNCTIONS
+    table = table_of("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
     outer, _current.chunk = _current.chunk, chunk
     try:
         with swapped(table, "sdpa", _Attention(table["sdpa"])):

@@ -22,18 +22,18 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
 
 from hf_lowmem.activations.aside import reason_to_step_aside
 from hf_lowmem.activations.checkpoint import Kwargs
 from hf_lowmem.activations.fusable import is_fake
-from hf_lowmem.activations.streaming.attention import swapped
+from hf_lowmem.activations.streaming.attention import swapped, table_of
 from hf_lowmem.patching import ForwardPatch
 
 __all__ = ["Causal", "Dense", "Lazy", "Mask", "MaskMaker", "mask_of", "whole"]
 
+MAKERS = "transformers.masking_utils"
 Span = tuple[int, int]
-Maker = Callable[..., Tensor]
+Maker = Callable[..., object]
 LOOKS_AHEAD = (
     "a layer attends to later tokens (its mask is not causal), which a streamed layer has not computed yet. Use "
     "lowmem_activations='checkpoint_fp8'."
@@ -108,7 +108,7 @@ class Lazy:
     def is_transformers(self) -> bool:
         """Whether the function is one that transformers has composed, of its own parts."""
         at = self.asked["mask_function"]
-        return not self.asked.get("use_vmap") and getattr(at, "__module__", None) == masking_utils.__name__
+        return not self.asked.get("use_vmap") and getattr(at, "__module__", None) == MAKERS
 
     def _first_seen(self, start: int, end: int) -> int:
         """The first key that a query in [start, end) sees, by looking at all of them."""
@@ -127,7 +127,9 @@ class Lazy:
 
     def _table(self, start: int, end: int, first: int, last: int) -> Tensor:
         place = {"q_offset": start, "q_length": end - start, "kv_offset": first, "kv_length": last - first}
-        return self.maker(**{**self.asked, **place, "allow_is_causal_skip": False})
+        table = self.maker(**{**self.asked, **place, "allow_is_causal_skip": False})
+        assert isinstance(table, Tensor)
+        return table
 
     def block(self, start: int, end: int, first: int) -> Tensor | None:
         return self._table(start, end, first, end)
@@ -171,7 +173,7 @@ def mask_of(given: object, implementation: str | None, what: str) -> Mask:
 
 
 def whole(given: object) -> object:
-    """What a layer that is not streamed after all is given in the place of a `Lazy` mask."""
+    """Argument for a layer that is not streamed after all: a `Lazy` mask is made whole."""
     return given.whole() if isinstance(given, Lazy) else given
 
 
@@ -224,7 +226,7 @@ class MaskMaker(ForwardPatch):
 
 @contextlib.contextmanager
 def _lazy_masks(implementation: str) -> Iterator[None]:
-    makers = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    makers = table_of(MAKERS, "ALL_MASK_ATTENTION_FUNCTIONS")
     outer, _asking.active = _asking.active, True
     try:
         with swapped(makers, implementation, _Maker(makers[implementation], implementation)):

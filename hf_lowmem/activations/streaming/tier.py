@@ -55,7 +55,7 @@ DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 def chunk_of(hidden: Tensor, widest: int) -> int:
     """Tokens of a chunk: as many as a graph in ROOM holds, of about 23 tensors of the hidden size and 5 of the widest
-    linear one (arXiv 2506.03077 has the layer; counted on Llama), and attention's mask in MASK_ROOM where it needs one."""
+    linear one (counted on Llama), and attention's mask in MASK_ROOM where it needs one."""
     rows, tokens, width = hidden.shape
     chunk = ROOM // (rows * (23 * width + 5 * widest) * hidden.element_size())
     if not attention.on_accelerator(hidden):

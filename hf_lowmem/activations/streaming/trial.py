@@ -1,7 +1,7 @@
 """A layer is tried once: a few of its first tokens, whole and in two chunks, must give the same.
 
-Structure tells much (`able`), but not that a layer does not shift tokens, smooth them or count them in its own way. Such
-a layer would compute something else in chunks, and nobody would see it. So before its first pass a layer runs on
+Structure tells much (`able`), but not that a layer does not shift tokens, smooth them or count them in its own way.
+Such a layer would compute something else in chunks, and nobody would see it. So before its first pass a layer runs on
 the first tokens of what it is given, with dropouts off and without moving a random generator. What differs by rounding
 alone passes; what a token loses with the chunk before it is a part of what the layer adds to it.
 
@@ -51,8 +51,9 @@ def check_by_trial(
     wrong = ((found - expected).norm(dim=-1) > allowed).double().mean().item()
     if wrong > (1 / ROUTED if routing_of(module) else 0):
         raise ValueError(
-            f"{type(module).__name__} cannot be streamed: on {hidden.shape[1]} tokens it gives something else in two chunks than whole, "
-            "so it mixes tokens by other means than attention. Use lowmem_activations='checkpoint_fp8' for it."
+            f"{type(module).__name__} cannot be streamed: on {hidden.shape[1]} tokens it gives something else in two "
+            "chunks than whole, so it mixes tokens by other means than attention. Use "
+            "lowmem_activations='checkpoint_fp8' for it."
         )
 
 
