@@ -59,6 +59,10 @@ def check(wrap: str, when: str, tier: str) -> None:
     wrapped = wrappers[wrap](ours)
     if when == "after":
         convert(wrapped, spec)
+    if wrap == "fsdp2-parts" and tier in STREAMED:
+        with pytest.raises(ValueError, match=r"weights that are in shards.*Shard whole layers"):
+            gradients(wrapped)
+        return
     found = gradients(wrapped)
     assert found.keys() == expected.keys()
     unequal = [n for n, g in expected.items() if not torch.equal(g, found[n])]
@@ -84,8 +88,8 @@ CASES = [
     ("ddp", "before", "stream_fp8"),
     ("fsdp2", "before", "stream"),
     ("fsdp2", "after", "stream"),
-    ("fsdp2-parts", "after", "stream_fp8"),
     ("fsdp2-bf16", "after", "stream"),
+    ("fsdp2-parts", "after", "stream_fp8"),
 ]
 
 

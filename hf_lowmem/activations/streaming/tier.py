@@ -130,6 +130,12 @@ class Streamed(RunsAgain):
                 "attention is. Use lowmem_activations='checkpoint_fp8'."
             )
         weights = trained(self.module)
+        if any(hasattr(p, "placements") for p in weights):
+            raise ValueError(
+                f"{what} is streamed and runs with weights that are in shards: its attention or MLP is sharded by "
+                "itself, and gathered where the layer's gradients cannot be seen. Shard whole layers (fully_shard of "
+                "each layer), or use lowmem_activations='checkpoint_fp8'."
+            )
         if not (hidden.requires_grad or weights):
             return self.original(hidden, **{name: whole(value) for name, value in kwargs.items()})
         if not self.tried:
