@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 
 from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.specs import STREAMED
@@ -78,6 +79,13 @@ def test_no_warning_that_it_keeps_more_than_checkpointing(
 ) -> None:
     make("SFTTrainer", tmp_path, tokenizer, **STREAM)
     assert "takes the place of the activation checkpointing" not in caplog.text
+
+
+def test_rows_that_other_processes_have_parts_of_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    trainer = make("SFTTrainer", tmp_path, tokenizer, **STREAM)
+    trainer.args.parallelism_config = ParallelismConfig(cp_size=2)
+    with pytest.raises(ValueError, match=r"'stream' cannot be combined with parallelism_config=.*'cp_size': 2.*Set"):
+        trainer._rehearse_tiers()
 
 
 @pytest.mark.parametrize(
