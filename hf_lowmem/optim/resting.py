@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_lowmem.optim.base import LOAD_BF16
 from hf_lowmem.optim.groups import linear_weights
 from hf_lowmem.optim.names import named_modules, named_parameters
 from hf_lowmem.optim.roles import lookups

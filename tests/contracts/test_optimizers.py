@@ -408,5 +408,5 @@ def test_a_checkpoint_of_torch_is_refused_by_what_it_lacks(name: str, codec: str
     theirs = torch.optim.AdamW([{"params": g["params"]} for g in optimizer.param_groups])
     mixed.loss().backward()
     theirs.step()
-    with pytest.raises(ValueError, match="made without hf_lowmem.s optimizers.*Train on with that run.s own optim"):
+    with pytest.raises(ValueError, match="checkpoint was made with method=None"):
         optimizer.load_state_dict(theirs.state_dict())
