@@ -30,6 +30,7 @@ __all__ = [
     "OPTIMIZER_FIELDS",
     "PROJECTIONS",
     "STORES_AT_REST",
+    "STREAMED",
     "TIERS",
     "WEIGHT_STORES",
     "ActivationSpec",
@@ -237,8 +238,9 @@ class LossSpec:
 
 
 TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8", "hooks_fp8")
+STREAMED = ("stream", "stream_fp8")  # tiers that run a layer by chunks of tokens
 # Of layers that keep their input, and are run again in backward.
-INPUT_TIERS = tuple(tier for tier in TIERS if tier.startswith(("checkpoint", "stream")))
+INPUT_TIERS = ("checkpoint_fp8", *STREAMED)
 OFFLOADS = ("inputs",)  # what may be kept in host memory
 _LAYERS = re.compile(r"(\d+)(-(\d*))?")
 
@@ -248,11 +250,12 @@ class ActivationSpec:
     """Activation tiers: what a converted model keeps for the backward pass, layer by layer.
 
     Args:
-        tiers: one name of TIERS for every layer, or a list by layer number, counted from 0:
+        tiers: one name of TIERS or STREAMED for every layer, or a list by layer number, counted from 0:
             "fp8:0-11,checkpoint_fp8:12-". A range includes both ends; "12-" goes to the last layer, "7" is one layer.
             A layer that no range names stays as HuggingFace made it.
         stochastic: round stochastically where a tier compresses, with a seed that is hashed from the run's, the layer
             and the step; else to the nearest.
+        chunk: tokens that a layer of a streamed tier runs on at a time; None for as many as fit in 1 GiB.
         seed: of the run, for stochastic rounding; None: that of torch's generator when a model is converted.
         offload: "inputs": layers that keep their input keep it in host memory.
         labels: how an error calls each field, where it is not the field's own name.
@@ -263,23 +266,27 @@ class ActivationSpec:
 
     tiers: str
     stochastic: bool = False
+    chunk: int | None = None
     seed: int | None = None
     offload: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
     def label(self, name: str) -> str:
         """The name by which the user knows the field `name`."""
-        return self.labels.get(name, {"tiers": "lowmem_activations", "offload": "lowmem_offload"}.get(name, name))
+        known = {"tiers": "lowmem_activations", "chunk": "lowmem_stream_chunk", "offload": "lowmem_offload"}
+        return self.labels.get(name, known.get(name, name))
 
     def __post_init__(self) -> None:
         if not isinstance(self.stochastic, bool):
             raise TypeError(f"{self.label('stochastic')}={self.stochastic!r}: expected True or False.")
         label = self.label("tiers")
         if not isinstance(self.tiers, str) or ":" not in self.tiers:
-            check_choice(label, self.tiers, TIERS)
-        for tier, _, _ in self.ranges:
-            check_choice(label, tier, TIERS)
-        if self.stochastic and all(tier == "exact" for tier, _, _ in self.ranges):
+            check_choice(label, self.tiers, (*TIERS, *STREAMED))
+        tiers = {tier for tier, _, _ in self.ranges}
+        for tier in tiers:
+            check_choice(label, tier, (*TIERS, *STREAMED))
+        self._check_chunk(tiers)
+        if self.stochastic and tiers <= {"exact", "stream"}:
             raise ValueError(
                 f"{self.label('stochastic')}=True has no effect with {label}={self.tiers!r}, which rounds nothing. "
                 "Leave it unset, or choose a tier that compresses, such as 'fp8'."
@@ -295,6 +302,23 @@ class ActivationSpec:
         for (_, end), (start, _) in itertools.pairwise(ends):
             if start <= end:
                 raise ValueError(f"{label}={self.tiers!r} names layer {start} twice. Give each layer one tier.")
+
+    def _check_chunk(self, tiers: set[str]) -> None:
+        if self.chunk is None:
+            return
+        label = self.label("chunk")
+        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int):
+            raise TypeError(f"{label}={self.chunk!r}: expected a number of tokens, such as 2048.")
+        if self.chunk < 1:
+            raise ValueError(
+                f"{label}={self.chunk!r}: a chunk has at least one token. Set some thousands, such as 2048, or leave "
+                "it unset for as many as fit in 1 GiB."
+            )
+        if not tiers & set(STREAMED):
+            raise ValueError(
+                f"{label}={self.chunk!r} has no effect with {self.label('tiers')}={self.tiers!r}, which runs layers on "
+                "all tokens at once. Leave it unset, or set lowmem_activations='stream_fp8'."
+            )
 
     @property
     def ranges(self) -> list[tuple[str, int, int | None]]:

@@ -11,6 +11,7 @@ owned        tiers for as long as a training lasts
 checkpoint   tier `checkpoint_fp8`
 host         inputs of layers in host memory
 ends         norms beside the layers, in tiles of tokens
+streaming    tiers `stream` and `stream_fp8`
 hooks        tier `hooks_fp8`
 seeds        of stochastic rounding, which leave torch's generator alone
 beside       tiers beside the checkpointing that they switch off

@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hf_lowmem.activations.aside import active, reason_to_step_aside, say_once
 from hf_lowmem.activations.checkpoint import WrappedForward
 from hf_lowmem.activations.fusable import Gated, RMSNorm, has_hooks, settings_of, wanted
+from hf_lowmem.activations.streaming.masks import MaskMaker
 from hf_lowmem.activations.tape import FORMATS_OF_TIER, Tape, is_plain, unpack
 from hf_lowmem.kernels.glu import FLOATS, GLU
 from hf_lowmem.kernels.rmsnorm import RMSNORM
@@ -48,13 +49,13 @@ class Patch(ForwardPatch):
     """A forward of the tiers that open a tape."""
 
 
-def patches(model: nn.Module) -> Iterator[Patch | WrappedForward]:
+def patches(model: nn.Module) -> Iterator[Patch | WrappedForward | MaskMaker]:
     """The forwards of the tiers in a model, outer modules first; of one module the outer forward first."""
     for module in model.modules():
-        yield from (patch for patch in forwards_of(module) if isinstance(patch, Patch | WrappedForward))
+        yield from (patch for patch in forwards_of(module) if isinstance(patch, Patch | WrappedForward | MaskMaker))
 
 
-def take_out(model: nn.Module) -> list[Patch | WrappedForward]:
+def take_out(model: nn.Module) -> list[Patch | WrappedForward | MaskMaker]:
     """Make a model plain again; what `put_back` needs to undo that."""
     found = list(patches(model))
     for patch in found:
@@ -62,7 +63,7 @@ def take_out(model: nn.Module) -> list[Patch | WrappedForward]:
     return found
 
 
-def put_back(found: list[Patch | WrappedForward]) -> None:
+def put_back(found: list[Patch | WrappedForward | MaskMaker]) -> None:
     for patch in reversed(found):
         patch.put()
 

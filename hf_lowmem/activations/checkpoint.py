@@ -39,8 +39,11 @@ from hf_lowmem.activations.state import State
 from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.reasons import NO_CHECKPOINT
 
-__all__ = ["WrappedForward", "is_wrapped", "wrap_layer"]
+__all__ = ["CACHES", "Args", "Kwargs", "RunsAgain", "WrappedForward", "is_wrapped", "wrap_layer"]
 
+# Of a call.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 # What layers call their cache, in transformers 5.17 to 5.24, where they are handed one that is no `Cache`, too.
 CACHES = ("cache", "cache_params", "layer_past", "past_key_value", "past_key_values")
 
@@ -110,8 +113,8 @@ def is_wrapped(module: nn.Module) -> bool:
     return _wrapped(module) is not None
 
 
-class _Checkpointed(WrappedForward):
-    tier = "checkpoint_fp8"
+class RunsAgain(WrappedForward):
+    """A tier that keeps a layer's input and runs the layer once more in backward."""
 
     def __init__(
         self, module: nn.Module, fmt: str, seeds: Callable[[], int] | None, store: HostStore | None = None
@@ -128,7 +131,8 @@ class _Checkpointed(WrappedForward):
                     "or another tier for this layer."
                 )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def hidden_of(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Args, Kwargs]:
+        """The activations among a call's arguments, and the other arguments without a cache."""
         args, kwargs = self.without_cache(args, kwargs)
         if args:
             hidden, args = args[0], args[1:]
@@ -139,34 +143,13 @@ class _Checkpointed(WrappedForward):
                 f"{type(self.module).__name__} is wrapped as {self.tier} and was called without a tensor "
                 f"`hidden_states`, first or by name (got {type(hidden).__name__}). Wrap decoder layers, or undo."
             )
-        original, fmt, shape, dtype, wants = self.original, self.fmt, hidden.shape, hidden.dtype, hidden.requires_grad
-        if not (wants or self.has_grad(args, kwargs)):
-            return original(hidden, *args, **kwargs)
-        parts = compress(hidden, fmt, seed=self.seed())
-        exact = [hidden]  # taken by the first pass, so that nothing keeps it
-        del hidden
-        # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
-        state = State(self.module, copies=True)
-        kept = None if self.store is None else self.store.put(parts)
-        if kept is not None:
-            parts = ()
+        return hidden, args, kwargs
 
-        def run(*parts: Tensor) -> Any:
-            if exact:
-                output = original(exact.pop(), *args, **kwargs)
-                state.settle()
-                return output
-            x = decompress(parts if kept is None else kept.get(), fmt, shape, dtype).detach().requires_grad_(wants)
-            with state.again():
-                return original(x, *args, **kwargs)
-
-        return checkpoint(run, *parts, use_reentrant=False)
-
-    def has_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def has_grad(self, args: Args, kwargs: Kwargs) -> bool:
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.module.parameters())
 
-    def without_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def without_cache(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Take an empty cache away: the second pass would write into it again. HuggingFace's checkpointing does so.
 
         Args:
@@ -177,7 +160,7 @@ class _Checkpointed(WrappedForward):
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names += [f"argument {i}" for i in range(len(names), len(args))]
         named = dict(zip(names, args, strict=False)) | kwargs
-        changes: dict[str, Any] = {"use_cache": False} if named.get("use_cache") else {}
+        changes: Kwargs = {"use_cache": False} if named.get("use_cache") else {}
         if not getattr(self.module, "_can_checkpoint_with_cache", False):  # it only reads, says HuggingFace
             caches = {
                 name: value
@@ -203,6 +186,35 @@ class _Checkpointed(WrappedForward):
     def layer_index(self) -> int:
         found = (vars(module).get("layer_idx") for module in self.module.modules())
         return next((index for index in found if isinstance(index, int)), 0)
+
+
+class _Checkpointed(RunsAgain):
+    tier = "checkpoint_fp8"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, args, kwargs = self.hidden_of(args, kwargs)
+        original, fmt, shape, dtype, wants = self.original, self.fmt, hidden.shape, hidden.dtype, hidden.requires_grad
+        if not (wants or self.has_grad(args, kwargs)):
+            return original(hidden, *args, **kwargs)
+        parts = compress(hidden, fmt, seed=self.seed())
+        exact = [hidden]  # taken by the first pass, so that nothing keeps it
+        del hidden
+        # With buffers' values: what the first pass writes to (a batch norm's statistics) is not written to twice.
+        state = State(self.module, copies=True)
+        kept = None if self.store is None else self.store.put(parts)
+        if kept is not None:
+            parts = ()
+
+        def run(*parts: Tensor) -> Any:
+            if exact:
+                output = original(exact.pop(), *args, **kwargs)
+                state.settle()
+                return output
+            x = decompress(parts if kept is None else kept.get(), fmt, shape, dtype).detach().requires_grad_(wants)
+            with state.again():
+                return original(x, *args, **kwargs)
+
+        return checkpoint(run, *parts, use_reentrant=False)
 
 
 def holds_tokens(cache: Any, layer: int) -> bool:

@@ -30,11 +30,16 @@ from hf_lowmem.activations.hooks import wrap_module
 from hf_lowmem.activations.host import HostStore
 from hf_lowmem.activations.report import LayerReport, Report
 from hf_lowmem.activations.seeds import Seeds
+from hf_lowmem.activations.streaming.able import check_streamed, why_not_streamed
+from hf_lowmem.activations.streaming.masks import MaskMaker
+from hf_lowmem.activations.streaming.tier import wrap_streamed
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
 from hf_lowmem.reasons import INSIDE_CHECKPOINT, NO_CHECKPOINT
-from hf_lowmem.specs import INPUT_TIERS, ActivationSpec
+from hf_lowmem.specs import INPUT_TIERS, STREAMED, ActivationSpec
 
 __all__ = ["at_step", "convert", "undo"]
+
+NOT_STREAMED = "not streamed but checkpointed: "
 
 
 def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
@@ -49,9 +54,11 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
         fp8_recompute     3.2 /  2.4   without gate and up, whose matrix products run again
         checkpoint_fp8    0.5 /  0.5   the layer's input, compressed; the layer runs again
         hooks_fp8                      whatever is saved, compressed: for layers that are not recognised
+        stream            1.0 / 1.0   the layer's input; it runs by chunks of tokens, and inside of a layer is one chunk
+        stream_fp8        0.5 / 0.5   the same, its input compressed
 
-    The last two need to know nothing about a layer: in a model without attention and MLPs that are recognised they take
-    its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
+    `checkpoint_fp8` and `hooks_fp8` need to know nothing about a layer: in a model without attention and MLPs that are
+    recognised they take its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
 
     Start with `fp8`, or with `checkpoint_fp8` where layers are checkpointed today. The forward pass is HuggingFace's in
     every tier: same modules, same order, loss equal bit for bit.
@@ -84,6 +91,8 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
             raise ValueError(
                 f"{label}={spec.tiers!r}: activation checkpointing is on: {INSIDE_CHECKPOINT}. {NO_CHECKPOINT}."
             )
+    streams = set(tiers) & set(STREAMED)
+    implementation = check_streamed(model, f"{label}={spec.tiers!r}") if streams else None
     _check_shared([layer for _, layer in layers], tiers, f"{label}={spec.tiers!r}")
     before = take_out(model)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
@@ -97,13 +106,24 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
             for index, ((name, layer), layer_tier) in enumerate(zip(layers, tiers, strict=True)):
                 if id(layer) not in done:
                     seeds = Seeds(run, index) if spec.stochastic else None
-                    done[id(layer)] = _convert_layer(_uncompiled(layer), name, layer_tier, seeds, store)
+                    if layer_tier in STREAMED and implementation is not None:
+                        made = _stream_layer(
+                            _uncompiled(layer), name, layer_tier, spec.chunk, implementation, seeds, store
+                        )
+                    else:
+                        made = _convert_layer(_uncompiled(layer), name, layer_tier, seeds, store)
+                    done[id(layer)] = made
                 report.layers.append(dataclasses.replace(done[id(layer)], name=name))
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
                 f"{label}={spec.tiers!r}: nothing was recognised in the layers of {type(model).__name__} "
                 f"({type(layers[0][1]).__name__}). Use the tier 'hooks_fp8', which needs no structure."
             )
+        if streams:
+            _check_any_streams(model, report, label)
+        if implementation is not None and all(layer.tier in STREAMED for layer in report.layers):
+            stack = layers[0][0].rpartition(".")[0]
+            MaskMaker(model.get_submodule(stack.rpartition(".")[0]), implementation).put()
     except Exception:
         take_out(model)
         put_back(before)
@@ -185,12 +205,7 @@ def _convert_layer(
         routing = routing_of(layer)
         wrap_layer(layer, "e4m3" if routing is None else "none", seeds=seeds, store=store)
         left = {"": f"{routing}: its input is kept uncompressed, or tokens might be routed otherwise"}
-        return LayerReport(
-            name,
-            tier,
-            handled={"its input" if store is None else "its input, in host memory": 1},
-            left=left if routing else {},
-        )
+        return LayerReport(name, tier, handled=_handled(store), left=left if routing else {})
     parts = structure_of(layer)
     if not (parts.attention or parts.mlp):
         return LayerReport(name, None, left={"": "no attention and no MLP recognised: tier 'hooks_fp8' can take it"})
@@ -199,6 +214,39 @@ def _convert_layer(
     again = "recomputed (norms, activations, dropouts)"
     handled = {"attention": len(parts.attention), "mlp": len(parts.mlp), again: len(parts.cheap)}
     return LayerReport(name, tier, handled={k: n for k, n in handled.items() if n}, left=parts.left)
+
+
+def _stream_layer(
+    layer: nn.Module,
+    name: str,
+    tier: str,
+    chunk: int | None,
+    implementation: str,
+    seeds: Seeds | None,
+    store: HostStore | None,
+) -> LayerReport:
+    routing, why = routing_of(layer), why_not_streamed(layer)
+    fmt = "e4m3" if tier == "stream_fp8" and routing is None else "none"
+    if why is not None:
+        wrap_layer(layer, fmt, seeds=seeds, store=store)
+        return LayerReport(name, "checkpoint_fp8", _handled(store), {"": f"{NOT_STREAMED}{why}"})
+    wrap_streamed(layer, tier, fmt, chunk, implementation, seeds, store)
+    left = {"": f"{routing}: its input is kept uncompressed, or tokens might be routed otherwise"}
+    return LayerReport(name, tier, _handled(store), left if routing and tier == "stream_fp8" else {})
+
+
+def _handled(store: HostStore | None) -> dict[str, int]:
+    return {"its input" if store is None else "its input, in host memory": 1}
+
+
+def _check_any_streams(model: nn.Module, report: Report, label: str) -> None:
+    """Raise ValueError where of the layers that were to be streamed none can be."""
+    why = [reason for layer in report.layers for reason in layer.left.values() if reason.startswith(NOT_STREAMED)]
+    if why and not any(layer.tier in STREAMED for layer in report.layers):
+        raise ValueError(
+            f"{label}={report.tiers!r}: no layer of {type(model).__name__} can run by chunks: "
+            f"{why[0].removeprefix(NOT_STREAMED)}. Use {label}='checkpoint_fp8'."
+        )
 
 
 def _patches_of(layer: nn.Module, name: str, parts: Structure, tier: str, seeds: Seeds | None) -> Iterator[Patch]:

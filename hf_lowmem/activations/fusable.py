@@ -24,7 +24,7 @@ from hf_lowmem.activations.draws import undrawn
 from hf_lowmem.kernels.registry import Kernel, current_impl
 from hf_lowmem.kernels.rmsnorm.reference import normalise
 
-__all__ = ["Gated", "RMSNorm", "gated_of", "has_hooks", "rmsnorm_of", "settings_of", "wanted"]
+__all__ = ["Gated", "RMSNorm", "gated_of", "has_hooks", "is_fake", "rmsnorm_of", "settings_of", "wanted"]
 
 # Dtypes of a norm's input and weight: what models are trained in. The second tells where a family rounds.
 DTYPES = (
@@ -87,7 +87,7 @@ def rmsnorm_of(module: nn.Module) -> RMSNorm | None:
     eps shows in the result.
     """
     named = list(module.named_parameters(recurse=False))
-    if len(named) != 1 or named[0][1].ndim != 1 or any(True for _ in module.children()) or _fake():
+    if len(named) != 1 or named[0][1].ndim != 1 or any(True for _ in module.children()) or is_fake():
         return None
     name, n = named[0][0], named[0][1].numel()
     g = torch.Generator().manual_seed(0)
@@ -130,7 +130,7 @@ def gated_of(mlp: nn.Module) -> Gated | None:
     """The parts of a gated MLP; None where the module's forward computes anything else."""
     linears = list(linears_of(mlp))
     acts = {name: kind for name, child in mlp.named_children() if (kind := activation_of(child))}
-    if len(linears) not in (2, 3) or not acts or _fake():
+    if len(linears) not in (2, 3) or not acts or is_fake():
         return None
     try:
         return _read_off(mlp, linears, acts)
@@ -141,7 +141,7 @@ def gated_of(mlp: nn.Module) -> Gated | None:
 @torch.no_grad()
 def activation_of(module: nn.Module) -> str:
     """ "silu" or "gelu_tanh" if the module is that function of its input, else ""."""
-    if any(True for _ in module.parameters()) or any(True for _ in module.children()) or _fake():
+    if any(True for _ in module.parameters()) or any(True for _ in module.children()) or is_fake():
         return ""
     x = torch.linspace(-12, 12, 97, device="cpu", dtype=torch.float32)
     twin = copy.copy(module)
@@ -208,6 +208,6 @@ def _read_off(mlp: nn.Module, linears: list[str], acts: dict[str, str]) -> Gated
     return found if torch.equal(made[down][0], act_out * factor) else None
 
 
-def _fake() -> bool:
+def is_fake() -> bool:
     """Whether new tensors have no values, as under FakeTensorMode: then no module can be tried."""
     return type(torch.empty(0, device="cpu")) is not Tensor

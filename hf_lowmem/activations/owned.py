@@ -16,6 +16,7 @@ from hf_lowmem.activations.convert import convert
 from hf_lowmem.activations.ends import NO_NORM, norms_beside
 from hf_lowmem.activations.report import Report
 from hf_lowmem.activations.seeds import Seeds
+from hf_lowmem.activations.streaming.masks import MaskMaker
 from hf_lowmem.specs import ActivationSpec
 
 __all__ = ["OwnedTiers", "owners_of", "rehearsal"]
@@ -23,7 +24,7 @@ __all__ = ["OwnedTiers", "owners_of", "rehearsal"]
 logger = logging.getLogger(__name__)
 
 # Whose a forward is: what to call the owner, and the owner, while it lives. A copy of a model belongs to nobody.
-_OWNERS: "weakref.WeakKeyDictionary[Patch | WrappedForward, tuple[str, weakref.ref[OwnedTiers]]]" = (
+_OWNERS: "weakref.WeakKeyDictionary[Patch | WrappedForward | MaskMaker, tuple[str, weakref.ref[OwnedTiers]]]" = (
     weakref.WeakKeyDictionary()
 )
 
@@ -96,7 +97,7 @@ class OwnedTiers:
         self._aside = []
 
 
-def is_wrapped_over(patch: Patch | WrappedForward) -> bool:
+def is_wrapped_over(patch: Patch | WrappedForward | MaskMaker) -> bool:
     """Whether somebody else's forward stands where this one was put."""
     return vars(patch.module).get("forward") not in (None, patch.inner)
 

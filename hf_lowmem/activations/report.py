@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lowmem.activations.blocks import put_back, take_out
+from hf_lowmem.activations.streaming.masks import MaskMaker
 from hf_lowmem.memory import measure_saved
 
 __all__ = ["LayerReport", "Measured", "Report", "measure"]
@@ -101,7 +102,8 @@ def measure(model: nn.Module, step: Callable[[], Any], tokens: int) -> Measured:
     finally:
         put_back(found)
     after = _count(model, step)
-    converted = {id(patch.module) for patch in found}
+    # Who makes masks for layers is no layer.
+    converted = {id(patch.module) for patch in found if not isinstance(patch, MaskMaker)}
     names = [name for name, module in model.named_modules() if id(module) in converted]
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     layers = {name: (_inside(before, name), _inside(after, name)) for name in outer}

@@ -9,6 +9,7 @@ written last and renamed into place, lists its files with their sizes and SHA-25
     verify(folder)              raises BadCheckpoint, naming the file
     check_resumable(folder)     raises BadCheckpoint where a model was saved alone
     last_complete(run)          the newest that a run can go on from, and why the others do not serve
+    choose(run, resume)         the one that `resume_from_checkpoint` names; plain words where it cannot be
     begin_run(run, resume)      who the run is that writes the next checkpoints: an output_dir may hold several runs'
     set_aside(folder)           before a save over an existing checkpoint: nothing complete is overwritten in place
 
@@ -25,6 +26,7 @@ under FSDP and DeepSpeed their libraries write into it as well. A marker that co
 
 from hf_lowmem.checkpoints.files import MANIFEST, BadCheckpoint
 from hf_lowmem.checkpoints.manifest import STATE, check_resumable, read_manifest, verify, write_manifest
+from hf_lowmem.checkpoints.resume import choose
 from hf_lowmem.checkpoints.runs import ASIDE, begin_run, drop_aside, last_complete, restore_aside, set_aside
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "BadCheckpoint",
     "begin_run",
     "check_resumable",
+    "choose",
     "drop_aside",
     "last_complete",
     "read_manifest",

@@ -10,6 +10,7 @@ whole list:
     hf_lowmem's references           spans of an accelerator's size
     hf_lowmem.optim                  no waiting: update, then select old or new
     host memory                      meta tensors, which are counted apart
+    streamed layers                  the flash kernel, which is causal from the lower right without a mask
 
 What stays the CPU's: autocast's lists of operators, which are shorter; scaled_dot_product_attention, which keeps the
 same as the flash kernel does (query, key, value, output, log-sum-exp); and models that have kernels in packages of
@@ -34,6 +35,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from hf_lowmem.activations import host
+from hf_lowmem.activations.streaming import attention
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.optim import slot
@@ -65,6 +67,7 @@ def as_on_accelerator() -> Iterator[None]:
         patch(spans, "CPU_SPAN_PER_THREAD", spans.ACCELERATOR_SPAN)
         patch(slot, "reads_are_free", lambda device: False)
         patch(host, "buffer_of", _on_the_host)
+        patch(attention, "on_accelerator", lambda tensor: True)
         patch(Kernel, "unsupported", lambda self, *args: self.supports(*args))  # as if they were on a GPU with Triton
         stack.enter_context(use_kernels("triton"))
         yield

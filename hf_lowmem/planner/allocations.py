@@ -33,11 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from hf_lowmem import activations, optim, training
-from hf_lowmem.planner.four_bit import SEEN_THROUGH
+from hf_lowmem.planner import flash, four_bit
 from hf_lowmem.preference import sharing
 
 __all__ = ["INSTEAD", "CannotSimulate", "Live"]
 
+# Operators whose temporaries count, and what shows them.
+SEEN_THROUGH = four_bit.SEEN_THROUGH | {flash.BACKWARD: flash.backward_in_steps}
 INDEX = torch.ops.aten.index.Tensor
 READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 

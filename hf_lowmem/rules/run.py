@@ -28,7 +28,8 @@ class Run:
         optim: name of the optimizer.
         fields: fields of our optimizers that are set, by name.
         spec: of our optimizer, once it was checked for itself.
-        tiers, stochastic, host: `lowmem_activations`, its rounding, and `lowmem_offload`.
+        tiers, stochastic, chunk, host: `lowmem_activations`, its rounding, tokens that a streamed layer runs on, and
+            `lowmem_offload`.
         in_backward: whether each weight is stepped in backward.
         budget: `lowmem_budget`, or "auto" for lowmem="auto".
         loop: who trains, where that is no Trainer, such as "LowMemPlugin".
@@ -54,6 +55,7 @@ class Run:
     tiers: str | None = None
     stochastic: bool | None = None
     host: str | None = None
+    chunk: int | None = None
     in_backward: bool | None = None
     budget: str | None = None
     loop: str | None = None
@@ -99,6 +101,7 @@ class Run:
             "in_backward": "lowmem_step_in_backward",
             "stochastic": "lowmem_activations_stochastic",
             "host": "lowmem_offload",
+            "chunk": "lowmem_stream_chunk",
         }.get(fact, fact)
         return f"{name}={getattr(self, fact)!r}"
 
@@ -109,7 +112,7 @@ class Run:
 
     def asking(self, other: "Run") -> Self:
         """A copy of this run with the fields, tiers, optimizer and budget of `other`, and nothing else of it."""
-        asks = ("optim", "fields", "spec", "tiers", "stochastic", "host", "in_backward", "budget")
+        asks = ("optim", "fields", "spec", "tiers", "stochastic", "chunk", "host", "in_backward", "budget")
         said = {name: words for name, words in other.said.items() if name in asks}
         return self.knowing(said, **{name: getattr(other, name) for name in asks})
 
@@ -132,6 +135,7 @@ class Run:
             tiers=getattr(args, "lowmem_activations", None),
             stochastic=getattr(args, "lowmem_activations_stochastic", None),
             host=getattr(args, "lowmem_offload", None),
+            chunk=getattr(args, "lowmem_stream_chunk", None),
             in_backward=in_backward,
             budget=getattr(args, "lowmem_budget", None) or ("auto" if automatic else None),
             engine="deepspeed" if asked else None,

@@ -84,6 +84,13 @@ WITHOUT_EFFECT = (
         "Leave it unset, or set lowmem_activations='checkpoint_fp8'",
     ),
     Rule(
+        "chunk_nothing",
+        ("chunk",),
+        lambda run: run.tiers is None,
+        lambda run: f"{run.say('chunk')} has no effect without lowmem_activations",
+        "Leave it unset, or set lowmem_activations='stream_fp8'",
+    ),
+    Rule(
         "passed",
         ("passed", "optim"),
         lambda run: run.ours,

@@ -9,10 +9,10 @@ Every setting is checked here, at construction, before a model is loaded. A fiel
 
 import copy
 import inspect
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from transformers import Trainer, TrainingArguments
@@ -37,10 +37,8 @@ from hf_lowmem.specs import (
 )
 from hf_lowmem.training import section
 from hf_lowmem.training.named import NamedFields
-from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle
+from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle, take_section
 from hf_lowmem.training.presets import AUTO, PRESETS, WEIGHTS, fill, is_about, said
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
@@ -181,7 +179,8 @@ class LowMemArguments(NamedFields):
         metadata={
             "help": "What decoder layers keep for backward: exact (gradients equal bit for bit, about half), fp8 (a "
             "quarter), fp8_recompute (gate and up are computed again), checkpoint_fp8 (the layer's input alone), "
-            "hooks_fp8 (for layers that are not recognised); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
+            "hooks_fp8 (for layers that are not recognised), stream, stream_fp8 (for long sequences: a layer runs by "
+            "chunks of tokens); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
             "optim. Takes the place of gradient_checkpointing, which is then off unless it is set."
         },
     )
@@ -192,6 +191,10 @@ class LowMemArguments(NamedFields):
     lowmem_offload: str | None = field(
         default=None,
         metadata={"help": "inputs: what checkpoint_fp8 keeps of a layer waits in host memory. Default: on the device."},
+    )
+    lowmem_stream_chunk: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a chunk in a streamed tier. Default: what fits in 1 GiB, a multiple of 256."},
     )
     lowmem_budget: str | None = field(
         default=None,
@@ -211,7 +214,7 @@ class LowMemArguments(NamedFields):
     )
 
     def __post_init__(self) -> None:
-        self._take_section()
+        take_section(self, section_fields(), partial(inherited_default, type(self)))
         filled = fill(self, open_fields(self))
         self._lowmem_open = open_fields(self)
         try:
@@ -291,29 +294,6 @@ class LowMemArguments(NamedFields):
         made._lowmem_open = frozenset()
         return made
 
-    def _take_section(self) -> None:
-        """Fields that have their default value take what HF_LOWMEM_CONFIG says of them."""
-        label, known = f"{section.VARIABLE} ({section.KEY})", section_fields()
-        if getattr(self, "_lowmem_lent", False):
-            # A script that knows nothing of us may say its class's defaults: what ours leave open is open here, too.
-            for name in (*ADAM_DEFAULTS, "gradient_checkpointing"):
-                if getattr(self, name) == inherited_default(type(self), name):
-                    setattr(self, name, None)
-        for name, value in section.from_env().items():
-            check_choice(f"{label}: field", name, known)
-            own = type(self).__dataclass_fields__.get(name)
-            if own is None or getattr(self, name) == value:
-                continue
-            if getattr(self, name) != own.default:
-                mine = getattr(self, name)
-                if getattr(self, "_lowmem_lent", False):
-                    raise ValueError(
-                        f"{label}: {name}={value!r}, and the script sets {name}={mine!r}. Take one of the two out."
-                    )
-                logger.warning("%s: %s=%r gives way to %r, which was set here", label, name, value, mine)
-                continue
-            setattr(self, name, value)
-
     def _settle_checkpointing(self) -> None:
         """Checkpointing that was left open: off with our tiers, else the class's own."""
         if self.gradient_checkpointing is None:
@@ -327,10 +307,11 @@ class LowMemArguments(NamedFields):
         check_flag("lowmem_activations_stochastic", self.lowmem_activations_stochastic)
         if self.lowmem_activations is None:
             return None
-        labels = {"stochastic": "lowmem_activations_stochastic"}
+        labels = {"stochastic": "lowmem_activations_stochastic", "chunk": "lowmem_stream_chunk"}
         return ActivationSpec(
             tiers=self.lowmem_activations,
             stochastic=self.lowmem_activations_stochastic,
+            chunk=self.lowmem_stream_chunk,
             seed=getattr(self, "seed", None),  # of TrainingArguments, if it is mixed in
             offload=self.lowmem_offload,
             labels=labels,

@@ -13,12 +13,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_lowmem import checkpoints, rules
 from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners_of, rehearsal
+from hf_lowmem.activations.streaming.able import check_whole_rows
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
-from hf_lowmem.specs import STORES_AT_REST, ActivationSpec, OptimSpec
+from hf_lowmem.specs import INPUT_TIERS, STORES_AT_REST, ActivationSpec, OptimSpec
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
 from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
@@ -123,6 +124,10 @@ class LowMemTrainerMixin(RestingWeights):
     def _rehearse_tiers(self) -> None:
         """Say now what training will do to the model, or why it cannot. The model stays as it is."""
         spec = self._tier_spec()
+        if spec is not None:
+            check_whole_rows(
+                spec, getattr(self.args, "parallelism_config", None) or self.accelerator.parallelism_config
+            )
         if spec is not None and self.model is not None:
             with rehearsal(self.model, spec) as self.activations:
                 self._compare_with_checkpointing(self.activations)
@@ -133,7 +138,7 @@ class LowMemTrainerMixin(RestingWeights):
         inherited = inherited_default(type(self.args), "gradient_checkpointing")
         if not inherited or "gradient_checkpointing" not in self.args.lowmem_open:
             return
-        if all(layer.tier == "checkpoint_fp8" for layer in report.layers) or not logger.isEnabledFor(logging.WARNING):
+        if all(layer.tier in INPUT_TIERS for layer in report.layers) or not logger.isEnabledFor(logging.WARNING):
             return
         try:
             kept, inputs = kept_beside_inputs(self.model, report, self.accelerator.autocast)
@@ -278,7 +283,7 @@ class LowMemTrainerMixin(RestingWeights):
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:  # the others would read every file again
             try:
-                found[0] = self._choose_checkpoint(resume)
+                found[0] = checkpoints.choose(self.args.output_dir, resume)
             except (ValueError, OSError) as error:
                 found[1] = error
         found = broadcast_object_list(found)
@@ -287,29 +292,6 @@ class LowMemTrainerMixin(RestingWeights):
         if found[0]:
             check_kept(self.args, found[0])
         return found[0]
-
-    def _choose_checkpoint(self, resume: str | bool) -> str | None:
-        run = self.args.output_dir
-        if resume is not True and resume != "auto":
-            try:
-                checkpoints.verify(str(resume))
-                checkpoints.check_resumable(str(resume))
-            except checkpoints.BadCheckpoint as error:
-                last, _ = checkpoints.last_complete(Path(str(resume)).resolve().parent)
-                offer = f"The last complete checkpoint is {last}." if last else "The run has no complete checkpoint."
-                raise checkpoints.BadCheckpoint(f"{error} {offer}") from error
-            return str(resume)
-        last, passed = checkpoints.last_complete(run)
-        for reason in passed:
-            logger.warning("passed over: %s", reason)
-        if last is None and resume is True:
-            reasons = "".join(f"\n- {reason}" for reason in passed)
-            raise ValueError(f"resume_from_checkpoint=True: there is no complete checkpoint in {run}.{reasons}")
-        if last is None and passed:
-            logger.warning('resume_from_checkpoint="auto": nothing in %s can be resumed from; the run begins anew', run)
-        if last is not None:
-            logger.info("resuming from %s", last)
-        return None if last is None else str(last)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as the parent does; then, when every process has written, a manifest that says that it is complete.

@@ -9,12 +9,18 @@ survives pickling. And the numbers that are filled in are objects of their own: 
 number; an equal one that a user wrote is another object. JSON has no such objects: what is read from it was chosen.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_lowmem.optim import OPTIMIZERS, methods_with
+from hf_lowmem.specs import check_choice
+from hf_lowmem.training import section
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ADAM_DEFAULTS", "assigned", "open_fields", "own_defaults", "settle"]
 
@@ -78,3 +84,32 @@ def own_defaults(option: str) -> str:
     for name in methods_with(option):
         by_value.setdefault(OPTIMIZERS[name].DEFAULTS[option], []).append(name)
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
+
+
+def take_section(args: Any, known: list[str], inherited: Callable[[str], Any]) -> None:
+    """Fields that have their default value take what HF_LOWMEM_CONFIG says of them.
+
+    Args:
+        known: names that a section may hold.
+        inherited: the default that a field would have without ours.
+    """
+    label = f"{section.VARIABLE} ({section.KEY})"
+    if getattr(args, "_lowmem_lent", False):
+        # A script that knows nothing of us may say its class's defaults: what ours leave open is open here, too.
+        for name in (*ADAM_DEFAULTS, "gradient_checkpointing"):
+            if getattr(args, name) == inherited(name):
+                setattr(args, name, None)
+    for name, value in section.from_env().items():
+        check_choice(f"{label}: field", name, known)
+        own = type(args).__dataclass_fields__.get(name)
+        if own is None or getattr(args, name) == value:
+            continue
+        if getattr(args, name) != own.default:
+            mine = getattr(args, name)
+            if getattr(args, "_lowmem_lent", False):
+                raise ValueError(
+                    f"{label}: {name}={value!r}, and the script sets {name}={mine!r}. Take one of the two out."
+                )
+            logger.warning("%s: %s=%r gives way to %r, which was set here", label, name, value, mine)
+            continue
+        setattr(args, name, value)

@@ -168,7 +168,8 @@ def measure(config: PreTrainedConfig, args: Any, dtype: torch.dtype, **options: 
         trainer.train()
         del begin
     truth.weights = total_bytes([*trainer.model.parameters(), *trainer.model.buffers(), *_scales(trainer.model)])
-    if args.gradient_checkpointing or "checkpoint" in (getattr(args, "lowmem_activations", None) or ""):
+    tiers = getattr(args, "lowmem_activations", None) or ""
+    if args.gradient_checkpointing or "checkpoint" in tiers or "stream" in tiers:
         # Rotary sines and cosines are arguments of every layer: the closures that run it again hold them, unhooked.
         text: Any = config.get_text_config()
         heads = text.hidden_size // text.num_attention_heads

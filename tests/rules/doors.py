@@ -37,6 +37,7 @@ OURS = {
     "tiers": "lowmem_activations",
     "stochastic": "lowmem_activations_stochastic",
     "host": "lowmem_offload",
+    "chunk": "lowmem_stream_chunk",
     "in_backward": "lowmem_step_in_backward",
     "budget": "lowmem_budget",
 }

@@ -34,7 +34,7 @@ from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.muon import STEPS
 from hf_lowmem.planner.models import Shape, layer_count
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier
-from hf_lowmem.specs import STORES_AT_REST
+from hf_lowmem.specs import STORES_AT_REST, STREAMED
 
 __all__ = ["Work", "cost_a_token"]
 
@@ -46,6 +46,7 @@ CODEC_BYTES = 6  # a value: 2 read and 1 written to encode, 1 read and 2 written
 # Operations to decode and encode a value of a state, counted roughly from hf_lowmem.kernels.codecs.
 CODEC_WORK = {"fp32": 0, "bf16": 4}
 CODEC_WORK_OTHERS = 30
+AGAIN = (CHECKPOINTING, "checkpoint_fp8", *STREAMED)  # policies that run a layer's forward pass once more
 MANY = 1 << 16  # values, so that a codec's scales count as they do in a large tensor
 
 
@@ -123,7 +124,7 @@ def cost_a_token(choice: Choice, work: Work, states: int, tokens: int, depth: in
 
 def _again(tier: str, work: Work) -> float:
     """FLOPs of products that are computed twice."""
-    if tier in (CHECKPOINTING, "checkpoint_fp8"):
+    if tier in AGAIN:
         return work.layers
     return work.gate_up if tier == "fp8_recompute" else 0.0
 
@@ -133,7 +134,7 @@ def _moved(tier: str, kept: Mapping[str, float]) -> float:
     plain = 2 * kept.get(AS_IS, 0.0)
     if tier == AS_IS:
         return plain
-    if tier in (CHECKPOINTING, "checkpoint_fp8"):
+    if tier in AGAIN:
         again = plain
     else:
         again = max(0.0, plain - 2 * kept.get("exact", 0.0))

@@ -1,0 +1,84 @@
+"""Which layers can run by chunks of tokens, and what else a model must be like.
+
+A layer can if a token's output depends on other tokens by one causal attention alone, which takes a cache. What tells
+against it is looked for here, before anything runs; what cannot be seen from outside (that the cache is used, that the
+mask is causal) is looked at in each chunk, and `tier.Streamed` tries a layer once on a few tokens, whole and in chunks.
+A layer that cannot is checkpointed instead, which the report says.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from hf_lowmem.activations.detect import is_attention
+from hf_lowmem.activations.streaming.tier import cache_name
+from hf_lowmem.specs import STREAMED, ActivationSpec
+
+__all__ = ["check_streamed", "check_whole_rows", "why_not_streamed"]
+
+IMPLEMENTATIONS = ("sdpa", "eager")
+SHARED = ("is_kv_shared_layer", "kv_shared_layer_index", "store_full_length_kv")
+BIASES = ("alibi", "position_bias", "rel_pos_bias")
+
+
+def check_streamed(model: nn.Module, label: str) -> str:
+    """The attention implementation of a model that is to be streamed.
+
+    Raises:
+        ValueError: where no layer of the model could be.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    implementation = getattr(text, "_attn_implementation", None)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{label} with attn_implementation={implementation!r}: a chunk's queries stand at the end of its keys, "
+            f"which is cut for {' and '.join(map(repr, IMPLEMENTATIONS))} only. Load the model with "
+            "attn_implementation='sdpa', whose kernel on a CUDA device is flash attention, too."
+        )
+    if getattr(text, "output_router_logits", False):
+        raise ValueError(
+            f"{label} with output_router_logits=True: what routers record while chunks run has no gradient, so the "
+            "balancing loss would have no effect. Set output_router_logits=False, or use "
+            "lowmem_activations='checkpoint_fp8'."
+        )
+    return implementation
+
+
+def check_whole_rows(spec: ActivationSpec, parallel: object) -> None:
+    """Raise ValueError where rows would be streamed of which other processes have parts.
+
+    Args:
+        spec: tiers.
+        parallel: accelerate's ParallelismConfig, or None.
+    """
+    sizes = {name: getattr(parallel, name, 1) for name in ("cp_size", "sp_size")}
+    if {tier for tier, _, _ in spec.ranges} & set(STREAMED) and max(sizes.values()) > 1:
+        raise ValueError(
+            f"{spec.label('tiers')}={spec.tiers!r} cannot be combined with parallelism_config={sizes}: context and "
+            "sequence parallelism cut rows into pieces, of which a streamed layer would take its own for the whole. "
+            "Set cp_size and sp_size to 1, or use lowmem_activations='checkpoint_fp8'."
+        )
+
+
+def why_not_streamed(layer: nn.Module) -> str | None:
+    """Reason against running a layer by chunks; None where there is none."""
+    attentions = [module for module in layer.modules() if is_attention(module)]
+    names = inspect.signature(type(layer).forward).parameters
+    if not attentions:
+        return "it has no attention that is recognised (a recurrence hands a state from chunk to chunk)"
+    if len(attentions) > 1:
+        return "it has more than one attention (cross attention)"
+    if cache_name(layer) is None:
+        return "it takes no key-value cache"
+    if any(isinstance(module, _ConvNd) for module in layer.modules()):
+        return "its convolutions mix neighbouring tokens"
+    if any(getattr(module, name, None) not in (None, False) for module in layer.modules() for name in SHARED):
+        return "its keys and values are shared with other layers"
+    if bias := next((name for name in BIASES if name in names), None):
+        return f"its attention adds a bias of its own ({bias})"
+    if own := next((name for name, _ in attentions[0].named_parameters(recurse=False)), None):
+        return f"its attention has a weight of its own ({own!r}), as sinks and recurrences have"
+    return None

@@ -1,0 +1,164 @@
+"""Causal attention of a chunk of queries to all keys up to its end, without a mask of tokens x tokens.
+
+A chunk sees the keys before it whole and its own causally: of the rectangle queries x keys, the lower right corner is
+cut off. transformers' `sdpa` has no word for that: without a mask it is causal from the upper left corner, and crops
+the keys to as many as there are queries. So while a chunk runs, its entry in transformers' table of attention functions
+is replaced by `attend`, which
+
+- hands on what has a mask of its own (windows, documents, padding: a block of chunk x keys that it sees);
+- hands on a chunk that begins at key 0, for which transformers' way is right;
+- else calls the flash kernel on a CUDA device, whose causality is from the lower right, on keys that are not repeated
+  for groups of heads; elsewhere torch's sdpa with a mask of chunk x keys.
+
+A layer that does not ask the table for its attention is given a mask of chunk x keys in every chunk.
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Chunk", "lower_right", "on_accelerator", "streaming", "swapped", "table_of"]
+
+ROWS = 512  # queries under one mask
+FLASH_HEAD = 256  # the largest head dimension that it takes
+
+
+class Chunk:
+    """State of a chunk while its layer runs.
+
+    causal: its queries see all keys before them. attended: how often the table was asked for attention.
+    """
+
+    def __init__(self, causal: bool) -> None:
+        self.causal, self.attended = causal, 0
+
+
+class _Current(threading.local):
+    chunk: Chunk | None = None
+
+
+_current = _Current()
+
+
+def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The mask of `queries` at the end of `keys`: True where one sees the other."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+
+
+def on_accelerator(tensor: Tensor) -> bool:
+    """Whether a tensor is where a kernel is causal from the lower right."""
+    return tensor.is_cuda
+
+
+def flash_takes(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the kernel that is causal from the lower right can be called."""
+    halves = query.dtype in (torch.bfloat16, torch.float16) and key.dtype == query.dtype
+    dims = query.shape[-1] == value.shape[-1] <= FLASH_HEAD
+    old = query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
+    return on_accelerator(query) and halves and dims and not old and dropout == 0.0
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    head = query.shape[-1]
+    scale = head**-0.5 if scale is None else scale
+    if missing := -head % 8:
+        query, key, value = (F.pad(t, (0, missing)) for t in (query, key, value))
+    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[0]
+    return out[..., :head] if missing else out
+
+
+class _Attention:
+    """An entry of the table while chunks run, in the thread that runs them."""
+
+    def __init__(self, original: Callable[..., object]) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: object,
+    ) -> object:
+        chunk = _current.chunk
+        if chunk is not None:
+            chunk.attended += 1
+            plain = attention_mask is None and chunk.causal
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            if plain and not causal:
+                raise ValueError(
+                    f"{type(module).__name__} attends to later tokens, which a streamed layer has not computed yet. "
+                    "Use lowmem_activations='checkpoint_fp8'."
+                )
+            if plain and kwargs.get("position_bias") is None and query.shape[2] < key.shape[2]:
+                return self.cut(query, key, value, dropout, scaling), None
+        return self.original(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+
+    def cut(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+        if flash_takes(query, key, value, dropout):
+            out = _flash(query, key, value, scaling)
+        else:
+            out = _masked(query, key, value, dropout, scaling)
+        return out.transpose(1, 2).contiguous()
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+    """Attention by blocks of queries, so that the corner which is computed in vain is small."""
+    before, grouped, parts = key.shape[2] - query.shape[2], query.shape[1] != key.shape[1], []
+    for rows in query.split(ROWS, dim=2):
+        before += rows.shape[2]
+        mask = lower_right(rows.shape[2], before, query.device)
+        seen = key[:, :, :before], value[:, :, :before]
+        parts.append(
+            F.scaled_dot_product_attention(
+                rows, *seen, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def table_of(module: str, name: str) -> MutableMapping[str, Callable[..., object]]:
+    """One of transformers' tables of functions. A model of its has loaded it; nothing here needs it before."""
+    return getattr(sys.modules[module], name)
+
+
+@contextlib.contextmanager
+def swapped(
+    table: MutableMapping[str, Callable[..., object]], name: str, value: Callable[..., object]
+) -> Iterator[None]:
+    """A context in which a table has another entry."""
+    before = table[name]
+    table[name] = value
+    try:
+        yield
+    finally:
+        del table[name]
+        if table.get(name) is not before:  # it was in no other layer of the table
+            table[name] = before
+
+
+@contextlib.contextmanager
+def streaming(chunk: Chunk, implementation: str | None) -> Iterator[None]:
+    """A context in which a layer runs on one chunk."""
+    if implementation != "sdpa":
+        yield
+        return
+    table = table_of("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
+    outer, _current.chunk = _current.chunk, chunk
+    try:
+        with swapped(table, "sdpa", _Attention(table["sdpa"])):
+            yield
+    finally:
+        _current.chunk = outer

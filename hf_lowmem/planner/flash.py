@@ -1,0 +1,32 @@
+"""Allocations inside flash attention's backward pass, where a dispatcher does not look.
+
+Beside the gradients that it returns there are, in torch's version of the kernel (FlashAttention 2): an fp32 sum of dq,
+padded to whole blocks of queries and of the head's dimension; the row sums of out * grad; and, where heads share keys,
+dk and dv *for every head*, which are added up at the end. Of a long sequence the last are the largest tensors of a
+step: twice tokens x hidden.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKWARD", "backward_in_steps"]
+
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+ROWS = 128  # of a block of queries
+
+
+def backward_in_steps(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, ...]:
+    """The operator on (rows, heads, tokens, dimension), with its temporaries as tensors of their own."""
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    rows, heads, queries, dim = query.shape
+    padded, wide = -(-queries // ROWS) * ROWS, -(-dim // 32) * 32
+    inside = [
+        query.new_empty((rows, heads, padded, wide), dtype=torch.float32),
+        query.new_empty((rows, heads, padded), dtype=torch.float32),
+    ]
+    if key.shape[1] != heads:
+        inside += [t.new_empty((rows, heads, t.shape[2], dim)) for t in (key, value)]
+    del inside
+    return grads

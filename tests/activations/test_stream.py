@@ -1,0 +1,153 @@
+"""Tiers `stream` and `stream_fp8`: HuggingFace's loss to the last bit, its gradients, in chunks of any length."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lowmem.activations import convert, undo
+from hf_lowmem.activations.convert import convert as convert_model
+from tests.activations.models import EXPERTS, FAMILIES, batch, build, loss_and_gradients, twin
+from tests.activations.streams import CHUNKS, LAYOUTS, TOKENS, distance, floor, laid_out, model_of, streamed
+
+# Eager attention makes NaN of a row without keys, with HuggingFace alone.
+CASES = [(f, layout) for f, layout in product([*FAMILIES, *EXPERTS], LAYOUTS) if (f, layout) != ("gemma2", "left")]
+QUICK = [
+    *product(["llama"], LAYOUTS),
+    ("mistral", "packed"),
+    ("gemma3", "right"),
+    ("gemma2", "packed"),
+    ("gpt2", "plain"),
+    ("mixtral", "plain"),
+]
+
+
+def is_huggingfaces(family: str, layout: str) -> None:
+    model, inputs = model_of(family), laid_out(layout)
+    loss, grads = loss_and_gradients(model, inputs)
+    bound = max(1e-12, 3 * floor(model, inputs, grads))
+    for chunk in CHUNKS:
+        ours, found = loss_and_gradients(streamed(model, chunk), inputs)
+        if family in EXPERTS:
+            # A product of an expert's tokens has other numbers of them in a chunk, so other sums in float32.
+            torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(ours, loss), (chunk, float(ours - loss))
+        assert distance(found, grads) <= (0 if chunk == TOKENS else bound), chunk
+
+
+@pytest.mark.parametrize(("family", "layout"), QUICK)
+def test_loss_and_gradients_are_huggingfaces(family: str, layout: str) -> None:
+    is_huggingfaces(family, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), [case for case in CASES if case not in QUICK])
+def test_those_of_every_other_family_are(family: str, layout: str) -> None:
+    is_huggingfaces(family, layout)
+
+
+@pytest.mark.parametrize(("layout", "chunk"), [("plain", 8), ("left", 7), ("packed", 8), ("plain", TOKENS)])
+def test_stream_fp8_is_checkpoint_fp8(layout: str, chunk: int) -> None:
+    model, inputs = model_of("llama"), laid_out(layout)
+    loss, grads = loss_and_gradients(twin(model, lambda m: convert(m, "checkpoint_fp8")), inputs)
+    ours, found = loss_and_gradients(streamed(model, chunk, "stream_fp8"), inputs)
+    assert torch.equal(ours, loss)
+    assert distance(found, grads) <= 1e-12
+
+
+def test_tiers_go_together_layer_by_layer() -> None:
+    """A layer that is not streamed makes and reads whole masks."""
+    model = model_of("mistral", num_hidden_layers=3)
+    inputs = laid_out("packed")
+    loss, grads = loss_and_gradients(model, inputs)
+    ours, found = loss_and_gradients(streamed(model, 7, "stream:0,exact:1"), inputs)
+    assert torch.equal(ours, loss)
+    assert distance(found, grads) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_over_chunks_lose_nothing(dtype: torch.dtype) -> None:
+    """Against float64: as near as HuggingFace's one sum, as chunks are added up in fp32."""
+    model, inputs = build("llama", dtype), batch(48)
+    _, truth = loss_and_gradients(twin(model, lambda m: m.double()), inputs)
+
+    def error(grads: dict[str, Any]) -> float:
+        off = sum(float((grads[n].double() - g).square().sum()) for n, g in truth.items())
+        return (off / sum(float(g.square().sum()) for g in truth.values())) ** 0.5
+
+    theirs = error(loss_and_gradients(model, inputs)[1])
+    assert error(loss_and_gradients(streamed(model, 4), inputs)[1]) <= 1.1 * theirs
+
+
+def test_blocks_of_queries_under_one_mask_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowmem.activations.streaming.attention.ROWS", 3)
+    is_huggingfaces("llama", "plain")
+
+
+def test_under_autocast() -> None:
+    model, inputs = build("llama"), laid_out("right")
+
+    def step(model: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+    ours, theirs = streamed(model, 8), twin(model, lambda m: None)
+    (found, grads), (loss, expected) = step(ours), step(theirs)
+    # Of few keys torch's bf16 attention on a CPU makes other blocks than of many.
+    torch.testing.assert_close(found, loss, rtol=1e-4, atol=0)
+    assert all(g is not None and g.dtype == torch.float32 for g in grads.values())
+    assert distance(grads, expected) <= 0.02  # of bf16 sums, in another order
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    """Gradients are those of the very function that was computed: numerically, along a random direction."""
+    model = streamed(build("gpt2", torch.float64, resid_pdrop=0.3, attn_pdrop=0.3), 8)
+    inputs, generator = {"input_ids": batch(TOKENS)["input_ids"]}, torch.Generator().manual_seed(5)
+    weights = [p for n, p in model.named_parameters() if ".h.0." in n and n.endswith("weight")]
+    along = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in weights]
+    onto = torch.randn(2, TOKENS, 96, generator=generator, dtype=torch.float64)
+
+    def value(step: float) -> Any:
+        with torch.no_grad():
+            torch._foreach_add_(weights, along, alpha=step)
+        torch.manual_seed(3)
+        return (model(**inputs).logits * onto).sum()
+
+    step = 1e-5
+    slope = value(step).item() - value(-2 * step).item()
+    grads = torch.autograd.grad(value(step), weights)
+    inside = sum(float((g * d).sum()) for g, d in zip(grads, along, strict=True))
+    assert slope / (2 * step) == pytest.approx(inside, rel=1e-6)
+
+
+def test_a_model_without_dropout_leaves_the_generators_alone() -> None:
+    model = streamed(build("llama"), 8)
+    torch.manual_seed(7)
+    model(**batch(TOKENS)).loss.backward()
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_undone_it_is_the_model_that_it_was() -> None:
+    model, inputs = build("llama"), laid_out("right")
+    before = loss_and_gradients(model, inputs)
+    convert_model(model, "stream")
+    undo(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    after = loss_and_gradients(model, inputs)
+    assert torch.equal(before[0], after[0])
+    assert distance(after[1], before[1]) == 0
+
+
+def test_evaluation_and_generation_are_untouched() -> None:
+    model = build("mistral").eval()
+    ids = batch(12)["input_ids"]
+    ours = streamed(model, 4)
+    assert torch.equal(ours(input_ids=ids).logits, model(input_ids=ids).logits)
+    made = [m.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (ours, model)]
+    assert torch.equal(*made)
