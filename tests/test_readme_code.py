@@ -224,6 +224,12 @@ PYTHON = (
     ),
     Python(
         "hf_lowmem/activations/README.md",
+        'args = LowMemSFTConfig("out", max_length=131072, lowmem_activations="stream_fp8")',
+        SHORT,
+        lambda names: names["args"].lowmem_activation_spec().tiers == "stream_fp8",
+    ),
+    Python(
+        "hf_lowmem/activations/README.md",
         'report = convert(model, "fp8")',
         {"...  # train": "seen = vars(model.model.layers[0])"},
         lambda names: "forward" not in vars(names["model"].model.layers[0]) and names["report"] is not None,

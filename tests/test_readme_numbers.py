@@ -187,7 +187,12 @@ CONSTANTS: dict[str, dict[str, str]] = {
     },
     ".github/CONTRIBUTING.md": {"Files of 150 to 250 lines (400 at most), functions under 80": RULE},
     "integrations/README.md": {},
-    "hf_lowmem/activations/README.md": FAMILIES | {"2,048 tokens": SETTING, "4-bit": NAME},
+    "hf_lowmem/activations/README.md": FAMILIES
+    | {
+        "2,048 tokens": SETTING,
+        "4-bit": NAME,
+        "a graph of the layer in 1 GiB holds (3,072 for Llama-3-8B)": "ROOM, and what tests hold chunk_of to",
+    },
     "hf_lowmem/kernels/README.md": {"8-bit": NAME},
     "hf_lowmem/optim/README.md": {
         "a learning rate 3 to 10 times smaller than AdamW's": PAPER,

@@ -1,4 +1,4 @@
-"""What `resume_from_checkpoint` means: one folder, the newest that is whole, or that one if there is one."""
+"""The meanings of `resume_from_checkpoint`: one folder, the newest that is whole, or that one if there is one."""
 
 import logging
 from pathlib import Path

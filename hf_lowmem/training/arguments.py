@@ -190,7 +190,9 @@ class LowMemArguments(NamedFields):
     )
     lowmem_offload: str | None = field(
         default=None,
-        metadata={"help": "inputs: what checkpoint_fp8 keeps of a layer waits in host memory. Default: on the device."},
+        metadata={
+            "help": "inputs: what checkpoint_fp8 or stream keeps of a layer waits in host memory. Default: nothing."
+        },
     )
     lowmem_stream_chunk: int | None = field(
         default=None,

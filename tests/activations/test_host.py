@@ -48,7 +48,15 @@ def same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize(
-    "spec", [{}, {"stochastic": True}, {"tiers": "fp8:0-0,checkpoint_fp8:1-"}], ids=["all", "stochastic", "some"]
+    "spec",
+    [
+        {},
+        {"stochastic": True},
+        {"tiers": "fp8:0-0,checkpoint_fp8:1-"},
+        {"tiers": "stream_fp8", "chunk": 7, "stochastic": True},
+        {"tiers": "stream", "chunk": 7},
+    ],
+    ids=["all", "stochastic", "some", "stream_fp8", "stream"],
 )
 def test_gradients_are_equal_bit_for_bit(family: str, spec: dict[str, Any]) -> None:
     """Mixtral's inputs are kept as they are: its tokens are routed."""
@@ -98,6 +106,23 @@ def test_the_graph_keeps_nothing_of_the_inputs() -> None:
             totals.append(saved.total)
         del loss
     assert totals[1] - totals[0] == LAYERS * nbytes((2, 24, 64), "e4m3", torch.bfloat16)
+
+
+@pytest.mark.parametrize("tier", ["stream", "stream_fp8"])
+def test_streamed_layers_keep_their_inputs_in_host_memory(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_Lane", Watched)
+    monkeypatch.setattr(Watched, "copies", [])
+    model = converted(tiers=tier, chunk=7)
+    with measure_saved(model) as saved:
+        loss = model(**batch()).loss
+    kept = saved.total
+    loss.backward()
+    assert Watched.copies == ["out"] * LAYERS + ["back"] * (LAYERS - 1)
+    plain = converted(None, tiers=tier, chunk=7)
+    with measure_saved(plain) as saved:
+        loss = plain(**batch()).loss
+    fmt = "none" if tier == "stream" else "e4m3"
+    assert saved.total - kept == LAYERS * nbytes((2, 24, 64), fmt, torch.bfloat16)
 
 
 def test_memory_is_taken_once_and_grows_with_the_longest() -> None:
