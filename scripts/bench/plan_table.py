@@ -58,12 +58,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def row(name: str, shape: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The plan of one cell."""
+    return {"setting": name} | planned(SETTINGS[name], shape, tokens)
+
+
+def planned(settings: dict[str, Any], shape: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A plan's figures."""
     from transformers import LlamaConfig
 
     from hf_lowmem import LowMemSFTConfig
     from hf_lowmem.planner import plan
 
-    settings = SETTINGS[name]
     with tempfile.TemporaryDirectory() as folder:
         args = LowMemSFTConfig(
             folder,
@@ -76,11 +80,11 @@ def row(name: str, shape: dict[str, Any], tokens: int) -> dict[str, Any]:
         )
         made = plan(LlamaConfig(**shape), args, dtype="bfloat16")
     return {
-        "setting": name,
         "fields": settings,
         "tokens": tokens,
         "peak_bytes": made.peak_bytes,
         "to_have_free": made.reserved_bytes,
+        "host_bytes": made.host_bytes,
         "parts": made.parts,
         "peak_in": f"{made.phase}, {made.module}",
         "depths": made.depths,
