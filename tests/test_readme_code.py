@@ -62,6 +62,7 @@ COMMANDS = {
     "python scripts/bench/long_run.py": MINUTES + "its own flags; what it measures in tests/optim/test_long_runs.py",
     "python scripts/bench/optimizers.py": MINUTES + "tests/bench/test_optimizers.py",
     "python scripts/bench/plan_headlines.py": MINUTES + "tests/bench/test_plan.py",
+    "python scripts/bench/long_sequences.py": MINUTES + "tests/bench/test_plan.py",
     "python scripts/bench/plan_table.py": MINUTES + "tests/bench/test_plan.py",
     "python scripts/bench/plan_vs_cpu.py": MINUTES + "tests/planner/test_truth.py",
     "python scripts/bench/plan_vs_cuda.py": "needs a CUDA device; at toy size in tests/bench/test_plan.py",

@@ -18,6 +18,7 @@ from typing import Any
 
 import accumulation as sums
 import embeddings as embedding_rules
+import long_sequences
 import plan_table as plans
 import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
@@ -283,6 +284,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation": accumulation,
     "accumulation_loss": accumulation_loss,
     "targets": targets,
+    "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
 }
 
 

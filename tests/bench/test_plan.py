@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import long_sequences
 import plan_table as table
 from parts.record import ROOT, read_rows
 
@@ -30,6 +31,15 @@ def test_the_table_shows_what_it_records(tmp_path: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert lines == table.markdown([theirs, ours])
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {theirs['setting']}", f"| {ours['setting']}"]
+
+
+def test_the_longest_sequences_show_what_they_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "long.jsonl"
+    assert long_sequences.main(["--toy", "--record", str(record)]) == 0
+    rows = read_rows(record)
+    assert [row["setting"] for row in rows] == [*long_sequences.SETTINGS]
+    assert [row["host_bytes"] > 0 for row in rows] == ["lowmem_offload" in row["fields"] for row in rows]
+    assert capsys.readouterr().out.splitlines()[-len(rows) - 2 :] == long_sequences.table(rows)
 
 
 def test_every_row_of_the_table_has_its_measured_costs() -> None:

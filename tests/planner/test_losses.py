@@ -82,6 +82,8 @@ def test_what_was_not_measured_is_said_and_luck_is_no_credit() -> None:
         "states 8bit": -0.12, "weights int8_sr": 0.0, "embeddings scale": 0.24, "activations checkpoint_fp8": 0.18,
     }  # fmt: skip
     assert total(parts) == pytest.approx(0.42)
+    streamed = parts_of(choice(state="8bit"), ["stream", "stream_fp8"], bf16_weights=False)
+    assert streamed["activations stream_fp8"] == parts["activations checkpoint_fp8"], "the same loss, bit for bit"
     unknown = parts_of(choice("muon", state="8bit"), [CHECKPOINTING], bf16_weights=False)
     assert unknown == {"states 8bit": None}
     assert total(unknown) is None

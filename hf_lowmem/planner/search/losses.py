@@ -67,6 +67,8 @@ TIERS: Mapping[str, float] = {
     "fp8_recompute": 0.02,
     "checkpoint_fp8": 0.18,
 }
+# Tiers that compute the same as another, to the bit.
+SAME: Mapping[str, str] = {"stream": "exact", "stream_fp8": "checkpoint_fp8"}
 PLAIN = ("adamw_torch", "adamw_torch_fused")  # of HuggingFace, whose states are as the weights are
 
 
@@ -112,10 +114,11 @@ def parts_of(settings: Settings, tiers: Iterable[str], *, bf16_weights: bool) ->
         found[f"weights {store}"] = WEIGHTS.get(store)
     if settings.embeddings not in (None, "adam"):
         found[f"embeddings {settings.embeddings}"] = EMBEDDINGS.get((optim, settings.embeddings))
-    ours = [tier for tier in dict.fromkeys(tiers) if tier in specs.TIERS]
+    ours = [tier for tier in dict.fromkeys(tiers) if tier in (*specs.TIERS, *specs.STREAMED)]
     if ours:
-        worst = max(ours, key=lambda tier: TIERS.get(tier, math.inf))
-        found[f"activations {worst}"] = TIERS.get(worst)
+        costs = {tier: TIERS.get(SAME.get(tier, tier)) for tier in ours}
+        worst = max(ours, key=lambda tier: math.inf if (cost := costs[tier]) is None else cost)
+        found[f"activations {worst}"] = costs[worst]
     return found
 
 
