@@ -191,6 +191,9 @@ CONSTANTS: dict[str, dict[str, str]] = {
     | {
         "2,048 tokens": SETTING,
         "4-bit": NAME,
+        "at 500,000 tokens on one H100 of 80 GB": "published, arXiv 2506.13996",
+        "Qwen3-8B at 1,048,576 tokens on eight H100, 56.2 GB each": "published by TRL",
+        "8-bit": NAME,
         "a graph of the layer in 1 GiB holds (3,072 for Llama-3-8B)": "ROOM, and what tests hold chunk_of to",
     },
     "hf_lowmem/kernels/README.md": {"8-bit": NAME},

@@ -24,7 +24,7 @@ from typing import Any
 import _readme_optim as measured
 import embeddings as lookups
 from parts.optimizers.settings import STORE_RATE_FACTOR, Setting
-from parts.record import RECORDS, of_part, provenance, read_rows, write_rows
+from parts.record import RECORDS, Row, of_part, provenance, read_rows, write_rows
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 RECORD = RECORDS / "plan_table.jsonl"
@@ -61,7 +61,7 @@ def row(name: str, shape: dict[str, Any], tokens: int) -> dict[str, Any]:
     return {"setting": name} | planned(SETTINGS[name], shape, tokens)
 
 
-def planned(settings: dict[str, Any], shape: dict[str, Any], tokens: int) -> dict[str, Any]:
+def planned(settings: Row, shape: Row, tokens: int) -> Row:
     """A plan's figures."""
     from transformers import LlamaConfig
 
