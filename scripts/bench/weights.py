@@ -4,8 +4,8 @@
     python scripts/bench/weights.py --report    # tables from the record
     python scripts/bench/weights.py --smoke     # a toy model, printed
 
-The small Llama of 0.87 million parameters on Shakespeare, three seeds, with adamw and apollo_mini in 8-bit states,
-trained from nothing and continued; see parts/weights/runs.py. A difference is taken seed by seed; "control" is what a
+The small Llama of 0.87 million parameters on Shakespeare, three seeds, with six methods in 8-bit states, trained
+from nothing and continued; see parts/weights/runs.py. A difference is taken seed by seed; "control" is what a
 difference of nothing comes to. Every finished run is a line of the record; the same command again makes what is
 missing. `--only` takes words that a run's kind, method and store must be among.
 """
@@ -20,7 +20,7 @@ import torch
 
 from parts.record import RECORDS, Rows, append_row, provenance, read_rows
 from parts.small_llama import SIZE, SMOKE
-from parts.weights.runs import METHODS, RATES, STEPS, STORES, Job, run
+from parts.weights.runs import METHODS, SHARES, STEPS, STORES, Job, rates_of, run
 
 RECORD = RECORDS / "weights.jsonl"
 SEEDS = (0, 1, 2)
@@ -29,8 +29,8 @@ SEEDS = (0, 1, 2)
 def jobs(only: list[str], seeds: tuple[int, ...] = SEEDS) -> list[Job]:
     every = (
         Job(kind, method, store, rate, seed)
-        for kind, method in itertools.product(RATES, METHODS)
-        for rate in RATES[kind]
+        for method, kind in itertools.product(METHODS, SHARES)
+        for rate in rates_of(kind, method)
         for seed in seeds
         for store in STORES
     )
@@ -39,14 +39,14 @@ def jobs(only: list[str], seeds: tuple[int, ...] = SEEDS) -> list[Job]:
 
 def _free(only: list[str]) -> set[str]:
     """The words of those kinds of words of which `only` has none."""
-    return {word for words in (RATES, METHODS, STORES) if not {*words} & {*only} for word in words}
+    return {word for words in (SHARES, METHODS, STORES) if not {*words} & {*only} for word in words}
 
 
 def table(rows: Rows) -> str:
     """Loss of fp32 masters, and the difference of each store to it, mean over seeds ± its standard error."""
     lines = ["| run | rate | masters | " + " | ".join(STORES[1:]) + " |", "|---" * (2 + len(STORES)) + "|"]
-    for kind, method in itertools.product(RATES, METHODS):
-        for rate in RATES[kind]:
+    for kind, method in itertools.product(SHARES, METHODS):
+        for rate in rates_of(kind, method):
             found = {
                 (row["store"], row["seed"]): row["heldout_loss"]
                 for row in rows
@@ -72,7 +72,7 @@ def table(rows: Rows) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], choices=[*RATES, *METHODS, *STORES])
+    parser.add_argument("--only", nargs="*", default=[], choices=[*SHARES, *METHODS, *STORES])
     parser.add_argument("--report", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--smoke", action="store_true", help="a toy model for three steps; nothing is written")
     parser.add_argument("--record", type=Path, default=RECORD)

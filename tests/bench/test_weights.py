@@ -7,7 +7,7 @@ import pytest
 
 from parts.record import RECORDS, read_rows
 from parts.small_llama import SMOKE
-from parts.weights.runs import STORES, Job, run
+from parts.weights.runs import LOWEST, METHODS, STORES, Job, run
 from weights import jobs, table
 
 
@@ -26,10 +26,10 @@ def test_a_run_of_each_store(kind: str) -> None:
 
 def test_only_takes_words_of_each_kind() -> None:
     every = jobs([])
-    assert len(every) == len(set(every)) == 3 * 2 * 3 * len(STORES)
+    assert len(every) == len(set(every)) == (2 * len(METHODS) + len(LOWEST)) * 3 * len(STORES)
     some = jobs(["continued", "int8_sr", "masters"])
     assert {(job.kind, job.store) for job in some} == {("continued", "int8_sr"), ("continued", "masters")}
-    assert {job.method for job in some} == {"adamw", "apollo_mini"}
+    assert {job.method for job in some} == set(METHODS)
 
 
 def test_the_record_is_of_these_jobs() -> None:

@@ -25,6 +25,9 @@ STYLES = {
     "apollo": ("#56B4E9", "s"),
     "apollo_mini": ("#000000", "s"),
     "natural_galore": ("#882255", "s"),
+    "adam_mini": ("#0072B2", "^"),
+    "muon": ("#009E73", "^"),
+    "scale": ("#000000", "^"),
 }
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)  # bytes a parameter
 

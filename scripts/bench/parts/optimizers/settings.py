@@ -10,9 +10,12 @@ LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 MOST_RATES = 6
 MIDDLE_RATE = {
     "adamw": 3e-3,
+    "adam_mini": 3e-3,
     "lion": 3e-4,
     "lamb": 1e-2,
     "soap": 3e-3,
+    "muon": 3e-3,
+    "scale": 1e-3,
     "galore": 1e-2,
     "fira": 1e-2,
     "apollo": 3e-3,
@@ -66,9 +69,12 @@ class Setting:
 
 CODECS: dict[str, Sequence[str]] = {
     "adamw": ("fp32", "bf16", "int8", "int8_softsign", "fp8", "fp8_expand", "int4", "8bit"),
+    "adam_mini": ("fp32", "8bit"),
     "lion": ("fp32", "int8", "int8_softsign", "int4"),  # one signed state: of a pair, the first
     "lamb": ("fp32", "8bit"),
     "soap": ("fp32", "8bit"),
+    "muon": ("fp32", "8bit"),
+    "scale": ("fp32", "8bit"),
     "galore": ("fp32", "8bit", "fp8_expand"),
     "fira": ("fp32", "8bit"),
     "apollo": ("fp32", "8bit", "int4"),

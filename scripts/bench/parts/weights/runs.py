@@ -26,11 +26,14 @@ from parts.record import Row
 from parts.small_llama import batches, build_model, heldout_loss, rate_at
 
 STORES = ("masters", "control", "keep", "bf16_sr", "bf16_ecc", "int8_sr")
-BASE_RATE = 0.01  # of the runs that others continue: tuned for adamw, records/optimizers.jsonl
-# A third of that, where most updates are below half a bf16 unit; and lower ones, where nearly all are.
-RATES = {"nothing": (0.00333,), "continued": (0.001, 0.0001)}
+# The best rate of each method with fp32 states, records/optimizers.jsonl.
+TUNED = {"adamw": 0.01, "apollo_mini": 0.01, "apollo": 0.03, "scale": 0.003, "muon": 0.01, "adam_mini": 0.003}
+METHODS = tuple(TUNED)
+BASE_RATE = TUNED["adamw"]  # of the runs that others continue
+# Parts of the tuned rate. At a third most updates of adamw are below half a bf16 unit; at a hundredth nearly all are.
+SHARES = {"nothing": (3,), "continued": (10, 100)}
+LOWEST = ("adamw", "apollo_mini")  # the methods that are run at a hundredth too
 STEPS = 150
-METHODS = ("adamw", "apollo_mini")
 
 
 class Job(NamedTuple):
@@ -44,6 +47,12 @@ class Job(NamedTuple):
 
     def row(self) -> Row:
         return self._asdict()
+
+
+def rates_of(kind: str, method: str) -> tuple[float, ...]:
+    """Learning rates at which a method is run."""
+    shares = SHARES[kind] if method in LOWEST else SHARES[kind][:1]
+    return tuple(float(f"{TUNED[method] / share:.3g}") for share in shares)
 
 
 def forward_of(model: nn.Module, store: str) -> Callable[[Tensor], Tensor]:
