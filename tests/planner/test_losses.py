@@ -84,8 +84,8 @@ def test_what_was_not_measured_is_said_and_luck_is_no_credit() -> None:
     assert total(parts) == pytest.approx(0.42)
     streamed = parts_of(choice(state="8bit"), ["stream", "stream_fp8"], bf16_weights=False)
     assert streamed["activations stream_fp8"] == parts["activations checkpoint_fp8"], "the same loss, bit for bit"
-    unknown = parts_of(choice("muon", state="8bit"), [CHECKPOINTING], bf16_weights=False)
-    assert unknown == {"states 8bit": None}
+    unknown = parts_of(choice("muon", state="int4"), [CHECKPOINTING], bf16_weights=False)
+    assert unknown == {"states int4": None}
     assert total(unknown) is None
     assert parts_of(choice("adamw_torch_fused"), [AS_IS], bf16_weights=True) == {"weights keep": 0.52}
 
@@ -99,7 +99,7 @@ def test_auto_takes_nothing_beyond_its_bound_and_leaves_the_user_s_own_alone() -
     assert accepts(free, choice(**mini, embeddings="scale", activations="checkpoint_fp8"))
     assert not accepts(free, choice(**mini, embeddings="adam_mini", activations="checkpoint_fp8"))
     assert not accepts(free, choice("adamw_torch_fused")), "bf16 weights that lose small updates cost 0.52 %"
-    assert not accepts(free, choice("muon", **mini)), "not measured"
+    assert not accepts(free, choice("muon", **mini | {"state": "int4"})), "not measured"
     assert accepts(arguments(optim="adafactor"), choice("adafactor")), "the user's own"
     own = arguments(optim="muon", lowmem_state="8bit")
     assert accepts(own, choice("muon", **mini))
