@@ -200,8 +200,14 @@ def parse_options(optim_args: str | None, name: str) -> dict[str, Any]:
     """HuggingFace's `optim_args`, "key=value,key=value", as the options that a method alone understands.
 
     Raises:
+        TypeError: for what is no text.
         ValueError: for a pair without "=", or for what has a field of its own.
     """
+    if not isinstance(optim_args, str | None):
+        raise TypeError(
+            f"optim_args={optim_args!r}: expected text of the form 'key=value,key=value', as HuggingFace takes it, got "
+            f"{type(optim_args).__name__}. Write it so."
+        )
     options: dict[str, Any] = {}
     for pair in filter(None, (optim_args or "").replace(" ", "").split(",")):
         key, equals, text = pair.partition("=")

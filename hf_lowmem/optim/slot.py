@@ -70,7 +70,7 @@ class Slot:
         values: how many of the parameter's are on this process.
         states: those that the parameter has, as they lie on this process.
         whole: the same as one process would keep them all.
-        coded: whether any of them that is an average is stored in fewer bits than fp32.
+        coded: whether any of them whose codec is the group's is stored in fewer bits than fp32.
         low_rank: whether the low-rank rule applies.
         elementwise: whether the update of a value sees that value alone.
         fusable: whether the kernels of optim/fused.py know such weights and states.
@@ -115,7 +115,7 @@ class Slot:
         self.whole = whole_layout(decls, self.codecs, p.shape, group, small=small)
         self.states = self._states(p, group)
         self.codec_names = tuple(state.codec.name for state in self.states.values())
-        self.coded = any(s.codec.name != "fp32" for s in self.states.values() if s.decl.average)
+        self.coded = any(s.codec.name != "fp32" for s in self.states.values() if s.decl.option is None)
         self.fusable = (
             not (self.low_rank or self.sharded or self.rest)
             and p.dtype in FLOATS

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.optim.optimizer as torch_optimizer
 from bitsandbytes import functional
+from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _foreach_utils
@@ -131,6 +132,8 @@ def as_with_real_tensors() -> Iterator[None]:
         mock.patch.object(host, "check_host", _nothing),  # of the machine that plans
         mock.patch.object(DeviceTable, "on", outside_of_modes(DeviceTable.on)),
         mock.patch.object(functional, "create_dynamic_map", outside_of_modes(functional.create_dynamic_map)),
+        # Where bitsandbytes notes ids of parameters that are to be stepped in fp32: ids of ours are others' afterwards.
+        mock.patch.object(GlobalOptimManager, "_instance", None),
         # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.
         mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
         # torch's grouped product has a shape rule for bf16 alone; transformers' operator keeps and makes the same.

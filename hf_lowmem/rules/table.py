@@ -9,7 +9,7 @@ from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLI
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
-from hf_lowmem.specs import STORES_AT_REST
+from hf_lowmem.specs import STORES_AT_REST, STREAMED
 
 ONE_GPU = "Make one GPU visible, or start a process a GPU with `accelerate launch` or `torchrun`"
 BY_HAND = "or set neither lowmem_budget nor lowmem='auto', and choose the settings with `hf-lowmem plan`"
@@ -239,6 +239,16 @@ def _at_rest(run: Run) -> str:
 
 
 AT_REST = (
+    Rule(
+        "rest_streamed",
+        ("fields", "tiers", "optim"),
+        lambda run: _rests(run) and any(tier in str(run.tiers) for tier in STREAMED),
+        lambda run: (
+            f"{_at_rest(run)} cannot be combined with {run.say('tiers')}: a streamed layer adds up the gradients of "
+            "its chunks, and weights at rest hand theirs over product by product"
+        ),
+        "Set lowmem_activations='checkpoint_fp8', or lowmem_weights='bf16_sr'",
+    ),
     Rule(
         "rest_sharded",
         ("fields", "engine", "optim"),

@@ -260,7 +260,10 @@ class LowMemTrainerMixin(RestingWeights):
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Leave no epoch for a checkpoint at the last step, where the parent trains on."""
+        """Leave no epoch for a checkpoint at the last step, where the parent trains on; forget gradients of a window
+        that an attempt with another batch size has not ended."""
+        if self.stepping is not None:
+            self.stepping.optimizer.zero_grad()
         begin = super()._init_training_state(  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )

@@ -57,7 +57,7 @@ def test_where_no_step_can_be_planned_it_is_refused_with_the_remedy(
     with pytest.raises(ValueError, match=r"lowmem='auto' with LowMemTrainer and LowMem.*LowMemSFTTrainer"):
         LowMemTrainer(LlamaForCausalLM(CONFIG), args)
     CONFIG.save_pretrained(tmp_path)
-    assert main(["plan", "--model", str(tmp_path), "--lowmem", "auto"]) == 1
+    assert main(["plan", "--model", str(tmp_path), "--lowmem", "auto"]) == 2
     assert "--lowmem auto: the settings that fit in what? Give --budget" in capsys.readouterr().err
 
 

@@ -335,7 +335,7 @@ def test_bad_questions_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     CONFIG.save_pretrained(tmp_path)
-    assert main(["plan", "--model", str(tmp_path), *flags]) == 1
+    assert main(["plan", "--model", str(tmp_path), *flags]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert message in shown.err.splitlines()[-1]

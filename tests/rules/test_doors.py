@@ -81,6 +81,9 @@ ROWS = {
     "rest_sharded": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
     ),
+    "rest_streamed": Row(
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "tiers": "stream"}, "adds up the gradients of its chunks"
+    ),
     "budget_passed": Row({"budget": "1GiB", "passed": True}, "what an optimizer of yours"),
     "budget_engine": Row({"budget": "1GiB", "engine": "deepspeed", "zero": ZERO2}, "DeepSpeed's engine cannot"),
     "budget_n_gpu": Row({"budget": "1GiB", "n_gpu": 2}, "DataParallel cannot be planned"),

@@ -166,3 +166,30 @@ def test_what_does_not_go_together_is_refused(fields: dict[str, Any], words: tup
     with pytest.raises((TypeError, ValueError)) as caught:
         settings(LowMemTrainingArguments, tmp_path, **STEPPING | fields)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("optim", ["adamw", "galore"])
+def test_a_window_that_ran_out_of_memory_is_not_part_of_the_next_attempt(optim: str, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"lowmem_rank": 8, "lowmem_projection": "random"} if optim == "galore" else SUMS
+    fields = STEPPING | {"lowmem_step_in_backward": True, "optim": optim, "max_steps": 1, "logging_steps": 1} | own
+    found = []
+    for fails in (False, True):
+        size = {"auto_find_batch_size": True, "per_device_train_batch_size": 4 if fails else 3}
+        args = settings(LowMemTrainingArguments, tmp_path / str(fails), **fields, **size)
+        trainer = LowMemTrainer(tiny_llama(dtype=torch.float32), args=args, train_dataset=token_data(36))
+        compute, calls = trainer.compute_loss, []
+
+        def failing(
+            *given: Any, compute: Any = compute, calls: list[int] = calls, fails: bool = fails, **more: Any
+        ) -> Any:
+            calls.append(0)
+            if fails and len(calls) == PASSES:
+                raise RuntimeError("CUDA out of memory.")
+            return compute(*given, **more)
+
+        trainer.compute_loss = failing
+        trainer.train()
+        assert len(calls) == (2 * PASSES if fails else PASSES)  # the second attempt has three sequences a pass
+        found.append([p.detach() for p in trainer.model.parameters()])
+    assert all(map(torch.equal, *found))

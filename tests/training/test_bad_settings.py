@@ -73,6 +73,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("optim_args that is a field", args(**OURS, optim_args="rank=3"), ValueError, ("optim_args='rank=3'", "lowmem_rank")),
     ("betas in optim_args", args(**OURS, optim_args="betas=3"), ValueError, ("optim_args='betas=3'", "adam_beta1")),
     ("optim_args of no pair", args(**OURS, optim_args="rank"), ValueError, ("optim_args='rank'", "key=value")),
+    ("optim_args of a dict", args(**OURS, optim_args={"basis": "int4"}), TypeError, ("optim_args={", "key=value", "dict")),
     ("unknown optim_args", args(**OURS, optim_args="ranc=3"), ValueError, ("optim_args", "ranc=3", "optim='apollo'")),
     ("FSDP1 beside ours", args(**OURS, fsdp=True, fsdp_config={"version": 1}), ValueError, ("fsdp_config['version']=1", "optim='apollo'", "'version': 2")),
     ("FSDP1 beside tiers", args(lowmem_activations="fp8", fsdp=True, fsdp_config={"version": 1}), ValueError, ("fsdp_config['version']=1", "lowmem_activations='fp8'", "'version': 2")),

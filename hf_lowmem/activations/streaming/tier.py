@@ -41,6 +41,7 @@ from hf_lowmem.activations.streaming.attention import Chunk, lower_right, stream
 from hf_lowmem.activations.streaming.keys import Filled, Keys
 from hf_lowmem.activations.streaming.masks import Causal, mask_of, whole
 from hf_lowmem.activations.streaming.trial import TOKENS, check_by_trial
+from hf_lowmem.activations.streaming.weights import standing_in, trained
 from hf_lowmem.patching import version_of
 
 __all__ = ["Streamed", "cache_name", "chunk_of", "wrap_streamed"]
@@ -181,11 +182,6 @@ class Streamed(RunsAgain):
         )
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Weights that get a gradient, each once."""
-    return [p for p in module.parameters() if p.requires_grad]
-
-
 class _Call:
     """One call of a streamed layer: all that its passes share.
 
@@ -297,17 +293,18 @@ class _Call:
 
     def second(self, parts: Sequence[Tensor], grad: Tensor, wants: bool) -> tuple[Tensor | None, ...]:
         """The backward pass: gradients of the input and of the weights."""
-        with self.state.again(), self.autocast():
+        weights = trained(self.module)
+        leaves = [p.detach().requires_grad_() for p in weights]
+        with self.state.again(), self.autocast(), standing_in(self.module, weights, leaves):
             keys = self.keys()
             self.fill(parts, keys)
-            weights = trained(self.module)
             of_weights: list[Tensor | None] = [None] * len(weights)
             of_hidden = grad.new_empty(self.shape, dtype=self.dtype) if wants and len(self.spans) > 1 else None
             for (start, end, first), draws in zip(reversed(self.spans), reversed(self.draws), strict=True):
                 x = self.decoded(parts, start, end).requires_grad_(wants)
                 with torch.enable_grad(), draws.again() if draws else contextlib.nullcontext():
                     out = self.run(x, keys.at(start, end, first, "again"))
-                inputs = [x, *weights] if wants else weights
+                inputs = [x, *leaves] if wants else leaves
                 found: list[Tensor | None] = list(
                     torch.autograd.grad([out], inputs, [grad[:, start:end]], allow_unused=True)
                 )

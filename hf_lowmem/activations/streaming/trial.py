@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.activations.detect import routing_of
+from hf_lowmem.activations.detect import is_linear, routing_of
 from hf_lowmem.activations.draws import undrawn
 
 __all__ = ["TOKENS", "check_by_trial"]
@@ -59,7 +59,9 @@ def check_by_trial(
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
+    # But not linear ones, which do the same in training, or leave it for good: bitsandbytes' pack their weights anew on
+    # a CPU, for products without a backward pass.
+    modes = {part: part.training for part in module.modules() if not is_linear(part)}
     try:
         for part in modes:
             part.training = False
