@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from hf_lowmem import LowMemPlugin, LowMemSFTConfig, LowMemTrainer, LowMemTrainingArguments, checkpoints
@@ -18,7 +19,7 @@ from hf_lowmem.planner.search import budget
 from hf_lowmem.planner.search.explain import NothingFits
 from hf_lowmem.planner.search.fastest import prepare
 from hf_lowmem.planner.search.losses import BOUND, is_accepted, parts_of
-from hf_lowmem.planner.search.space import layers_by_tier
+from hf_lowmem.planner.search.space import candidates, layers_by_tier
 from hf_lowmem.training import section
 from hf_lowmem.training.sft import LowMemSFTTrainer
 from tests.planner.real import arguments, measure, small_config
@@ -123,6 +124,29 @@ def test_the_choice_fits_when_it_is_measured_and_a_no_names_the_least(tmp_path: 
     assert truth.peak <= found.budget
     with pytest.raises(NothingFits, match=r"The smallest of \d+ combinations needs"):
         search.for_budget("budget", 2**20).answer(64)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("saved", "rules"),
+    [(None, {None}), (["lm_head"], {None, "scale", "adam_mini"}), (["embed_tokens"], {None, "scale", "adam_mini"})],
+)
+@pytest.mark.parametrize("asked", [{"lowmem": "auto"}, {"lowmem_budget": "8GiB"}])
+def test_a_rule_for_embeddings_is_a_choice_where_one_is_trained(
+    asked: dict[str, Any], saved: list[str] | None, rules: set[str | None]
+) -> None:
+    """Adapters leave embedding and output head as they are, unless they are named."""
+    lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM")
+    args = arguments(**FEW | {"optim": "apollo_mini"} | asked)
+    assert {c.embeddings for c in prepare(CONFIG, args, peft_config=lora, device="cpu").found} == rules
+
+
+@pytest.mark.parametrize("asked", [{"lowmem": "auto"}, {"lowmem_budget": "8GiB"}])
+def test_a_way_of_adding_up_gradients_leaves_what_frees_them(asked: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"optim": "adamw", "lowmem_accumulation": "int8_sr", "max_grad_norm": 0.0}
+    args = arguments(**given, gradient_accumulation_steps=4, **asked)
+    found = candidates(args, depth=2, bf16_weights=True)
+    assert {c.step_in_backward for c in found} == {True}
 
 
 SMOLLM2_135M = LlamaConfig(
