@@ -29,14 +29,17 @@ CONFIG = small_config(num_hidden_layers=2)
 FEW: dict[str, Any] = {"optim": "adamw", "lowmem_activations": "fp8", "max_length": 32, "gradient_checkpointing": None}
 
 
-def trainer_of(folder: Path, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+def trainer_of(folder: Path, config: LlamaConfig = CONFIG, peft_config: Any = None, **settings: Any) -> Any:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(small_config(num_hidden_layers=2) if config is CONFIG else config)
     args = arguments(**FEW | {"lowmem": "auto", "learning_rate": 1e-3} | settings)
     args.output_dir = str(folder)
     rows = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
     data = Dataset.from_dict({"input_ids": rows})
-    return LowMemSFTTrainer(model.to(torch.bfloat16), args, train_dataset=data, processing_class=token_maker())
+    adapters = {} if peft_config is None else {"peft_config": peft_config}
+    return LowMemSFTTrainer(
+        model.to(torch.bfloat16), args, train_dataset=data, processing_class=token_maker(), **adapters
+    )
 
 
 def test_the_word_comes_through_every_door(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +108,29 @@ def test_a_resume_keeps_the_choice_whatever_is_free(tmp_path: Path, monkeypatch:
     assert {name: getattr(again.args, name) for name in fields} == chosen
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
+
+
+@pytest.mark.train
+def test_a_new_run_in_an_old_folder_is_searched_anew_if_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its model, its adapters or its length: what was chosen for less may not fit."""
+    asked: dict[str, Any] = {"lowmem_budget": "1GiB"}
+    trainer_of(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, **asked).train()
+    monkeypatch.setattr(budget, "search", lambda **asked: pytest.fail("searched"))
+    trainer_of(tmp_path, **asked)
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    others: list[dict[str, Any]] = [
+        {"config": small_config(num_hidden_layers=3)},
+        {"config": small_config(num_hidden_layers=2, intermediate_size=1024)},
+        {"peft_config": lora},
+        {"max_length": 64},
+        {"packing": True},
+        {"lowmem_budget": "2GiB"},
+    ]
+    for other in others:
+        with pytest.raises(pytest.fail.Exception, match="searched"):
+            trainer_of(tmp_path, **asked | other)
 
 
 @pytest.mark.train
