@@ -2,11 +2,13 @@
 
 FLAGS are those of `hf-lowmem sft` (or `dpo`): the user's own model, data, batch and seed. Each run has a process of its
 own, because a process that has trained once keeps what it took. What differs is our fields alone: in the second run
-they are as if nobody had set them, and `optim` is HuggingFace's default where it was one of ours. No model is saved.
+they are as if nobody had set them, neither by a flag nor in HF_LOWMEM_CONFIG, and `optim` is HuggingFace's default
+where it was one of ours. No model is saved.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,7 @@ METHODS = ("sft", "dpo")
 # After the user's flags, so that they count: nothing is saved, evaluated or sent.
 QUIET = "--save_strategy no --eval_strategy no --load_best_model_at_end False --push_to_hub False --logging_steps 1"
 QUIET += " --resume_from_checkpoint null --report_to none --disable_tqdm True"
+OF_OPTIM = ("optim_args", "optim_target_modules")  # which mean what they do to one of our optimizers
 LINES = 12  # of what a run has said that failed
 
 
@@ -59,10 +62,13 @@ def run(arguments: Sequence[str]) -> int:
     flags = [*flags, *QUIET.split(), "--max_steps", str(options.steps)]
     folder = options.output_dir or Path(tempfile.mkdtemp(prefix="hf_lowmem_"))
     reports: dict[str, dict[str, object]] = {}
+    ours = dict(os.environ)
     try:
-        for name, more in ((WITH, []), (WITHOUT, _unset(options.method, flags))):
+        unset = _ours(options.method, flags)
+        null = [word for name in unset for word in (f"--{name}", "null")]
+        for name, more, environment in ((WITH, [], ours), (WITHOUT, null, _without(unset, ours))):
             print(f"{name}: {options.steps} steps ...", file=sys.stderr)
-            _train(options.method, [*flags, *more, "--output_dir", str(folder / name)])
+            _train(options.method, [*flags, *more, "--output_dir", str(folder / name)], environment)
             reports[name] = read_report(folder / name)
     finally:
         if options.output_dir is None:
@@ -76,8 +82,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _unset(method: str, flags: Sequence[str]) -> list[str]:
-    """Flags that take every field of ours back to what it is where nobody sets it.
+def _ours(method: str, flags: Sequence[str]) -> list[str]:
+    """Names of the fields that the baseline has as if nobody had set them: all of ours, and `optim` if it is ours.
 
     Raises:
         WrongCommand: for wrong flags, or where they set none of our fields.
@@ -99,10 +105,21 @@ def _unset(method: str, flags: Sequence[str]) -> list[str]:
         set_here.append("optim")
     if not set_here:
         raise WrongCommand("no field of hf_lowmem is set, so both runs would be one. Add --lowmem balanced, or others.")
-    return [word for name in dict.fromkeys([*names, *set_here]) for word in (f"--{name}", "null")]
+    return list(dict.fromkeys([*names, *set_here]))
 
 
-def _train(method: str, flags: Sequence[str]) -> None:
+def _without(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment whose section (hf_lowmem/training/section.py) sets none of these fields; what it says of others,
+    such as the learning rate, counts in both runs."""
+    from hf_lowmem.training.section import VARIABLE, from_env
+
+    gone = {*names, *(OF_OPTIM if "optim" in names else ())}
+    left = {name: value for name, value in from_env(environment).items() if name not in gone}
+    rest = {name: value for name, value in environment.items() if name != VARIABLE}
+    return rest | ({VARIABLE: json.dumps(left)} if left else {})
+
+
+def _train(method: str, flags: Sequence[str], environment: Mapping[str, str]) -> None:
     """One run in a process of its own.
 
     Raises:
@@ -110,7 +127,11 @@ def _train(method: str, flags: Sequence[str]) -> None:
         ChildProcessError: with what it has said last, where it has failed otherwise.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "hf_lowmem.cli.trial", method, *flags], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "hf_lowmem.cli.trial", method, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     last = done.stderr.strip().splitlines()
     if done.returncode == 2:

@@ -276,9 +276,16 @@ class LowMemArguments(NamedFields):
     def lowmem_replace(self, **values: Any) -> Self:
         """A copy with other values of fields, checked as at construction. These arguments stay as they are.
 
+        `lowmem` can only be taken away (None), and then what it has filled in stays.
+
         Raises:
             TypeError, ValueError: where the values do not go together.
         """
+        if values.get("lowmem") not in (None, self.lowmem):
+            raise ValueError(
+                f"lowmem_replace(lowmem={values['lowmem']!r}) would fill in nothing: presets do when arguments are "
+                "made. Make new arguments with it, or replace the fields themselves."
+            )
         made = copy.copy(self)
         mirrored = "gradient_checkpointing" in values and hasattr(made, "activation_checkpointing")  # the newer name
         if mirrored:

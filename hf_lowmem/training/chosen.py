@@ -1,7 +1,8 @@
 """Choices of `lowmem="auto"` in a run's checkpoints: plain values in the manifest, so that a resume keeps them.
 
 The memory that is free is another at every start, and with other settings a checkpoint could not be resumed. So a
-trainer that is made in a run's folder takes what the run's last complete checkpoint says, if it was asked the same.
+trainer that is made in a run's folder takes what the run's last complete checkpoint says, if it was asked the same: of
+the same model, of steps of the same kind and length. Whether it will resume is not known yet.
 """
 
 from pathlib import Path
@@ -27,6 +28,8 @@ SEARCHED = (
     "lowmem_step_in_backward",
     "max_grad_norm",
 )
+# Those beside them that say how large a step is, of whatever config has them.
+STEP = ("max_length", "packing", "padding_free", "loss_type")
 
 
 class Asked(Protocol):
@@ -41,22 +44,28 @@ class Asked(Protocol):
     def lowmem_open(self) -> frozenset[str]: ...
 
 
-def asked_of(args: Asked) -> Values:
-    """Question of a search: the searched fields that are the user's, and the budget."""
+def asked_of(args: Asked, model: str) -> Values:
+    """Question of a search: the searched fields that are the user's, the kind and the length of a step, the budget, and
+    the model, by a digest of it."""
     given = [name for name in SEARCHED if name not in args.lowmem_open]
     values = {name: getattr(args, name) for name in given} | {"optim": str(getattr(args.optim, "value", args.optim))}
-    return {"given": {name: values[name] for name in sorted(values)}, "lowmem_budget": args.lowmem_budget}
+    return {
+        "given": {name: values[name] for name in sorted(values)},
+        "step": {name: getattr(args, name) for name in STEP if hasattr(args, name)},
+        "lowmem_budget": args.lowmem_budget,
+        "model": model,
+    }
 
 
-def kept_choice(args: Asked) -> tuple[str, Values] | None:
+def kept_choice(args: Asked, asked: Values) -> tuple[str, Values] | None:
     """(the checkpoint, the fields that were chosen) of the run that `args` would go on with; None where there is none
-    that was asked the same."""
+    that was asked the same. `asked`: see `asked_of`."""
     folder: str | Path | None = args.resume_from_checkpoint
     if folder is None or not Path(folder).is_dir():
         run = Path(args.output_dir or "")
         folder = checkpoints.last_complete(run)[0] if run.is_dir() else None
     stored = None if folder is None else _stored(folder)
-    if folder is None or stored is None or stored.get("asked") != asked_of(args):
+    if folder is None or stored is None or stored.get("asked") != asked:
         return None
     chosen = stored.get("chosen")
     if not isinstance(chosen, dict) or not set(chosen) <= set(SEARCHED):

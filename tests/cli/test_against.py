@@ -1,10 +1,12 @@
 """`hf-lowmem compare --against baseline`: the same few steps with and without our fields."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -13,6 +15,7 @@ from hf_lowmem.cli.main import main
 from hf_lowmem.cli.train import train
 from hf_lowmem.cli.wrong import WrongCommand
 from hf_lowmem.runs.report import read_report
+from hf_lowmem.training import section
 from hf_lowmem.training.dpo import LowMemDPOConfig, LowMemDPOTrainer
 from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 from tests.test_scripts import as_text, model_and_data
@@ -22,10 +25,11 @@ __all__ = ["model_and_data"]  # a fixture
 FIELDS = ["--optim", "adamw", "--lowmem_state", "8bit", "--lowmem_activations", "checkpoint_fp8"]
 
 
-def here(method: str, flags: list[str]) -> None:
+def here(method: str, flags: list[str], environment: dict[str, str]) -> None:
     """What `hf_lowmem.cli.trial` does, in this process."""
     pair = (LowMemDPOConfig, LowMemDPOTrainer) if method == "dpo" else (LowMemSFTConfig, LowMemSFTTrainer)
-    assert train(*pair, arguments=flags, command="x", save=False) == 0
+    with mock.patch.dict(os.environ, environment, clear=True):
+        assert train(*pair, arguments=flags, command="x", save=False) == 0
 
 
 @pytest.fixture
@@ -66,11 +70,34 @@ def test_two_runs_differ_in_our_fields_alone(
 
 
 @pytest.mark.train
+@pytest.mark.parametrize("optim", ["adamw_torch", "lion"])
+def test_the_baseline_takes_no_field_of_ours_from_the_environment(
+    flags: list[str], optim: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What the variable says of the run itself counts in both."""
+    ours = {"lowmem_activations": "fp8", "optim": optim, "learning_rate": 3e-4}
+    monkeypatch.setenv(
+        section.VARIABLE, json.dumps(ours | ({"optim_args": "cautious=true"} if optim == "lion" else {}))
+    )
+    monkeypatch.setattr(against, "_train", here)
+    as_text(flags[3])
+    out = tmp_path / "both"
+    assert main(["compare", "--against", "baseline", *flags, "--output_dir", str(out)]) == 0
+    with_ours, without = (read_report(out / name)["settings"] for name in ("hf_lowmem", "baseline"))
+    assert {name: with_ours[name] for name in ours} == ours
+    assert [name for name in without if name.startswith("lowmem")] == []
+    assert without["learning_rate"] == 3e-4
+    assert without["optim"] == ("adamw_torch" if optim == "adamw_torch" else "adamw_torch_fused")
+
+
+@pytest.mark.train
 def test_pairs_and_json_and_nothing_left(
     flags: list[str], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[Path] = []
-    monkeypatch.setattr(against, "_train", lambda method, words: [made.append(Path(words[-1])), here(method, words)])
+    monkeypatch.setattr(
+        against, "_train", lambda method, words, env: [made.append(Path(words[-1])), here(method, words, env)]
+    )
     words = ["compare", "--against=baseline", "--method", "dpo", *flags, "--loss_type", "asft", "--lowmem", "light"]
     assert main([*words, "--json"]) == 0
     shown = capsys.readouterr().out
@@ -104,10 +131,10 @@ def test_a_run_that_fails_says_why(status: int, error: type[Exception], words: s
     done = subprocess.CompletedProcess([], status, "", "progress\nhf-lowmem sft: x\n")
     monkeypatch.setattr(against.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(error, match=words):
-        against._train("sft", [])
+        against._train("sft", [], {})
 
 
 @pytest.mark.slow
 def test_a_run_has_a_process_of_its_own() -> None:
     with pytest.raises(WrongCommand, match="hf-lowmem sft: model_name_or_path is not set"):
-        against._train("sft", ["--output_dir", "x", "--use_cpu"])
+        against._train("sft", ["--output_dir", "x", "--use_cpu"], os.environ)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from hf_lowmem import LowMemPlugin, LowMemSFTConfig, LowMemTrainer, LowMemTrainingArguments, checkpoints
@@ -18,7 +19,7 @@ from hf_lowmem.planner.search import budget
 from hf_lowmem.planner.search.explain import NothingFits
 from hf_lowmem.planner.search.fastest import prepare
 from hf_lowmem.planner.search.losses import BOUND, is_accepted, parts_of
-from hf_lowmem.planner.search.space import layers_by_tier
+from hf_lowmem.planner.search.space import candidates, layers_by_tier
 from hf_lowmem.training import section
 from hf_lowmem.training.sft import LowMemSFTTrainer
 from tests.planner.real import arguments, measure, small_config
@@ -28,14 +29,17 @@ CONFIG = small_config(num_hidden_layers=2)
 FEW: dict[str, Any] = {"optim": "adamw", "lowmem_activations": "fp8", "max_length": 32, "gradient_checkpointing": None}
 
 
-def trainer_of(folder: Path, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+def trainer_of(folder: Path, config: LlamaConfig = CONFIG, peft_config: Any = None, **settings: Any) -> Any:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(small_config(num_hidden_layers=2) if config is CONFIG else config)
     args = arguments(**FEW | {"lowmem": "auto", "learning_rate": 1e-3} | settings)
     args.output_dir = str(folder)
     rows = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(1)).tolist()
     data = Dataset.from_dict({"input_ids": rows})
-    return LowMemSFTTrainer(model.to(torch.bfloat16), args, train_dataset=data, processing_class=token_maker())
+    adapters = {} if peft_config is None else {"peft_config": peft_config}
+    return LowMemSFTTrainer(
+        model.to(torch.bfloat16), args, train_dataset=data, processing_class=token_maker(), **adapters
+    )
 
 
 def test_the_word_comes_through_every_door(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +111,29 @@ def test_a_resume_keeps_the_choice_whatever_is_free(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.train
+def test_a_new_run_in_an_old_folder_is_searched_anew_if_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its model, its adapters or its length: what was chosen for less may not fit."""
+    asked: dict[str, Any] = {"lowmem_budget": "1GiB"}
+    trainer_of(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, **asked).train()
+    monkeypatch.setattr(budget, "search", lambda **asked: pytest.fail("searched"))
+    trainer_of(tmp_path, **asked)
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    others: list[dict[str, Any]] = [
+        {"config": small_config(num_hidden_layers=3)},
+        {"config": small_config(num_hidden_layers=2, intermediate_size=1024)},
+        {"peft_config": lora},
+        {"max_length": 64},
+        {"packing": True},
+        {"lowmem_budget": "2GiB"},
+    ]
+    for other in others:
+        with pytest.raises(pytest.fail.Exception, match="searched"):
+            trainer_of(tmp_path, **asked | other)
+
+
+@pytest.mark.train
 def test_the_choice_fits_when_it_is_measured_and_a_no_names_the_least(tmp_path: Path) -> None:
     given: dict[str, Any] = {"optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_activations": "fp8"}
     asked = arguments(lowmem="auto", **given, max_grad_norm=0.0, max_length=64)
@@ -123,6 +150,29 @@ def test_the_choice_fits_when_it_is_measured_and_a_no_names_the_least(tmp_path: 
     assert truth.peak <= found.budget
     with pytest.raises(NothingFits, match=r"The smallest of \d+ combinations needs"):
         search.for_budget("budget", 2**20).answer(64)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("saved", "rules"),
+    [(None, {None}), (["lm_head"], {None, "scale", "adam_mini"}), (["embed_tokens"], {None, "scale", "adam_mini"})],
+)
+@pytest.mark.parametrize("asked", [{"lowmem": "auto"}, {"lowmem_budget": "8GiB"}])
+def test_a_rule_for_embeddings_is_a_choice_where_one_is_trained(
+    asked: dict[str, Any], saved: list[str] | None, rules: set[str | None]
+) -> None:
+    """Adapters leave embedding and output head as they are, unless they are named."""
+    lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM")
+    args = arguments(**FEW | {"optim": "apollo_mini"} | asked)
+    assert {c.embeddings for c in prepare(CONFIG, args, peft_config=lora, device="cpu").found} == rules
+
+
+@pytest.mark.parametrize("asked", [{"lowmem": "auto"}, {"lowmem_budget": "8GiB"}])
+def test_a_way_of_adding_up_gradients_leaves_what_frees_them(asked: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"optim": "adamw", "lowmem_accumulation": "int8_sr", "max_grad_norm": 0.0}
+    args = arguments(**given, gradient_accumulation_steps=4, **asked)
+    found = candidates(args, depth=2, bf16_weights=True)
+    assert {c.step_in_backward for c in found} == {True}
 
 
 SMOLLM2_135M = LlamaConfig(

@@ -53,6 +53,14 @@ def test_copies_keep_what_was_filled_in() -> None:
     assert values(args.lowmem_replace(lowmem_state="8bit")) == values(args)
 
 
+@pytest.mark.parametrize("word", ["light", "auto", "tiny", "", True])
+def test_a_copy_does_not_take_another_word(word: Any) -> None:
+    args = LowMemSFTConfig("out", lowmem="smallest", **CPU)
+    with pytest.raises(ValueError, match=rf"lowmem_replace\(lowmem={word!r}\) would fill in nothing.*Make new"):
+        args.lowmem_replace(lowmem=word)
+    assert values(args.lowmem_replace(lowmem=args.lowmem)) == values(args.lowmem_replace(lowmem=None)) == values(args)
+
+
 def test_the_command_line_takes_the_word() -> None:
     (args,) = HfArgumentParser(LowMemTrainingArguments).parse_args_into_dataclasses(  # type: ignore[arg-type]
         ["--output_dir", "out", "--lowmem", "balanced", "--lowmem_state", "int8", "--use_cpu"]

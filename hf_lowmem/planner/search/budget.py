@@ -6,6 +6,7 @@ is a search in the memory that is free, or in `lowmem_budget`, which takes nothi
 `losses.BOUND` in loss. What it chose is kept in the run's checkpoints (hf_lowmem/training/chosen.py).
 """
 
+import hashlib
 import logging
 import os
 import sys
@@ -21,11 +22,14 @@ from hf_lowmem import rules
 from hf_lowmem.memory import human_bytes, parameter_bytes
 from hf_lowmem.memory.free import free_bytes
 from hf_lowmem.planner.allocations import CannotSimulate
+from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import METHODS
+from hf_lowmem.planner.models import meta_model
 from hf_lowmem.planner.search.auto import auto_lines
 from hf_lowmem.planner.search.explain import describe
 from hf_lowmem.planner.search.fastest import search
-from hf_lowmem.planner.simulate import CUDA_CONTEXT, plan
+from hf_lowmem.planner.simulate import CUDA_CONTEXT, config_and_dtype, plan
+from hf_lowmem.planner.step import quiet
 from hf_lowmem.rules.run import fsdp_asked
 from hf_lowmem.rules.table import BY_HAND
 from hf_lowmem.training.arguments import LowMemArguments
@@ -83,29 +87,30 @@ def within_budget(trainer: object, asked_for: LowMemArguments, given: Values) ->
         raise problem
     if found[1] is not None:
         raise ValueError(found[1])
-    chosen, made = found[0]
+    chosen, made, question = found[0]
     settled = args.lowmem_settle(**chosen)
     if automatic:
-        vars(settled)[CHOSEN] = {"asked": asked_of(args), "chosen": chosen}
+        vars(settled)[CHOSEN] = {"asked": question, "chosen": chosen}
     return settled, made
 
 
-def _asked(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values]:
+def _asked(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values, None]:
     assert args.lowmem_budget is not None
     best = search(args=args, budget=args.lowmem_budget, label="lowmem_budget", progress=_shown(args, label), **asked)
     # A warning, because it changes how the user's model is trained.
     logger.warning("%s, searched for %.0f s.\n%s", label, best.seconds, best.why)
-    return best.chosen, best.plan.to_dict()
+    return best.chosen, best.plan.to_dict(), None
 
 
-def _automatic(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values]:
-    kept = kept_choice(args)
+def _automatic(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values, Values]:
+    question = asked_of(args, _digest(args, asked))
+    kept = kept_choice(args, question)
     if kept is not None:
         folder, chosen = kept
         made = plan(args=args.lowmem_replace(**chosen), progress=_shown(args, label), **asked)
         need = human_bytes(made.reserved_bytes)
         logger.warning("%s keeps what %s was trained with: %s. It needs %s.", label, folder, describe(chosen), need)
-        return chosen, made.to_dict()
+        return chosen, made.to_dict(), question
     budget: int | str
     if args.lowmem_budget is not None:
         budget, whence = args.lowmem_budget, "lowmem_budget"
@@ -113,7 +118,21 @@ def _automatic(args: LowMemSFTConfig, asked: Values, given: Values, label: str) 
         budget, whence = measured_budget(args.device, given.get("model"))
     best = search(args=args, budget=budget, label=label, progress=_shown(args, label), **asked)
     logger.warning("%s", auto_lines(best, whence, args))
-    return best.chosen, best.plan.to_dict()
+    return best.chosen, best.plan.to_dict(), question
+
+
+def _digest(args: LowMemSFTConfig, asked: Values) -> str:
+    """A digest of what memory depends on in a model: shape and dtype of each weight, and whether it is trained.
+
+    Not of the config, nor of PEFT's: trainers write in them, and they are saved otherwise than they were made.
+    """
+    config, dtype = config_and_dtype(asked["model"], args, asked.get("dtype"))
+    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    stored = quantization_of(config, asked.get("quantization_config") or init.get("quantization_config"))
+    with quiet():
+        model = meta_model(config, dtype, asked["peft_config"], stored)
+    weights = sorted(f"{tuple(p.shape)} {p.dtype} {p.requires_grad}" for p in model.parameters())
+    return hashlib.sha256("\n".join([config.model_type, *weights]).encode()).hexdigest()
 
 
 def measured_budget(device: torch.device, model: object = None) -> tuple[int, str]:

@@ -139,7 +139,8 @@ def candidates(
             for policy in policies:
                 choice = Choice(batch=batch, accumulation=accumulation, activations=policy, **rule)
                 with contextlib.suppress(TypeError, ValueError):
-                    made = args.lowmem_replace(**choice.values, lowmem_budget=None)  # as if it had been chosen by hand
+                    # As if it had been chosen by hand: rules wait for a search as long as there is to be one.
+                    made = args.lowmem_replace(**choice.values, lowmem_budget=None, lowmem=None)
                     rules.check(rules.Run.from_arguments(made).with_plan(world_size, parallel))
                     found.append(choice)
     return found + list(_mixtures(found, args, depth))

@@ -26,6 +26,7 @@ from hf_lowmem.optim import OPTIMIZERS, from_spec
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.chunked import CHUNK
 from hf_lowmem.optim.resting import rest
+from hf_lowmem.optim.roles import facts_of
 from hf_lowmem.optim.row_steps import whole_only
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
 from hf_lowmem.planner.allocations import Live
@@ -101,7 +102,10 @@ class Updates:
         self.depth = layer_count(self.config)
 
     def states(self, choice: Choice) -> int | None:
-        """Bytes of a choice's states; None where its rule would be plain Adam's on this model."""
+        """Bytes of a choice's states; None where its rule would be plain Adam's on this model, or where a rule of
+        embedding and output head that nobody asked for has neither to act on."""
+        if choice.embeddings not in (None, self.args.lowmem_embeddings) and not self._trains_ends:
+            return None
         if choice.optim not in OPTIMIZERS:
             return self.of(choice).states
         found = self._describe(choice)
@@ -114,6 +118,13 @@ class Updates:
             ours = choice.optim in OPTIMIZERS
             self._updates[key] = self._own_update(choice) if ours else self._hf_update(choice)
         return self._updates[key]
+
+    @cached_property
+    def _trains_ends(self) -> bool:
+        """Whether an embedding or an output head is trained; with adapters, mostly neither is."""
+        trained = {id(p) for p in self.meta.parameters() if p.requires_grad}
+        facts = facts_of(self.meta)
+        return any(facts[ident]["role"] in ("embedding", "head") for ident in trained & facts.keys())
 
     def _spec(self, choice: Choice) -> OptimSpec:
         rests = choice.weights in STORES_AT_REST
