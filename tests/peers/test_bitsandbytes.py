@@ -48,6 +48,12 @@ def gradient(shape: tuple[int, int], step: int, kind: str) -> Tensor:
     return grad
 
 
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes keeps, by id, parameters that a Trainer wants stepped in fp32: ids of parameters long gone."""
+    monkeypatch.setattr(bitsandbytes.optim.GlobalOptimManager, "_instance", None)
+
+
 def rms(x: Tensor) -> float:
     return x.detach().double().pow(2).mean().sqrt().item()
 
