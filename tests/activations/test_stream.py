@@ -37,6 +37,7 @@ def is_huggingfaces(family: str, layout: str) -> None:
         assert distance(found, grads) <= (0 if chunk == TOKENS else bound), chunk
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(("family", "layout"), QUICK)
 def test_loss_and_gradients_are_huggingfaces(family: str, layout: str) -> None:
     is_huggingfaces(family, layout)

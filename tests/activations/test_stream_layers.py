@@ -109,6 +109,7 @@ def test_memory_does_not_grow_with_the_number_of_chunks() -> None:
     assert many <= eighth < half
 
 
+@pytest.mark.train
 def test_fifty_steps_leak_nothing() -> None:
     model = streamed(build("llama"), 8, "stream_fp8")
     inputs = laid_out("right")

@@ -72,6 +72,7 @@ def test_random_bits_go_on_beyond_an_edge(edge: int) -> None:
     assert torch.equal(whole, torch.cat(parts))
 
 
+@pytest.mark.train
 @pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
 @pytest.mark.parametrize("codec", ["int8", pytest.param("fp8_expand", marks=pytest.mark.slow)])
 def test_a_cpus_kernels_reach_the_last_tile(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def sums_of(window: Window) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_window_makes_the_step_of_the_decoded_sum(name: str, dtype: torch.dtype) -> None:
