@@ -1,4 +1,4 @@
-"""Two things that whoever stands between a module and autograd needs: a place in a forward, and a check.
+"""Three things that whoever stands between a module and autograd needs: a place in a forward, a check, and a mode.
 
 `ForwardPatch` is the one way to stand in for `module.forward`. It is an instance attribute, so the module's class, its
 name, its parameters, its hooks and its state dict stay what they are. It is an object and no closure, because it must
@@ -9,13 +9,14 @@ are taken away in any order.
 `check_version` is the check that autograd makes of every saved tensor, and leaves to the hooks where there are any.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ForwardPatch", "check_version", "forwards_of", "version_of"]
+__all__ = ["ForwardPatch", "check_version", "forwards_of", "in_eval_mode", "version_of"]
 
 
 class ForwardPatch:
@@ -81,3 +82,22 @@ def check_version(tensor: Tensor, expected: int) -> None:
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             f"[{tensor.type()} {list(tensor.shape)}] is at version {found}; expected version {expected} instead."
         )
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module, *, but: Callable[[nn.Module], bool] = lambda module: False) -> Generator[None]:
+    """Put all modules of `model` in eval mode; afterwards each is in its own mode again, also after an exception.
+
+    By the flags alone, since a module's own `train()` may do more than set them.
+
+    Args:
+        but: whether a module keeps its mode.
+    """
+    modes = {part: part.training for part in model.modules() if not but(part)}
+    try:
+        for part in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

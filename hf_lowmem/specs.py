@@ -313,8 +313,9 @@ class ActivationSpec:
         if self.chunk is None:
             return
         label = self.label("chunk")
-        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int):
-            raise TypeError(f"{label}={self.chunk!r}: expected a number of tokens, such as 2048.")
+        if isinstance(self.chunk, bool) or not isinstance(self.chunk, numbers.Integral):
+            kind = type(self.chunk).__name__
+            raise TypeError(f"{label}={self.chunk!r}: expected a number of tokens, such as 2048, got {kind}.")
         if self.chunk < 1:
             raise ValueError(
                 f"{label}={self.chunk!r}: a chunk has at least one token. Set some thousands, such as 2048, or leave "

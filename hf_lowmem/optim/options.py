@@ -58,7 +58,7 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
                 f"{spec.label('options')}: {option}={value!r} is not an option of "
                 f"{spec.label('name')}={cls.name!r} alone. {remedy}."
             )
-        checks[option](spec.label(option), value)
+        checks[option](f"{spec.label('options')}: {option}" if spec.labels else option, value)
     defaults = {**cls.DEFAULTS, **roles.DEFAULTS}
     group |= {option: spec.options.get(option, defaults[option]) for option in checks}
     for option in ("basis", "lazy_overlap"):

@@ -22,12 +22,13 @@ from datasets import IterableDataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
+from hf_lowmem.patching import in_eval_mode
 from hf_lowmem.preference.collate import KEYS, MARGINS, PairCollator, has_images
 from hf_lowmem.preference.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
 from hf_lowmem.preference.reference import check_none_loaded, free_reference, resolve_reference, without_reference
 from hf_lowmem.preference.reference.adapters import check_adapter
 from hf_lowmem.preference.reference.identity import first_digest_of, identity_of
-from hf_lowmem.preference.reference.passed import copied_reference, in_eval_mode, own_modules_only
+from hf_lowmem.preference.reference.passed import copied_reference, own_modules_only
 from hf_lowmem.preference.reference.precomputed import ReferenceLogps, ReferenceRecord, read_stream
 from hf_lowmem.preference.reference.quantized import quantized_reference
 from hf_lowmem.preference.reference.sharded import prepare_fsdp

@@ -8,14 +8,14 @@ alone passes; what a token loses with the chunk before it is a part of what the 
 Of a routed layer single tokens may differ: near a tie, rounding chooses another expert.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowmem.activations.detect import is_linear, routing_of
 from hf_lowmem.activations.draws import undrawn
+from hf_lowmem.patching import in_eval_mode
 
 __all__ = ["TOKENS", "check_by_trial"]
 
@@ -39,7 +39,9 @@ def check_by_trial(
     Raises:
         ValueError: where they differ by more than rounding.
     """
-    with torch.no_grad(), undrawn(hidden.device), _evaluating(module):
+    # Linear layers do the same in training, or leave it for good: bitsandbytes' pack their weights anew on a CPU, for
+    # products without a backward pass.
+    with torch.no_grad(), undrawn(hidden.device), in_eval_mode(module, but=is_linear):
         out = whole()
         out = out[0] if isinstance(out, tuple) else out
         assert isinstance(out, Tensor)
@@ -55,17 +57,3 @@ def check_by_trial(
             "chunks than whole, so it mixes tokens by other means than attention. Use "
             "lowmem_activations='checkpoint_fp8' for it."
         )
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    # But not linear ones, which do the same in training, or leave it for good: bitsandbytes' pack their weights anew on
-    # a CPU, for products without a backward pass.
-    modes = {part: part.training for part in module.modules() if not is_linear(part)}
-    try:
-        for part in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

@@ -16,26 +16,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from trl.trainer import dpo_trainer
 
-__all__ = ["copied_reference", "in_eval_mode", "own_modules_only"]
+__all__ = ["copied_reference", "own_modules_only"]
 
 logger = logging.getLogger(__name__)
 PASS_ONE = "Pass the reference itself as ref_model"
-
-
-@contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules of `model` in eval mode; afterwards each is in its own mode again, also after an exception.
-
-    By the flags alone, since a module's own `train()` may do more than set them.
-    """
-    modes = {part: part.training for part in model.modules()}
-    try:
-        for part in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowmem.preference.reference.passed import in_eval_mode
+from hf_lowmem.patching import in_eval_mode
 from hf_lowmem.preference.sharing.layout import shared_layout
 from hf_lowmem.preference.sharing.share import SharedForward, backbone_of
 

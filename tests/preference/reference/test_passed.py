@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer
-from hf_lowmem.preference.reference.passed import in_eval_mode
+from hf_lowmem.patching import in_eval_mode
 from tests.preference.reference.runs import data, first_batch, policy, trainer
 from tests.training.test_trainers import losses, settings, token_data
 
