@@ -92,6 +92,7 @@ def test_keys_outside_of_window_and_document_are_never_read(
     assert poisoned["n"] >= 2 * 2 * 3  # layers, passes, and the chunks that begin behind a window or a document
 
 
+@pytest.mark.train
 def test_memory_does_not_grow_with_the_number_of_chunks() -> None:
     model = build("llama", hidden_size=32, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2)
     inputs = batch(512, 1)

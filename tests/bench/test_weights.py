@@ -11,6 +11,7 @@ from parts.weights.runs import LOWEST, METHODS, STORES, Job, run
 from weights import jobs, table
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["nothing", "continued"])
 def test_a_run_of_each_store(kind: str) -> None:
     rows = [run(Job(kind, "adamw", store, 0.001, 0), SMOKE) for store in STORES]

@@ -156,6 +156,7 @@ def test_what_is_missing_or_old_says_what_it_costs(
     assert row_of(text, "peft") == ["peft", "-", "no LoRA and other adapters"]
 
 
+@pytest.mark.train
 @pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
 def test_on_a_cpu_its_own_kernels_are_compared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

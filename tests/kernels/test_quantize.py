@@ -113,6 +113,7 @@ def test_every_bf16_survives_as_torch_would_have_it(fmt: str) -> None:
         assert torch.equal(codes, want)
 
 
+@pytest.mark.train
 def test_compiled_by_inductor_in_one_graph_whatever_the_seed() -> None:
     """The seed is an argument of the operator: another one is no other graph."""
     torch.compiler.reset()

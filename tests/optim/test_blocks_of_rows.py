@@ -138,6 +138,7 @@ def test_what_sees_the_whole_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None
         assert not chunked.can_chunk(p, optimizer.slot(p, optimizer.param_groups[0])), name
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("name", "rule", "store"),
     [

@@ -130,6 +130,7 @@ def test_parts_round_at_random_each_for_itself_and_resume_to_the_same_bits(
     assert len({tuple(chunk.tolist()) for chunk in chunks}) == 8, "no two parts have drawn the same numbers"
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("codec", ["bf16", "int4"])
 def test_temporaries_are_those_of_a_part_however_long_the_parameter(
     codec: str, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ def stepped(optimizer: Any, p: nn.Parameter, steps: range, gradient: Any = fixed
         optimizer.step()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("basis", [None, "int4"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_subspace_that_stays_is_refreshed_less_and_less(name: str, basis: str | None, refreshed: list[int]) -> None:
