@@ -24,11 +24,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.memory.free import free_bytes
 from hf_lowmem.patching import check_version, version_of
 
 __all__ = ["HostStore", "Kept"]
@@ -208,7 +208,7 @@ def buffer_of(nbytes: int, device: torch.device) -> Tensor:
 def check_host(missing: int) -> None:
     """Raise ValueError where the host lacks memory for so many bytes more, in each of this host's processes."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = psutil.virtual_memory().available
+    available = free_bytes(torch.device("cpu"))
     if missing * processes > SHARE * available:
         each = f" in each of {processes} processes" if processes > 1 else ""
         raise ValueError(

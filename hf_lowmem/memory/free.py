@@ -4,7 +4,6 @@ A container's limit is often far below the machine's RAM, and the kernel ends wh
 counts of what the machine has available and of what each control group above this process leaves.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,17 +31,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_and_total(device: torch.device) -> tuple[int | None, int | None]:
-    """Bytes that are free on a GPU or in the machine's RAM, and all; None where nobody says it (no Linux, no CUDA)."""
+    """`free_bytes`, and all that the GPU or the machine has; None for a device of another kind, which says nothing."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
+        return free_bytes(device), torch.cuda.mem_get_info(device)[1]
     if device.type != "cpu":
         return None, None
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None, None
-    found = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    return found.get("MemAvailable"), found.get("MemTotal")
+    import psutil
+
+    return free_bytes(device), psutil.virtual_memory().total
 
 
 def left_by_cgroups(groups: Path = GROUPS, own: Path = OWN) -> list[int]:

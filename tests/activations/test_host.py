@@ -145,7 +145,7 @@ def test_memory_is_taken_once_and_grows_with_the_longest() -> None:
 def test_a_host_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four fifths of what is available are enough for one process, and not for two."""
     available = int(LAYERS * (INPUT + 128) / host.SHARE) + 64
-    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(host, "free_bytes", lambda device: available)
     loss_and_gradients(converted(), batch())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     words = r"lowmem_offload='inputs'.*in each of 2 processes.*leave lowmem_offload unset"

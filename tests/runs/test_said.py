@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_lowmem import LowMemCallback, LowMemTrainer, LowMemTrainingArguments, make_optimizer
+from hf_lowmem.memory import free as memory_free
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.memory.free import free_and_total
 from hf_lowmem.optim.resting import rest
@@ -129,12 +130,14 @@ def test_words_that_cannot_be_found_end_no_training(tmp_path: Path, caplog: Any,
     assert "what is on could not be said: ZeroDivisionError" in caplog.text
 
 
-def test_free_memory_of_a_machine_that_says_nothing(monkeypatch: Any) -> None:
-    assert free_and_total(torch.device("meta")) == (None, None)
+def test_free_memory_is_what_a_run_may_take(monkeypatch: Any) -> None:
+    assert free_and_total(torch.device("meta")) == (None, None), "of which nobody says it"
     free, total = free_and_total(torch.device("cpu"))
-    assert free is None or total is None or 0 < free <= total
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
-    assert free_and_total(torch.device("cpu")) == (None, None)
+    assert free is not None
+    assert total is not None
+    assert 0 < free <= total
+    monkeypatch.setattr(memory_free, "left_by_cgroups", lambda: [7])  # a container's limit
+    assert free_and_total(torch.device("cpu")) == (7, total)
 
 
 @pytest.mark.train
