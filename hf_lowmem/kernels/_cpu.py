@@ -270,6 +270,13 @@ def random_words(first, k0, k1, flip, words):
 
 
 @inlined
+def plain_words(first, k0, k1, words):
+    """32 random bits for each of TILE indices from `first` on. Reference: `random_bits`."""
+    for i in range(TILE):
+        words[i] = _hash(plus(uint32(first), uint32(i)), k0, k1)
+
+
+@inlined
 def zero_from(x, start):
     """Clear a tile's values beyond the end of the tensor."""
     for i in range(start, TILE):
@@ -289,6 +296,27 @@ def tile_at(address, start, count, room):
         room[j] = here[j]
     zero_from(room, count)
     return room
+
+
+@inlined
+def load_floats(bf16, address, start, count, room):
+    """A tile of bf16 or fp32 as fp32; zeros beyond `count`. A whole one of fp32 is itself."""
+    if bf16:
+        halves = halves_at(address + 2 * start, count)
+        for j in range(count):
+            room[j] = widened(halves[j])
+    else:
+        return tile_at(address, start, count, room)
+    if count < TILE:
+        zero_from(room, count)
+    return room
+
+
+@inlined
+def round_to_nearest(x, out, count):
+    """fp32 -> the bits of the nearest bf16."""
+    for j in range(count):
+        out[j] = to_bf16(x[j])
 
 
 @inlined

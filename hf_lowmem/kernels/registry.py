@@ -180,7 +180,8 @@ class Kernel:
             return "its tensors are not all on a CPU"
         if not has_numba():
             return f"numba is not installed ({INSTALL})"
-        if any(t.dtype in (torch.float16, torch.float64) for t in tensors):
+        dtypes = {t.dtype for t in tensors} | {arg for arg in args if isinstance(arg, torch.dtype)}
+        if dtypes & {torch.float16, torch.float64}:
             return "on a CPU it knows no float16 and no float64"
         return distrusted(self.name, CPU)
 

@@ -25,6 +25,11 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def dtypes(args: Any) -> set[torch.dtype]:
+    """Those of a call's tensors, and those that it names."""
+    return {t.dtype for t in tensors(args)} | {arg for arg in args if isinstance(arg, torch.dtype)}
+
+
 def marked(kernel: Kernel) -> Iterator[Any]:
     """The kernel's cases. In the interpreter a large one takes three seconds: of a kernel's the first is enough."""
     large = [case.name for case in kernel.cases() if case.name.startswith("large")]
@@ -39,7 +44,7 @@ ON_CPU = [
     for kernel in KERNELS.values()
     if kernel.cpu
     for case in kernel.cases()
-    if not any(t.dtype == torch.float16 for t in tensors(case.make(CPU)))  # left to the reference
+    if not dtypes(case.make(CPU)) & {torch.float16, torch.float64}  # left to the reference
 ]
 FEW = [
     pytest.param(kernel, cases[at], id=f"{name}-{cases[at].name}")

@@ -11,12 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels._cpu import TILE, float32, fma, in_parts, inlined, kernel, part, random_words, uint32
+from hf_lowmem.kernels._cpu import (
+    TILE,
+    float32,
+    fma,
+    in_parts,
+    inlined,
+    kernel,
+    load_floats,
+    part,
+    random_words,
+    uint32,
+)
 from hf_lowmem.kernels.adamw.reference import corrected_lr
 from hf_lowmem.kernels.apollo import reference
 from hf_lowmem.kernels.codecs.cpu import words_of
 from hf_lowmem.kernels.exact import seed_keys
-from hf_lowmem.kernels.step.cpu import KEEP, is_bad, load_floats, load_weight, save_weight
+from hf_lowmem.kernels.step.cpu import KEEP, is_bad, load_weight, save_weight
 from hf_lowmem.specs import WEIGHT_STORES
 
 LANES = 64

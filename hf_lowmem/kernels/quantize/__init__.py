@@ -20,6 +20,7 @@ QUANTIZE = Kernel(
     name="quantize",
     reference=quantize,
     triton="hf_lowmem.kernels.quantize.triton:quantize",
+    cpu="hf_lowmem.kernels.quantize.cpu:quantize",
     fake=quantize_fake,
     cases=quantize_cases,
 )
@@ -27,6 +28,7 @@ DEQUANTIZE = Kernel(
     name="dequantize",
     reference=dequantize,
     triton="hf_lowmem.kernels.quantize.triton:dequantize",
+    cpu="hf_lowmem.kernels.quantize.cpu:dequantize",
     fake=dequantize_fake,
     cases=dequantize_cases,
 )

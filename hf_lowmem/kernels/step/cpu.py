@@ -28,20 +28,18 @@ from hf_lowmem.kernels._cpu import (
     int32,
     kernel,
     left,
+    load_floats,
     plus,
     put_back,
     random_words,
     right,
+    round_to_nearest,
     shift_right,
     size_of,
     subtract,
-    tile_at,
-    to_bf16,
     uint8,
     uint16,
     uint32,
-    widened,
-    zero_from,
 )
 from hf_lowmem.kernels.adamw.reference import LEAST_SQUARE
 from hf_lowmem.kernels.adamw.reference import RULES as ADAM_RULES
@@ -60,20 +58,6 @@ _LIMIT = np.float32(LARGEST_GRADIENT).view(np.uint32)
 
 # Columns of the table of parameters, int64.
 PARAM, GRAD, CORRECTION, FIRST, SECOND, NUMEL, PLACE, KEYS = 0, 1, 2, 3, 6, 9, 10, 11
-
-
-@inlined
-def load_floats(bf16, address, start, count, room):
-    """A tile of weights or gradients, bf16 or fp32, as fp32; zeros beyond `count`. A whole one of fp32 is itself."""
-    if bf16:
-        halves = halves_at(address + 2 * start, count)
-        for j in range(count):
-            room[j] = widened(halves[j])
-    else:
-        return tile_at(address, start, count, room)
-    if count < TILE:
-        zero_from(room, count)
-    return room
 
 
 @inlined
@@ -108,12 +92,6 @@ def split_24(w, words, out, fine, count):
         coarse = shift_right(add(upper, int32(128)), int32(8))
         fine[j] = uint8(subtract(upper, int32(left(uint32(coarse), uint32(8)))))
         out[j] = uint16(coarse)
-
-
-@inlined
-def round_to_nearest(w, out, count):
-    for j in range(count):
-        out[j] = to_bf16(w[j])
 
 
 @inlined
