@@ -254,6 +254,17 @@ def accumulation_loss() -> list[str]:
     return sums.loss_table(records("accumulation.jsonl"))
 
 
+def cpu_layers() -> list[str]:
+    """CPU time of a model's layers by tier, beside HuggingFace's own."""
+    rows = records("cpu_layers.jsonl")
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        times = {row["runs"]: f"{row['ratio']:.2f}" for row in rows if row["way"] == way}
+        plain = way.startswith("HuggingFace")
+        lines.append([way if plain else f"`{way}`", times["" if plain else "kernels"], times.get("reference", "")])
+    return table(["four layers of SmolLM2-135M, forward and backward", "with kernels", "by the reference"], lines)
+
+
 def targets() -> list[str]:
     """How many kernels compile for each GPU target, and how many of them spill registers."""
     rows = records("kernels_targets.jsonl")
@@ -284,6 +295,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation": accumulation,
     "accumulation_loss": accumulation_loss,
     "targets": targets,
+    "cpu layers": cpu_layers,
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
 }
 

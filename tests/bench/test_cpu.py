@@ -1,8 +1,9 @@
-"""scripts/bench/cpu.py: what it measures, and what its record says."""
+"""scripts/bench/cpu.py and cpu_layers.py: what they measure, and what their records say."""
 
 import pytest
 
 import cpu
+import cpu_layers
 from parts.optimizers.speed import SMOKE
 from parts.record import read_rows
 
@@ -23,3 +24,19 @@ def test_the_record_holds_the_ceilings(setting: str, most: float) -> None:
     reference = {row["threads"]: row["step_ratio"] for row in rows if row["runs"] == "reference"}
     assert kernels[1] <= most
     assert all(kernels[n] < reference[n] for n in kernels)
+
+
+def test_every_tier_is_measured_beside_huggingface() -> None:
+    rows = cpu_layers.measure(1, layers=1, tokens=8)
+    ways = {(row["way"], row["runs"]) for row in rows}
+    assert ways == {("HuggingFace", ""), ("HuggingFace, checkpointing", "")} | {
+        (tier, runs) for tier in cpu_layers.TIERS for runs in cpu_layers.IMPLS
+    }
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_with_kernels_a_lossy_tier_costs_less_than_checkpointing() -> None:
+    ratios = {(row["way"], row["runs"]): row["ratio"] for row in read_rows(cpu_layers.RECORD)}
+    checkpointing = ratios["HuggingFace, checkpointing", ""]
+    assert ratios["fp8", "kernels"] < checkpointing < ratios["fp8", "reference"]
