@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from _readme import TABLES
 from hf_lowmem.activations import convert, undo
 from hf_lowmem.kernels import use_kernels
 from hf_lowmem.kernels.proof import cpu_name
 from hf_lowmem.kernels.registry import INSTALL, has_numba
-from _readme import TABLES
 from parts.record import RECORDS, Row, Rows, commit, versions_of, write_rows
 
 RECORD = RECORDS / "cpu_layers.jsonl"
