@@ -295,7 +295,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation": accumulation,
     "accumulation_loss": accumulation_loss,
     "targets": targets,
-    "cpu layers": cpu_layers,
+    "cpu_layers": cpu_layers,
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
 }
 

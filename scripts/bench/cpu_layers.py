@@ -81,7 +81,7 @@ def _once(model: LlamaModel, x: Tensor, way: str) -> float:
 
 def report() -> str:
     """README's table of the record."""
-    return "\n".join(TABLES["cpu layers"]())
+    return "\n".join(TABLES["cpu_layers"]())
 
 
 def main() -> int:

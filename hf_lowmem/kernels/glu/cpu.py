@@ -125,9 +125,11 @@ def _write(bf16, x, address, start, count):
 
 
 @kernel
-def _forward(row, last, layout, gate, up, out, gelu, bf16, codes, how, keys):
-    """gate, up: kind, address, address of scales. codes: where theirs are to go, or 0; how: of `encode_span`, each."""
-    length, groups, n = layout
+def _forward(row, last, layout, gate, up, out, rule, codes, how, keys):
+    """Products, and codes of the factors. gate, up: kind, address, address of scales; rule: whether it is gelu, and 16
+    bits. codes: where codes and scales of both are to go, or zeros; how: of `encode_span`, for each.
+    """
+    (length, groups, n), (gelu, bf16) = layout, rule
     of_gate, of_up, of_out = np.empty(TILE, float32), np.empty(TILE, float32), np.empty(TILE, float32)
     words = np.empty(TILE, uint32)
     while row < last:
@@ -173,15 +175,21 @@ def _of(x: Tensor, scales: Tensor | None) -> tuple[int, int, int]:
     return int(x.dtype == torch.bfloat16), x.data_ptr(), 0
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.contiguous() for t in tensors]
+def _contiguous(scales: Tensor | None) -> Tensor | None:
+    return None if scales is None else scales.contiguous()
 
 
 def _run(
-    gate: Tensor, up: Tensor, scales: list[Tensor | None], act: str, out: Tensor, codes: list[Tensor], seeds
+    factors: tuple[Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
+    act: str,
+    out: Tensor,
+    codes: list[Tensor],
+    seeds: tuple[int | None, int | None],
 ) -> None:
+    """The product to `out`; where there is room for them, codes and scales of both factors to `codes`."""
     layout, bf16 = layout_of(out.shape, GROUP), out.dtype == torch.bfloat16
-    of = _of(gate, scales[0]), _of(up, scales[1]), out.data_ptr(), act == "gelu_tanh", bf16
+    of = _of(factors[0], scales[0]), _of(factors[1], scales[1]), out.data_ptr(), (act == "gelu_tanh", bf16)
     there = tuple(t.data_ptr() for t in codes) if codes else (0, 0, 0, 0)
     how = tuple(rule_of("e4m3", seed, out.dtype) for seed in seeds)
     keys = words_of(*seed_keys(seeds[0] or 0), *seed_keys(seeds[1] or 0))
@@ -193,7 +201,7 @@ def glu_save(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
     out, codes = torch.empty_like(gate), [*GROUPS["e4m3"].empty(gate), *GROUPS["e4m3"].empty(up)]
-    _run(gate, up, [None, None], act, out, codes, (gate_seed, up_seed))
+    _run((gate, up), (None, None), act, out, codes, (gate_seed, up_seed))
     return out, codes[0], codes[1], codes[2], codes[3]
 
 
@@ -201,8 +209,8 @@ def glu(
     gate: Tensor, up: Tensor, gate_scales: Tensor | None, up_scales: Tensor | None, act: str, dtype: torch.dtype
 ) -> Tensor:
     out = torch.empty(gate.shape, dtype=dtype, device="cpu")
-    scales = _contiguous(gate_scales, up_scales)
-    _run(gate.contiguous(), up.contiguous(), scales, act, out, [], (None, None))
+    scales = _contiguous(gate_scales), _contiguous(up_scales)
+    _run((gate.contiguous(), up.contiguous()), scales, act, out, [], (None, None))
     return out
 
 
@@ -216,7 +224,7 @@ def glu_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    scales = _contiguous(gate_scales, up_scales)
+    scales = _contiguous(gate_scales), _contiguous(up_scales)
     d_gate, d_up = (torch.empty(gate.shape, dtype=dtype, device="cpu") for _ in range(2))
     layout, gelu, bf16 = layout_of(gate.shape, GROUP), act == "gelu_tanh", dtype == torch.bfloat16
     of = _of(grad, None), _of(gate, scales[0]), _of(up, scales[1])

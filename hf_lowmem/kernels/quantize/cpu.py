@@ -164,7 +164,7 @@ def encode_span(x, count, words, codes, scales, how):
 
 @inlined
 def _from_e4m3(codes, scale, out):
-    """As 2**-8 of a code's value, times 2**8 of the scale. Reference: `_decode_e4m3`."""
+    """Values: 2**-8 of the code's times 2**8 of the scale. Reference: `_decode_e4m3`."""
     factor = scale * float32(256.0)
     for j in range(len(out)):
         code = uint32(codes[j])

@@ -123,8 +123,10 @@ def _add(x, y):
 
 
 @kernel
-def _forward(row, last, source, codes, scales, out, bf16, factor, eps, rounded, how, keys):
-    """bf16: whether the input is, and the output. how: of `encode_span`; a largest scale of 0: x is in codes."""
+def _forward(row, last, where, bf16, rule, how, keys):
+    """Rows of the norm. where: addresses of the input, its codes and scales, the output; bf16: whether input and output
+    are. rule: factor, eps, whether x_hat is rounded. how: of `encode_span`; a largest scale of 0: x is in codes."""
+    (source, codes, scales, out), (factor, eps, rounded) = where, rule
     n = len(factor)
     groups = (n + GROUP - 1) // GROUP
     x, y, terms, room = np.empty(n, float32), np.empty(n, float32), np.empty(n, float32), np.empty(n, float32)
@@ -147,8 +149,10 @@ def _forward(row, last, source, codes, scales, out, bf16, factor, eps, rounded, 
 
 
 @kernel
-def _backward(each, last, rows, dy, codes, scales, more, out, bf16, factor, eps, totals):
-    """Parts of so many rows: totals[i] is the sum of dy * x_hat over the i-th. bf16: dy, more, out; more: 0 is none."""
+def _backward(each, last, rows, where, bf16, factor, eps, totals):
+    """Parts of rows[1] rows; totals[i] becomes the sum of dy * x_hat over the i-th. where: addresses of dy, codes,
+    scales, a gradient to add (0: none), dx; bf16: whether the first, the fourth and the last are."""
+    dy, codes, scales, more, out = where
     n, size = len(factor), rows[1]
     groups = (n + GROUP - 1) // GROUP
     x, g, terms, room = np.empty(n, float32), np.empty(n, float32), np.empty(n, float32), np.empty(n, float32)
@@ -191,7 +195,7 @@ def rmsnorm(
     where = source.data_ptr(), codes.data_ptr(), scales.data_ptr(), out.data_ptr()
     of = _factor(weight, plus_one), float32(eps), cast_first and bf16[0]
     how, keys = rule_of("e4m3", seed, x.dtype), words_of(*seed_keys(seed or 0))
-    in_parts(lambda row, last: _forward(row, last, *where, bf16, *of, how, keys), x.shape[0], values=x.shape[1])
+    in_parts(lambda row, last: _forward(row, last, where, bf16, of, how, keys), x.shape[0], values=x.shape[1])
     return out, codes, scales, total
 
 
@@ -205,7 +209,7 @@ def rmsnorm_again(
     of = _factor(weight, plus_one), float32(eps), cast_first and bf16[0]
     how, keys = (E4M3, False, float32(0.0)), words_of(0, 0)
     rows, values = codes.shape
-    in_parts(lambda row, last: _forward(row, last, *where, bf16, *of, how, keys), rows, values=values)
+    in_parts(lambda row, last: _forward(row, last, where, bf16, of, how, keys), rows, values=values)
     return out
 
 
@@ -234,5 +238,5 @@ def rmsnorm_backward(
         out.data_ptr(),
     )
     of = _is_bf16(dy.dtype, more.dtype, dtype), _factor(weight, plus_one), float32(eps), totals.numpy()
-    in_parts(lambda first, last: _backward(first, last, (rows, each), *where, *of), count, values=each * n)
+    in_parts(lambda first, last: _backward(first, last, (rows, each), where, *of), count, values=each * n)
     return out, sum_pairs(totals, 0).to(weight.dtype) if weight_wanted else weight.new_empty(0)
