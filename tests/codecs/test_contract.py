@@ -186,6 +186,7 @@ def test_spans_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(codec.decode(got, x.shape), codec.decode(want, x.shape))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("signed", [True, False])
 def test_one_graph_under_compile(name: str, signed: bool) -> None:

@@ -83,6 +83,7 @@ def test_first_step_moves_every_weight_and_no_other(name: str, codec: str, mixed
             assert torch.equal(p, old), label
 
 
+@pytest.mark.train
 @whole_table
 def test_descends(name: str, codec: str, mixed: Mixed) -> None:
     """At a rate with which each of them goes far: a length for Lion, a fraction for LAMB."""

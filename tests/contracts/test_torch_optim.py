@@ -40,6 +40,7 @@ def test_optim_infos_do_not_specify_global_cliquey_kwargs(info: OptimizerInfo) -
             info.optim_cls(Problem().params, **{flag: True})  # type: ignore[operator]
 
 
+@pytest.mark.train
 @every_input
 def test_forloop_goes_right_direction(info: OptimizerInfo, case: OptimizerInput) -> None:
     for makers, contiguous in [([], False), *((makers, True) for makers in info.scheduler_inputs)]:

@@ -108,6 +108,7 @@ def test_triton_gives_the_reference(kernel: Kernel, case: Case, launches: list[d
     assert all(options.get("enable_fp_fusion") is False for options in launches)
 
 
+@pytest.mark.train
 @pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
 @pytest.mark.parametrize(("kernel", "case"), ON_CPU)
 def test_the_cpu_gives_the_reference(kernel: Kernel, case: Case) -> None:

@@ -9,7 +9,10 @@ from torch import Tensor
 from hf_lowmem.kernels import KERNELS, use_kernels
 from hf_lowmem.kernels.registry import has_numba
 
-pytestmark = pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'")
+pytestmark = [
+    pytest.mark.train,
+    pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install 'hf-lowmem[cpu]'"),
+]
 
 # Widths around a tile of 1,024 values and a group of 128 or 32, with so many values that several threads share them.
 SHAPES = [(300, 1152), (301, 1000), (41, 5003), (70000, 1), (2100, 32), (5, 16384)]
