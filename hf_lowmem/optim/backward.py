@@ -41,10 +41,11 @@ SECOND_GRADIENT = (
     "lowmem_step_in_backward unset, or take the second use out of the loss."
 )
 TWO_UPDATES = (
-    "step in backward: a parameter of shape {shape} had a second gradient before optimizer.step(), and each made an update "
-    "of its own, which is not the update of their sum. Gradients that are to be added up need `ready`, which says which "
-    "backward pass is the last (lowmem_step_in_backward sets it); several losses are added before one backward(); a "
-    "reentrant checkpoint of a layer that runs twice needs use_reentrant=False; and each step ends with optimizer.step()."
+    "step in backward: a parameter of shape {shape} had a second gradient before optimizer.step(), and each made an "
+    "update of its own, which is not the update of their sum. Gradients that are to be added up need `ready`, which "
+    "says which backward pass is the last (lowmem_step_in_backward sets it); several losses are added before one "
+    "backward(); a reentrant checkpoint of a layer that runs twice needs use_reentrant=False; and each step ends with "
+    "optimizer.step()."
 )
 
 
