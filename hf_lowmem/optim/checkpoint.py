@@ -5,6 +5,7 @@ moments would come back as bf16; accelerate calls it once at `prepare`. So torch
 the states are filled in afterwards. Hooks that a user has registered run before and after that, as in torch.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,6 +56,7 @@ def load(
         taken.update(final)
         saved = final["param_groups"]
         check_groups(optimizer.param_groups, saved, structural)
+        tell_changed(optimizer.param_groups, saved, optimizer.defaults)
         # An option that is younger than the checkpoint keeps this optimizer's value.
         new = ("params", "skipped")
         ours = [{k: v for k, v in group.items() if k not in new} for group in optimizer.param_groups]
@@ -102,6 +104,30 @@ def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[s
                 f"the checkpoint holds the state of {first[1]!r} where this optimizer has {first[0]!r}. "
                 "Build the model and the parameter groups as they were when it was saved."
             )
+
+
+def tell_changed(groups: list[Group], saved: list[Group], options: Iterable[str]) -> None:
+    """Warn of settings that are not the checkpoint's, which count here as in torch's optimizers.
+
+    The rate is what a schedule has made of it, so that the one from which the schedule starts is compared. Betas are
+    left out where a schedule moves them, as OneCycleLR does.
+    """
+    told: dict[str, str] = {}
+    for ours, theirs in zip(groups, saved, strict=False):
+        moved = {"betas"} if "max_momentum" in theirs else set[str]()
+        compared = {*options, "initial_lr"} - {"params", "lr", *OURS, *moved}
+        for option in sorted(compared & ours.keys() & theirs.keys()):
+            mine, other = (list(v) if isinstance(v, list | tuple) else v for v in (ours[option], theirs[option]))
+            if mine != other:
+                name = "lr" if option == "initial_lr" else option
+                told.setdefault(name, f"{name}={theirs[option]!r}, this optimizer has {name}={ours[option]!r}")
+    if told:
+        warnings.warn(
+            f"the checkpoint was made with {'; with '.join(told.values())}. As with torch's optimizers, the "
+            "checkpoint's count from here on. To change them, write them into optimizer.param_groups after loading, or "
+            "start with a fresh optimizer.",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()

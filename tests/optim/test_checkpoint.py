@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -192,3 +193,47 @@ def test_a_state_that_somebody_has_moved_goes_on(name: str) -> None:
     train(p, optimizer, range(2, 4))
     assert int(state["step"]) == 4
     assert state["step"].device.type == "cpu"
+
+
+def said_on_loading(optimizer: LowMemOptimizer, state_dict: dict[str, Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(copy.deepcopy(state_dict))
+    return [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("adamw", {"weight_decay": 0.3}),
+        ("adamw", {"betas": (0.5, 0.6)}),
+        ("lamb", {"eps": 1e-3}),
+        ("apollo", {"scale": 7.0}),
+        ("galore", {"update_gap": 2}),
+        ("lion", {"cautious": True}),
+    ],
+)
+def test_settings_that_the_checkpoint_has_otherwise_are_told(name: str, changed: dict[str, Any]) -> None:
+    (option, value), *_ = changed.items()
+    _, optimizer = make(name, **changed)
+    (said,) = said_on_loading(optimizer, saved(name))
+    assert f"this optimizer has {option}={value!r}" in said
+    assert "param_groups" in said
+    assert f"{option}={optimizer.param_groups[0][option]!r}, this" in said, "the checkpoint's counts, as in torch"
+    assert not said_on_loading(make(name)[1], saved(name))
+
+
+def test_what_a_schedule_moves_is_no_change_but_its_start_is() -> None:
+    def scheduled(lr: float) -> tuple[nn.Parameter, LowMemOptimizer, Any]:
+        p, optimizer = make("adamw", lr=lr)
+        return p, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=20)
+
+    p, optimizer, schedule = scheduled(0.01)
+    train(p, optimizer, range(3))
+    for _ in range(3):
+        schedule.step()
+    state_dict = optimizer.state_dict()
+    assert optimizer.param_groups[0]["betas"] != make("adamw")[1].param_groups[0]["betas"]
+    assert not said_on_loading(scheduled(0.01)[1], state_dict)
+    (said,) = said_on_loading(scheduled(0.02)[1], state_dict)
+    assert "this optimizer has lr=" in said
