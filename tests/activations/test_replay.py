@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 
 from hf_lowmem.activations import convert
@@ -391,6 +392,22 @@ def test_transforms_of_torch_func_get_the_layers_as_they_are(tier: str) -> None:
     convert(model, tier)
     assert torch.equal(ensemble(), plain[0])
     assert torch.equal(by_func(), plain[1])
+
+
+@pytest.mark.parametrize("tier", ["exact", "fp8", "checkpoint_fp8", "stream"])
+def test_tangents_are_those_of_the_plain_model(tier: str) -> None:
+    model = build("llama", attn="eager")
+    embeds = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    direction = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            logits = model(inputs_embeds=forward_ad.make_dual(embeds, direction), use_cache=False).logits
+            return forward_ad.unpack_dual(logits).tangent.detach()
+
+    plain = tangent()
+    convert(model, tier)
+    assert torch.equal(tangent(), plain)
 
 
 def on_bare_parameters() -> Any:
