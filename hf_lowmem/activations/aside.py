@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = ["active", "in_checkpoint", "innermost_pack", "reason_to_step_aside", "say_once"]
 
@@ -49,6 +50,8 @@ def reason_to_step_aside() -> str | None:
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return "it runs inside a transform of torch.func, which has no saved tensors to compress"
+    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return "it is differentiated forward, and of what is computed again there would be no tangents"
     return None
 
 

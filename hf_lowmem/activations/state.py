@@ -43,16 +43,21 @@ def _placements(tensor: Tensor) -> Any:
 class _Held:
     """A tensor of a module: itself if it is a leaf, else without its graph, which would live on with it."""
 
-    __slots__ = ("copy", "of", "tensor", "version", "wants")
+    __slots__ = ("copy", "counts", "of", "tensor", "version", "wants")
 
     def __init__(self, tensor: Tensor) -> None:
         self.wants = tensor.requires_grad
+        self.counts = True  # whether another version is another value
         self.version = version_of(tensor)
         self.copy: Tensor | None = None
         self.of: weakref.ref[Tensor] | None = None
         self.tensor = tensor
         if not tensor.is_leaf:
             self.of, self.tensor = weakref.ref(tensor), tensor.detach().requires_grad_()
+
+    def is_written(self) -> bool:
+        """Whether its values may have changed in place."""
+        return self.counts and version_of(self.tensor) != self.version
 
     def is_still(self, value: Any) -> bool:
         tensor = self.tensor if self.of is None else self.of()
@@ -201,6 +206,15 @@ def _tree(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _set_anew(tree: list[nn.Module]) -> set[int]:
+    """Ids of the parameters to which PEFT adds its LoRA by a parametrization that is there for one call.
+
+    torch sets such a parameter to itself when it is registered, which counts as a change in place and is none.
+    """
+    wrappers = [part for part in tree if "parameter_name" in vars(part)]
+    return {id(wrapper.get_param()) for wrapper in wrappers if callable(getattr(wrapper, "get_param", None))}
+
+
 class State:
     """`module` and all modules below it, as they are when it is made.
 
@@ -211,7 +225,11 @@ class State:
     def __init__(self, module: nn.Module, copies: bool = False) -> None:
         self.name = type(module).__name__
         self.held: list[_Held] = []
-        self.parts = [_Part(vars(part), self.held) for part in _tree(module)]
+        tree = _tree(module)
+        self.parts = [_Part(vars(part), self.held) for part in tree]
+        if set_anew := _set_anew(tree):
+            for held in self.held:
+                held.counts = held.wants or id(held.tensor) not in set_anew
         if copies:
             for part in self.parts:
                 for buffer in filter(None, part.full.get("_buffers", {}).values()):
@@ -219,17 +237,17 @@ class State:
 
     def written(self) -> bool:
         """Whether a tensor was written to."""
-        return any(version_of(held.tensor) != held.version for held in self.held)
+        return any(held.is_written() for held in self.held)
 
     def settle(self) -> None:
         """Drop the copies of tensors that the module's run has not written to. Call it after that run."""
         for held in self.held:
-            if version_of(held.tensor) == held.version:
+            if not held.is_written():
                 held.copy = None
 
     def check(self) -> None:
         """Raise RuntimeError if a second run could not have the values of the first."""
-        if any(held.copy is None and version_of(held.tensor) != held.version for held in self.held):
+        if any(held.copy is None and held.is_written() for held in self.held):
             raise RuntimeError(
                 f"a weight or a buffer of {self.name} was changed in place between the forward pass and the backward "
                 "pass, which needs it to compute the module's output again. Step the optimizer after backward."

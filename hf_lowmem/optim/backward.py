@@ -13,6 +13,7 @@ FSDP2 averages a layer's gradients before it calls the hooks of its sharded para
 """
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,13 @@ SECOND_GRADIENT = (
     "the output head of shape {shape} was stepped by the gradient of the loss, row by row, and now a second gradient "
     "of it has come: it is used outside of the head, too, as by a penalty on weights. It has half a step. Leave "
     "lowmem_step_in_backward unset, or take the second use out of the loss."
+)
+TWO_UPDATES = (
+    "step in backward: a parameter of shape {shape} had a second gradient before optimizer.step(), and each made an "
+    "update of its own, which is not the update of their sum. Gradients that are to be added up need `ready`, which "
+    "says which backward pass is the last (lowmem_step_in_backward sets it); several losses are added before one "
+    "backward(); a reentrant checkpoint of a layer that runs twice needs use_reentrant=False; and each step ends with "
+    "optimizer.step()."
 )
 
 
@@ -95,6 +103,8 @@ class StepInBackward:
         self._norms: dict[tuple[torch.device, Any], tuple[list[Tensor], Shards | None]] = {}
         self._squares: list[Tensor] = []  # sums of the last finished step, one a device: nobody waits for them
         self._by_rows: set[int] = set()  # of parameters that the backward pass now running has stepped by rows
+        self._stepped: set[int] = set()  # of parameters that were stepped since the last `optimizer.step()`
+        self._told = False
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
@@ -158,6 +168,14 @@ class StepInBackward:
             accumulator.take(p, raw)
         self.optimizer.step_param(p, group, norm=self._count(p))
         p.grad = None
+        self._once(p)
+
+    def _once(self, p: Tensor) -> None:
+        """Note an update, and say once if it is the second of a step."""
+        if id(p) in self._stepped and not self._told:
+            self._told = True
+            warnings.warn(TWO_UPDATES.format(shape=tuple(p.shape)), stacklevel=2)
+        self._stepped.add(id(p))
 
     @torch.no_grad()
     def _end_windows(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -222,6 +240,7 @@ class StepInBackward:
         """End such a step, after the last rows. Any other gradient of `p` in this backward pass is an error then."""
         self._note(p, step.close())
         self._by_rows.add(id(p))
+        self._once(p)
 
     def _group_of(self, p: Tensor) -> Group | None:
         index = self._places.get(id(p)) if self._hooks else None
@@ -230,6 +249,7 @@ class StepInBackward:
     @torch.no_grad()
     def _close(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._by_rows.clear()
+        self._stepped.clear()
         if self._norms:
             sums = [(torch.stack(norms).square().sum(), shards) for norms, shards in self._norms.values()]
             self._squares = [s if shards is None else shards.sum_(s) for s, shards in sums]
@@ -241,6 +261,13 @@ class StepInBackward:
         With gradient accumulation: of the last backward pass alone where projections are added up.
         """
         return torch.stack([s.cpu() for s in self._squares]).sum().sqrt().item() if self._squares else None
+
+    def forget(self) -> None:
+        """Drop what a step that was cut off has left: gradients, their sums, and which parameters it had stepped."""
+        self.optimizer.zero_grad()
+        self._by_rows.clear()
+        self._stepped.clear()
+        self._norms.clear()
 
     def remove(self) -> None:
         """Detach: gradients stay again until `optimizer.step()`. `follow` attaches again."""

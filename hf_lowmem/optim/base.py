@@ -134,16 +134,7 @@ class LowMemOptimizer(Method, Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group as in torch; its own options are checked like the constructor's."""
-        fields = {f.name for f in dataclasses.fields(OptimSpec)} - {"name", "options", "labels"}
-        merged = {**self.defaults, **param_group}
-        merged["lr"] = plain(merged["lr"])
-        resolved = self.resolve(
-            OptimSpec(
-                name=self.name,
-                **{k: v for k, v in merged.items() if k in fields},
-                options={k: merged[k] for k in (*self.CHECKS, *self.FACTS)},
-            )
-        )
+        resolved = self._resolved(self.defaults | param_group)
         own = {k: resolved[k] for k in param_group if k in resolved and k not in ("lr", "rank")}
         super().add_param_group(param_group | own)
         group = self.param_groups[-1]
@@ -159,6 +150,13 @@ class LowMemOptimizer(Method, Optimizer):
                     f"a parameter of dtype {p.dtype}: {self.name} trains bfloat16, float16, float32 and float64. Load "
                     "the model in one of them, or set requires_grad=False."
                 )
+
+    def _resolved(self, options: Group) -> Group:
+        """A group's options, checked as the constructor's are; what else it holds is left out."""
+        fields = {f.name for f in dataclasses.fields(OptimSpec)} - {"name", "options", "labels"}
+        asked = {k: plain(v) if k == "lr" else v for k, v in options.items() if k in fields}
+        own = {k: options[k] for k in (*self.CHECKS, *self.FACTS)}
+        return self.resolve(OptimSpec(name=self.name, options=own, **asked))
 
     def slot(self, p: Tensor, group: Group) -> Slot:
         """The slot of a parameter: what is decided for it, and its state as it is now, to read between steps.
@@ -345,9 +343,9 @@ class LowMemOptimizer(Method, Optimizer):
 
         Raises:
             ValueError: where the checkpoint was made by another method, codec, rank, projection or seed, or with the
-                parameters in another order; and where a state does not fit its parameter.
+                parameters in another order; and where a state does not fit its parameter, or a setting no optimizer.
         """
-        load(self, self._slot, self.STRUCTURAL, state_dict, super().load_state_dict)
+        load(self, self._slot, self._resolved, self.STRUCTURAL, state_dict, super().load_state_dict)
 
 
 def check_dense(name: str, grad: Tensor) -> None:

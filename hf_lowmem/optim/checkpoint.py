@@ -5,7 +5,9 @@ moments would come back as bf16; accelerate calls it once at `prepare`. So torch
 the states are filled in afterwards. Hooks that a user has registered run before and after that, as in torch.
 """
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from hf_lowmem.codecs import BlockCodec
 from hf_lowmem.codecs.rows import RowCodec
 from hf_lowmem.distributed import full, local
 from hf_lowmem.optim import roles
-from hf_lowmem.optim.loaded_state import check_counts, check_keys, check_values
+from hf_lowmem.optim.loaded_state import REMEDY, check_counts, check_keys, check_values
 from hf_lowmem.optim.names import same_names
 from hf_lowmem.optim.sharded import ShardedSlot, row_dim, row_layout
 from hf_lowmem.optim.slot import Slot
@@ -35,6 +37,7 @@ BEFORE = {"embeddings": "adam"}
 def load(
     optimizer: Optimizer,
     slot_of: Callable[[Tensor, Group], Slot],
+    resolved: Callable[[Group], Group],
     structural: Iterable[str],
     state_dict: dict[str, Any],
     load_by_torch: Callable[[dict[str, Any]], None],
@@ -43,6 +46,7 @@ def load(
 
     Args:
         slot_of: for a parameter and its group.
+        resolved: checks a group's options as a constructor does.
         structural: options with which the checkpoint must have been made.
         load_by_torch: `Optimizer.load_state_dict`, bound to the optimizer.
 
@@ -52,15 +56,18 @@ def load(
     taken: dict[str, Any] = {}
 
     def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:  # after every hook that a user registered
+        check_form(final)
         taken.update(final)
         saved = final["param_groups"]
         check_groups(optimizer.param_groups, saved, structural)
+        tell_changed(optimizer.param_groups, saved, optimizer.defaults)
         # An option that is younger than the checkpoint keeps this optimizer's value.
         new = ("params", "skipped")
         ours = [{k: v for k, v in group.items() if k not in new} for group in optimizer.param_groups]
         ours += [{}] * (len(saved) - len(ours))  # torch complains about their number
         kept = [{k: v for k, v in own.items() if k in OURS} for own in ours]
         groups = [own | theirs | ours for own, theirs, ours in zip(ours, saved, kept, strict=False)]
+        check_options(groups, resolved)
         return {**final, "param_groups": groups, "state": {}}
 
     def fill(_: Optimizer) -> None:
@@ -75,6 +82,43 @@ def load(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise unless it has the form of an optimizer's state: groups of parameters by number, and a dict for each."""
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    wrong = "'param_groups' that are no list of groups" if not _is_list(groups, dict) else None
+    for group in groups if wrong is None else ():
+        names, skipped = group.get("param_names"), group.get("skipped", [0, 0, 0])
+        if not _is_list(group.get("params"), int | str):  # names, as torch's distributed checkpoints have them
+            wrong = "a group whose 'params' are neither numbers nor names"
+        elif names is not None and not (_is_list(names, str) and len(names) == len(group["params"])):
+            wrong = f"a group whose 'param_names' are not the names of its {len(group['params'])} parameters"
+        elif not (_is_list(skipped, int) and len(skipped) == 3 and all(0 <= n < 2**63 for n in skipped)):
+            wrong = f"skipped={skipped!r}, expected three counts,"
+    if not isinstance(states, dict) or not all(isinstance(s, dict) and _is_list([*s], str) for s in states.values()):
+        wrong = "a 'state' that is no dict of dicts"
+    if wrong is not None:
+        raise ValueError(f"the checkpoint has {wrong} and was not saved by an optimizer. {REMEDY}")
+
+
+def _is_list(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def check_options(groups: list[Group], resolved: Callable[[Group], Group]) -> None:
+    """Raise where a loaded group has a setting that no constructor takes, such as a negative rate."""
+    for index, group in enumerate(groups):
+        try:
+            checked = resolved(
+                group | {"betas": tuple(group["betas"])} if isinstance(group.get("betas"), list) else group
+            )
+            for option in [k for k, v in checked.items() if v is not None and k != "rank" and group.get(k, v) is None]:
+                raise ValueError(f"{option}=None.")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint's parameter group {index} has a setting that no optimizer has: {error} {REMEDY}"
+            ) from error
 
 
 def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[str]) -> None:
@@ -102,6 +146,30 @@ def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[s
                 f"the checkpoint holds the state of {first[1]!r} where this optimizer has {first[0]!r}. "
                 "Build the model and the parameter groups as they were when it was saved."
             )
+
+
+def tell_changed(groups: list[Group], saved: list[Group], options: Iterable[str]) -> None:
+    """Warn of settings that are not the checkpoint's, which count here as in torch's optimizers.
+
+    The rate is what a schedule has made of it, so that the one from which the schedule starts is compared. Betas are
+    left out where a schedule moves them, as OneCycleLR does.
+    """
+    told: dict[str, str] = {}
+    for ours, theirs in zip(groups, saved, strict=False):
+        moved = {"betas"} if "max_momentum" in theirs else set[str]()
+        compared = {*options, "initial_lr"} - {"params", "lr", *OURS, *moved}
+        for option in sorted(compared & ours.keys() & theirs.keys()):
+            mine, other = (list(v) if isinstance(v, list | tuple) else v for v in (ours[option], theirs[option]))
+            if mine != other:
+                name = "lr" if option == "initial_lr" else option
+                told.setdefault(name, f"{name}={theirs[option]!r}, this optimizer has {name}={ours[option]!r}")
+    if told:
+        warnings.warn(
+            f"the checkpoint was made with {'; with '.join(told.values())}. As with torch's optimizers, the "
+            "checkpoint's count from here on. To change them, write them into optimizer.param_groups after loading, or "
+            "start with a fresh optimizer.",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()

@@ -44,10 +44,10 @@ def check_counts(label: str, raw: dict[str, Any], method: str) -> None:
                 f"hf_lowmem's {method}. Start with a fresh optimizer."
             )
         least = 1 if name == "step" else 0
-        if number(value) < least:
+        if not least <= number(value) < 2**63:
             raise ValueError(
-                f"the checkpoint's state of {label} has {name}={number(value)}, expected at least {least}: no update "
-                f"leaves such a state. {REMEDY}"
+                f"the checkpoint's state of {label} has {name}={number(value)}, expected at least {least} and below "
+                f"2**63: no update leaves such a state. {REMEDY}"
             )
 
 

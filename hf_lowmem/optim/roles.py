@@ -6,7 +6,7 @@ them groups of their own. A fact is a plain value in its group, for the reasons 
     role      "head": the output head, or what is tied to it; "embedding": of nn.Embedding; "linear": nn.Linear, GPT-2's
               Conv1D and fused experts; "other"
     experts   whether a parameter of three dimensions is a batch of matrices
-    outputs   the dimension of the outputs: -2 of nn.Linear, -1 of Conv1D and of experts that say `is_transposed`
+    outputs   the dimension of the outputs: -2 of nn.Linear, -1 of Conv1D and of experts that are the other way round
     head      rows of one attention head, of a projection to queries or keys; None elsewhere
     splits    sizes along the outputs of matrices that were fused into one; None for one matrix
     bias      whether a parameter is one
@@ -44,8 +44,16 @@ QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin", "wq", 
 HEAD_SIZES = ("head_dim", "attention_head_size", "dim_per_head")
 FUSED_GATE = "gate_up_proj"
 
-# What modules of fused experts call their number: transformers' all say `num_experts`, others' code the rest.
-COUNTS_OF_EXPERTS = ("num_experts", "n_experts", "num_local_experts")
+# What modules of fused experts call their number: nearly all of transformers' say `num_experts`, LongCat's and
+# Inkling's the last three, others' code the rest.
+COUNTS_OF_EXPERTS = (
+    "num_experts",
+    "n_experts",
+    "num_local_experts",
+    "num_routed_experts",
+    "total_experts",
+    "n_shared_experts",
+)
 
 
 def _check_role(label: str, value: object) -> None:
@@ -93,6 +101,21 @@ def is_experts(module: nn.Module, p: Tensor) -> bool:
     return any(getattr(module, count, None) == p.shape[0] for count in COUNTS_OF_EXPERTS)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether fused experts are (inputs, outputs) each, as in GPT-OSS, and not (outputs, inputs) as nn.Linear is.
+
+    transformers' experts say it by an attribute. Of those that do not (Llama 4's) the shapes do: what goes into the
+    second matrix is half of what comes out of the first, gate and up.
+    """
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    first, second = (getattr(module, name, None) for name in (FUSED_GATE, "down_proj"))
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == second.ndim == 3):
+        return False
+    return first.shape[-1] == 2 * second.shape[-2] and first.shape[-2] == second.shape[-1]
+
+
 def head_weights(head: nn.Module) -> Iterator[Tensor]:
     """The weights of an output head: its own, and the copies that PEFT keeps of it for each adapter, active or not."""
     weight = dict(head.named_parameters(recurse=False)).get("weight")
@@ -138,7 +161,7 @@ def facts_of(model: nn.Module) -> dict[int, Group]:
             experts = is_experts(module, p)
             found.setdefault(id(p), DEFAULTS | {"role": "other", "bias": bias, "experts": experts})
     for _, _, own, module, p in linear_parameters(model):
-        across = getattr(module, "is_transposed", False) is True if p.ndim == 3 else is_conv1d(module)
+        across = is_transposed(module) if p.ndim == 3 else is_conv1d(module)
         facts = found[id(p)]
         facts |= {"role": "linear", "outputs": -1 if across else -2}
         if p.ndim == 3 and own == FUSED_GATE and getattr(module, "is_concatenated", False) is True:

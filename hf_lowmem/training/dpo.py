@@ -26,7 +26,7 @@ from hf_lowmem.patching import in_eval_mode
 from hf_lowmem.preference.collate import KEYS, MARGINS, PairCollator, has_images
 from hf_lowmem.preference.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
 from hf_lowmem.preference.reference import check_none_loaded, free_reference, resolve_reference, without_reference
-from hf_lowmem.preference.reference.adapters import check_adapter
+from hf_lowmem.preference.reference.adapters import check_adapter, whole_copies
 from hf_lowmem.preference.reference.identity import first_digest_of, identity_of
 from hf_lowmem.preference.reference.passed import copied_reference, own_modules_only
 from hf_lowmem.preference.reference.precomputed import ReferenceLogps, ReferenceRecord, read_stream
@@ -144,6 +144,8 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         loading = contextlib.ExitStack()
         loading.enter_context(mock.patch.object(dpo_trainer, "hash_module", first_digest_of))
         loading.enter_context(mock.patch.object(dpo_trainer, "prepare_fsdp", prepare_fsdp))
+        if peft and ref_model is None and kwargs.get("peft_config") is None:
+            loading.enter_context(whole_copies(model))
         if kind == "none":
             loading.enter_context(without_reference(not isinstance(model, str)))
         elif self._reference_is_an_untried_copy:

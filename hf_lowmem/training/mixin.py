@@ -167,7 +167,7 @@ class LowMemTrainerMixin(RestingWeights):
         """Leave the model as it was before this training, whatever has ended it."""
         if self.stepping is not None:
             self.stepping.remove()
-            self.stepping.optimizer.zero_grad()  # of a window that an exception has cut off
+            self.stepping.forget()  # a step that an exception has cut off
         if self._tiers is not None:
             self._tiers.take_off()
             self._tiers = None
@@ -260,10 +260,10 @@ class LowMemTrainerMixin(RestingWeights):
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Leave no epoch for a checkpoint at the last step, where the parent trains on; forget gradients of a window
-        that an attempt with another batch size has not ended."""
+        """Leave no epoch for a checkpoint at the last step, where the parent trains on; forget the step that an
+        attempt with another batch size has not ended."""
         if self.stepping is not None:
-            self.stepping.optimizer.zero_grad()
+            self.stepping.forget()
         begin = super()._init_training_state(  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 
 from hf_lowmem.activations import convert
@@ -391,3 +392,47 @@ def test_transforms_of_torch_func_get_the_layers_as_they_are(tier: str) -> None:
     convert(model, tier)
     assert torch.equal(ensemble(), plain[0])
     assert torch.equal(by_func(), plain[1])
+
+
+@pytest.mark.parametrize("tier", ["exact", "fp8", "checkpoint_fp8", "stream"])
+def test_tangents_are_those_of_the_plain_model(tier: str) -> None:
+    model = build("llama", attn="eager")
+    embeds = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    direction = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            logits = model(inputs_embeds=forward_ad.make_dual(embeds, direction), use_cache=False).logits
+            return forward_ad.unpack_dual(logits).tangent.detach()
+
+    plain = tangent()
+    convert(model, tier)
+    assert torch.equal(tangent(), plain)
+
+
+def on_bare_parameters() -> Any:
+    """A model whose fused experts have a LoRA each, which PEFT puts on as a parametrization for the time of a call."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    model = peft.get_peft_model(build("mixtral"), config).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def two_passes(model: Any) -> dict[str, Tensor]:
+    """Gradients of two forward passes before one backward pass."""
+    inputs = batch() | {"use_cache": False}
+    loss = model(**inputs).loss
+    (loss + model(**inputs | {"input_ids": inputs["input_ids"].flip(0)}).loss).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tier", ["exact", "fp8", "fp8_recompute", "checkpoint_fp8", "stream"])
+def test_adapters_on_bare_parameters(tier: str) -> None:
+    plain = two_passes(on_bare_parameters())
+    assert any("experts" in name for name in plain)
+    ours = on_bare_parameters()
+    convert(ours, tier)
+    error = error_of(two_passes(ours), plain)
+    assert error < (1e-5 if tier in ("exact", "checkpoint_fp8", "stream") else LOSSY)

@@ -1,11 +1,13 @@
 """Step in backward: the same bits as a step of its own, and no gradient that outlives its update."""
 
 import io
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem import LowMemTrainer, LowMemTrainingArguments, make_optimizer
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, slot
@@ -246,3 +248,43 @@ def test_its_state_is_the_plain_optimizer_s() -> None:
     other = build("galore", plain)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert same_bits(other.state_dict(), optimizer.state_dict())
+
+
+class Shared(nn.Module):
+    """One layer that runs three times, each inside of a checkpoint."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.reentrant = nn.Linear(8, 8), reentrant
+
+    def loss(self) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 32).view(4, 8).requires_grad_()
+        for _ in range(3):
+            x = checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=self.reentrant)
+        return x.square().sum()
+
+
+def test_a_second_update_within_a_step_is_told_once() -> None:
+    """Each is an update by a part of the gradient: two of Adam's steps, where their sum would make one."""
+    for model, passes, told in ((Shared(True), 1, 1), (Shared(False), 1, 0), (Shared(False), 2, 1)):
+        optimizer = build("adamw", model)
+        attached = StepInBackward(optimizer)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                for _ in range(passes):
+                    model.loss().backward()
+                optimizer.step()
+        assert len([w for w in said if "not the update of their sum" in str(w.message)]) == told
+        attached.remove()
+
+
+def test_a_step_that_was_cut_off_is_no_first_update() -> None:
+    model = Shared(False)
+    attached = StepInBackward(build("adamw", model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model.loss().backward()
+            attached.forget()

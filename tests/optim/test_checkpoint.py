@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -192,3 +193,103 @@ def test_a_state_that_somebody_has_moved_goes_on(name: str) -> None:
     train(p, optimizer, range(2, 4))
     assert int(state["step"]) == 4
     assert state["step"].device.type == "cpu"
+
+
+def said_on_loading(optimizer: LowMemOptimizer, state_dict: dict[str, Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(copy.deepcopy(state_dict))
+    return [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("adamw", {"weight_decay": 0.3}),
+        ("adamw", {"betas": (0.5, 0.6)}),
+        ("lamb", {"eps": 1e-3}),
+        ("apollo", {"scale": 7.0}),
+        ("galore", {"update_gap": 2}),
+        ("lion", {"cautious": True}),
+    ],
+)
+def test_settings_that_the_checkpoint_has_otherwise_are_told(name: str, changed: dict[str, Any]) -> None:
+    (option, value), *_ = changed.items()
+    _, optimizer = make(name, **changed)
+    (said,) = said_on_loading(optimizer, saved(name))
+    assert f"this optimizer has {option}={value!r}" in said
+    assert "param_groups" in said
+    assert f"{option}={optimizer.param_groups[0][option]!r}, this" in said, "the checkpoint's counts, as in torch"
+    assert not said_on_loading(make(name)[1], saved(name))
+
+
+def test_what_a_schedule_moves_is_no_change_but_its_start_is() -> None:
+    def scheduled(lr: float) -> tuple[nn.Parameter, LowMemOptimizer, Any]:
+        p, optimizer = make("adamw", lr=lr)
+        return p, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=20)
+
+    p, optimizer, schedule = scheduled(0.01)
+    train(p, optimizer, range(3))
+    for _ in range(3):
+        schedule.step()
+    state_dict = optimizer.state_dict()
+    assert optimizer.param_groups[0]["betas"] != make("adamw")[1].param_groups[0]["betas"]
+    assert not said_on_loading(scheduled(0.01)[1], state_dict)
+    (said,) = said_on_loading(scheduled(0.02)[1], state_dict)
+    assert "this optimizer has lr=" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", "1e-3"),
+        ("betas", (2.0, 5.0)),
+        ("betas", None),
+        ("eps", -1.0),
+        ("weight_decay", math.nan),
+        ("update_gap", 0),
+        ("scale", None),
+        ("rotate", "yes"),
+    ],
+)
+def test_a_setting_that_no_constructor_takes_is_refused(option: str, value: Any) -> None:
+    """A negative rate, as a damaged file may have it, would lead uphill without a word."""
+    state_dict = saved("galore")
+    state_dict["param_groups"][0][option] = value
+    _, optimizer = make("galore")
+    with pytest.raises(ValueError, match=rf"parameter group 0 has a setting.*{option}.*fresh optimizer"):
+        optimizer.load_state_dict(state_dict)
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def spoiled(state_dict: Any, where: tuple[Any, ...], value: Any) -> Any:
+    *path, last = where
+    inner = state_dict
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (("param_groups",), None, "no list of groups"),
+        (("param_groups", 0, "params"), "x", "neither numbers nor names"),
+        (("param_groups", 0, "params"), [None], "neither numbers nor names"),
+        (("param_groups", 0, "param_names"), [1], "not the names of its 1 parameters"),
+        (("param_groups", 0, "skipped"), [1], r"skipped=\[1\], expected three counts"),
+        (("param_groups", 0, "skipped"), [2**80, 1, 1], "expected three counts"),
+        (("state",), None, "no dict of dicts"),
+        (("state", 0), 5, "no dict of dicts"),
+        (("state", 0, 3), 5, "no dict of dicts"),
+        (("state", 0, "step"), 2**80, r"step=\d+, expected at least 1 and below 2\*\*63"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(where: tuple[Any, ...], value: Any, words: str) -> None:
+    _, optimizer = make("adamw")
+    with pytest.raises(ValueError, match=f"the checkpoint.*{words}.*fresh optimizer"):
+        optimizer.load_state_dict(spoiled(saved("adamw"), where, value))
+    assert not optimizer.state

@@ -17,6 +17,7 @@ from transformers import (
     GptOssConfig,
     HubertConfig,
     HubertModel,
+    Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen2Config,
@@ -164,6 +165,45 @@ def test_a_module_of_ones_own_says_how_many_experts_it_has() -> None:
     assert low_rank_names(nn.Sequential(Mine(3), nn.Linear(8, 8))) == {"1.weight"}
     groups = make_optimizer("soap", Mine(4)).param_groups
     assert [n for g in groups if g["experts"] for n in g["param_names"]] == ["up"]
+
+
+class Fused(nn.Module):
+    """Experts as Llama 4's: nothing says which way round the matrices are."""
+
+    def __init__(self, size: int, inside: int, *, across: bool, named: str = "num_experts") -> None:
+        super().__init__()
+        setattr(self, named, 4)
+        up, down = (4, 2 * inside, size), (4, size, inside)
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.randn((s[0], s[2], s[1]) if across else s)) for s in (up, down)
+        )
+
+
+@pytest.mark.parametrize("sizes", [(16, 8), (8, 16), (16, 16), (32, 16)])
+@pytest.mark.parametrize("across", [True, False])
+def test_experts_that_do_not_say_which_way_round_they_are_show_it_by_their_shapes(
+    sizes: tuple[int, int], across: bool
+) -> None:
+    for name in ("scale", "adam_mini", "muon"):
+        groups = make_optimizer(name, Fused(*sizes, across=across)).param_groups
+        assert {g["outputs"] for g in groups} == {-1 if across else -2}
+    model = Fused(*sizes, across=across)
+    model.is_transposed = not across
+    assert {g["outputs"] for g in make_optimizer("scale", model).param_groups} == {-2 if across else -1}, "as it says"
+
+
+def test_llama_4_s_experts_have_their_outputs_last() -> None:
+    config = Llama4TextConfig(**SIZES | {"head_dim": 8, "intermediate_size_mlp": 48}, num_local_experts=4)
+    groups = make_optimizer("scale", AutoModelForCausalLM.from_config(config)).param_groups
+    outputs = {n: g["outputs"] for g in groups for n in g["param_names"]}
+    fused = {n for n in outputs if "experts.gate_up_proj" in n or "experts.down_proj" in n}
+    assert fused
+    assert {n for n, dim in outputs.items() if dim == -1} == fused
+
+
+@pytest.mark.parametrize("named", ["num_routed_experts", "total_experts", "n_shared_experts"])
+def test_other_names_of_the_number_of_experts(named: str) -> None:
+    assert low_rank_names(Fused(16, 8, across=False, named=named)) == {"gate_up_proj", "down_proj"}
 
 
 def test_what_the_model_says_of_experts_cannot_be_set() -> None:

@@ -1,12 +1,18 @@
 """When the policy without its adapter is the model that was passed, and when it is not."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-__all__ = ["check_adapter"]
+import torch
+
+__all__ = ["check_adapter", "whole_copies"]
 
 # Ways of PEFT to initialise an adapter that take it out of the base's weights, by how their names begin.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 FROZEN = "ref"  # TRL's name for its copy of an adapter that was trained before
+TRAINED = "default"  # its name for that adapter
 
 
 def check_adapter(kind: str, model: Any, peft_config: Any) -> None:
@@ -70,3 +76,46 @@ def _trained_of_the_base(model: Any, config: Any, *, wrapped: bool) -> str | Non
         if p.requires_grad and prefix not in name and set(model.peft_config).isdisjoint(name.split("."))
     ]
     return f"{len(names)} weights ({names[0]!r}, ...)" if names else None
+
+
+@contextlib.contextmanager
+def whole_copies(model: Any) -> Iterator[None]:
+    """Let the frozen copy that DPOTrainer's constructor makes of a PEFT model's adapter be a copy of all of it.
+
+    TRL copies what has ".default." in its name. Tensors that PEFT keeps by themselves, and not in a module, end in
+    ".default" (of IA3 and VeRA all, of LoRA those of an embedding and of trained tokens). Their copies would
+    keep what a new adapter begins with, which is another model.
+
+    Raises:
+        ValueError: in the constructor, where a trained tensor of the adapter has no place in the copy.
+    """
+    add = model.add_adapter
+
+    def add_whole(name: str, *args: Any, **kwargs: Any) -> Any:
+        result = add(name, *args, **kwargs)
+        if name == FROZEN:
+            _copy(model)
+        return result
+
+    with mock.patch.object(model, "add_adapter", add_whole):
+        yield
+
+
+@torch.no_grad()
+def _copy(model: Any) -> None:
+    """Write the adapter that is trained over its frozen copy."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if TRAINED not in parts:
+            continue
+        copied = tensors.get(".".join(FROZEN if part == TRAINED else part for part in parts))
+        if copied is None or copied.shape != tensor.shape:
+            if not tensor.requires_grad:
+                continue
+            raise ValueError(
+                f"TRL's reference of a PEFT model is a frozen copy of its adapter {TRAINED!r}, and PEFT makes none of "
+                f"{name!r} (of {type(model.peft_config[TRAINED]).__name__}). Pass ref_model; with "
+                "lowmem_reference='precomputed' it is freed before training."
+            )
+        copied.copy_(tensor)

@@ -3,12 +3,13 @@
 import contextlib
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import FourierFTConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -156,6 +157,29 @@ def test_an_adapter_that_is_not_all_of_the_change(
     model, extra = spoiled_by(kind)
     made = trainer(tmp_path, tokenizer, model=model, ref_model=policy(1), lowmem_reference="full", extra=extra)
     assert made.reference_kind == "full"  # which the messages offer
+
+
+KEPT_BESIDE_MODULES: dict[str, Callable[[], PeftConfig]] = {
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "fourierft": lambda: FourierFTConfig(n_frequency=20, target_modules=["q_proj"]),
+    "vera": lambda: VeraConfig(target_modules=["q_proj", "o_proj"]),
+    "an embedding": lambda: LoraConfig(r=4, target_modules=["embed_tokens"]),
+    "tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
+}
+
+
+@pytest.mark.parametrize("way", ["adapter", "precomputed"])
+@pytest.mark.parametrize("kind", KEPT_BESIDE_MODULES)
+def test_the_frozen_copy_of_an_adapter_is_whole(kind: str, way: str, tmp_path: Path, tokenizer: Any) -> None:
+    """Tensors that PEFT keeps under the adapter's name itself, too, which TRL does not copy."""
+    model = get_peft_model(policy(), KEPT_BESIDE_MODULES[kind]())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    made = trainer(tmp_path, tokenizer, model=model, lowmem_reference=way)
+    assert made.compute_loss(made.model, first_batch(made)).item() == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("way", ["full", "precomputed", "adapter", "quantized"])
