@@ -141,7 +141,7 @@ class Call:
             mask = lower_right(end - start, end - first, self.device)
         if mask is not None or "attention_mask" in inspect.signature(self.original).parameters:
             given["attention_mask"] = mask
-        chunk = Chunk(causal)
+        chunk = Chunk(causal, keys.corner)
         with streaming(chunk, self.implementation):
             out = self.original(x, **{**given, self.cache: keys, "use_cache": False})
         if keys.calls != 1:
