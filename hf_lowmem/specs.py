@@ -19,7 +19,7 @@ import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
     "ACCUMULATIONS",
@@ -251,6 +251,15 @@ OFFLOADS = ("inputs",)  # what may be kept in host memory
 _LAYERS = re.compile(r"(\d+)(-(\d*))?")
 
 
+class _Part(NamedTuple):
+    """A tier as it was written: its name, its first layer and its last (None: the model's), how many share an input."""
+
+    tier: str
+    first: int
+    last: int | None
+    every: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
     """Activation tiers: what a converted model keeps for the backward pass, layer by layer.
@@ -258,7 +267,8 @@ class ActivationSpec:
     Args:
         tiers: one name of TIERS or STREAMED for every layer, or a list by layer number, counted from 0:
             "fp8:0-11,checkpoint_fp8:12-". A range includes both ends; "12-" goes to the last layer, "7" is one layer.
-            A layer that no range names stays as HuggingFace made it.
+            A layer that no range names stays as HuggingFace made it. "stream/4" and "stream_fp8/4" keep every fourth
+            layer's input only, and compute those between once more.
         stochastic: round stochastically where a tier compresses, with a seed that is hashed from the run's, the layer
             and the step; else to the nearest.
         chunk: tokens that a layer of a streamed tier runs on at a time; None for as many as fit in 1 GiB.
@@ -286,11 +296,9 @@ class ActivationSpec:
         if not isinstance(self.stochastic, bool):
             raise TypeError(f"{self.label('stochastic')}={self.stochastic!r}: expected True or False.")
         label = self.label("tiers")
-        if not isinstance(self.tiers, str) or ":" not in self.tiers:
+        if not isinstance(self.tiers, str):
             check_choice(label, self.tiers, (*TIERS, *STREAMED))
         tiers = {tier for tier, _, _ in self.ranges}
-        for tier in tiers:
-            check_choice(label, tier, (*TIERS, *STREAMED))
         self._check_chunk(tiers)
         if self.stochastic and tiers <= {"exact", "stream"}:
             raise ValueError(
@@ -329,10 +337,15 @@ class ActivationSpec:
 
     @property
     def ranges(self) -> list[tuple[str, int, int | None]]:
-        """(tier, first layer, last layer or None for the model's last), as they were written."""
+        """(tier without its "/N", first layer, last layer or None for the model's last), as they were written."""
+        return [(part.tier, part.first, part.last) for part in self._parts]
+
+    @property
+    def _parts(self) -> list[_Part]:
         if ":" not in self.tiers:
-            return [(self.tiers, 0, None)]
-        found: list[tuple[str, int, int | None]] = []
+            tier, every = self._split(self.tiers)
+            return [_Part(tier, 0, None, every)]
+        found: list[_Part] = []
         for part in self.tiers.split(","):
             tier, _, layers = part.strip().partition(":")
             match = _LAYERS.fullmatch(layers.strip())
@@ -342,8 +355,20 @@ class ActivationSpec:
                     f"{self.label('tiers')}={self.tiers!r}: {part.strip()!r} is not a tier with its layers. Write "
                     "'fp8:0-11,checkpoint_fp8:12-', or one tier for all layers."
                 )
-            found.append((tier, int(match[1]), last))
+            tier, every = self._split(tier)
+            found.append(_Part(tier, int(match[1]), last, every))
         return found
+
+    def _split(self, text: str) -> tuple[str, int]:
+        """Tier and N of "tier/N"; 1 where there is none."""
+        tier, slash, number = text.partition("/")
+        check_choice(self.label("tiers"), tier, (*TIERS, *STREAMED))
+        if slash and (tier not in STREAMED or not number.isdecimal() or int(number) < 2):
+            raise ValueError(
+                f"{self.label('tiers')}={self.tiers!r}: '/N' keeps the input of every Nth layer, for tiers "
+                f"{' and '.join(STREAMED)} and whole numbers from 2 on. Write 'stream_fp8/4', or leave it out."
+            )
+        return tier, int(number or 1)
 
     def of_layers(self, count: int) -> list[str | None]:
         """The tier of each of `count` layers. Raises ValueError if a range names a layer that there is not."""
@@ -357,3 +382,11 @@ class ActivationSpec:
             for index in range(first, count if last is None else last + 1):
                 tiers[index] = tier
         return tiers
+
+    def every_of_layers(self, count: int) -> list[int]:
+        """Of each of `count` layers, how many share one input: N of "stream/N", else 1."""
+        every = [1] * count
+        for part in self._parts:
+            for index in range(part.first, min(count, count if part.last is None else part.last + 1)):
+                every[index] = part.every
+        return every

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["active", "in_checkpoint", "innermost_pack", "reason_to_step_aside", "say_once"]
+__all__ = ["active", "check_first_derivative", "in_checkpoint", "innermost_pack", "reason_to_step_aside", "say_once"]
 
 
 class _Active(threading.local):
@@ -59,3 +59,17 @@ def reason_to_step_aside() -> str | None:
 def say_once(text: str) -> None:
     """Warn, once a process for each text."""
     warnings.warn(text, stacklevel=2)
+
+
+def check_first_derivative(what: str, why: str) -> None:
+    """Raise RuntimeError in a backward pass that is to have a graph: what has none would be a constant in a second one.
+
+    Args:
+        what: the module whose backward pass this is.
+        why: it has no graph.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"create_graph=True asks for a second derivative through {what}, of which there is none: {why}. Leave "
+            "create_graph out, or lowmem_activations, with gradient_checkpointing=True for long sequences."
+        )

@@ -31,6 +31,7 @@ from hf_lowmem.activations.host import HostStore
 from hf_lowmem.activations.report import LayerReport, Report
 from hf_lowmem.activations.seeds import Seeds
 from hf_lowmem.activations.streaming.able import check_streamed, why_not_streamed
+from hf_lowmem.activations.streaming.chains import Sharing
 from hf_lowmem.activations.streaming.masks import MaskMaker
 from hf_lowmem.activations.streaming.tier import wrap_streamed
 from hf_lowmem.activations.tape import FORMATS_OF_TIER
@@ -56,6 +57,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
         hooks_fp8                      whatever is saved, compressed: for layers that are not recognised
         stream            1.0 / 1.0   the layer's input; it runs by chunks of tokens, and inside of a layer is one chunk
         stream_fp8        0.5 / 0.5   the same, its input compressed
+        stream_fp8/4                   the same, of every fourth layer; those between run forward once more
 
     `checkpoint_fp8` and `hooks_fp8` need to know nothing about a layer: in a model without attention and MLPs that are
     recognised they take its longest list of modules, and `hooks_fp8` the model's own parts where there is no list.
@@ -85,7 +87,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model={type(model).__name__}: expected a torch.nn.Module.")
     layers, others = _layers_for(model, spec, label)
-    tiers = spec.of_layers(len(layers))
+    tiers, every = spec.of_layers(len(layers)), spec.every_of_layers(len(layers))
     for (_, layer), layer_tier in zip(layers, tiers, strict=True):
         if layer_tier and getattr(layer, "gradient_checkpointing", False):
             raise ValueError(
@@ -98,6 +100,7 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     run = torch.initial_seed() if spec.seed is None else spec.seed
     store = HostStore(sum(tier in INPUT_TIERS for tier in tiers)) if spec.offload else None
+    sharing = Sharing(every)
     try:
         report = Report(spec.tiers, others, notes=_notes(model))
         done: dict[int, LayerReport] = {}
@@ -107,13 +110,14 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
                 if id(layer) not in done:
                     seeds = Seeds(run, index) if spec.stochastic else None
                     if layer_tier in STREAMED and implementation is not None:
-                        made = _stream_layer(
-                            _uncompiled(layer), name, layer_tier, spec.chunk, implementation, seeds, store
-                        )
+                        ways = (spec.chunk, implementation, seeds, store, sharing)
+                        made = _stream_layer(_uncompiled(layer), name, layer_tier, index, *ways)
                     else:
                         made = _convert_layer(_uncompiled(layer), name, layer_tier, seeds, store)
                     done[id(layer)] = made
                 report.layers.append(dataclasses.replace(done[id(layer)], name=name))
+        if store is not None:
+            store.layers -= sharing.spared
         if not any(layer.handled for layer in report.layers):
             raise ValueError(
                 f"{label}={spec.tiers!r}: nothing was recognised in the layers of {type(model).__name__} "
@@ -220,23 +224,28 @@ def _stream_layer(
     layer: nn.Module,
     name: str,
     tier: str,
+    index: int,
     chunk: int | None,
     implementation: str,
     seeds: Seeds | None,
     store: HostStore | None,
+    sharing: Sharing,
 ) -> LayerReport:
     routing, why = routing_of(layer), why_not_streamed(layer)
     fmt = "e4m3" if tier == "stream_fp8" and routing is None else "none"
     if why is not None:
         wrap_layer(layer, fmt, seeds=seeds, store=store)
         return LayerReport(name, "checkpoint_fp8", _handled(store), {"": f"{NOT_STREAMED}{why}"})
-    wrap_streamed(layer, tier, fmt, chunk, implementation, seeds, store)
+    chains, follows = sharing.of(index, fmt)
+    wrap_streamed(layer, tier, fmt, chunk, implementation, seeds, store, chains, follows)
     left = {"": f"{routing}: its input is kept uncompressed, or tokens might be routed otherwise"}
-    return LayerReport(name, tier, _handled(store), left if routing and tier == "stream_fp8" else {})
+    handled = _handled(store, chains.every)
+    return LayerReport(name, tier, handled, left if routing and tier == "stream_fp8" else {})
 
 
-def _handled(store: HostStore | None) -> dict[str, int]:
-    return {"its input" if store is None else "its input, in host memory": 1}
+def _handled(store: HostStore | None, every: int = 1) -> dict[str, int]:
+    what = "its input" if every == 1 else f"one input for each {every} layers"
+    return {what if store is None else f"{what}, in host memory": 1}
 
 
 def _check_any_streams(model: nn.Module, report: Report, label: str) -> None:

@@ -21,10 +21,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hf_lowmem.activations.aside import reason_to_step_aside
+from hf_lowmem.activations.aside import check_first_derivative, reason_to_step_aside
 from hf_lowmem.activations.blocks import Patch, eager
 from hf_lowmem.activations.draws import undrawn
 from hf_lowmem.activations.report import Report
@@ -105,9 +104,11 @@ class _ByTiles(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         norm = ctx.norm
+        check_first_derivative(
+            type(norm.module).__name__, "it runs by tiles, each with a graph of its own that is gone"
+        )
         x, *parameters = ctx.saved_tensors
         _, wants, *needed = ctx.needs_input_grad
         leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needed, strict=True)]

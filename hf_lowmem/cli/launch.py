@@ -50,7 +50,8 @@ def prepare(
 def flat(label: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """accelerate's part of a YAML as options by name, the way its launcher reads it."""
     found = dict(content)
-    for name, prefix in (("fsdp_config", "fsdp_"), ("dynamo_config", "dynamo_")):
+    prefixes = {"fsdp_config": "fsdp_", "dynamo_config": "dynamo_", "parallelism_config": "parallelism_config_"}
+    for name, prefix in prefixes.items():
         values = content.get(name) or {}
         if not isinstance(values, Mapping):
             raise TypeError(f"{label}: {name}={values!r}: expected keys with values.")

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "meta_model",
     "period_of",
     "shapes_of",
+    "sharing_of",
     "token_maker",
     "with_depth",
 ]
@@ -202,6 +204,11 @@ def period_of(config: PreTrainedConfig) -> int:
     """Number of layers after which their kinds repeat: 1 where all are alike, 6 for Gemma 3."""
     count, lists = layer_count(config), list(_per_layer(config).values())
     return next(p for p in range(1, count + 1) if all(v[i] == v[i - p] for v in lists for i in range(p, count)))
+
+
+def sharing_of(activations: str | None) -> list[int]:
+    """How many layers share one input, in each part of `lowmem_activations` that says so."""
+    return [int(n) for n in re.findall(r"/\s*(\d+)", activations or "")]
 
 
 def with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

@@ -1,6 +1,7 @@
 """`plan(model, args)`: what a training step will take, part by part, before there is a GPU or a weight."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from hf_lowmem.planner.models import (
     meta_model,
     period_of,
     shapes_of,
+    sharing_of,
     with_depth,
 )
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, NotLinear, edge_of, extrapolate, highest, outline
@@ -148,8 +150,9 @@ class _Job:
 
     def from_shallow(self) -> tuple[list[Moment], str, tuple[int, ...]]:
         """Three shallow models instead of the deep one. Raises NotLinear where that is no whole answer."""
-        depth, period = layer_count(self.config), period_of(self.config)
-        if ":" in (getattr(self.args, "lowmem_activations", None) or ""):
+        activations = getattr(self.args, "lowmem_activations", None)
+        depth, period = layer_count(self.config), math.lcm(period_of(self.config), *sharing_of(activations))
+        if ":" in (activations or ""):
             raise NotLinear("lowmem_activations names layers one by one")
         least = 2 * edge_of(period) + 1  # an inner layer, so that it is seen to be like the others
         lowest = next(d for d in range(least, least + period) if (depth - d) % period == 0)

@@ -18,6 +18,7 @@ from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.specs import OPTIMIZER_FIELDS, OptimSpec
 
 TRUE = ("1", "true", "yes")
+PIECES = ("cp_size", "sp_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Run:
         fsdp_version: 1 or 2; "XLA" for the FSDP of torch_xla.
         zero: DeepSpeed's settings, in the form of its JSON.
         processes, n_gpu: number of processes, and of the GPUs that one of them has replicas on.
+        pieces: processes among which a row is cut (context and sequence parallelism), by the names of
+            accelerate's ParallelismConfig, where that is more than one.
         precision: "no", "fp16" or "bf16".
         accumulation: micro-batches a step.
         compile: whether the model is compiled.
@@ -66,6 +69,7 @@ class Run:
     zero: Mapping[str, Any] | None = None
     processes: int | None = None
     n_gpu: int | None = None
+    pieces: Mapping[str, int] | None = None
     precision: str | None = None
     accumulation: int | None = None
     compile: bool | None = None
@@ -102,6 +106,7 @@ class Run:
             "stochastic": "lowmem_activations_stochastic",
             "host": "lowmem_offload",
             "chunk": "lowmem_stream_chunk",
+            "pieces": "parallelism_config",
         }.get(fact, fact)
         return f"{name}={getattr(self, fact)!r}"
 
@@ -185,6 +190,7 @@ class Run:
             zero=plugin.deepspeed_config if engine == "deepspeed" and plugin is not None else None,
             processes=args.world_size,
             n_gpu=args.n_gpu,
+            pieces=_pieces(vars(getattr(args, "parallelism_config", None) or _Launched())),
             precision="fp16" if args.fp16 else "bf16" if args.bf16 else "no",
             accumulation=args.gradient_accumulation_steps,
             compile=bool(args.torch_compile),
@@ -213,7 +219,14 @@ class Run:
         compiled = str(getattr(backend, "value", None) or "NO").upper()
         if compiled != "NO":
             run = run.knowing({"compile": f"dynamo_backend={compiled!r}"}, compile=True)
-        return run.knowing(said, engine=engine, zero=zero, processes=accelerator.num_processes, precision=precision)
+        return run.knowing(
+            said,
+            engine=engine,
+            zero=zero,
+            processes=accelerator.num_processes,
+            precision=precision,
+            pieces=_pieces(vars(config)) if (config := getattr(accelerator, "parallelism_config", None)) else None,
+        )
 
     def with_model(self, model: Any) -> Self:
         """The facts that the model says of itself."""
@@ -251,6 +264,7 @@ class Run:
             accumulation=accumulation,
             compile=backend != "NO",
             checkpointing=checkpointed or None,
+            pieces=_pieces({name: settings.get(f"parallelism_config_{name}") for name in PIECES}),
         )
 
     def with_plan(self, world_size: int, parallel: str | None) -> Self:
@@ -296,6 +310,20 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     plugin_args: Mapping[str, int | str] = getattr(args, "fsdp_plugin_args", None) or {}
     version = plugin_args.get("fsdp_version") or config.get("version", 2)
     return version, f"fsdp_config['version']={version!r}"
+
+
+def _pieces(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Processes among which rows are cut, by the name of the setting, where they are more than one."""
+    return {name: size for name in PIECES if (size := int(sizes.get(name) or 1)) > 1}
+
+
+class _Launched:
+    """ParallelismConfig's sizes as accelerate's launcher hands them down."""
+
+    def __init__(self) -> None:
+        on = _true(os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG"))
+        for name in PIECES if on else ():
+            setattr(self, name, os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}"))
 
 
 def _true(value: Any) -> bool:

@@ -145,6 +145,17 @@ TIERS = (
     ),
 )
 
+STREAMS = (
+    apart(
+        "pieces",
+        "tiers",
+        "context and sequence parallelism cut rows into pieces, of which a streamed layer would take its own for the "
+        "whole",
+        "Set cp_size and sp_size to 1, or lowmem_activations='checkpoint_fp8'",
+        when=lambda run: bool(run.pieces) and _streams(run),
+    ),
+)
+
 IN_BACKWARD = (
     apart(
         "max_grad_norm",
@@ -230,6 +241,10 @@ IN_BACKWARD = (
 )
 
 
+def _streams(run: Run) -> bool:
+    return any(tier in str(run.tiers) for tier in STREAMED)
+
+
 def _rests(run: Run) -> bool:
     return run.ours and (run.fields or {}).get("lowmem_weights") in STORES_AT_REST
 
@@ -242,7 +257,7 @@ AT_REST = (
     Rule(
         "rest_streamed",
         ("fields", "tiers", "optim"),
-        lambda run: _rests(run) and any(tier in str(run.tiers) for tier in STREAMED),
+        lambda run: _rests(run) and _streams(run),
         lambda run: (
             f"{_at_rest(run)} cannot be combined with {run.say('tiers')}: a streamed layer adds up the gradients of "
             "its chunks, and weights at rest hand theirs over product by product"
@@ -280,7 +295,7 @@ BUDGET = (
     apart("n_gpu", "budget", "DataParallel cannot be planned", ONE_GPU, when=lambda run: (run.n_gpu or 0) > 1),
 )
 
-RULES = (*WITHOUT_EFFECT, *ENGINES, *TIERS, *IN_BACKWARD, *AT_REST, *BUDGET)
+RULES = (*WITHOUT_EFFECT, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
 
 
 def check(run: Run, label: str = "") -> None:

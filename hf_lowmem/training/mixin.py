@@ -13,7 +13,6 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_lowmem import checkpoints, rules
 from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners_of, rehearsal
-from hf_lowmem.activations.streaming.able import check_whole_rows
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
@@ -124,10 +123,6 @@ class LowMemTrainerMixin(RestingWeights):
     def _rehearse_tiers(self) -> None:
         """Say now what training will do to the model, or why it cannot. The model stays as it is."""
         spec = self._tier_spec()
-        if spec is not None:
-            check_whole_rows(
-                spec, getattr(self.args, "parallelism_config", None) or self.accelerator.parallelism_config
-            )
         if spec is not None and self.model is not None:
             with rehearsal(self.model, spec) as self.activations:
                 self._compare_with_checkpointing(self.activations)

@@ -59,20 +59,25 @@ def check(wrap: str, when: str, tier: str) -> None:
         return
     plain, ours, wrappers = build("llama"), build("llama"), WRAPPERS
     expected = gradients(wrappers[wrap](copy.deepcopy(plain)))
-    spec = ActivationSpec(tiers=tier, chunk=7 if tier in STREAMED else None)
+    streams, shares = tier.startswith(STREAMED), "/" in tier
+    spec = ActivationSpec(tiers=tier, chunk=7 if streams else None)
+    if shares:  # an input that is made again is the one that would have been kept
+        alone = copy.deepcopy(ours)
+        convert(alone, ActivationSpec(tiers=tier.partition("/")[0], chunk=7))
+        expected = gradients(wrappers[wrap](alone))
     if when == "before":
         convert(ours, spec)
     wrapped = wrappers[wrap](ours)
     if when == "after":
         convert(wrapped, spec)
-    if wrap == "fsdp2-parts" and tier in STREAMED:
+    if wrap == "fsdp2-parts" and streams:
         with pytest.raises(ValueError, match=r"weights that are in shards.*Shard whole layers"):
             gradients(wrapped)
         return
     found = gradients(wrapped)
     assert found.keys() == expected.keys()
     unequal = [n for n, g in expected.items() if not torch.equal(g, found[n])]
-    assert bool(unequal) == (tier != "exact"), unequal
+    assert bool(unequal) == (tier not in ("exact", "stream/2")), unequal
     # tests/activations/test_lossy.py derives 0.15; here it tells a rounded gradient from a wrong one.
     bound = 1e-5 if (wrap, tier) == ("fsdp2", "stream") else 0.15
     assert max(((found[n] - g).norm() / g.norm()).item() for n, g in expected.items()) < bound
@@ -117,6 +122,10 @@ CASES = [
     ("fsdp2", "after", "stream"),
     ("fsdp2-bf16", "after", "stream"),
     ("fsdp2-parts", "after", "stream_fp8"),
+    ("ddp", "before", "stream_fp8/2"),
+    ("fsdp2", "before", "stream/2"),
+    ("fsdp2", "after", "stream/2"),
+    ("fsdp2-bf16", "after", "stream_fp8/2"),
 ]
 
 

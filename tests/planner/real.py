@@ -174,11 +174,11 @@ def measure(config: PreTrainedConfig, args: Any, dtype: torch.dtype, **options: 
         text: Any = config.get_text_config()
         heads = text.hidden_size // text.num_attention_heads
         truth.saved += 2 * args.max_length * heads * dtype.itemsize
-    truth.peak = _peak(trace)
+    truth.peak = peak_of(trace)
     return truth
 
 
-def _peak(trace: Any) -> int:
+def peak_of(trace: Any) -> int:
     """The most bytes that torch's CPU allocator had given out at once, since training began."""
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())

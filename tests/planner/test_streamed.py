@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hf_lowmem.activations.streaming import tier
+from hf_lowmem.activations.streaming import call
 from hf_lowmem.planner import plan
 from tests.planner.real import arguments, measure, small_config
 
@@ -36,8 +36,8 @@ def test_a_streamed_step_is_planned_as_it_is(tiers: str, chunk: int) -> None:
 def test_the_chunks_that_are_planned_have_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(max_length=512, lowmem_activations="stream_fp8", lowmem_stream_chunk=64, optim="sgd")
     found = []
-    for last in (tier.PLANNED, 99):
-        monkeypatch.setattr(tier, "PLANNED", last)
+    for last in (call.PLANNED, 99):
+        monkeypatch.setattr(call, "PLANNED", last)
         found.append(plan(small_config(**WIDE), args, dtype="bfloat16"))
     few, all_of_them = found
     assert few.peak_bytes == all_of_them.peak_bytes

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import LlamaConfig, TrainingArguments
@@ -78,6 +79,7 @@ def fields(run: dict[str, Any]) -> dict[str, Any]:
     """Of training arguments."""
     found = ours(run)
     found |= {"fp16": True} if run.get("precision") == "fp16" else {}
+    found |= {"parallelism_config": ParallelismConfig(**run["pieces"])} if "pieces" in run else {}
     found |= {"gradient_checkpointing_kwargs": {"use_reentrant": True}} if run.get("reentrant") else {}
     for fact, name in (
         ("accumulation", "gradient_accumulation_steps"),
@@ -105,6 +107,7 @@ def accelerator(run: dict[str, Any]) -> Any:
         num_processes=run.get("processes", 1),
         mixed_precision=run.get("precision", "no"),
         gradient_accumulation_steps=run.get("accumulation", 1),
+        parallelism_config=ParallelismConfig(**run.get("pieces", {})),
         state=SimpleNamespace(deepspeed_plugin=zero, fsdp_plugin=sharded, dynamo_plugin=dynamo),
     )
 
@@ -140,6 +143,7 @@ def by_launch(run: dict[str, Any], patch: pytest.MonkeyPatch, folder: Path) -> N
             "fsdp_version": run.get("fsdp_version", 2),
             "fsdp_activation_checkpointing": run.get("checkpointing", False),
         },
+        "parallelism_config": {f"parallelism_config_{name}": size for name, size in run.get("pieces", {}).items()},
         "deepspeed_config": {
             "zero_stage": zero.get("stage", 2),
             "offload_optimizer_device": zero.get("offload_optimizer", {}).get("device", "none"),
@@ -207,6 +211,7 @@ def by_axolotl(run: dict[str, Any], patch: pytest.MonkeyPatch, folder: Path) -> 
         gradient_checkpointing=run.get("checkpointing"),
         gradient_checkpointing_kwargs={"use_reentrant": run.get("reentrant")},
         activation_offloading=run.get("offload"),
+        context_parallel_size=run.get("pieces", {}).get("cp_size"),
         plugins=["axolotl.integrations.liger.LigerPlugin"] if run.get("liger") else [],
         max_grad_norm=run.get("max_grad_norm", 0.0),
         deepspeed=run.get("zero", {"zero_optimization": {"stage": 2}}) if engine == "deepspeed" else None,

@@ -61,6 +61,9 @@ ROWS = {
     "tiers_checkpointing": Row(FP8 | {"checkpointing": True}, "inside a checkpoint"),
     "tiers_offload": Row(FP8 | {"offload": True}, "both decide where"),
     "tiers_liger": Row(FP8 | {"liger": True}, "its norms and MLPs"),
+    "tiers_pieces": Row(
+        {"tiers": "stream_fp8/4", "pieces": {"cp_size": 2}, "engine": "fsdp", "fsdp_version": 2}, "context and sequence"
+    ),
     "tiers_n_gpu": Row(FP8 | {"n_gpu": 2}, "DataParallel's replicas"),
     "in_backward_max_grad_norm": Row(STEPPING | {"max_grad_norm": 1.0}, "the global norm needs"),
     "in_backward_precision": Row(STEPPING | {"precision": "fp16"}, "loss scaling checks"),

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from hf_lowmem.activations.detect import is_attention
-from hf_lowmem.activations.streaming.tier import cache_name
-from hf_lowmem.specs import STREAMED, ActivationSpec
+from hf_lowmem.activations.streaming.call import cache_name
 
-__all__ = ["check_streamed", "check_whole_rows", "why_not_streamed"]
+__all__ = ["check_streamed", "why_not_streamed"]
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 SHARED = ("is_kv_shared_layer", "kv_shared_layer_index", "store_full_length_kv")
@@ -45,22 +44,6 @@ def check_streamed(model: nn.Module, label: str) -> str:
             "lowmem_activations='checkpoint_fp8'."
         )
     return implementation
-
-
-def check_whole_rows(spec: ActivationSpec, parallel: object) -> None:
-    """Raise ValueError where rows would be streamed of which other processes have parts.
-
-    Args:
-        spec: tiers.
-        parallel: accelerate's ParallelismConfig, or None.
-    """
-    sizes = {name: getattr(parallel, name, 1) for name in ("cp_size", "sp_size")}
-    if {tier for tier, _, _ in spec.ranges} & set(STREAMED) and max(sizes.values()) > 1:
-        raise ValueError(
-            f"{spec.label('tiers')}={spec.tiers!r} cannot be combined with parallelism_config={sizes}: context and "
-            "sequence parallelism cut rows into pieces, of which a streamed layer would take its own for the whole. "
-            "Set cp_size and sp_size to 1, or use lowmem_activations='checkpoint_fp8'."
-        )
 
 
 def why_not_streamed(layer: nn.Module) -> str | None:

@@ -22,10 +22,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Chunk", "lower_right", "on_accelerator", "streaming", "swapped", "table_of"]
+__all__ = ["Chunk", "Corner", "lower_right", "on_accelerator", "streaming", "swapped", "table_of"]
 
 ROWS = 512  # queries under one mask
 FLASH_HEAD = 256  # the largest head dimension that it takes
+
+
+class Corner:
+    """Masks of queries at the end of keys, in one pass over the chunks of a layer: views of one tensor, which is made
+    once. torch's kernels on a CPU add a mask to scores, so it is 0 or -inf; of a mask of True and False they would make
+    this one in each call.
+
+    Args:
+        keys: of the longest mask.
+    """
+
+    def __init__(self, keys: int) -> None:
+        self.keys = keys
+        self._whole: Tensor | None = None
+
+    def of(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The mask of up to ROWS queries."""
+        if self._whole is None:
+            rows = min(ROWS, self.keys)
+            self._whole = torch.zeros(rows, self.keys, dtype=dtype, device=device)
+            self._whole[:, self.keys - rows :].masked_fill_(~lower_right(rows, rows, device), float("-inf"))
+        return self._whole[len(self._whole) - queries :, self.keys - keys :]
 
 
 class Chunk:
@@ -34,8 +56,8 @@ class Chunk:
     causal: its queries see all keys before them. attended: how often the table was asked for attention.
     """
 
-    def __init__(self, causal: bool) -> None:
-        self.causal, self.attended = causal, 0
+    def __init__(self, causal: bool, corner: Corner) -> None:
+        self.causal, self.corner, self.attended = causal, corner, 0
 
 
 class _Current(threading.local):
@@ -101,25 +123,27 @@ class _Attention:
                     "Use lowmem_activations='checkpoint_fp8'."
                 )
             if plain and kwargs.get("position_bias") is None and query.shape[2] < key.shape[2]:
-                return self.cut(query, key, value, dropout, scaling), None
+                return self.cut(query, key, value, dropout, scaling, chunk.corner), None
         return self.original(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
 
-    def cut(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    def cut(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, corner: Corner
+    ) -> Tensor:
         if flash_takes(query, key, value, dropout):
             out = _flash(query, key, value, scaling)
         else:
-            out = _masked(query, key, value, dropout, scaling)
+            out = _masked(query, key, value, dropout, scaling, corner)
         return out.transpose(1, 2).contiguous()
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None, corner: Corner) -> Tensor:
     """Attention by blocks of queries, so that the corner which is computed in vain is small."""
     before, grouped, parts = key.shape[2] - query.shape[2], query.shape[1] != key.shape[1], []
     for rows in query.split(ROWS, dim=2):
         before += rows.shape[2]
-        mask = lower_right(rows.shape[2], before, query.device)
+        mask = corner.of(rows.shape[2], before, query.dtype, query.device)
         seen = key[:, :, :before], value[:, :, :before]
         parts.append(
             F.scaled_dot_product_attention(

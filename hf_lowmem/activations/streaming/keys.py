@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_lowmem.activations.streaming.attention import Corner
+
 __all__ = ["Filled", "Keys"]
 
 
@@ -40,6 +42,7 @@ class Keys:
 
     def __init__(self, tokens: int, what: str, one: bool) -> None:
         self.tokens, self.what, self.one = tokens, what, one
+        self.corner = Corner(tokens)
         self.start = self.end = self.first = self.calls = 0
         self.way = "first"
         self.kept: list[Tensor] = []  # keys and values, each (rows, heads, tokens, dimension)

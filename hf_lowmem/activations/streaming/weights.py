@@ -10,8 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["standing_in", "trained"]
+from hf_lowmem.distributed import is_sharded
+
+__all__ = ["gathered", "standing_in", "trained"]
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -31,3 +34,22 @@ def standing_in(module: nn.Module, weights: Sequence[nn.Parameter], leaves: Sequ
     finally:
         for of_module, name, p in places:
             of_module[name] = p
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A context in which a layer has its weights whole, also where FSDP2 has them in shards as it is not its turn."""
+    if not any(map(is_sharded, module.parameters())):
+        yield
+        return
+    if not isinstance(module, FSDPModule):
+        raise RuntimeError(
+            f"{type(module).__name__} runs again while its weights are in shards, which FSDP2 gathers for a module "
+            "that is not the layer. Shard whole layers (fully_shard of each layer), or leave '/N' out of "
+            "lowmem_activations, so that each layer keeps its input."
+        )
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()

@@ -124,8 +124,9 @@ def cost_a_token(choice: Choice, work: Work, states: int, tokens: int, depth: in
 
 def _again(tier: str, work: Work) -> float:
     """FLOPs of products that are computed twice."""
+    tier, _, every = tier.partition("/")
     if tier in AGAIN:
-        return work.layers
+        return work.layers * (2 - 1 / int(every or 1))
     return work.gate_up if tier == "fp8_recompute" else 0.0
 
 
@@ -134,7 +135,7 @@ def _moved(tier: str, kept: Mapping[str, float]) -> float:
     plain = 2 * kept.get(AS_IS, 0.0)
     if tier == AS_IS:
         return plain
-    if tier in AGAIN:
+    if tier.partition("/")[0] in AGAIN:
         again = plain
     else:
         again = max(0.0, plain - 2 * kept.get("exact", 0.0))

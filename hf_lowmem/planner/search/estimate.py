@@ -18,6 +18,7 @@ orders candidates, and no more: what a search answers has been planned by the re
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +32,7 @@ from transformers import PreTrainedConfig
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.optim import accumulator
 from hf_lowmem.planner.methods import Method
-from hf_lowmem.planner.models import Shape, layer_count, meta_model, period_of, shapes_of, with_depth
+from hf_lowmem.planner.models import Shape, layer_count, meta_model, period_of, shapes_of, sharing_of, with_depth
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
@@ -111,7 +112,8 @@ class Estimator:
     _ends: dict[tuple[str, int, int], Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.depth, period = layer_count(self.config), period_of(self.config)
+        self.depth = layer_count(self.config)
+        period = math.lcm(period_of(self.config), *sharing_of(self.args.lowmem_activations))
         self.depths = (2 * period, 3 * period) if 3 * period < self.depth else (self.depth,)
         with quiet():
             self.meta = meta_model(self.config, self.dtype, self.peft_config, self.quantization)

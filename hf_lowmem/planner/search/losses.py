@@ -117,9 +117,11 @@ def parts_of(settings: Settings, tiers: Iterable[str], *, bf16_weights: bool) ->
         found[f"weights {store}"] = WEIGHTS.get(store)
     if settings.embeddings not in (None, "adam"):
         found[f"embeddings {settings.embeddings}"] = EMBEDDINGS.get((optim, settings.embeddings))
-    ours = [tier for tier in dict.fromkeys(tiers) if tier in (*specs.TIERS, *specs.STREAMED)]
+    ours = [tier for tier in dict.fromkeys(tiers) if tier.partition("/")[0] in (*specs.TIERS, *specs.STREAMED)]
     if ours:
-        costs = {tier: TIERS.get(SAME.get(tier, tier)) for tier in ours}
+        # Shared inputs of a tier that rounds are rounded otherwise, which was not measured.
+        same = {tier: "stream" if tier.startswith("stream/") else tier for tier in ours}
+        costs = {tier: TIERS.get(SAME.get(same[tier], tier)) for tier in ours}
         worst = max(ours, key=lambda tier: math.inf if (cost := costs[tier]) is None else cost)
         found[f"activations {worst}"] = costs[worst]
     return found

@@ -112,7 +112,8 @@ def layers_by_tier(activations: str, depth: int) -> tuple[str, ...]:
     if activations in (AS_IS, CHECKPOINTING):
         return (activations,) * depth
     spec = ActivationSpec(tiers=activations, labels={"tiers": "lowmem_activations"})
-    return tuple(tier or AS_IS for tier in spec.of_layers(depth))
+    named = zip(spec.of_layers(depth), spec.every_of_layers(depth), strict=True)
+    return tuple(AS_IS if tier is None else tier if every == 1 else f"{tier}/{every}" for tier, every in named)
 
 
 def candidates(
