@@ -33,6 +33,10 @@ READS: dict[str, Callable[[nn.Parameter, Any], Any]] = {
     "another's values": lambda p, m: nn.init.normal_(p),
     "to another device, alone": lambda p, m: p.to("meta"),
     "setting data": lambda p, m: setattr(p, "data", torch.zeros(p.shape, dtype=p.dtype)),
+    "an average by hand": lambda p, m: [torch.no_grad()(torch.zeros(q.shape).lerp_)(q, 0.1) for q in m.parameters()],
+    "a merge": lambda p, m: p.data.add_(torch.ones(p.shape, dtype=p.dtype)),
+    "another vocabulary": lambda p, m: m.resize_token_embeddings(len(p) + 8),
+    "a head that is tied to it": lambda p, m: (setattr(m.lm_head, "weight", p), m(torch.ones(1, 4, dtype=torch.int))),
     "another optimizer": lambda p, m: (setattr(p, "grad", torch.ones_like(p)), torch.optim.AdamW([p]).step()),
 }
 
