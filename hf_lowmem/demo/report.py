@@ -57,7 +57,7 @@ def show(results: Sequence[Result]) -> None:
     pairs = next(len(stage["pairs"]["margins"]) for stage in stages if stage["pairs"])
     difference = against_control(results)
     console.print("\n[bold]What each run kept in memory (MiB), and what came out[/bold]")
-    console.print(_training_table(rows))
+    console.print(training_table(rows))
     console.print(
         f"peak: {rows[0]['peak_source']}. Losses in nats per token; the train loss is the mean of the last "
         "quarter of the steps, and ASFT's is another quantity than SFT's. tokens/s: against the first run; the second "
@@ -74,7 +74,7 @@ def show(results: Sequence[Result]) -> None:
     )
 
 
-def _training_table(rows: Sequence[dict[str, Any]]) -> Table:
+def training_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("run", no_wrap=True)
     headings = ("weights", "gradients", "optimizer\nstate", "saved\nactivations", "peak")
