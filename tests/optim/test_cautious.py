@@ -92,7 +92,7 @@ def test_what_it_leaves_alone_is_said(rule: str, caplog: pytest.LogCaptureFixtur
     warn_left_out.cache_clear()
     models = [tiny_llama(num_hidden_layers=1) for _ in range(2)]
     for model, cautious in zip(models, (False, True), strict=True):
-        optimizer = make("apollo_mini", model, embeddings=rule, cautious=cautious)
+        optimizer = make("galore", model, embeddings=rule, cautious=cautious)
         for step in range(3):
             gradients(model, step)
             optimizer.step()
