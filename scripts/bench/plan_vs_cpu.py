@@ -8,7 +8,7 @@ Weights, gradients and states are what model and optimizer hold; what is saved f
 hooks around the loss, in the first step; the peak is the CPU allocator's own trace of two whole steps, temporaries
 inside operators included. Rows have the predicted and the measured bytes and their ratio. Two more rows are QLoRA, and
 bitsandbytes' optimizer: on a CPU its update is emulated with large temporaries inside of one operator, which a plan
-does not see and a GPU does not have. The last is SmolLM2-135M as `hf-lowmem demo --smallest` trains it, in fewer steps.
+does not see and a GPU does not have. One row is SmolLM2-135M as `hf-lowmem demo --smallest` trains it, in fewer steps.
 """
 
 import argparse
@@ -93,8 +93,8 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
         {"optim": "galore", "lowmem_rank": 32, "lowmem_weights": "bf16_ecc"},
     ),
     (QLORA, "bfloat16", {"optim": "adamw_torch_fused", "gradient_checkpointing": True}),
-    ("bitsandbytes adamw_8bit, pure bf16", "bfloat16", {"optim": "adamw_8bit"}),
     (DEMO, "bfloat16", OF_DEMO | {"per_device_train_batch_size": FULL.sft_batch}),
+    ("bitsandbytes adamw_8bit, pure bf16", "bfloat16", {"optim": "adamw_8bit"}),
 ]
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         rows[name] = made | common
         print(f"{name:<58}", *(f"{k} {v:.4f}" for k, v in made["ratio"].items()), made["peak_in"], flush=True)
     if not smoke:
-        write_rows(RECORD, list(rows.values()))
+        write_rows(RECORD, [rows[name] for name, _, _ in SETTINGS])
 
 
 if __name__ == "__main__":
