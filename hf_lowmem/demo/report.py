@@ -50,9 +50,14 @@ def against_control(results: Sequence[Result]) -> dict[str, float]:
     return {"margin": mean, "margin_error": error}
 
 
+def screen() -> Console:
+    """Where tables go: a terminal at its width, elsewhere the width that they need."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
 def show(results: Sequence[Result]) -> None:
-    """Print both tables, in a terminal at its width, elsewhere at the width they need."""
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    """Print both tables."""
+    console = screen()
     rows, stages = training_rows(results), stage_rows(results)
     pairs = next(len(stage["pairs"]["margins"]) for stage in stages if stage["pairs"])
     difference = against_control(results)

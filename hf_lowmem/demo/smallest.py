@@ -13,8 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import hf_lowmem
 from hf_lowmem.demo import report
 from hf_lowmem.demo.process import alone
@@ -40,7 +38,7 @@ SMALLEST: dict[str, Any] = {
 def run_smallest(*, model: str | None, output_dir: Path, quick: bool, seed: int, command: Sequence[str]) -> int:
     """Run it; the exit status. Writes smallest.json under `output_dir`."""
     began = time.perf_counter()
-    console = Console()
+    console = report.screen()
     size = QUICK if quick else FULL
     output_dir.mkdir(parents=True, exist_ok=True)
     material = gather(size, seed)
