@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py
 import argparse
 import copy
 import functools
-import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -194,10 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         append_row(options.record, row | common)
         print(f"{name}, lr {rate:g}, seed {seed}: {row['right']:.3f} {row['loss']:.4f}", flush=True)
 
-    for name, rate in itertools.product(options.only, RATES):
-        make(name, rate, TUNING_SEED)
-    for seed, name in itertools.product(SEEDS, options.only):
-        make(name, best_rate(read_rows(options.record), name), seed)
+    for name in options.only:
+        for rate in RATES:
+            make(name, rate, TUNING_SEED)
+    for scored in SEEDS:
+        for name in options.only:
+            make(name, best_rate(read_rows(options.record), name), scored)
     print("\n".join(table(read_rows(options.record))))
     return 0
 

@@ -37,7 +37,7 @@ RATE = 0.001  # AdamW's, of runs that continue; see runs.py
 GROUP = 256
 
 
-def linears(model: nn.Module) -> Iterator[nn.Parameter]:
+def linears(model: nn.Module) -> Iterator[Tensor]:
     """Weights of linear layers but the output head."""
     return (m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
 
