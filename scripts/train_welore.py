@@ -146,7 +146,7 @@ class WeLoreTrainer(LowMemSFTTrainer):
         if args.fsdp:
             raise ValueError(f"fsdp={args.fsdp!r} cannot be combined with WeLore. Train on one device, or with DDP.")
         if isinstance(model, str):
-            settings: Any = args.model_init_kwargs or {}  # from here on a dict, which a command line gives as text
+            settings: Any = args.model_init_kwargs or {}  # a dict by now
             given = {name: value for name, value in settings.items() if value is not None}
             model, args.model_init_kwargs = AutoModelForCausalLM.from_pretrained(model, **given), None
         self.ranks = cut(model, args.welore_reduction)

@@ -117,11 +117,12 @@ def quality() -> list[str]:
 def bases() -> list[str]:
     """What Q-GaLore's ways with a basis cost, everything else in fp32."""
     scored = scores()
-    heads = ["loss, %", *(" ".join(f"`{k}={v!r}`" for k, v in extra.items()).replace("'", '"') for extra in BASES)]
-    lines = [
-        [f"`{method}`", *(shown(difference(scored, Setting(method, extra=e), Setting(method))) for e in BASES)]
-        for method in OF_BASES
-    ]
+    first, *others = BASES
+    heads = ["loss, %", *(" ".join(f"`{k}={v!r}`" for k, v in extra.items()).replace("'", '"') for extra in others)]
+    lines = []
+    for method in OF_BASES:
+        found = [difference(scored, Setting(method, extra=e), Setting(method, extra=first)) for e in others]
+        lines.append([f"`{method}`", *map(shown, found)])
     return table(heads, lines)
 
 
