@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_lowmem import LowMemSFTConfig, LowMemSFTTrainer
 from hf_lowmem.cli.train import train
@@ -51,7 +51,7 @@ class WeLoreConfig(LowMemSFTConfig):
         super().__post_init__()
 
 
-def linears(model: Any) -> dict[str, nn.Linear]:
+def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Linear layers by name, without the output head."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
@@ -70,9 +70,8 @@ def factored(linear: nn.Linear, rank: int) -> nn.Sequential:
     weight = linear.weight.detach()
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     root = s[:rank].sqrt()
-    settings: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    first = nn.Linear(linear.in_features, rank, bias=False, **settings)
-    second = nn.Linear(rank, linear.out_features, bias=linear.bias is not None, **settings)
+    first = nn.Linear(linear.in_features, rank, bias=False).to(weight)
+    second = nn.Linear(rank, linear.out_features, bias=linear.bias is not None).to(weight)
     with torch.no_grad():
         first.weight.copy_(root[:, None] * v[:rank])
         second.weight.copy_(u[:, :rank] * root)
@@ -94,7 +93,7 @@ def multiplied(factors: nn.Sequential) -> nn.Linear:
     return whole
 
 
-def cut(model: Any, reduction: float) -> dict[str, int]:
+def cut(model: PreTrainedModel, reduction: float) -> dict[str, int]:
     """Put factors in the place of weights of low rank and freeze all else, in place; the ranks, by name.
 
     Raises:
@@ -139,15 +138,16 @@ class WeLoreTrainer(LowMemSFTTrainer):
         ValueError: with adapters, a quantised model or FSDP; where no weight is of low rank.
     """
 
-    def __init__(self, model: Any, args: WeLoreConfig, **kwargs: Any) -> None:
+    def __init__(self, model: PreTrainedModel | str, args: WeLoreConfig, **kwargs: Any) -> None:
         for name in ("peft_config", "quantization_config"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} cannot be combined with WeLore, which trains factors of plain weights.")
         if args.fsdp:
             raise ValueError(f"fsdp={args.fsdp!r} cannot be combined with WeLore. Train on one device, or with DDP.")
         if isinstance(model, str):
-            settings: Any = args.model_init_kwargs or {}  # a dict by now
-            given = {name: value for name, value in settings.items() if value is not None}
+            settings = args.model_init_kwargs
+            assert not isinstance(settings, str), settings  # a command line's has been read by now
+            given = {name: value for name, value in (settings or {}).items() if value is not None}
             model, args.model_init_kwargs = AutoModelForCausalLM.from_pretrained(model, **given), None
         self.ranks = cut(model, args.welore_reduction)
         super().__init__(model, args, **kwargs)

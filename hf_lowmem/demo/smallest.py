@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from datasets import Dataset
 
 import hf_lowmem
 from hf_lowmem.demo import report
@@ -24,7 +25,7 @@ __all__ = ["SMALLEST", "run_smallest"]
 
 # The model's embedding is its head, so that a rule for both keeps a first moment at least; adam_mini's is that and one
 # number a token, at AdamW's rates.
-SMALLEST: dict[str, Any] = {
+SMALLEST: dict[str, object] = {
     "optim": "apollo_mini",
     "lowmem_state": "8bit",
     "lowmem_embeddings": "adam_mini",
@@ -71,7 +72,7 @@ def run_smallest(*, model: str | None, output_dir: Path, quick: bool, seed: int,
     return 0
 
 
-def runs(base: str, texts: Any, size: Size, output_dir: Path, seed: int) -> list[Run]:
+def runs(base: str, texts: Dataset, size: Size, output_dir: Path, seed: int) -> list[Run]:
     """HuggingFace's two ways, and the smallest."""
     shared = common(size.sft_steps, size.sft_batch, size.tokens, seed)
     theirs = {"optim": "adamw_torch", "learning_rate": RATES["adamw_torch"]}

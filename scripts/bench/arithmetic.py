@@ -22,10 +22,9 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lowmem.memory import optimizer_bytes
@@ -35,7 +34,7 @@ from parts.record import RECORDS, Row, Rows, append_row, provenance, read_rows
 from parts.small_llama import rate_at
 
 RECORD = RECORDS / "arithmetic.jsonl"
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+SETTINGS: dict[str, tuple[str, Row]] = {
     "adamw": ("adamw", {}),
     "adam_mini": ("adam_mini", {}),
     "scale": ("scale", {}),
@@ -77,13 +76,13 @@ def batches(given: Sequence[Sum], steps: int, batch: int, seed: int) -> Iterator
         yield ids[rows], labels[rows]
 
 
-def loss_of(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     """Mean over the tokens of answers; a causal model needs no mask for padding on the right."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def descend(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor) -> None:
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor) -> None:
     model.train()
     loss_of(model, ids, labels).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,7 +96,7 @@ def parts_of(seed: int, smoke: bool) -> list[list[Sum]]:
 
 
 @functools.cache
-def start(seed: int, smoke: bool) -> Any:
+def start(seed: int, smoke: bool) -> nn.Module:
     """The model before fine-tuning."""
     size = SMOKE if smoke else SIZE
     learned, _, stop, _ = parts_of(seed, smoke)
@@ -111,7 +110,7 @@ def start(seed: int, smoke: bool) -> Any:
     return model
 
 
-def score(model: Any, held_out: Sequence[Sum]) -> tuple[float, float]:
+def score(model: nn.Module, held_out: Sequence[Sum]) -> tuple[float, float]:
     """Share of right answers, and nats a token of the right ones."""
     sums, tokens = completion_logps(model, [s.prompt for s in held_out], [s.answer for s in held_out])
     return exact_match(model, held_out), -float(sums.double().sum() / tokens.sum())

@@ -34,7 +34,7 @@ from tests.planner.real import measure
 
 RECORD = RECORDS / "plan_vs_cpu.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
-MODEL: dict[str, Any] = {
+MODEL: dict[str, object] = {
     "hidden_size": 512,
     "intermediate_size": 1376,
     "num_hidden_layers": 8,
@@ -43,7 +43,7 @@ MODEL: dict[str, Any] = {
     "vocab_size": 4096,
     "max_position_embeddings": 256,
 }
-SMOLLM2: dict[str, Any] = {
+SMOLLM2: dict[str, object] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,

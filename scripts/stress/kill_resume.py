@@ -34,7 +34,7 @@ import torch
 STEPS, SAVE_EVERY = 40, 4
 METHODS = ("adamw", "apollo", "galore", "lion")
 # Fields of each store of weights; int8_sr needs a step in backward, and every step clips nothing then.
-WEIGHTS: dict[str, dict[str, Any]] = {
+WEIGHTS: dict[str, dict[str, object]] = {
     "bf16_sr": {"lowmem_weights": "bf16_sr"},
     "int8_sr": {"lowmem_weights": "int8_sr", "lowmem_step_in_backward": True, "max_grad_norm": 0.0},
 }
@@ -56,12 +56,13 @@ def train(folder: Path, method: str, weights: str) -> None:
     model.to(torch.bfloat16)
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 512, (16,), generator=draw) for _ in range(200)]
-    low_rank: dict[str, Any] = {} if method in ("adamw", "lion") else {"lowmem_rank": 8, "lowmem_update_gap": 5}
+    low_rank = {} if method in ("adamw", "lion") else {"lowmem_rank": 8, "lowmem_update_gap": 5}
+    fields: dict[str, Any] = WEIGHTS[weights] | low_rank
     args = LowMemTrainingArguments(
         str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=STEPS,
         save_steps=SAVE_EVERY, save_total_limit=2, logging_steps=1, per_device_train_batch_size=2, learning_rate=5e-3,
         warmup_steps=2, optim=method, lowmem_state="8bit", lowmem_activations="fp8",
-        lowmem_activations_stochastic=True, **WEIGHTS[weights], **low_rank,
+        lowmem_activations_stochastic=True, **fields,
     )  # fmt: skip
     data: Any = [{"input_ids": row, "labels": row} for row in rows]
     trainer = LowMemTrainer(model, args=args, train_dataset=data)

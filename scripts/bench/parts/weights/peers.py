@@ -19,7 +19,7 @@ everybody's own, so that what differs is how weights are kept:
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,9 @@ class QGaLore:
 
 
 def _torchao(model: nn.Module, config: str) -> None:
-    from torchao.prototype import quantized_training  # pyright: ignore[reportMissingImports]
-    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
-
-    quantize_(model, getattr(quantized_training, config)(), lambda m, n: isinstance(m, nn.Linear) and n != "lm_head")
+    made = getattr(import_module("torchao.prototype.quantized_training"), config)()
+    convert = import_module("torchao.quantization").quantize_
+    convert(model, made, lambda m, n: isinstance(m, nn.Linear) and n != "lm_head")
 
 
 def _int8_weights(model: nn.Module, rate: float, decay: float, seed: int) -> Optimizer:
@@ -103,7 +102,7 @@ def _paged(model: nn.Module, rate: float, decay: float, seed: int) -> Optimizer:
     return optim.PagedAdamW8bit(model.parameters(), lr=rate, weight_decay=decay)
 
 
-THEIRS: dict[str, Callable[[nn.Module, float, float, int], Any]] = {
+THEIRS: dict[str, Callable[[nn.Module, float, float, int], "Optimizer | QGaLore"]] = {
     "torchao int8 weights": _int8_weights,
     "torchao int8 products": _int8_products,
     "Q-GaLore's store": QGaLore,
@@ -125,12 +124,6 @@ def weight_bytes(model: nn.Module, way: str) -> int:
         else:
             total += p.numel() * p.element_size()
     return total
-
-
-def state_bytes(optimizer: Any) -> int:
-    """Bytes of the moments and of what decodes them; maps that are shared by all count once."""
-    inner = optimizer.inner if isinstance(optimizer, QGaLore) else optimizer
-    return optimizer_bytes(inner)
 
 
 def run_way(way: str, seed: int, size: Row) -> Row:
@@ -165,7 +158,7 @@ def run_way(way: str, seed: int, size: Row) -> Row:
         "size": size,
         "heldout_loss": heldout_loss(lambda ids: model(input_ids=ids, labels=ids).loss, size),
         "weight_bytes_per_parameter": weight_bytes(model, way) / count,
-        "state_bytes_per_parameter": state_bytes(optimizer) / count,
+        "state_bytes_per_parameter": optimizer_bytes(inner) / count,
         "cpu_seconds": time.process_time() - began,
     }
 
@@ -196,12 +189,9 @@ def _updated(way: str, values: Tensor, updates: int, draw: torch.Generator) -> t
             kept.save(kept.load(), step)
         return first, kept.load()
     if way == "torchao int8 weights":
-        from torchao.prototype.quantized_training.int8 import (  # pyright: ignore[reportMissingImports]
-            Int8QuantizedTrainingLinearWeight as Weight,
-        )
-
         torch.manual_seed(0)
-        weight: Any = Weight.from_float(values)
+        module = import_module("torchao.prototype.quantized_training.int8")
+        weight = module.Int8QuantizedTrainingLinearWeight.from_float(values)
         first = weight.dequantize().float()
         for _ in range(updates):
             weight.add_(torch.zeros_like(values))
