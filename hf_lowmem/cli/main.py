@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--quick", action="store_true", help="a few steps only: a minute and a half, and losses of no meaning"
     )
+    demo.add_argument(
+        "--smallest",
+        action="store_true",
+        help="SFT alone, with the fields that take the least memory, beside HuggingFace",
+    )
     demo.add_argument("--seed", type=int, default=42, help="of the data, their order and the projections")
     demo.set_defaults(run_command=_demo)
     sft = commands.add_parser("sft", add_help=False, help="supervised fine-tuning; flags, or a YAML file")
@@ -191,7 +196,10 @@ def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     # Waiting OpenMP threads sleep instead of spinning: on a machine with other work, two spinning threads on two
     # cores make a step five to ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from hf_lowmem.demo.run import run_demo
+    if options.smallest:
+        from hf_lowmem.demo.smallest import run_smallest as run_demo
+    else:
+        from hf_lowmem.demo.run import run_demo
 
     return run_demo(
         model=model,

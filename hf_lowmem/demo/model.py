@@ -65,9 +65,9 @@ def convert_gguf(folder: Path) -> None:
     AutoTokenizer.from_pretrained(package, gguf_file=_GGUF).save_pretrained(folder)
 
 
-def load(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (fp32) and tokenizer from a folder or a hub name, with nothing but transformers."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+def load(source: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a folder or a hub name, with nothing but transformers."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     return model, AutoTokenizer.from_pretrained(source)
 
 

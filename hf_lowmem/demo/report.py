@@ -50,14 +50,19 @@ def against_control(results: Sequence[Result]) -> dict[str, float]:
     return {"margin": mean, "margin_error": error}
 
 
+def screen() -> Console:
+    """Where tables go: a terminal at its width, elsewhere the width that they need."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
 def show(results: Sequence[Result]) -> None:
-    """Print both tables, in a terminal at its width, elsewhere at the width they need."""
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    """Print both tables."""
+    console = screen()
     rows, stages = training_rows(results), stage_rows(results)
     pairs = next(len(stage["pairs"]["margins"]) for stage in stages if stage["pairs"])
     difference = against_control(results)
     console.print("\n[bold]What each run kept in memory (MiB), and what came out[/bold]")
-    console.print(_training_table(rows))
+    console.print(training_table(rows))
     console.print(
         f"peak: {rows[0]['peak_source']}. Losses in nats per token; the train loss is the mean of the last "
         "quarter of the steps, and ASFT's is another quantity than SFT's. tokens/s: against the first run; the second "
@@ -74,7 +79,7 @@ def show(results: Sequence[Result]) -> None:
     )
 
 
-def _training_table(rows: Sequence[dict[str, Any]]) -> Table:
+def training_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("run", no_wrap=True)
     headings = ("weights", "gradients", "optimizer\nstate", "saved\nactivations", "peak")

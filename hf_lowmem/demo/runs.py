@@ -20,6 +20,7 @@ class Run:
     evaluate_at: tuple[int, ...]  # steps after which the held-out loss is taken; 0 is before training
     score_pairs: tuple[int, ...] = ()  # likewise for held-out pairs
     save: bool = False
+    dtype: str = "float32"  # of the weights that training starts with
 
 
 @dataclass

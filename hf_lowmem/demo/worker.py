@@ -117,7 +117,7 @@ def train(run: Run, referee: Referee) -> Result:
     result = Result(run.name, run.trainer, run.settings)
     trainer_class, config_class = TRAINERS[run.trainer]
     args = config_class(output_dir=run.output, disable_tqdm=False, **run.settings)
-    model, tokenizer = load(run.model)
+    model, tokenizer = load(run.model, run.dtype)
     memory = LowMemCallback(verbose=False)  # the demo's own table shows all runs side by side
     trainer = trainer_class(model, args=args, train_dataset=run.dataset, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)

@@ -13,6 +13,7 @@ from hf_lowmem.optim.adam_mini import AdamMini
 from hf_lowmem.optim.adamw import AdamW
 from hf_lowmem.optim.backward import StepInBackward
 from hf_lowmem.optim.base import LowMemOptimizer, check_store
+from hf_lowmem.optim.cautious import warn_left_out
 from hf_lowmem.optim.groups import parameter_groups
 from hf_lowmem.optim.lamb import Lamb
 from hf_lowmem.optim.lion import Lion
@@ -67,6 +68,8 @@ def from_spec(
             f"{spec.label('embeddings')}={spec.embeddings!r} has no effect: neither an embedding nor an output head of "
             f"{type(model).__name__} is trained. Leave it unset, or train one of them."
         )
+    if options.get("cautious") and (rule := options.get("embeddings", "adam")) != "adam":
+        warn_left_out(rule)
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
     if rests:

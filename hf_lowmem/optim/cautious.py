@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group
 
-__all__ = ["cautious_", "warn_slower"]
+__all__ = ["cautious_", "warn_left_out", "warn_slower"]
 
 LEAST_SHARE = 1e-3
 
@@ -46,4 +46,14 @@ def warn_slower(method: str) -> None:
         "does not know that option. The step is several times slower and has fp32 temporaries. Leave it unset for the "
         "kernel.",
         method,
+    )
+
+
+@functools.cache
+def warn_left_out(rule: str) -> None:
+    """Say once that embedding and output head have a rule that knows nothing of it."""
+    logger.warning(
+        "cautious=True concerns linear weights and what takes Adam. Embedding and output head take the rule "
+        "embeddings=%r, whose update goes on whole. Set embeddings='adam' to have them cautious as well.",
+        rule,
     )

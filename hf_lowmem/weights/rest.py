@@ -141,7 +141,7 @@ ALLOWED: set[object] = {
     *_of_tensor(
         None,
         *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "__len__"),
-        *("is_floating_point", "is_complex", "is_contiguous", "is_signed", "is_inference", "get_device"),
+        *("is_floating_point", "is_complex", "is_signed", "is_inference", "get_device"),
         *("untyped_storage", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "__hash__"),
         *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
     ),
@@ -175,6 +175,8 @@ class EmptyParameter(nn.Parameter):
                 return func(*args, **kwargs)
         p, *others = args or (None,)
         if isinstance(p, EmptyParameter):
+            if func is Tensor.is_contiguous:  # as the weight was; who asks, such as FSDP2, is told at the next question
+                return True
             if func is Tensor.copy_ and isinstance(others[0], Tensor) and at_rest(others[0]) is None:
                 return _load(p, others[0])
             if func == SET_DATA and others[0] is p:  # `module.to` of where and what it is

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import accumulation as sums
+import arithmetic as added
 import embeddings as embedding_rules
 import long_sequences
 import plan_table as plans
+import weights_peers as peers
 import wire as sent
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
@@ -180,7 +182,16 @@ def activations() -> list[str]:
 
 def demo() -> list[str]:
     """The four trainings of the recorded demo."""
-    record = json.loads((RECORDS / "demo.json").read_text())
+    return _demo("demo.json")
+
+
+def demo_smallest() -> list[str]:
+    """The three trainings of its `--smallest`."""
+    return _demo("demo_smallest.json")
+
+
+def _demo(name: str) -> list[str]:
+    record = json.loads((RECORDS / name).read_text())
     assert record["mode"] == "full"
     lines = []
     for row in record["training"]:
@@ -265,6 +276,21 @@ def cpu_layers() -> list[str]:
     return table(["four layers of SmolLM2-135M, forward and backward", "with kernels", "by the reference"], lines)
 
 
+def weights_peers() -> list[str]:
+    """Int8 in training by other packages and by us: bytes and loss."""
+    return peers.run_table(records("weights_peers.jsonl"))
+
+
+def weights_drift() -> list[str]:
+    """What updates of zero do to each store."""
+    return peers.drift_table(records("weights_peers.jsonl"))
+
+
+def arithmetic() -> list[str]:
+    """Fine-tuning on sums by rules with little state."""
+    return added.table(records("arithmetic.jsonl"))
+
+
 def targets() -> list[str]:
     """How many kernels compile for each GPU target, and how many of them spill registers."""
     rows = records("kernels_targets.jsonl")
@@ -287,6 +313,10 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "plan_vs_cpu": plan_vs_cpu,
     "activations": activations,
     "demo": demo,
+    "demo_smallest": demo_smallest,
+    "weights_peers": weights_peers,
+    "weights_drift": weights_drift,
+    "arithmetic": arithmetic,
     "collapse": collapse,
     "preference_memory": preference_memory,
     "preference_time": preference_time,

@@ -6,7 +6,7 @@ from typing import Any
 from hf_lowmem import codecs
 from parts.optimizers import report, schedule
 from parts.optimizers.quality import LONG
-from parts.optimizers.settings import CODECS, STORE_RATE_FACTOR, STORES, Setting
+from parts.optimizers.settings import BASES, CODECS, OF_BASES, STORE_RATE_FACTOR, STORES, Setting
 from parts.record import RECORDS, Rows, read_rows
 from parts.small_llama import SIZE
 
@@ -112,6 +112,18 @@ def quality() -> list[str]:
         cells = [shown(difference(scored, s, Setting(method))) if scored.losses(s) else "" for s in settings]
         lines.append([f"`{method}`", *cells])
     return table(["", *(f"`{c}`" for c in COLUMNS)], lines)
+
+
+def bases() -> list[str]:
+    """What Q-GaLore's ways with a basis cost, everything else in fp32."""
+    scored = scores()
+    first, *others = BASES
+    heads = ["loss, %", *(" ".join(f"`{k}={v!r}`" for k, v in extra.items()).replace("'", '"') for extra in others)]
+    lines = []
+    for method in OF_BASES:
+        found = [difference(scored, Setting(method, extra=e), Setting(method, extra=first)) for e in others]
+        lines.append([f"`{method}`", *map(shown, found)])
+    return table(heads, lines)
 
 
 def weight_stores() -> list[str]:
@@ -235,6 +247,7 @@ OPTIM: dict[str, Callable[[], list[str]]] = {
     "codecs": codec_table,
     "update_errors": update_errors,
     "quality": quality,
+    "bases": bases,
     "weight_stores": weight_stores,
     "speed": speed,
     "long_run": long_run,

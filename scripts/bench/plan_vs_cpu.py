@@ -1,13 +1,14 @@
-"""Does a plan predict a real step? Twelve settings of a real model of 30 million parameters, on the CPU.
+"""Does a plan predict a real step? Settings of a real model of 30 million parameters, and one of 135, on the CPU.
 
     python scripts/bench/plan_vs_cpu.py            # about five minutes on one core; writes records/plan_vs_cpu.jsonl
+    python scripts/bench/plan_vs_cpu.py --only "as the demo's --smallest"     # this row alone; the others stay
     python scripts/bench/plan_vs_cpu.py --smoke    # two settings of a tiny model, printed
 
 Weights, gradients and states are what model and optimizer hold; what is saved for backward is counted by autograd's
 hooks around the loss, in the first step; the peak is the CPU allocator's own trace of two whole steps, temporaries
 inside operators included. Rows have the predicted and the measured bytes and their ratio. Two more rows are QLoRA, and
 bitsandbytes' optimizer: on a CPU its update is emulated with large temporaries inside of one operator, which a plan
-does not see and a GPU does not have.
+does not see and a GPU does not have. One row is SmolLM2-135M as `hf-lowmem demo --smallest` trains it, in fewer steps.
 """
 
 import argparse
@@ -20,10 +21,12 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, LlamaConfig
 
-from parts.record import RECORDS, ROOT, provenance, write_rows
+from parts.record import RECORDS, ROOT, provenance, read_rows, write_rows
 
 sys.path.insert(0, str(ROOT))  # tests/planner has the way of weighing a real step
 
+from hf_lowmem.demo.run import FULL
+from hf_lowmem.demo.smallest import SMALLEST as OF_DEMO
 from hf_lowmem.planner import plan
 from hf_lowmem.training.dpo import LowMemDPOConfig
 from hf_lowmem.training.sft import LowMemSFTConfig
@@ -31,7 +34,7 @@ from tests.planner.real import measure
 
 RECORD = RECORDS / "plan_vs_cpu.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes")
-MODEL: dict[str, Any] = {
+MODEL: dict[str, object] = {
     "hidden_size": 512,
     "intermediate_size": 1376,
     "num_hidden_layers": 8,
@@ -40,6 +43,17 @@ MODEL: dict[str, Any] = {
     "vocab_size": 4096,
     "max_position_embeddings": 256,
 }
+SMOLLM2: dict[str, object] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+DEMO = "SmolLM2-135M, as the demo's --smallest"
 TINY = MODEL | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 256}
 SMALLEST: dict[str, object] = {
     "optim": "apollo_mini",
@@ -79,6 +93,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
         {"optim": "galore", "lowmem_rank": 32, "lowmem_weights": "bf16_ecc"},
     ),
     (QLORA, "bfloat16", {"optim": "adamw_torch_fused", "gradient_checkpointing": True}),
+    (DEMO, "bfloat16", OF_DEMO | {"per_device_train_batch_size": FULL.sft_batch}),
     ("bitsandbytes adamw_8bit, pure bf16", "bfloat16", {"optim": "adamw_8bit"}),
 ]
 
@@ -145,20 +160,25 @@ def row(name: str, dtype: str, settings: dict[str, Any], model: dict[str, Any], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="two settings of a tiny model; nothing is written")
-    smoke = parser.parse_args().smoke
+    parser.add_argument("--only", default="", help="the settings with this in their name; other rows stay")
+    options = parser.parse_args()
+    smoke, only = options.smoke, options.only
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     common = {
         "command": "python scripts/bench/plan_vs_cpu.py",
         **provenance(PACKAGES),
     }
-    rows = []
-    for name, dtype, settings in SETTINGS[:: len(SETTINGS) - 2] if smoke else SETTINGS:
-        made = row(name, dtype, settings, TINY if smoke else MODEL, tokens=48 if smoke else 128)
-        rows.append(made | common)
+    rows = {made["setting"]: made for made in read_rows(RECORD)} if only else {}
+    for name, dtype, settings in SETTINGS[:: len(SETTINGS) - 3] if smoke else SETTINGS:
+        if only not in name:
+            continue
+        model = TINY if smoke else SMOLLM2 if name == DEMO else MODEL
+        made = row(name, dtype, settings, model, tokens=48 if smoke else 128)
+        rows[name] = made | common
         print(f"{name:<58}", *(f"{k} {v:.4f}" for k, v in made["ratio"].items()), made["peak_in"], flush=True)
     if not smoke:
-        write_rows(RECORD, rows)
+        write_rows(RECORD, [rows[name] for name, _, _ in SETTINGS])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python scripts/stress/kill_resume.py --kills 20
     python scripts/stress/kill_resume.py --kills 200 --record scripts/stress/records/kill_resume.json
+    python scripts/stress/kill_resume.py --kills 200 --weights int8_sr \
+        --record scripts/stress/records/kill_resume_int8.json
 
 Each run is a process of its own that is ended by SIGKILL, as the system's out-of-memory killer ends one: nothing is
 flushed, no handler runs. Every second kill waits for a save to begin and falls inside it. A resumed run starts with
 `resume_from_checkpoint="auto"`, so it takes the last complete checkpoint, or begins anew. What must be equal in the
-end, bit for bit: weights, optimizer state, and the log of losses.
+end, bit for bit: weights (of those at rest in int8, codes and scales), optimizer state, and the log of losses.
 
 The processes are forked from one that has imported everything, so that a kill costs a second and not ten.
 """
@@ -22,7 +24,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,14 @@ import torch
 
 STEPS, SAVE_EVERY = 40, 4
 METHODS = ("adamw", "apollo", "galore", "lion")
+# Fields of each store of weights; int8_sr needs a step in backward, and every step clips nothing then.
+WEIGHTS: dict[str, dict[str, object]] = {
+    "bf16_sr": {"lowmem_weights": "bf16_sr"},
+    "int8_sr": {"lowmem_weights": "int8_sr", "lowmem_step_in_backward": True, "max_grad_norm": 0.0},
+}
 
 
-def train(folder: Path, method: str) -> None:
+def train(folder: Path, method: str, weights: str) -> None:
     """One run to its end; leaves `done.json` with the digest of what it came to."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,12 +56,13 @@ def train(folder: Path, method: str) -> None:
     model.to(torch.bfloat16)
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 512, (16,), generator=draw) for _ in range(200)]
-    low_rank: dict[str, Any] = {} if method in ("adamw", "lion") else {"lowmem_rank": 8, "lowmem_update_gap": 5}
+    low_rank = {} if method in ("adamw", "lion") else {"lowmem_rank": 8, "lowmem_update_gap": 5}
+    fields: dict[str, Any] = WEIGHTS[weights] | low_rank
     args = LowMemTrainingArguments(
         str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=STEPS,
         save_steps=SAVE_EVERY, save_total_limit=2, logging_steps=1, per_device_train_batch_size=2, learning_rate=5e-3,
-        warmup_steps=2, optim=method, lowmem_state="8bit", lowmem_weights="bf16_sr", lowmem_activations="fp8",
-        lowmem_activations_stochastic=True, **low_rank,
+        warmup_steps=2, optim=method, lowmem_state="8bit", lowmem_activations="fp8",
+        lowmem_activations_stochastic=True, **fields,
     )  # fmt: skip
     data: Any = [{"input_ids": row, "labels": row} for row in rows]
     trainer = LowMemTrainer(model, args=args, train_dataset=data)
@@ -63,7 +72,9 @@ def train(folder: Path, method: str) -> None:
 
 
 def digest(trainer: Any) -> str:
-    """SHA-256 over weights and optimizer state, names included."""
+    """SHA-256 over weights, as they are kept, and optimizer state, names included."""
+    from hf_lowmem.weights import resting
+
     found = hashlib.sha256()
 
     def take(name: str, value: Any) -> None:
@@ -76,11 +87,12 @@ def digest(trainer: Any) -> str:
             found.update(f"{name}={value!r}".encode())
 
     take("model", trainer.model.state_dict())
+    take("rest", {name: dict(enumerate(kept.stored())) for name, kept in resting(trainer.model).items()})
     take("state", trainer.optimizer.optimizer.state_dict()["state"])
     return found.hexdigest()
 
 
-def start(folder: Path, method: str) -> int:
+def start(folder: Path, method: str, weights: str) -> int:
     """Fork a run; its process id."""
     pid = os.fork()
     if pid:
@@ -90,7 +102,7 @@ def start(folder: Path, method: str) -> int:
         with (folder.parent / "log.txt").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            train(folder, method)
+            train(folder, method, weights)
         status = 0
     except BaseException:
         import traceback
@@ -118,10 +130,10 @@ def unfinished(folder: Path) -> set[int]:
     return found
 
 
-def kill_one(folder: Path, method: str, draw: random.Random, inside: bool, mean: float) -> str:
-    """Start a run and kill it; "inside a save", "between saves", or "finished" where it was faster."""
+def kill_one(folder: Path, begin: Callable[[], int], draw: random.Random, inside: bool, mean: float) -> str:
+    """Begin a run and kill it; "inside a save", "between saves", or "finished" where it was faster."""
     left = unfinished(folder)  # by earlier kills
-    pid = start(folder, method)
+    pid = begin()
     began, wait = time.monotonic(), draw.uniform(0, 2 * mean)
     while True:
         status = ended(pid)
@@ -140,7 +152,7 @@ def kill_one(folder: Path, method: str, draw: random.Random, inside: bool, mean:
         time.sleep(0.0005)
 
 
-def stress(kills: int, seed: int, methods: Sequence[str], folder: Path) -> dict[str, Any]:
+def stress(kills: int, seed: int, methods: Sequence[str], weights: str, folder: Path) -> dict[str, Any]:
     """What came of `kills` kills, spread over runs of each method."""
     draw = random.Random(seed)
     whole: dict[str, dict[str, Any]] = {}
@@ -149,7 +161,7 @@ def stress(kills: int, seed: int, methods: Sequence[str], folder: Path) -> dict[
         began = time.monotonic()
         place = folder / method / "whole"
         place.mkdir(parents=True)
-        if os.waitstatus_to_exitcode(os.waitpid(start(place, method), 0)[1]):
+        if os.waitstatus_to_exitcode(os.waitpid(start(place, method, weights), 0)[1]):
             raise RuntimeError(f"the run that is never killed failed; see {place.parent / 'log.txt'}")
         whole[method], seconds[method] = json.loads((place / "done.json").read_text()), time.monotonic() - began
     counts = {"inside a save": 0, "between saves": 0}
@@ -158,14 +170,14 @@ def stress(kills: int, seed: int, methods: Sequence[str], folder: Path) -> dict[
         method = methods[len(runs) % len(methods)]
         place = folder / method / f"run{len(runs)}"
         place.mkdir()
-        killed = 0
+        begin, killed = partial(start, place, method, weights), 0
         while not (place / "done.json").exists():
             if sum(counts.values()) < kills and killed < 8:
-                how = kill_one(place, method, draw, inside=killed % 2 == 0, mean=seconds[method] / 3)
+                how = kill_one(place, begin, draw, inside=killed % 2 == 0, mean=seconds[method] / 3)
                 if how != "finished":
                     counts[how] += 1
                     killed += 1
-            elif os.waitstatus_to_exitcode(os.waitpid(start(place, method), 0)[1]):
+            elif os.waitstatus_to_exitcode(os.waitpid(begin(), 0)[1]):
                 raise RuntimeError(f"a resumed run failed; see {place.parent / 'log.txt'}")
         result = json.loads((place / "done.json").read_text())
         equal = result["digest"] == whole[method]["digest"]
@@ -174,7 +186,14 @@ def stress(kills: int, seed: int, methods: Sequence[str], folder: Path) -> dict[
         runs.append({"method": method, "kills": killed, "equal": equal, "losses_equal": same_log})
         print(runs[-1], flush=True)
         shutil.rmtree(place)
-    return {"kills": sum(counts.values()), **counts, "steps": STEPS, "save_every": SAVE_EVERY, "runs": runs}
+    return {
+        "kills": sum(counts.values()),
+        **counts,
+        "steps": STEPS,
+        "save_every": SAVE_EVERY,
+        "weights": weights,
+        "runs": runs,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", choices=METHODS, action="append", help="default: all of them")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bf16_sr", help="how the runs keep them")
     parser.add_argument("--record", type=Path, help="write what came of it there, as JSON")
     options = parser.parse_args(arguments)
     if options.kills < 1:
@@ -192,13 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hf_lowmem_kill_") as folder:
-        found = stress(options.kills, options.seed, options.method or METHODS, Path(folder))
+        found = stress(options.kills, options.seed, options.method or METHODS, options.weights, Path(folder))
     bad = [run for run in found["runs"] if not (run["equal"] and run["losses_equal"])]
     print(f"{found['kills']} kills, {found['inside a save']} of them inside a save; {len(found['runs'])} runs, "
           f"{len(bad)} that ended in other bits")  # fmt: skip
     if options.record:
         options.record.parent.mkdir(parents=True, exist_ok=True)
         command = f"python scripts/stress/kill_resume.py --kills {options.kills} --seed {options.seed}"
+        command += "" if options.weights == "bf16_sr" else f" --weights {options.weights}"
         options.record.write_text(json.dumps({"command": command, "torch": torch.__version__} | found, indent=1) + "\n")
     return 1 if bad else 0
 

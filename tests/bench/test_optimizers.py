@@ -13,7 +13,7 @@ from parts.small_llama import SIZE, SMOKE
 
 pytestmark = pytest.mark.train  # starts processes
 
-COUNT = 44
+COUNT = 50
 
 
 def row(setting: Any, *, rate: float, seed: int, loss: float | None) -> dict[str, Any]:

@@ -14,9 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.train
 @pytest.mark.dist
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_in_the_same_bits(kills: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "weights"),
+    [(2, "bf16_sr"), *(pytest.param(20, weights, marks=pytest.mark.slow) for weights in ("bf16_sr", "int8_sr"))],
+)
+def test_a_killed_run_ends_in_the_same_bits(kills: int, weights: str) -> None:
     command = [sys.executable, "scripts/stress/kill_resume.py", "--kills", str(kills), "--seed", "7"]
+    command += ["--weights", weights]
     if kills < 8:
         command += ["--method", "adamw"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -27,9 +31,11 @@ def test_a_killed_run_ends_in_the_same_bits(kills: int) -> None:
     )
 
 
-def test_the_record_of_two_hundred_kills_holds() -> None:
-    found = json.loads((ROOT / "scripts" / "stress" / "records" / "kill_resume.json").read_text())
+@pytest.mark.parametrize("name", ["kill_resume.json", "kill_resume_int8.json"])
+def test_the_record_of_two_hundred_kills_holds(name: str) -> None:
+    found = json.loads((ROOT / "scripts" / "stress" / "records" / name).read_text())
     assert found["kills"] == 200
+    assert found.get("weights", "bf16_sr") == ("int8_sr" if "int8" in name else "bf16_sr")
     assert found["inside a save"] >= 50
     assert found["runs"]
     assert all(run["equal"] and run["losses_equal"] for run in found["runs"])

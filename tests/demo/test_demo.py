@@ -254,6 +254,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.train
+def test_the_smallest_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
+    """Three runs of the same data: what each holds between two steps, and a loss that falls in all."""
+    flags = ["--smallest", "--quick", "--model", str(tiny_model), "--output_dir", str(tmp_path)]
+    assert cli.main(["demo", *flags]) == 0
+    record = json.loads((tmp_path / "smallest.json").read_text(encoding="utf-8"))
+    fp32, bf16, smallest = record["runs"]
+    assert fp32["tokens"] == bf16["tokens"] == smallest["tokens"]
+    values = LlamaForCausalLM.from_pretrained(tiny_model).num_parameters()
+    held = [run["memory"]["weights"] for run in record["runs"]]
+    assert held[:2] == [4 * values, 2 * values]
+    assert held[2] < 1.5 * values
+    assert smallest["memory"]["optimizer"] < bf16["memory"]["optimizer"] / 2
+    assert smallest["memory"]["saved"] < bf16["memory"]["saved"] < fp32["memory"]["saved"]
+    assert all(run["heldout"][-1][1] < run["heldout"][0][1] for run in record["runs"])
+    # The head that is kept in bf16, and codes: half a unit of each weight, at most, from the same loss.
+    assert smallest["heldout"][0][1] == pytest.approx(fp32["heldout"][0][1], abs=0.05)
+    assert [row["run"] for row in record["training"]][-1] == "smallest"
+
+
+@pytest.mark.train
 def test_demo_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     """The whole demo on a tiny model, in the demo's own processes: what it writes agrees with itself."""
     assert cli.main(["demo", "--quick", "--model", str(tiny_model), "--output_dir", str(tmp_path)]) == 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_lowmem import rules
 from hf_lowmem.optim import OPTIMIZERS, LowMemOptimizer, StepInBackward, base, make_optimizer, methods_with
-from hf_lowmem.optim.cautious import warn_slower
+from hf_lowmem.optim.cautious import warn_left_out, warn_slower
 from hf_lowmem.specs import OptimSpec
 from tests.conftest import Mixed, tiny_llama
 
@@ -84,6 +84,22 @@ def test_encoded_states_have_no_kernel_that_forgets_it(name: str, state: str) ->
         for p, old in zip(model.parameters(), before, strict=True):
             assert p.grad is not None
             assert not ((p.detach() - old) * p.grad > 0).any()
+
+
+@pytest.mark.parametrize("rule", ["adam", "scale", "adam_mini"])
+def test_what_it_leaves_alone_is_said(rule: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Embedding and head by another rule step as they would without it; linear weights do not."""
+    warn_left_out.cache_clear()
+    models = [tiny_llama(num_hidden_layers=1) for _ in range(2)]
+    for model, cautious in zip(models, (False, True), strict=True):
+        optimizer = make("galore", model, embeddings=rule, cautious=cautious)
+        for step in range(3):
+            gradients(model, step)
+            optimizer.step()
+    plain, careful = (dict(model.named_parameters()) for model in models)
+    same = {name for name in plain if torch.equal(plain[name], careful[name])}
+    assert same == (set() if rule == "adam" else {"model.embed_tokens.weight", "lm_head.weight"})
+    assert caplog.text.count(f"the rule embeddings={rule!r}") == (rule != "adam")
 
 
 def test_adamw_against_its_formula() -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowmem.optim import make_optimizer
 from hf_lowmem.weights import resting
@@ -33,12 +35,26 @@ READS: dict[str, Callable[[nn.Parameter, Any], Any]] = {
     "another's values": lambda p, m: nn.init.normal_(p),
     "to another device, alone": lambda p, m: p.to("meta"),
     "setting data": lambda p, m: setattr(p, "data", torch.zeros(p.shape, dtype=p.dtype)),
+    "an average by hand": lambda p, m: [torch.no_grad()(torch.zeros(q.shape).lerp_)(q, 0.1) for q in m.parameters()],
+    "a merge": lambda p, m: p.data.add_(torch.ones(p.shape, dtype=p.dtype)),
+    "another vocabulary": lambda p, m: m.resize_token_embeddings(len(p) + 8),
+    "a head that is tied to it": lambda p, m: (setattr(m.lm_head, "weight", p), m(torch.ones(1, 4, dtype=torch.int))),
+    "shards of FSDP2": lambda p, m: fully_shard(m.model.embed_tokens),
+    "replicas of DDP": lambda p, m: DistributedDataParallel(m),
     "another optimizer": lambda p, m: (setattr(p, "grad", torch.ones_like(p)), torch.optim.AdamW([p]).step()),
 }
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A group of one process, for what shards and copies a model."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("read", READS)
-def test_whoever_reads_a_weight_is_told_its_name(read: str) -> None:
+def test_whoever_reads_a_weight_is_told_its_name(read: str, alone: None) -> None:
     model = llama()
     make_optimizer("adamw", model, weights="int8_sr")
     p = model.model.embed_tokens.weight

@@ -57,6 +57,21 @@ def test_codes_are_those_of_an_fp32_weight_with_that_step(case: str) -> None:
     assert len(resting(model)) == 8
 
 
+def test_a_thousand_steps_of_no_gradient_change_nothing() -> None:
+    """All the way an optimizer goes: gradients of zero, no weight decay, codes drawn anew in each step."""
+    model = llama(num_hidden_layers=1)
+    optimizer = make_optimizer("adamw", model, lr=1e-2, weight_decay=0.0, state="8bit", weights="int8_sr")
+    p = model.model.layers[0].self_attn.k_proj.weight
+    kept, group = at_rest(p), groups_of(optimizer)[id(p)]
+    assert kept is not None
+    before = [t.clone() for t in kept.stored()]
+    for _ in range(1000):
+        p.grad = torch.zeros(p.shape, dtype=p.dtype)
+        optimizer.step_param(p, group)
+    assert kept.writes[0] > 1000
+    assert all(map(torch.equal, kept.stored(), before))
+
+
 @pytest.mark.parametrize("name", ["adamw", "apollo_mini"])
 def test_no_kernel_takes_a_weight_at_rest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kernels run, it is the loop that knows the codes; nor does anybody step it by rows."""

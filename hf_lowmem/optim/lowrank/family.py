@@ -96,6 +96,7 @@ class LowRankOptimizer(LowMemOptimizer):
 
     `cautious=True` leaves out of an update, and makes up for, what goes against the gradient (arXiv 2411.16085;
     optim/cautious.py); no kernel knows it, and embeddings by "scale" or "adam_mini" do not take it.
+    An update of APOLLO's linear weights is the gradient times factors, of which nothing is ever left out.
     """
 
     STATES = {

@@ -88,12 +88,18 @@ PAIRS = ("int8,fp8_expand",)  # "8bit" is int8_softsign,fp8_expand: what its fir
 STORE_RATE_FACTOR = 1 / 3
 STORES = ("masters", "keep", "bf16_sr", "bf16_ecc")
 
+# What Q-GaLore adds to GaLore: 250 steps have five bases, or fewer where refreshes are lazy. The first is what the
+# others are compared with, and is named so that it is run beside them: rows without a name are of older code.
+BASES: tuple[dict[str, object], ...] = ({"basis": "fp32"}, {"basis": "int4"}, {"lazy_overlap": 0.9})
+OF_BASES = ("galore", "fira")
+
 SETTINGS: list[Setting] = [
     *(Setting(method, codec) for method, codecs in CODECS.items() for codec in codecs),
     *(Setting("adamw", pair) for pair in PAIRS),
     Setting("galore", extra={"projection": "svd"}),
     Setting("galore", extra={"projection": "random"}),
     Setting("galore", extra={"rotate": True}),
+    *(Setting(method, extra=extra) for method in OF_BASES for extra in BASES),
     *(Setting("adamw", weights=store, rate_factor=STORE_RATE_FACTOR) for store in STORES),
     *(Setting(method, control=True) for method in ("adamw", "galore")),
 ]

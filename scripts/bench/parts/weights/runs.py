@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_lowmem.memory import parameter_bytes
+from hf_lowmem.memory import optimizer_bytes, parameter_bytes
 from hf_lowmem.optim import StepInBackward, make_optimizer
 from parts.record import Row
 from parts.small_llama import batches, build_model, heldout_loss, rate_at
@@ -67,8 +67,8 @@ def forward_of(model: nn.Module, store: str) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def trained(model: nn.Module, job: Job, size: Row, data_seed: int) -> Callable[[Tensor], Tensor]:
-    """Train in place; the forward pass of what came out."""
+def trained(model: nn.Module, job: Job, size: Row, data_seed: int) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Train in place; the forward pass of what came out, and bytes of the optimizer's state."""
     weights = "keep" if job.store in ("masters", "control") else job.store
     optimizer = make_optimizer(
         job.method, model, lr=job.rate, weight_decay=size["weight_decay"], state="8bit", weights=weights, seed=job.seed
@@ -80,7 +80,7 @@ def trained(model: nn.Module, job: Job, size: Row, data_seed: int) -> Callable[[
         forward(ids).backward()
         optimizer.step()
     stepping.remove()
-    return forward
+    return forward, optimizer_bytes(optimizer)
 
 
 @functools.cache
@@ -105,11 +105,12 @@ def run(job: Job, size: Row) -> Row:
     if job.store not in ("masters", "control"):
         for p in model.parameters():
             p.data = p.data.to(torch.bfloat16)
-    forward = trained(model, job, size, data_seed)
+    forward, states = trained(model, job, size, data_seed)
     count = sum(p.numel() for p in model.parameters())
     return job.row() | {
         "heldout_loss": heldout_loss(forward, size),
         "weight_bytes_per_parameter": parameter_bytes(model) / count,
+        "state_bytes_per_parameter": states / count,
         "steps": size["steps"],
         "parameters": count,
         "cpu_seconds": time.process_time() - began,
