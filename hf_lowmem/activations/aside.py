@@ -11,9 +11,10 @@ import threading
 import warnings
 from typing import Any
 
-import torch
+from hf_lowmem.memory.saved import innermost_pack
+from hf_lowmem.patching import in_transform
 
-__all__ = ["active", "in_checkpoint", "innermost_pack", "reason_to_step_aside", "say_once"]
+__all__ = ["active", "in_checkpoint", "reason_to_step_aside", "say_once"]
 
 
 class _Active(threading.local):
@@ -24,15 +25,6 @@ class _Active(threading.local):
 
 
 active = _Active()
-
-
-def innermost_pack() -> Any:
-    """The hook that autograd would ask now about a tensor to save, or None. A measuring wrapper is seen through."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    hook: Any = None if top is None else top[0]
-    while (inner := getattr(hook, "__wrapped__", None)) is not None:
-        hook = inner
-    return hook
 
 
 def in_checkpoint() -> bool:
@@ -47,7 +39,7 @@ def reason_to_step_aside() -> str | None:
             "it runs inside a torch.utils.checkpoint, whose region is computed again and keeps nothing that could be "
             "compressed. Take the checkpoint away, or leave the tier unset"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+    if in_transform():
         return "it runs inside a transform of torch.func, which has no saved tensors to compress"
     return None
 

@@ -59,7 +59,7 @@ def _of_activations(tokens: int, hidden: int, ffn: int) -> dict[tuple[str, str],
     def factor(d: torch.device, length: int) -> Tensor:
         return torch.full((length,), 0.01, device=d)
 
-    def operands(d: torch.device, fmt: str) -> tuple[Any, ...]:
+    def operands(d: torch.device, fmt: str) -> tuple[object, ...]:
         x, w = (code_rows(_draw(d, rows, hidden), None, None, fmt, "rows") for rows in (max(tokens, 32), ffn))
         return x[0], w[0], x[2], w[2], True, BF16
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hf_lowmem.kernels.operands import reference
 from hf_lowmem.kernels.operands.cases import column_cases, product_cases, row_cases
-from hf_lowmem.kernels.operands.reference import padded, turn
+from hf_lowmem.kernels.operands.reference import ALIGNED, INT8_ROWS, turn
 from hf_lowmem.kernels.registry import Kernel
 
-__all__ = ["CODE_COLUMNS", "CODE_ROWS", "FLOATS", "PRODUCT", "padded", "turn"]
+__all__ = ["ALIGNED", "CODE_COLUMNS", "CODE_ROWS", "FLOATS", "INT8_ROWS", "PRODUCT", "turn"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ def row_cases() -> Iterator[Case]:
         for i, (name, make) in enumerate(tensors().items()):
             for kind in ("plain", "factor", "largest") if i == 0 else ("plain", "factor"):
 
-                def args(d: torch.device, make=make, fmt=fmt, kind=kind, layout=LAYOUTS[i % 3]) -> tuple[Any, ...]:
+                def args(d: torch.device, make=make, fmt=fmt, kind=kind, layout=LAYOUTS[i % 3]) -> tuple[object, ...]:
                     x = make(d)
                     factor = factors(x.shape[1], d) if kind == "factor" else None
                     largest = x.float().abs().amax() if kind == "largest" else None
@@ -55,7 +54,7 @@ def column_cases() -> Iterator[Case]:
     for fmt in GROUPS:
         for name, make in tensors().items():
 
-            def args(d: torch.device, make=make, fmt=fmt) -> tuple[Any, ...]:
+            def args(d: torch.device, make=make, fmt=fmt) -> tuple[object, ...]:
                 x = make(d)
                 return x, factors(x.shape[0], d), fmt
 
@@ -68,7 +67,7 @@ def product_cases() -> Iterator[Case]:
             for whole in (False, True):
                 for dtype in (BF16, torch.float32):
 
-                    def args(d: torch.device, size=(m, k, n), fmt=fmt, whole=whole, dtype=dtype) -> tuple[Any, ...]:
+                    def args(d: torch.device, size=(m, k, n), fmt=fmt, whole=whole, dtype=dtype) -> tuple[object, ...]:
                         m, k, n = size
                         g = torch.Generator().manual_seed(m)
                         found = []

@@ -6,10 +6,8 @@ runs of 64 bytes and turned in runs of 32, a sector of memory, so no tile has to
 A matrix of 1,024 columns gives `columns_kernel` 32 programs, fewer than a large GPU has processors.
 """
 
-# pyright: reportCallIssue=false
-# Its idea of a kernel's parameters lacks those of the launch: num_warps, enable_fp_fusion.
-
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import triton
@@ -24,6 +22,9 @@ from hf_lowmem.kernels.quantize.reference import GROUPS
 ROWS = COLUMNS = 32  # that share a program
 TILE = 64
 WARPS = 4
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+FOLDED: tl.constexpr = tl.constexpr(True)
+Launch = Callable[..., object]  # pyright's idea of a kernel's parameters lacks those of the launch
 
 
 @triton.jit
@@ -125,13 +126,13 @@ def columns_kernel(
     found = tl.zeros((TILE, COLUMNS), tl.int32)
     for start in range(0, m, TILE):
         row = (start + tl.arange(0, TILE)).to(tl.int64)[:, None]
-        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, True)
+        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, FOLDED)
         found = tl.maximum(found, magnitude(x))
     scale, finite = scale_of(tl.max(found, 0), TOP, LEAST, MOST)
     tl.store(scales_ptr + columns, tl.where(finite, scale, float("nan")), mask=columns < k)
     for start in range(0, width, TILE):
         row = (start + tl.arange(0, TILE)).to(tl.int64)[:, None]
-        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, True)
+        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, FOLDED)
         codes = encode(x, scale[None, :], finite[None, :], E4M3, TOP)
         tl.store(turned_ptr + column * width + row, codes, mask=(row < width) & (column < k))
 
@@ -144,12 +145,11 @@ def code_rows(
     if m:
         flags = {"FACTOR": factor is not None, "LARGEST": largest is not None}
         dtype = x.dtype if factor is None else torch.float32
-        rows_kernel[(triton.cdiv(m, ROWS),)](
-            x, x if factor is None else factor, x if largest is None else largest, codes, turned, scales,
-            m, k, x.stride(0), x.stride(1), turned.shape[1],
-            **constants(fmt, dtype) | flags | {"STRAIGHT": layout != "turned", "TURNED": layout != "rows"},
-            ROWS=ROWS, TILE=TILE, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        flags |= {"STRAIGHT": layout != "turned", "TURNED": layout != "rows"}
+        pointers = x, x if factor is None else factor, x if largest is None else largest, codes, turned, scales
+        launch = cast(Launch, rows_kernel[(triton.cdiv(m, ROWS),)])
+        sizes = m, k, x.stride(0), x.stride(1), turned.shape[1]
+        launch(*pointers, *sizes, **constants(fmt, dtype), **flags, ROWS=ROWS, TILE=TILE, **OPTIONS)
     return codes, turned, scales
 
 
@@ -157,10 +157,10 @@ def code_columns(x: Tensor, factor: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     turned, scales = empty_columns(x, fmt)
     m, k = x.shape
     if k:
-        columns_kernel[(triton.cdiv(k, COLUMNS),)](
-            x, factor, turned, scales, m, k, x.stride(0), x.stride(1), turned.shape[1],
-            **constants(fmt, torch.float32), COLUMNS=COLUMNS, TILE=TILE, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch = cast(Launch, columns_kernel[(triton.cdiv(k, COLUMNS),)])
+        sizes = m, k, x.stride(0), x.stride(1), turned.shape[1]
+        options = constants(fmt, torch.float32) | OPTIONS
+        launch(x, factor, turned, scales, *sizes, **options, COLUMNS=COLUMNS, TILE=TILE)
     return turned, scales
 
 
@@ -177,12 +177,12 @@ def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, fast: bool, 
     return made.to(dtype)
 
 
-def constants(fmt: str, dtype: torch.dtype) -> dict[str, Any]:
+def constants(fmt: str, dtype: torch.dtype) -> dict[str, object]:
     groups = GROUPS[fmt]
     return {"E4M3": fmt == "e4m3", "TOP": groups.top, "LEAST": groups.least, "MOST": groups.most(dtype)}
 
 
-def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def compile_cases() -> list[tuple[str, object, dict[str, str], dict[str, object], int]]:
     """bf16 operands of an 8B model: x of the forward pass, a weight and x of the backward pass, g with either fold."""
     cases = []
     sizes = {"m": "i32:16", "k": "i32:16", "row_stride": "i32:16", "column_stride": "i32", "width": "i32:16"}
