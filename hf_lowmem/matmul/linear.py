@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowmem.kernels.operands import ALIGNED, FLOATS, INT8_ROWS
-from hf_lowmem.matmul.products import RECIPES, LinearIn8Bits
+from hf_lowmem.matmul.products import RECIPES, linear_in_8_bits
 from hf_lowmem.memory.saved import innermost_pack
 from hf_lowmem.patching import ForwardPatch, forwards_of, in_transform
 
@@ -53,7 +53,7 @@ class Linear8(ForwardPatch):
         if inputs.dtype != dtype:
             return self.original(x)  # whose error is torch's
         keeps = torch.compiler.is_compiling() or not is_looked_after()
-        return LinearIn8Bits.apply(inputs, module.weight, module.bias, self.recipe, x, keeps)
+        return linear_in_8_bits(inputs, module.weight, module.bias, self.recipe, of=x, keeps_codes=keeps)
 
     def left_out(self, x: Tensor, weight: Tensor) -> bool:
         """Whether this call is not one for codes: of few tokens, or with tensors that are not plain matrices."""

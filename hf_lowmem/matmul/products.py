@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_lowmem.kernels.operands import CODE_COLUMNS, CODE_ROWS, PRODUCT, turn
 
-__all__ = ["RECIPES", "LinearIn8Bits", "Recipe"]
+__all__ = ["RECIPES", "Recipe", "linear_in_8_bits"]
 
 
 @dataclass(frozen=True)
@@ -141,22 +141,28 @@ class LinearIn8Bits(torch.autograd.Function):
         x: (..., K), bf16, fp16 or fp32, in the dtype that the result shall have.
         weight, bias: (N, K) and (N,), of any of these dtypes.
         recipe: how operands are coded.
-        of: the tensor as which a linear beside this one may be given the same input; its codes are shared.
+        codes, scales: of x, from `code_input`.
         keeps_codes: whether codes of x are kept for backward, and not x.
     """
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, of: Tensor, keeps_codes: bool
+        ctx: Context,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        recipe: Recipe,
+        codes: Tensor,
+        scales: Tensor,
+        keeps_codes: bool,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inputs, weights = code_input(of, rows, recipe), code(weight, recipe, "rows")
-        y = PRODUCT(inputs.codes, weights.codes, inputs.scale, weights.scale, True, x.dtype)
+        weights = code(weight, recipe, "rows")
+        y = PRODUCT(codes, weights.codes, scales, weights.scale, True, x.dtype)
         if bias is not None:
             y += bias
         ctx.recipe, ctx.dtype, ctx.of_weight = recipe, x.dtype, weight.dtype
         ctx.coded = keeps_codes and ctx.needs_input_grad[1]
-        of_x = (None, None) if not ctx.needs_input_grad[1] else (inputs.codes, inputs.scale) if ctx.coded else (x, None)
+        of_x = (None, None) if not ctx.needs_input_grad[1] else (codes, scales) if ctx.coded else (x, None)
         ctx.save_for_backward(*of_x, weight if ctx.needs_input_grad[0] else None)
         # A view would hide from tiers that it is as much as a linear's output.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
@@ -188,4 +194,16 @@ class LinearIn8Bits(torch.autograd.Function):
             of_w = PRODUCT(turned, inputs.turned, scale, other, False, ctx.dtype).to(ctx.of_weight)
         if ctx.needs_input_grad[2]:
             of_bias = g.sum(0)
-        return of_x, of_w, of_bias, None, None, None
+        return of_x, of_w, of_bias, None, None, None, None
+
+
+def linear_in_8_bits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, of: Tensor, keeps_codes: bool
+) -> Tensor:
+    """x Wᵀ + bias: see `LinearIn8Bits`. `of`: the tensor that linears beside this one are given as well, whose codes
+    they share."""
+    with torch.no_grad():
+        coded = code_input(of, x.detach().reshape(-1, x.shape[-1]), recipe)
+    made = LinearIn8Bits.apply(x, weight, bias, recipe, coded.codes, coded.scale, keeps_codes)
+    assert isinstance(made, Tensor)
+    return made

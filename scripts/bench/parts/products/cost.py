@@ -63,9 +63,5 @@ def cost_rows() -> Iterator[Row]:
 
 
 def break_even() -> int:
-    """Tokens of a square weight of as many channels at which codes begin to save time."""
-    for size in range(256, 1 << 14, 64):
-        saved = 6 * size**3 * (1 / BF16 - 1 / FP8)
-        if saved > (3 + 2 + 12) * size * size / BANDWIDTH + 6 * LAUNCH:
-            return size
-    return 0
+    """Tokens from which the linears of a layer take less time from codes."""
+    return next(t for t in range(64, 1 << 14, 64) if products(t, FP8) + casts(t, codes_kept=True) < products(t, BF16))

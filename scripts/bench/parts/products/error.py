@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.matmul.products import RECIPES, LinearIn8Bits
+from hf_lowmem.matmul.products import RECIPES, linear_in_8_bits
 from parts.record import Row, Rows
 
 TOKENS, INPUTS, OUTPUTS = 2048, 512, 384
@@ -44,8 +44,9 @@ def exact(x: Tensor, w: Tensor, g: Tensor) -> Products:
 def ours(name: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
     def products(x: Tensor, w: Tensor, g: Tensor) -> Products:
         x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = cast(Tensor, LinearIn8Bits.apply(x, w, None, RECIPES[name], x, True))
-        return y.detach(), *torch.autograd.grad(y, (x, w), g)
+        y = linear_in_8_bits(x, w, None, RECIPES[name], of=x, keeps_codes=True)
+        of_x, of_w = torch.autograd.grad(y, (x, w), g)
+        return y.detach(), of_x, of_w
 
     return products
 
@@ -63,7 +64,8 @@ def torchao(name: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
         layer = Float8Linear.from_float(linear, config)
         x = x.clone().requires_grad_()
         y = layer(x)
-        return y.detach(), *torch.autograd.grad(y, (x, layer.weight), g)
+        of_x, of_w = torch.autograd.grad(y, (x, layer.weight), g)
+        return y.detach(), of_x, of_w
 
     return products
 

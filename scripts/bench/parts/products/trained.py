@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,13 @@ def loss_rows(smoke: bool, old: Rows, *, steps: int, ways: tuple[str, ...] = WAY
                 yield loss_row(way, seed, size)
 
 
-def loss_row(way: str, seed: int, size: dict[str, object]) -> Row:
+def loss_row(way: str, seed: int, size: dict[str, Any]) -> Row:
     model = build_model(size, seed, bf16=False)
     model.train()
     products = None
     if way != "bf16":
         products = OwnedProducts(linears_of_layers(model), MatmulSpec(recipe=way, least=0))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=RATE, weight_decay=float(str(size["weight_decay"])), fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=size["weight_decay"], fused=True)
 
     def forward(ids: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -48,7 +47,7 @@ def loss_row(way: str, seed: int, size: dict[str, object]) -> Row:
         optimizer.param_groups[0]["lr"] = RATE * rate_at(step, size)
         loss = forward(ids)
         loss.backward()
-        clip_(list(model.parameters()), float(str(size["clip"])), bf16=False)
+        clip_(list(model.parameters()), size["clip"], bf16=False)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
