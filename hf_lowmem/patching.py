@@ -14,9 +14,17 @@ import inspect
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardPatch", "check_version", "forwards_of", "in_eval_mode", "version_of"]
+__all__ = [
+    "ForwardPatch",
+    "check_version",
+    "forwards_of",
+    "in_eval_mode",
+    "in_transform",
+    "version_of",
+]
 
 
 class ForwardPatch:
@@ -82,6 +90,11 @@ def check_version(tensor: Tensor, expected: int) -> None:
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             f"[{tensor.type()} {list(tensor.shape)}] is at version {found}; expected version {expected} instead."
         )
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func runs, which has no saved tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

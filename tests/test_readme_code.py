@@ -66,6 +66,7 @@ COMMANDS = {
     "python scripts/bench/plan_headlines.py": MINUTES + "tests/bench/test_plan.py",
     "python scripts/bench/long_sequences.py": MINUTES + "tests/bench/test_plan.py",
     "python scripts/bench/plan_table.py": MINUTES + "tests/bench/test_plan.py",
+    "python scripts/bench/products.py": MINUTES + "tests/bench/test_products.py",
     "python scripts/bench/plan_vs_cpu.py": MINUTES + "tests/planner/test_truth.py",
     "python scripts/bench/plan_vs_cuda.py": "needs a CUDA device; at toy size in tests/bench/test_plan.py",
     "python scripts/bench/preference.py": MINUTES + "tests/bench/test_preference.py",
@@ -238,6 +239,12 @@ PYTHON = (
         'report = convert(model, "fp8")',
         {"...  # train": "seen = vars(model.model.layers[0])"},
         lambda names: "forward" not in vars(names["model"].model.layers[0]) and names["report"] is not None,
+    ),
+    Python(
+        "hf_lowmem/matmul/README.md",
+        'args = LowMemSFTConfig("out", lowmem_matmul="fp8_row"',
+        SHORT,
+        lambda names: names["args"].lowmem_matmul_spec().recipe == "fp8_row",
     ),
     Python(
         "hf_lowmem/optim/README.md",

@@ -197,6 +197,16 @@ CONSTANTS: dict[str, dict[str, str]] = {
     },
     ".github/CONTRIBUTING.md": {"Files of 150 to 250 lines (400 at most), functions under 80": RULE},
     "integrations/README.md": {},
+    "hf_lowmem/matmul/README.md": {
+        "8 bits": NAME,
+        "8-bit": NAME,
+        "4-bit": NAME,
+        "multiples of 16": RULE,
+        "1 byte a value in the place of 2": RULE,
+        "512 inputs and 384 outputs and 2,048 tokens": SETTING,
+        "fewer than 2,048 tokens": SETTING,
+        "narrower than 2,048": SETTING,
+    },
     "hf_lowmem/activations/README.md": FAMILIES
     | {
         "2,048 tokens": SETTING,

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["active", "check_first_derivative", "in_checkpoint", "innermost_pack", "reason_to_step_aside", "say_once"]
+from hf_lowmem.memory.saved import innermost_pack
+from hf_lowmem.patching import in_transform
+
+__all__ = ["active", "check_first_derivative", "in_checkpoint", "reason_to_step_aside", "say_once"]
 
 
 class _Active(threading.local):
@@ -25,15 +28,6 @@ class _Active(threading.local):
 
 
 active = _Active()
-
-
-def innermost_pack() -> Any:
-    """The hook that autograd would ask now about a tensor to save, or None. A measuring wrapper is seen through."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    hook: Any = None if top is None else top[0]
-    while (inner := getattr(hook, "__wrapped__", None)) is not None:
-        hook = inner
-    return hook
 
 
 def in_checkpoint() -> bool:
@@ -48,7 +42,7 @@ def reason_to_step_aside() -> str | None:
             "it runs inside a torch.utils.checkpoint, whose region is computed again and keeps nothing that could be "
             "compressed. Take the checkpoint away, or leave the tier unset"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+    if in_transform():
         return "it runs inside a transform of torch.func, which has no saved tensors to compress"
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return "it is differentiated forward, and of what is computed again there would be no tangents"

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_lowmem.activations.aside import active, innermost_pack
+from hf_lowmem.activations.aside import active
 from hf_lowmem.activations.origin import is_bias
 from hf_lowmem.activations.values import AsIs, Derived, Kept, Replay, Rerun, Slot, Value, View
 from hf_lowmem.kernels.glu import GLU, glu_rows
 from hf_lowmem.kernels.quantize import GROUPS
 from hf_lowmem.kernels.rmsnorm import RMSNORM_AGAIN, rmsnorm_rows
+from hf_lowmem.memory.saved import innermost_pack
 
 __all__ = ["FORMATS_OF_TIER", "Formats", "Tape", "is_plain", "unpack"]
 

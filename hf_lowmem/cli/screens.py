@@ -35,6 +35,7 @@ _LOWMEM = """\
   --optim               adamw, lion, apollo, apollo_mini, galore, ..., or one of HuggingFace's
   --lowmem_state        what stores the optimizer's moments: 8bit, int8, fp8, int4
   --lowmem_activations  what layers keep for backward: exact, fp8, fp8_recompute, checkpoint_fp8
+  --lowmem_matmul       layers' products in 8 bits: fp8_row, fp8_tensor, int8_row
   --lowmem_step_in_backward
                         update each weight during backward, and free its gradient
   --lowmem_budget       memory of one device, such as 24GiB: what is left open is searched

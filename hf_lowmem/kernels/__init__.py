@@ -9,6 +9,7 @@ from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE
 from hf_lowmem.kernels.glu import GLU, GLU_BACKWARD, GLU_SAVE
 from hf_lowmem.kernels.lion import LION_STEP
 from hf_lowmem.kernels.moments import ADAM_DIRECTION, ADAM_MOMENTS
+from hf_lowmem.kernels.operands import CODE_COLUMNS, CODE_ROWS, PRODUCT
 from hf_lowmem.kernels.quantize import DEQUANTIZE, QUANTIZE
 from hf_lowmem.kernels.registry import Case, Kernel, current_impl, use_kernels
 from hf_lowmem.kernels.rmsnorm import RMSNORM, RMSNORM_AGAIN, RMSNORM_BACKWARD
@@ -18,6 +19,9 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         QUANTIZE,
         DEQUANTIZE,
+        CODE_ROWS,
+        CODE_COLUMNS,
+        PRODUCT,
         RMSNORM,
         RMSNORM_AGAIN,
         RMSNORM_BACKWARD,

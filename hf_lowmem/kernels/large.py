@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hf_lowmem.kernels.codecs.cases import room
 from hf_lowmem.kernels.codecs.reference import encode_state
 from hf_lowmem.kernels.compare import written
+from hf_lowmem.kernels.operands.reference import code_rows
 from hf_lowmem.kernels.quantize.reference import quantize
 from hf_lowmem.kernels.registry import Kernel
 from hf_lowmem.kernels.step.cases import skips_of
@@ -55,7 +56,20 @@ def _of_activations(tokens: int, hidden: int, ffn: int) -> dict[tuple[str, str],
     def norm(d: torch.device) -> tuple[Any, ...]:
         return _draw(d, tokens, hidden), *_codes(d, tokens, hidden), _draw(d, hidden), None, 1e-5, False, BF16, True
 
+    def factor(d: torch.device, length: int) -> Tensor:
+        return torch.full((length,), 0.01, device=d)
+
+    def operands(d: torch.device, fmt: str) -> tuple[object, ...]:
+        x, w = (code_rows(_draw(d, rows, hidden), None, None, fmt, "rows") for rows in (max(tokens, 32), ffn))
+        return x[0], w[0], x[2], w[2], True, BF16
+
     return {
+        ("code_rows", "e4m3"): lambda d: (_draw(d, tokens, hidden), None, None, "e4m3", "rows"),
+        ("code_rows", "e4m3, turned"): lambda d: (_draw(d, tokens, hidden), None, None, "e4m3", "turned"),
+        ("code_rows", "e4m3, folded"): lambda d: (_draw(d, tokens, ffn), factor(d, ffn), None, "e4m3", "rows"),
+        ("code_columns", "e4m3, folded"): lambda d: (_draw(d, tokens, ffn), factor(d, tokens), "e4m3"),
+        ("product_of_codes", "e4m3"): lambda d: operands(d, "e4m3"),
+        ("product_of_codes", "int8"): lambda d: operands(d, "int8"),
         ("quantize", "e4m3"): lambda d: (_draw(d, tokens, hidden), "e4m3", None),
         ("quantize", "int8"): lambda d: (_draw(d, tokens, hidden), "int8", None),
         ("dequantize", "e4m3"): lambda d: (*_codes(d, tokens, hidden), "e4m3", BF16),

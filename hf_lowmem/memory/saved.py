@@ -210,6 +210,8 @@ class SavedReport:
 
         if pack is not None:  # so that `inspect.unwrap` finds whose hook this is
             counted_pack.__wrapped__ = pack
+        else:  # for those who ask whether anybody else looks after saved tensors
+            counted_pack.only_counts = True
         return counted_pack, counted_unpack
 
     def _close(self) -> None:
@@ -218,6 +220,15 @@ class SavedReport:
             self._mark_peak()
             self._closed = True
         self._names, self._weights, self._entries = {}, {}, {}
+
+
+def innermost_pack() -> Any:
+    """The hook that autograd would ask now about a tensor to save, or None. A measuring wrapper is seen through."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    hook: Any = None if top is None else top[0]
+    while (inner := getattr(hook, "__wrapped__", None)) is not None:
+        hook = inner
+    return hook
 
 
 def _bare(value: Any) -> Any:

@@ -31,6 +31,7 @@ class Run:
         spec: of our optimizer, once it was checked for itself.
         tiers, stochastic, chunk, host: `lowmem_activations`, its rounding, tokens that a streamed layer runs on, and
             `lowmem_offload`.
+        matmul, matmul_least: `lowmem_matmul`, and `lowmem_matmul_least`.
         in_backward: whether each weight is stepped in backward.
         budget: `lowmem_budget`, or "auto" for lowmem="auto".
         loop: who trains, where that is no Trainer, such as "LowMemPlugin".
@@ -59,6 +60,8 @@ class Run:
     stochastic: bool | None = None
     host: str | None = None
     chunk: int | None = None
+    matmul: str | None = None
+    matmul_least: int | None = None
     in_backward: bool | None = None
     budget: str | None = None
     loop: str | None = None
@@ -88,7 +91,7 @@ class Run:
     @property
     def asked(self) -> str | None:
         """The first field that asks something of us, with its value; None where none does."""
-        return next((self.say(f) for f in ("optim", "tiers", "budget") if self._asks(f)), None)
+        return next((self.say(f) for f in ("optim", "tiers", "matmul", "budget") if self._asks(f)), None)
 
     def _asks(self, fact: str) -> bool:
         return self.ours if fact == "optim" else getattr(self, fact) is not None
@@ -107,6 +110,8 @@ class Run:
             "host": "lowmem_offload",
             "chunk": "lowmem_stream_chunk",
             "pieces": "parallelism_config",
+            "matmul": "lowmem_matmul",
+            "matmul_least": "lowmem_matmul_least",
         }.get(fact, fact)
         return f"{name}={getattr(self, fact)!r}"
 
@@ -117,7 +122,8 @@ class Run:
 
     def asking(self, other: "Run") -> Self:
         """A copy of this run with the fields, tiers, optimizer and budget of `other`, and nothing else of it."""
-        asks = ("optim", "fields", "spec", "tiers", "stochastic", "chunk", "host", "in_backward", "budget")
+        asks = ("optim", "fields", "spec", "tiers", "stochastic", "chunk", "host", "matmul", "matmul_least")
+        asks += ("in_backward", "budget")
         said = {name: words for name, words in other.said.items() if name in asks}
         return self.knowing(said, **{name: getattr(other, name) for name in asks})
 
@@ -141,6 +147,8 @@ class Run:
             stochastic=getattr(args, "lowmem_activations_stochastic", None),
             host=getattr(args, "lowmem_offload", None),
             chunk=getattr(args, "lowmem_stream_chunk", None),
+            matmul=getattr(args, "lowmem_matmul", None),
+            matmul_least=getattr(args, "lowmem_matmul_least", None),
             in_backward=in_backward,
             budget=getattr(args, "lowmem_budget", None) or ("auto" if automatic else None),
             engine="deepspeed" if asked else None,

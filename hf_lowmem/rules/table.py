@@ -91,6 +91,13 @@ WITHOUT_EFFECT = (
         "Leave it unset, or set lowmem_activations='stream_fp8'",
     ),
     Rule(
+        "least_nothing",
+        ("matmul_least",),
+        lambda run: run.matmul is None,
+        lambda run: f"{run.say('matmul_least')} has no effect without lowmem_matmul",
+        "Leave it unset, or set lowmem_matmul='fp8_row'",
+    ),
+    Rule(
         "passed",
         ("passed", "optim"),
         lambda run: run.ours,
@@ -254,6 +261,16 @@ def _at_rest(run: Run) -> str:
 
 
 AT_REST = (
+    Rule(
+        "rest_matmul",
+        ("fields", "matmul", "optim"),
+        _rests,
+        lambda run: (
+            f"{_at_rest(run)} cannot be combined with {run.say('matmul')}: such weights have a scale for each group of "
+            "values that a product sums over, which cannot be taken out of the sum"
+        ),
+        "Leave lowmem_matmul unset, or set lowmem_weights='bf16_sr'",
+    ),
     Rule(
         "rest_streamed",
         ("fields", "tiers", "optim"),

@@ -36,6 +36,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
+from hf_lowmem.training.matmul_fields import MatmulArguments
 from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle, take_section
 from hf_lowmem.training.presets import AUTO, PRESETS, WEIGHTS, fill, is_about, said
@@ -47,7 +48,7 @@ SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_m
 
 
 @dataclass
-class LowMemArguments(NamedFields):
+class LowMemArguments(MatmulArguments, NamedFields):
     """Fields that make a training step fit in less memory; mix in before a TrainingArguments class.
 
     ```python
@@ -240,6 +241,7 @@ class LowMemArguments(NamedFields):
         if self.lowmem_accumulation is not None:
             check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
         self.lowmem_activation_spec()
+        self.lowmem_matmul_spec()
         if self.lowmem_budget is not None:
             parse_bytes("lowmem_budget", self.lowmem_budget)
         if self.lowmem_max_skipped_steps is not None:

@@ -22,6 +22,7 @@ from hf_lowmem.specs import INPUT_TIERS, STORES_AT_REST, ActivationSpec, OptimSp
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
 from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
+from hf_lowmem.training.multiplying import MultipliesIn8Bits
 from hf_lowmem.training.presets import take_weights
 from hf_lowmem.training.resting import RestingWeights
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LowMemTrainerMixin(RestingWeights):
+class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
     """Put before a Trainer class: `class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...`.
 
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
@@ -64,6 +65,7 @@ class LowMemTrainerMixin(RestingWeights):
         args, kwargs = self._within_budget(args, kwargs)
         super().__init__(*args, **kwargs)
         self._check_rules()
+        self._rehearse_products()
         self._rehearse_tiers()
         if (spec := self._resting_spec()) is not None:
             self._rehearse_rest(spec)
@@ -152,9 +154,10 @@ class LowMemTrainerMixin(RestingWeights):
 
     def _put_on(self) -> None:
         """Put on the model what stays there for this training. Again is nothing, on the same model."""
+        self._put_products()
         spec = self._tier_spec()
         if spec is not None and (self._tiers is None or self._tiers.model is not self.model):
-            self._take_off()  # of a model that a search has replaced
+            self._take_tiers()  # of a model that a search has replaced
             self._tiers = OwnedTiers(self.model, spec, f"lowmem_activations={spec.tiers!r} of {type(self).__name__}")
             self.activations = self._tiers.report
 
@@ -163,6 +166,10 @@ class LowMemTrainerMixin(RestingWeights):
         if self.stepping is not None:
             self.stepping.remove()
             self.stepping.forget()  # a step that an exception has cut off
+        self._take_products()
+        self._take_tiers()
+
+    def _take_tiers(self) -> None:
         if self._tiers is not None:
             self._tiers.take_off()
             self._tiers = None

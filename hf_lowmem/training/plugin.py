@@ -24,12 +24,14 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem import rules
 from hf_lowmem.activations import OwnedTiers, Report
+from hf_lowmem.matmul import OwnedProducts, ProductReport
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
 from hf_lowmem.runs.skips import FIELD
 from hf_lowmem.specs import check_choice
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
+from hf_lowmem.training.multiplying import put_products
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.training.presets import take_weights
 from hf_lowmem.weights import expect_scales, resting, write_scales
@@ -109,8 +111,9 @@ class LowMemPlugin(LowMemArguments):
             )
         super().__post_init__()
         self.activations: Report | None = None
+        self.products: ProductReport | None = None
         self.stepping: StepInBackward | None = None
-        self._put_on: list[OwnedTiers | StepInBackward] = []
+        self._put_on: list[OwnedTiers | OwnedProducts | StepInBackward] = []
         self._state_hooks: list[RemovableHandle] = []
         self._undo_clipping: Callable[[], Any] = lambda: None
         if rules.Run.from_fields(self).asked is not None:
@@ -168,8 +171,8 @@ class LowMemPlugin(LowMemArguments):
         """(model, optimizer, *others, scheduler), prepared by the Accelerator; the scheduler only where one is given.
 
         Args:
-            model: not yet prepared. Its layers are converted in place where `lowmem_activations` says so, until
-                `remove()`.
+            model: not yet prepared. Its layers are converted in place where `lowmem_activations` or `lowmem_matmul`
+                say so, until `remove()`.
             others: what `accelerator.prepare` takes beside them, such as data loaders.
             scheduler: a function from the optimizer, which does not exist before, to its scheduler.
             optimizer: where `optim` is none of ours.
@@ -190,6 +193,10 @@ class LowMemPlugin(LowMemArguments):
                 "optimizer=, with optim left unset."
             )
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
+        products = put_products(self, model)
+        if products is not None:
+            self._put_on.append(products)
+            self.products = products.report
         spec = self.lowmem_activation_spec()
         if spec is not None:
             tiers = OwnedTiers(model, spec, f"lowmem_activations={spec.tiers!r} of LowMemPlugin")
@@ -217,7 +224,7 @@ class LowMemPlugin(LowMemArguments):
         return prepared
 
     def remove(self) -> None:
-        """Take off what `prepare` has put on models and Accelerator: tiers, hooks of step in backward, no clipping.
+        """Take off what `prepare` has put on models and Accelerator: tiers, products, hooks, no clipping.
 
         To be called when the training is over, before another one uses the model or its memory.
         """

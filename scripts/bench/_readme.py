@@ -27,7 +27,8 @@ from _readme_optim import OPTIM, difference, one, records, scores, single_figure
 from hf_lowmem.specs import TIERS
 from hf_lowmem.training.presets import PRESETS, WEIGHTS
 from parts.preference import report as preferences
-from parts.record import RECORDS, ROOT
+from parts.products import report as multiplied
+from parts.record import RECORDS, ROOT, Rows, of_part
 
 __all__ = ["TABLES", "difference", "one", "readmes", "records", "rewritten", "scores", "single_figures"]
 
@@ -303,6 +304,10 @@ def targets() -> list[str]:
     return table(["target", "kernels and shapes compiled", "of them with spilled registers"], lines)
 
 
+def products(part: str) -> Rows:
+    return of_part(records("products.jsonl"), part)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "which": which,
     "memory": memory,
@@ -326,6 +331,8 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation_loss": accumulation_loss,
     "targets": targets,
     "cpu_layers": cpu_layers,
+    "products_error": lambda: multiplied.errors(products("error")),
+    "products_cost": lambda: multiplied.costs(products("cost")),
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
 }
 

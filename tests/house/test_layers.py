@@ -26,6 +26,7 @@ LEVEL = {
     "weights": 2,
     "optim": 3,
     "activations": 3,
+    "matmul": 3,
     "preference": 3,
     "rules": 4,
     "runs": 4,

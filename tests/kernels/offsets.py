@@ -155,6 +155,9 @@ def sizes_of(kernel: str, function: str, constants: dict[str, Any]) -> tuple[dic
         strides = dict.fromkeys(("grad_stride", "gate_stride", "up_stride"), 2 * width)
         groups = 112 * TOKENS
         return {"width": width, "per_row": 112, "n_groups": groups, **strides}, (groups // tile,)
+    if kernel == "operands":
+        matrix = {"m": TOKENS, "k": 14336, "row_stride": 2 * 14336, "column_stride": TOKENS, "width": TOKENS}
+        return matrix, (-(-(TOKENS if function == "rows_kernel" else 14336) // 32),)
     if kernel == "rmsnorm":
         if function == "sum_parts_kernel":
             return {"count": constants["PARTS"], "n": 4096}, (128,)

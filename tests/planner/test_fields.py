@@ -83,6 +83,8 @@ BOTH: dict[str, list[Any]] = {
     "optim_target_modules": [["mlp"]],
     "lowmem_activations": ["exact", "fp8", "checkpoint_fp8", "stream", "stream_fp8"],
     "lowmem_stream_chunk": [256],
+    "lowmem_matmul": ["fp8_row", "int8_row"],
+    "lowmem_matmul_least": [0],
     "lowmem_activations_stochastic": [True],
     "lowmem_offload": ["inputs"],
     "lowmem_state": ["8bit"],
@@ -131,6 +133,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "optim_target_modules": {"optim": "apollo", "lowmem_rank": 8},
     "lowmem_activations_stochastic": {"lowmem_activations": "fp8"},
     "lowmem_offload": {"lowmem_activations": "checkpoint_fp8"},
+    "lowmem_matmul": {"lowmem_matmul_least": 0},
+    "lowmem_matmul_least": {"lowmem_matmul": "fp8_row"},
     "lowmem_stream_chunk": {"lowmem_activations": "stream"},
     "lowmem_state": {"optim": "adamw"},
     "lowmem_weights": {"optim": "adamw"},
@@ -291,6 +295,14 @@ WEIGHED: dict[str, tuple[Any, dict[str, Any]]] = {
     "shared prompts, packed": (
         LowMemDPOConfig,
         {"loss_type": "orpo", "lowmem_share_prompt": True, "lowmem_pack_tokens": 200, "per_device_train_batch_size": 3},
+    ),
+    "products in 8 bits": (
+        LowMemSFTConfig,
+        {"lowmem_matmul": "fp8_row", "lowmem_matmul_least": 0, "max_length": 192, "gradient_checkpointing": False},
+    ),
+    "products in 8 bits under a tier": (
+        LowMemSFTConfig,
+        {"lowmem_matmul": "fp8_row", "lowmem_matmul_least": 0, "max_length": 192, "lowmem_activations": "fp8"},
     ),
     "smoothed labels": (LowMemSFTConfig, {"label_smoothing_factor": 0.1}),
     "noise on embeddings": (LowMemSFTConfig, {"neftune_noise_alpha": 5.0, "max_length": 128}),

@@ -23,11 +23,12 @@ from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.models import Shape, token_maker
-from hf_lowmem.planner.search.cost import Work, cost_a_token
+from hf_lowmem.planner.search.cost import EIGHT, Work, cost_a_token
 from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare, search
 from hf_lowmem.planner.search.ranking import Search
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, candidates, layers_by_tier
+from hf_lowmem.specs import MatmulSpec
 from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 from tests.planner.real import arguments, small_config
 from tests.planner.test_plan import LLAMA_3_8B, PARAMETERS, states
@@ -145,6 +146,20 @@ def test_the_cost_model_has_the_order_that_it_states() -> None:
     assert cost(batch=4) < cost(batch=2) < cost(batch=1)
     assert cost(states=100) < cost(states=1000)
     assert cost(norm=0.0) < cost(norm=1.0)
+
+
+def test_products_in_8_bits_are_modelled_for_calls_that_are_large_enough() -> None:
+    shapes = [Shape(i, (4096, 4096), 2, True) for i in range(4)]
+    config = LlamaConfig(hidden_size=4096, num_hidden_layers=4, intermediate_size=64)
+    plain, coded = (Work.of(config, shapes, 2048, m) for m in (None, MatmulSpec(recipe="fp8_row")))
+    choice = Choice(0, 1, 1, AS_IS, "lion", "fp32", max_grad_norm=0.0)
+
+    def cost(work: Work, tokens: int) -> float:
+        return cost_a_token(choice, work, 0, tokens, 4, {AS_IS: 4096.0})
+
+    assert cost(coded, 2047) == cost(plain, 2047)
+    gains = [cost(plain, tokens) / cost(coded, tokens) for tokens in (2048, 8192, 32768)]
+    assert 1 < gains[0] < gains[1] < gains[2] < EIGHT
 
 
 @pytest.fixture(scope="module")

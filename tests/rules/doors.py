@@ -39,6 +39,8 @@ OURS = {
     "stochastic": "lowmem_activations_stochastic",
     "host": "lowmem_offload",
     "chunk": "lowmem_stream_chunk",
+    "matmul": "lowmem_matmul",
+    "matmul_least": "lowmem_matmul_least",
     "in_backward": "lowmem_step_in_backward",
     "budget": "lowmem_budget",
 }

@@ -28,6 +28,7 @@ ROWS = {
     "fields_of_ours": Row({"optim": "sgd", "fields": {"lowmem_rank": 4}}, "has no effect with"),
     "stochastic_nothing": Row({"stochastic": True}, "has no effect without"),
     "offload_nothing": Row({"host": "inputs"}, "has no effect without"),
+    "least_nothing": Row({"matmul_least": 0}, "has no effect without"),
     "chunk_nothing": Row({"chunk": 256}, "has no effect without"),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
@@ -84,6 +85,9 @@ ROWS = {
     "rest_sharded": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
     ),
+    "rest_matmul": Row(
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "matmul": "fp8_row"}, "a scale for each group"
+    ),
     "rest_streamed": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "tiers": "stream"}, "adds up the gradients of its chunks"
     ),
@@ -112,6 +116,7 @@ BLIND = {
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",
+    ("least_nothing", "callback"): NO_OPTIMIZER,
     ("chunk_nothing", "callback"): "a spec of tiers has checked its own chunk",
     ("fsdp1", "planner"): "the processes that are planned are those of FSDP2 or DDP",
     ("tiers_offload", "plugin"): TRLS,

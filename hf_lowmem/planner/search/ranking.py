@@ -164,7 +164,9 @@ class Search:
         key = choice, tokens, bool(self._kept)
         if key not in self._costs:
             if tokens not in self._works:
-                self._works[tokens] = Work.of(self.estimator.config, self.estimator.shapes, tokens)
+                estimator = self.estimator
+                matmul = estimator.args.lowmem_matmul_spec()
+                self._works[tokens] = Work.of(estimator.config, estimator.shapes, tokens, matmul)
             states, rows = self.estimator.updates.states(choice), choice.batch * self.estimator.method.rows * tokens
             assert states is not None
             kept = self._kept or dict.fromkeys(self._tiers(choice), 0.0)

@@ -1,0 +1,10 @@
+"""Matrix products of layers' linears from 8-bit codes: `lowmem_matmul`.
+
+products   the three products, and what is kept for backward
+linear     the forward of a linear that makes them, and which linears can
+owned      on a model for as long as a training lasts
+"""
+
+from hf_lowmem.matmul.owned import OwnedProducts, ProductReport, products_of
+
+__all__ = ["OwnedProducts", "ProductReport", "products_of"]

@@ -1,0 +1,121 @@
+"""Products in 8 bits on a model's linears, for as long as a training lasts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hf_lowmem.matmul.linear import Linear8, why_not
+from hf_lowmem.matmul.products import RECIPES
+from hf_lowmem.patching import forwards_of
+from hf_lowmem.specs import LEAST, MatmulSpec
+
+__all__ = ["OwnedProducts", "ProductReport", "products_of"]
+
+# Compute capability of NVIDIA's GPUs from which there are 8-bit products, by format.
+CAPABILITY = {"e4m3": (8, 9), "int8": (7, 5)}
+
+
+@dataclass
+class ProductReport:
+    """What is multiplied in 8 bits.
+
+    Attributes:
+        recipe: of `lowmem_matmul`.
+        least: tokens of a call below which the plain product runs.
+        handled: names of the linears.
+        left: linears whose products stay as they are: name → why.
+        share: of all weights in the linears that were looked at, those that are handled.
+    """
+
+    recipe: str
+    least: int
+    handled: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    share: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.recipe}: {len(self.handled)} linears, {self.share:.1%} of the weights in layers' linears; calls "
+            f"with fewer than {self.least} tokens are left out"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"left: {names[0]}{more}: {why}")
+        return "\n".join(lines)
+
+
+def products_of(linears: Mapping[str, nn.Module], spec: MatmulSpec) -> ProductReport:
+    """What a spec would do to linears. The model stays as it is.
+
+    Raises:
+        ValueError: where it can do nothing, or the device has no such products.
+    """
+    least = LEAST if spec.least is None else spec.least
+    report, said = ProductReport(spec.recipe, least), f"lowmem_matmul={spec.recipe!r}"
+    sizes: dict[str, int] = {}
+    for name, module in linears.items():
+        why = why_not(module, spec.recipe, least)
+        sizes[name] = math.prod(getattr(module, f, 0) for f in ("in_features", "out_features"))
+        if why is None:
+            _check_device(module, said, RECIPES[spec.recipe].fmt)
+            report.handled.append(name)
+        else:
+            report.left[name] = why
+    if not report.handled:
+        name, why = next(iter(report.left.items()), ("", "no linear inside of attention or an MLP is recognised"))
+        remedy = "Set lowmem_matmul_least=0 to multiply them all the same, or leave" if "below" in why else "Leave"
+        raise ValueError(
+            f"{said} has no effect on this model: {f'{name}: ' if name else ''}{why}. {remedy} lowmem_matmul unset."
+        )
+    report.share = sum(sizes[name] for name in report.handled) / sum(sizes.values())
+    return report
+
+
+def _check_device(module: nn.Module, said: str, fmt: str) -> None:
+    device = next(module.parameters()).device
+    if device.type != "cuda" or torch._C._len_torch_dispatch_stack() or not torch.cuda.is_available():
+        return  # a CPU has the reference, and a simulated device no capability
+    found = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and found < CAPABILITY[fmt]:
+        other = "int8_row" if fmt == "e4m3" and found >= CAPABILITY["int8"] else None
+        remedy = f"Set lowmem_matmul={other!r}, or leave it unset" if other else "Leave it unset"
+        raise ValueError(
+            f"{said}: {torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and such "
+            f"products need {CAPABILITY[fmt][0]}.{CAPABILITY[fmt][1]}. {remedy}."
+        )
+
+
+class OwnedProducts:
+    """Products that can be taken off again as a whole.
+
+    Args:
+        linears: of decoder layers, by name; changed in place.
+        spec: how they multiply.
+
+    Products that another owner has left on a linear are taken off first.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], spec: MatmulSpec) -> None:
+        for module in linears.values():
+            for patch in list(forwards_of(module)):
+                if isinstance(patch, Linear8):
+                    patch.take_away()
+        self.report = products_of(linears, spec)
+        self._ours = []
+        for name in self.report.handled:
+            module = linears[name]
+            assert isinstance(module, nn.Linear)
+            self._ours.append(Linear8(module, spec.recipe, self.report.least))
+            self._ours[-1].put()
+
+    def take_off(self) -> None:
+        """Leave the model as it was found. Does nothing the second time."""
+        for patch in self._ours:
+            patch.take_away()
+        self._ours = []

@@ -1,0 +1,57 @@
+"""Products in 8 bits, as a trainer has them: said early, put on for the training, taken off at its end."""
+
+import logging
+
+from torch import nn
+
+from hf_lowmem.activations.linears import linears_of_layers
+from hf_lowmem.matmul import OwnedProducts, ProductReport, products_of
+from hf_lowmem.specs import MatmulSpec
+from hf_lowmem.training.matmul_fields import MatmulArguments
+
+__all__ = ["MultipliesIn8Bits", "put_products"]
+
+logger = logging.getLogger(__name__)
+
+
+def put_products(args: MatmulArguments, model: nn.Module) -> OwnedProducts | None:
+    """Put on a model the products that its fields ask for; None where they ask for none."""
+    spec = args.lowmem_matmul_spec()
+    return None if spec is None else OwnedProducts(linears_of_layers(model), spec)
+
+
+class MultipliesIn8Bits:
+    """The part of LowMemTrainerMixin that concerns `lowmem_matmul`.
+
+    Products stand below the forwards of tiers, whichever of the two is put on first.
+    """
+
+    args: object
+    model: nn.Module | None
+    products: ProductReport | None = None  # what is multiplied in 8 bits while the model is trained
+    _products: OwnedProducts | None = None
+    _multiplied: nn.Module | None = None  # the model that has them
+
+    def _matmul_spec(self) -> MatmulSpec | None:
+        return self.args.lowmem_matmul_spec() if isinstance(self.args, MatmulArguments) else None
+
+    def _rehearse_products(self) -> None:
+        """Say now which products will be made in 8 bits, or why none can. The model stays as it is."""
+        spec = self._matmul_spec()
+        if spec is not None and self.model is not None:
+            self.products = products_of(linears_of_layers(self.model), spec)
+            logger.info("lowmem_matmul=%r:\n%s", spec.recipe, self.products)
+
+    def _put_products(self) -> None:
+        """Put products on the model. Again is nothing, on the same model."""
+        if self.model is None or self._multiplied is self.model or not isinstance(self.args, MatmulArguments):
+            return
+        self._take_products()
+        self._products = put_products(self.args, self.model)
+        if self._products is not None:
+            self.products, self._multiplied = self._products.report, self.model
+
+    def _take_products(self) -> None:
+        if self._products is not None:
+            self._products.take_off()
+            self._products = self._multiplied = None
