@@ -194,7 +194,8 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
                 return super().compute_loss(*args, **kwargs)
             live.phase("forward")
             loss = super().compute_loss(*args, **kwargs)
-            live.phase("backward")
+            if torch.is_grad_enabled():  # a method of zeroth order has no backward pass
+                live.phase("backward")
             return loss
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -77,7 +77,8 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_bit(optim: str, tmp_path: Path
 
 @pytest.mark.train
 def test_accumulation_of_four_is_one_batch_of_four(tmp_path: Path, tokenizer: Any) -> None:
-    """In fp64, where no more is left than the order of a sum, over the perturbation."""
+    """A head sums losses of 4.8 in fp32: each is off by up to 2**-22, a slope by that over the perturbation of 1e-3,
+    2.4e-4, and no slope here is below 1."""
     ends = []
     for size, count in ((8, 1), (2, 4)):
         model = tiny_llama(num_hidden_layers=2).double()
@@ -90,13 +91,13 @@ def test_accumulation_of_four_is_one_batch_of_four(tmp_path: Path, tokenizer: An
     moved = max(float((p - q).abs().max()) for p, q in zip(ends[0], start, strict=True))  # type: ignore[possibly-undefined]
     apart = max(float((p - q).abs().max()) for p, q in zip(*ends, strict=True))
     assert moved > 1e-4
-    assert apart < 1e-4 * moved  # a fused head sums losses in fp32
+    assert apart < 1e-3 * moved
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("loss", ["sigmoid", "asft", "ipo"])
-def test_preference_losses_train_and_leave_the_reference_alone(loss: str, tmp_path: Path, tokenizer: Any) -> None:
-    args = LowMemDPOConfig(**settings(tmp_path, max_length=16, loss_type=loss, max_steps=12, learning_rate=3e-3))
+@pytest.mark.parametrize(("loss", "lr"), [("sigmoid", 3e-3), ("asft", 3e-4), ("ipo", 1e-4)])
+def test_preference_losses_train_and_leave_the_reference_alone(loss: str, lr: float, tmp_path: Path, tokenizer: Any) -> None:
+    args = LowMemDPOConfig(**settings(tmp_path, max_length=16, loss_type=loss, max_steps=12, learning_rate=lr))
     trainer = LowMemDPOTrainer(
         tiny_llama(num_hidden_layers=2), args=args, train_dataset=pairs(), processing_class=tokenizer
     )
