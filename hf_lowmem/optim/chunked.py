@@ -59,7 +59,7 @@ def can_chunk(p: Tensor, slot: Slot) -> bool:
 
 
 def can_cut(p: Tensor, slot: Slot) -> bool:
-    """Whether the values of a parameter whose update is elementwise, and their states, can be cut after each `CHUNK`."""
+    """Whether the values of a parameter with an elementwise update, and their states, can be cut after each `CHUNK`."""
     blocks = [s.codec.block for s in slot.states.values() if isinstance(s.codec, BlockCodec)]
     return _stored(p, slot).is_contiguous() and all(CHUNK % block == 0 for block in blocks)
 

@@ -33,7 +33,9 @@ NEEDLESS = (
     Needless("checkpointing", NOTHING_KEPT, "Set it to False"),
     Needless("offload", NOTHING_KEPT),
     Needless("max_grad_norm", "there is no gradient whose norm could be bounded", "Set max_grad_norm=0"),
-    Needless("precision", "a loss is scaled for the sake of gradients", "Use bf16", lambda run: run.precision == "fp16"),
+    Needless(
+        "precision", "a loss is scaled for the sake of gradients", "Use bf16", lambda run: run.precision == "fp16"
+    ),
 )
 WHOLE = (
     Needless(
@@ -82,8 +84,8 @@ RULES = (
         ("zeroth", "fields"),
         lambda run: _field(run, "lowmem_accumulation") is not None,
         lambda run: (
-            f"lowmem_accumulation={_field(run, 'lowmem_accumulation')!r} has no effect with {run.say('zeroth')}: losses "
-            "are added up, exactly, and no gradients"
+            f"lowmem_accumulation={_field(run, 'lowmem_accumulation')!r} has no effect with {run.say('zeroth')}: "
+            "losses are added up, exactly, and no gradients"
         ),
         "Leave it unset",
     ),
@@ -92,8 +94,8 @@ RULES = (
         ("zeroth", "fields"),
         lambda run: _field(run, "lowmem_weights") in STORES_AT_REST,
         lambda run: (
-            f"lowmem_weights={_field(run, 'lowmem_weights')!r} cannot be combined with {run.say('zeroth')}: a weight at "
-            "rest has no values that a pass could move"
+            f"lowmem_weights={_field(run, 'lowmem_weights')!r} cannot be combined with {run.say('zeroth')}: a weight "
+            "at rest has no values that a pass could move"
         ),
         "Set lowmem_weights='bf16_sr'",
     ),

@@ -145,8 +145,8 @@ class LowMemPlugin(LowMemArguments):
         """
         if self.optim not in ALL_METHODS:
             raise ValueError(
-                f"optim={self.optim!r} is not one of hf_lowmem's ({', '.join(ALL_METHODS)}). Build it yourself and pass "
-                "it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
+                f"optim={self.optim!r} is not one of hf_lowmem's ({', '.join(ALL_METHODS)}). Build it yourself and "
+                "pass it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
         self._taken()
         take_weights(self, model, flat=flat)

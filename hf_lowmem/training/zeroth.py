@@ -36,8 +36,8 @@ class ForwardSteps:
         owner = next(c for c in type(self).__mro__ if "_prepare_inputs" in vars(c))
         if self.args.optim in ZEROTH and owner is not Trainer:
             raise ValueError(
-                f"optim={self.args.optim!r} cannot be used in {type(self).__name__}: {owner.__name__} makes its batches "
-                "while it trains, such as by generating answers, and would make others for each forward pass. Take a "
+                f"optim={self.args.optim!r} cannot be used in {type(self).__name__}: {owner.__name__} makes its "
+                "batches while it trains, such as by generating answers, and would make others for each forward pass. Take a "
                 "method of first order, or train on pairs or texts (SFT, DPO)."
             )
 
@@ -73,7 +73,7 @@ class ForwardSteps:
             optimizer.zero_grad()
 
     def _log_slope(self, logs: dict[str, float]) -> None:
-        """In a row of training: the loss's slope along the directions of the last step, for a norm that is not there."""
+        """In a row of training: the slope along the last step's directions, for a norm that is not there."""
         optimizer = self._forward_only()
         if optimizer is not None and "loss" in logs and optimizer.slopes:
             logs.pop("grad_norm", None)

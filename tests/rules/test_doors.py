@@ -113,7 +113,7 @@ BLIND = {
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{("zeroth_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
-    **{(rule, d): "no method of zeroth order gets so far there" for rule in ("zeroth_whole", "zeroth_window", "zeroth_budget")
+    **{(f"zeroth_{rule}", d): "no method of zeroth order gets so far there" for rule in ("whole", "window", "budget")
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
        if rule.startswith(("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},

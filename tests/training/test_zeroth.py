@@ -33,7 +33,9 @@ def texts(rows: int = 16) -> Dataset:
 
 
 def pairs(rows: int = 8) -> Dataset:
-    return Dataset.from_dict({"prompt": ["w1 w2"] * rows, "chosen": [" w3 w4 w5"] * rows, "rejected": [" w6 w7"] * rows})
+    return Dataset.from_dict(
+        {"prompt": ["w1 w2"] * rows, "chosen": [" w3 w4 w5"] * rows, "rejected": [" w6 w7"] * rows}
+    )
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -61,7 +63,12 @@ def weights(trainer: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("optim", ["mezo", "zo_adam"])
 def test_a_run_goes_on_from_its_checkpoint_to_the_bit(optim: str, tmp_path: Path, tokenizer: Any) -> None:
     """Under accumulation and dropout; tokens count once for all passes, and the log has a slope for a norm."""
-    changes: dict[str, Any] = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    changes: dict[str, Any] = {
+        "optim": optim,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
     whole, resumed = sft(tmp_path, tokenizer, **changes), sft(tmp_path, tokenizer, **changes)
     start = weights(whole)
     whole.train()
@@ -96,7 +103,9 @@ def test_accumulation_of_four_is_one_batch_of_four(tmp_path: Path, tokenizer: An
 
 @pytest.mark.train
 @pytest.mark.parametrize(("loss", "lr"), [("sigmoid", 3e-3), ("asft", 3e-4), ("ipo", 1e-4)])
-def test_preference_losses_train_and_leave_the_reference_alone(loss: str, lr: float, tmp_path: Path, tokenizer: Any) -> None:
+def test_preference_losses_train_and_leave_the_reference_alone(
+    loss: str, lr: float, tmp_path: Path, tokenizer: Any
+) -> None:
     args = LowMemDPOConfig(**settings(tmp_path, max_length=16, loss_type=loss, max_steps=12, learning_rate=lr))
     trainer = LowMemDPOTrainer(
         tiny_llama(num_hidden_layers=2), args=args, train_dataset=pairs(), processing_class=tokenizer

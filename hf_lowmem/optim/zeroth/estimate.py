@@ -108,8 +108,8 @@ class ZerothOrder(LowMemOptimizer):
     def resolve(cls, spec: OptimSpec) -> Group:
         if not cls.STATES and spec.state != "fp32":
             raise ValueError(
-                f"{spec.label('state')}={spec.state!r} has no effect with {spec.label('name')}={cls.name!r}, which keeps "
-                "no state. Leave it unset."
+                f"{spec.label('state')}={spec.state!r} has no effect with {spec.label('name')}={cls.name!r}, which "
+                "keeps no state. Leave it unset."
             )
         return super().resolve(spec)
 

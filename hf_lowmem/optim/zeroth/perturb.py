@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The elements of all lists of modules that lie in no other such list: decoder layers, of encoders and towers too."""
+    """The elements of lists of modules that lie in no other such list: decoder layers, of encoders and towers too."""
     found: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
