@@ -174,6 +174,19 @@ class Shards(Whole):
         return list(total.unbind())
 
 
+def mean_over_processes(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The mean of each number over all processes, in fp64; of one process the numbers themselves.
+
+    Args:
+        device: where the processes' tensors are.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return (values / dist.get_world_size()).tolist()
+
+
 def agree(flags: Sequence[Tensor], shards: Sequence[Shards]) -> list[Tensor]:
     """Each flag (a boolean number) as all processes see it: true only where it is on each. One all-reduce a group."""
     agreed = list(flags)

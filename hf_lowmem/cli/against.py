@@ -91,7 +91,7 @@ def _ours(method: str, flags: Sequence[str]) -> list[str]:
     from trl import ModelConfig, ScriptArguments
 
     from hf_lowmem.cli.parsing import Parser
-    from hf_lowmem.optim import OPTIMIZERS
+    from hf_lowmem.optim import ALL_METHODS
     from hf_lowmem.training.dpo_config import LowMemDPOConfig
     from hf_lowmem.training.sft import LowMemSFTConfig
 
@@ -101,7 +101,7 @@ def _ours(method: str, flags: Sequence[str]) -> list[str]:
     _, args, _ = parser.read(flags)
     names = [f.name for f in fields(config) if f.name.startswith("lowmem")]
     set_here = [name for name in names if getattr(args, name) not in (None, False)]
-    if args.optim in OPTIMIZERS:
+    if args.optim in ALL_METHODS:
         set_here.append("optim")
     if not set_here:
         raise WrongCommand("no field of hf_lowmem is set, so both runs would be one. Add --lowmem balanced, or others.")

@@ -1,7 +1,8 @@
 """Optimizers whose state is compressed, low-rank, or both: one table, any method with any codec.
 
 Adding one: a file with its fp32 function and a thin class, and a line in `OPTIMIZERS`. The contract suite, the command
-line and the benchmarks take it from there.
+line and the benchmarks take it from there. Methods that take no gradients have a part of the table to themselves,
+`ZEROTH`; the whole of it is `ALL_METHODS`.
 """
 
 from collections.abc import Collection
@@ -29,13 +30,15 @@ from hf_lowmem.optim.scale import Scale
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.soap import Soap
 from hf_lowmem.optim.state import Group
+from hf_lowmem.optim.zeroth import ZEROTH, ZerothOrder
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec, check_choice
 
 OPTIMIZERS: dict[str, type[LowMemOptimizer]] = {
     cls.name: cls
     for cls in (AdamW, AdamMini, Lion, Lamb, Soap, Muon, Scale, GaLore, Fira, Apollo, ApolloMini, NaturalGaLore)
 }
-METHODS.update(OPTIMIZERS)
+ALL_METHODS: dict[str, type[LowMemOptimizer]] = {**OPTIMIZERS, **ZEROTH}
+METHODS.update(ALL_METHODS)
 
 
 def from_spec(
@@ -74,7 +77,8 @@ def from_spec(
         groups = small_apart(groups, SMALLEST_COMPRESSED)
     if rests:
         rest(spec, model)
-    return cls(groups, **{k: v for k, v in options.items() if k != "method"})
+    made = cls(groups, **{k: v for k, v in options.items() if k != "method"})
+    return made.of(model) if isinstance(made, ZerothOrder) else made
 
 
 def check_spec(spec: OptimSpec) -> type[LowMemOptimizer]:
@@ -83,8 +87,8 @@ def check_spec(spec: OptimSpec) -> type[LowMemOptimizer]:
     Raises:
         ValueError: for an unknown method or codec, or an option without effect.
     """
-    check_choice(spec.label("name"), spec.name, OPTIMIZERS)
-    cls = OPTIMIZERS[spec.name]
+    check_choice(spec.label("name"), spec.name, ALL_METHODS)
+    cls = ALL_METHODS[spec.name]
     cls.resolve(spec)
     if spec.target_modules is not None and "rank" not in cls.DEFAULTS:
         raise ValueError(
@@ -130,7 +134,7 @@ def make_optimizer(
     ```
 
     Args:
-        name: one of `OPTIMIZERS`.
+        name: one of `OPTIMIZERS`, or of `ZEROTH` for a loop without backward passes.
         model: its trainable parameters are taken. Parameters with one dimension (biases, norms) do not decay.
         lr: learning rate.
         betas: decay rates of the first and the second moment; `None` for the method's own.
@@ -207,7 +211,9 @@ def group_table(optimizer: LowMemOptimizer) -> list[dict[str, Any]]:
 
 
 __all__ = [
+    "ALL_METHODS",
     "OPTIMIZERS",
+    "ZEROTH",
     "AdamMini",
     "AdamW",
     "Apollo",
@@ -222,6 +228,7 @@ __all__ = [
     "Scale",
     "Soap",
     "StepInBackward",
+    "ZerothOrder",
     "check_spec",
     "elementwise",
     "from_spec",

@@ -36,11 +36,13 @@ __all__ = [
     "PART",
     "allocate",
     "can_chunk",
+    "can_cut",
     "has_rows",
     "rows_at_once",
     "rows_of",
     "step_chunks",
     "unit_of",
+    "values_of_part",
 ]
 
 CHUNK = 1 << 24  # values; 64 MiB in fp32: small beside a model, and large beside the launch of a kernel
@@ -52,9 +54,14 @@ def can_chunk(p: Tensor, slot: Slot) -> bool:
     if slot.sharded or p.grad is None or not (_stored(p, slot).is_contiguous() and p.grad.is_contiguous()):
         return False
     if slot.elementwise:
-        blocks = [s.codec.block for s in slot.states.values() if isinstance(s.codec, BlockCodec)]
-        return p.numel() > CHUNK and all(CHUNK % block == 0 for block in blocks)
+        return p.numel() > CHUNK and can_cut(p, slot)
     return p.numel() > PART and slot.reach != "whole" and p.ndim >= 2 and has_rows(p, slot)
+
+
+def can_cut(p: Tensor, slot: Slot) -> bool:
+    """Whether the values of a parameter with an elementwise update, and their states, can be cut after each `CHUNK`."""
+    blocks = [s.codec.block for s in slot.states.values() if isinstance(s.codec, BlockCodec)]
+    return _stored(p, slot).is_contiguous() and all(CHUNK % block == 0 for block in blocks)
 
 
 def has_rows(p: Tensor, slot: Slot) -> bool:
@@ -100,11 +107,17 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
 def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
     """(weights, gradient, slot) of one chunk after the other; all are views, but a state's numbers are copies."""
     assert p.grad is not None
-    flat, grad = _stored(p, slot).view(-1), p.grad.view(-1)
+    grad = p.grad.view(-1)
     for start in range(0, p.numel(), CHUNK):
         stop = min(start + CHUNK, p.numel())
-        raw = {k: v if k in COUNTS else _cut(k, v, slot, start, stop) for k, v in slot.raw.items()}
-        yield flat[start:stop], grad[start:stop], slot.chunk(raw, start, stop)
+        weights, part = values_of_part(p, slot, start, stop)
+        yield weights, grad[start:stop], part
+
+
+def values_of_part(p: Tensor, slot: Slot, start: int, stop: int) -> tuple[Tensor, Slot]:
+    """The weights from `start` to `stop`, flat, and the slot of their state; both are views."""
+    raw = {k: v if k in COUNTS else _cut(k, v, slot, start, stop) for k, v in slot.raw.items()}
+    return _stored(p, slot).view(-1)[start:stop], slot.chunk(raw, start, stop)
 
 
 def _blocks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:

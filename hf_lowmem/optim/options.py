@@ -31,7 +31,8 @@ def resolve(cls: type[Method], spec: OptimSpec) -> Group:
                 f"{spec.label(option)}={value!r} has no effect with {spec.label('name')}={cls.name!r}. "
                 f"Leave it unset, or choose a method that uses it: {', '.join(methods_with(option))}."
             )
-    group["betas"] = (group["betas"][0], group["betas"][1])
+    if "betas" in group:
+        group["betas"] = (group["betas"][0], group["betas"][1])
     if group.get("eps", LEAST_EPS) < LEAST_EPS and set(names) != {"fp32"}:
         raise ValueError(
             f"{spec.label('eps')}={group['eps']!r} with {spec.label('state')}={spec.state!r}: second moments "

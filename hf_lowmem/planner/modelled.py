@@ -8,7 +8,7 @@ fake tensor fails half-way and damages the heap.
 
 from typing import Any
 
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import ALL_METHODS
 
 __all__ = ["check_modelled"]
 
@@ -53,10 +53,10 @@ def check_modelled(args: Any, *, parallel: str | None = None) -> None:
         if getattr(args, setting, None):
             raise ValueError(f"{setting}={getattr(args, setting)!r} cannot be planned: {reason}. {remedy}.")
     optim = str(getattr(args.optim, "value", args.optim))
-    if optim not in OPTIMIZERS and optim not in PLANNED:
+    if optim not in ALL_METHODS and optim not in PLANNED:
         raise ValueError(
             f"optim={optim!r} cannot be planned: its states are of a kind that has not been held against a real step. "
-            f"Set optim to one of: {', '.join((*OPTIMIZERS, *PLANNED))}; or measure a short run with LowMemCallback."
+            f"Set optim to one of: {', '.join((*ALL_METHODS, *PLANNED))}; or measure a short run with LowMemCallback."
         )
     if getattr(args, "fsdp", None) and parallel != "fsdp2":
         raise ValueError(

@@ -274,13 +274,14 @@ def plan(
         )
     moments = [_with_prefetched(m, method.shape(args), args.gradient_accumulation_steps) for m in moments]
     top = highest(moments)
+    kept = [m for m in moments if m.phase == KEPT]
     rounded = max(m.total + int(m.values[ROUNDING]) for m in moments)
     return Plan(
         peak_bytes=top.total,
         parts=top.parts(),
         phase=top.phase,
         module=_module(top, stack),
-        saved_bytes=[m for m in moments if m.phase == KEPT][-1].parts().get("activations", 0),
+        saved_bytes=kept[-1].parts().get("activations", 0) if kept else 0,
         timeline=_points(moments, stack),
         reserved_bytes=rounded + (CUDA_CONTEXT if device == "cuda" else 0),
         depths=depths,

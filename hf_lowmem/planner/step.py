@@ -36,7 +36,7 @@ from trl.trainer import dpo_trainer
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward
+from hf_lowmem.optim import ALL_METHODS, StepInBackward
 from hf_lowmem.optim.accumulator import CODES, SCALE
 from hf_lowmem.optim.state import WINDOW
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
@@ -194,7 +194,8 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
                 return super().compute_loss(*args, **kwargs)
             live.phase("forward")
             loss = super().compute_loss(*args, **kwargs)
-            live.phase("backward")
+            if torch.is_grad_enabled():  # a method of zeroth order has no backward pass
+                live.phase("backward")
             return loss
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +265,7 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
         "lowmem_budget": None,  # this is what a search runs
         "lowmem": None if getattr(args, "lowmem", None) == AUTO else getattr(args, "lowmem", None),
         # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
-        "lowmem_update_gap": 1 if "update_gap" in getattr(OPTIMIZERS.get(args.optim), "DEFAULTS", {}) else None,
+        "lowmem_update_gap": 1 if "update_gap" in getattr(ALL_METHODS.get(args.optim), "DEFAULTS", {}) else None,
     }
     for name, value in changes.items():
         if hasattr(args, name):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Self, cast
 
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import ALL_METHODS, ZEROTH
 from hf_lowmem.specs import OPTIMIZER_FIELDS, OptimSpec
 
 TRUE = ("1", "true", "yes")
@@ -86,7 +86,12 @@ class Run:
     @property
     def ours(self) -> bool:
         """Whether the optimizer is one of ours."""
-        return self.optim in OPTIMIZERS
+        return self.optim in ALL_METHODS
+
+    @property
+    def zeroth(self) -> str | None:
+        """The name of the optimizer, where it is one that makes no backward pass."""
+        return self.optim if self.optim in ZEROTH else None
 
     @property
     def asked(self) -> str | None:
@@ -100,6 +105,8 @@ class Run:
         """A fact as the user wrote it."""
         if fact == "passed":
             return str(self.passed)
+        if fact == "zeroth":
+            return self.say("optim")
         if fact in self.said:
             return self.said[fact]
         name = {

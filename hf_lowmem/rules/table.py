@@ -2,11 +2,11 @@
 
 from torch import Size
 
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.optim.backward import accumulation_refused
 from hf_lowmem.optim.resting import SHARDED
 from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, SUMS_SHARDED, flattened
-from hf_lowmem.rules import deepspeed
+from hf_lowmem.rules import deepspeed, zeroth
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
 from hf_lowmem.specs import STORES_AT_REST, STREAMED
@@ -24,7 +24,7 @@ def _unsharded(run: Run) -> str | None:
     """Why our method, or its projection, cannot work on weights of which each process has some rows."""
     if run.spec is None or run.engine != "fsdp" or not run.ours:
         return None
-    cls = OPTIMIZERS[run.spec.name]
+    cls = ALL_METHODS[run.spec.name]
     reason = cls.unsharded_only(Size((2, 2)), cls.resolve(run.spec) | {"rank": 1})
     return reason and reason.replace("projection=", f"{run.spec.label('projection')}=", 1)
 
@@ -38,7 +38,7 @@ def _cautious(run: Run) -> bool:
 
 
 def _why_whole(run: Run) -> str:
-    if OPTIMIZERS[str(run.optim)].ACCUMULATES:
+    if ALL_METHODS[str(run.optim)].ACCUMULATES:
         return (
             f"{run.say('accumulation')} with step in backward: cautious=True compares an update with whole gradients, "
             "which are freed in each backward pass. Set lowmem_accumulation='int8_sr' to add them up in int8, or "
@@ -49,7 +49,7 @@ def _why_whole(run: Run) -> str:
 
 
 def _accumulates_whole(run: Run) -> bool:
-    able = run.ours and OPTIMIZERS[str(run.optim)].ACCUMULATES and not _cautious(run)
+    able = run.ours and ALL_METHODS[str(run.optim)].ACCUMULATES and not _cautious(run)
     return bool(run.in_backward) and (run.accumulation or 1) > 1 and not (able or _sums(run))
 
 
@@ -67,7 +67,7 @@ WITHOUT_EFFECT = (
         ("optim", "fields"),
         lambda run: bool(run.fields) and not run.ours,
         _unread,
-        f"Leave it unset, or set optim to one of: {', '.join(OPTIMIZERS)}",
+        f"Leave it unset, or set optim to one of: {', '.join(ALL_METHODS)}",
     ),
     Rule(
         "stochastic_nothing",
@@ -312,7 +312,7 @@ BUDGET = (
     apart("n_gpu", "budget", "DataParallel cannot be planned", ONE_GPU, when=lambda run: (run.n_gpu or 0) > 1),
 )
 
-RULES = (*WITHOUT_EFFECT, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
+RULES = (*WITHOUT_EFFECT, *zeroth.RULES, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
 
 
 def check(run: Run, label: str = "") -> None:

@@ -18,7 +18,7 @@ from hf_lowmem.activations import Report
 from hf_lowmem.distributed import local
 from hf_lowmem.memory import human_bytes, parameter_bytes
 from hf_lowmem.memory.free import free_and_total
-from hf_lowmem.optim import OPTIMIZERS, group_table
+from hf_lowmem.optim import ALL_METHODS, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.facts import device_name
 from hf_lowmem.runs.parts import PARTS
@@ -94,7 +94,7 @@ def at_start(
 def _settings(args: TrainingArguments) -> list[str]:
     """The fields that are on, as one writes them."""
     optim = str(getattr(args.optim, "value", args.optim))
-    found: dict[str, object] = {"optim": optim} if optim in OPTIMIZERS else {}
+    found: dict[str, object] = {"optim": optim} if optim in ALL_METHODS else {}
     names = [f.name for f in fields(args) if f.name.startswith("lowmem")]
     found |= {name: value for name in names if (value := getattr(args, name)) is not None and value is not False}
     if found and args.gradient_checkpointing:

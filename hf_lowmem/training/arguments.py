@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 from hf_lowmem import rules
 from hf_lowmem.codecs import CODECS
 from hf_lowmem.memory.units import parse_bytes
-from hf_lowmem.optim import OPTIMIZERS, check_spec, methods_with
+from hf_lowmem.optim import ALL_METHODS, ZEROTH, check_spec, methods_with
 from hf_lowmem.specs import (
     ACCUMULATIONS,
     EMBEDDING_RULES,
@@ -75,7 +75,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
     optim: str = field(
         default=DEFAULT_OPTIM,
         metadata={
-            "help": f"Optimizer: one of hf_lowmem's ({', '.join(OPTIMIZERS)}) or any name that transformers knows "
+            "help": f"Optimizer: one of hf_lowmem's ({', '.join(ALL_METHODS)}) or any name that transformers knows "
             "(see `OptimizerNames`), which keeps its meaning."
         },
     )
@@ -235,8 +235,8 @@ class LowMemArguments(MatmulArguments, NamedFields):
                 file, everywhere; so what fields say by themselves is checked before.
         """
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
-        check_choice("optim", name, [*OPTIMIZERS, *(n.value for n in OptimizerNames)])
-        ours = name in OPTIMIZERS
+        check_choice("optim", name, [*ALL_METHODS, *(n.value for n in OptimizerNames)])
+        ours = name in ALL_METHODS
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
         if self.lowmem_accumulation is not None:
             check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
@@ -309,7 +309,8 @@ class LowMemArguments(MatmulArguments, NamedFields):
         """Checkpointing that was left open: off with our tiers, else the class's own."""
         if self.gradient_checkpointing is None:
             default = inherited_default(type(self), "gradient_checkpointing")
-            self.gradient_checkpointing = default if self.lowmem_activations is None else False
+            needless = self.lowmem_activations is not None or self.optim in ZEROTH  # which keep nothing for backward
+            self.gradient_checkpointing = False if needless else default
             if getattr(self, "activation_checkpointing", False) is None:  # its newer name, of which nobody is warned
                 self.activation_checkpointing = self.gradient_checkpointing
 
@@ -333,11 +334,13 @@ class LowMemArguments(MatmulArguments, NamedFields):
         asked: dict[str, Any] = {f: getattr(self, f"lowmem_{f}") for f in OPTIMIZER_FIELDS}
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
         if hasattr(self, "learning_rate"):
-            own = OPTIMIZERS[self.optim].DEFAULTS
+            own = ALL_METHODS[self.optim].DEFAULTS
+            betas = (args.adam_beta1, args.adam_beta2)
             unused = "eps" not in own and args.adam_epsilon == ADAM_DEFAULTS["adam_epsilon"]
+            no_betas = "betas" not in own and betas == (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"])
             asked |= {
                 "lr": args.learning_rate,
-                "betas": (args.adam_beta1, args.adam_beta2),
+                "betas": None if no_betas else betas,
                 "eps": None if unused else args.adam_epsilon,
                 "weight_decay": args.weight_decay,
                 "target_modules": args.optim_target_modules,
@@ -351,7 +354,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
         """TrainingArguments.set_optimizer, for our names too."""
         keywords = list(inspect.signature(TrainingArguments.set_optimizer).parameters)[2:]
         given = dict(zip(keywords, args, strict=False)) | kwargs
-        ours = name in OPTIMIZERS
+        ours = name in ALL_METHODS
         super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)  # type: ignore[misc]
         for f, keyword in zip(ADAM_DEFAULTS, ("beta1", "beta2", "epsilon"), strict=True):
             setattr(self, f, given.get(keyword))  # the parent's defaults are AdamW's, and nobody's choice

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_lowmem import checkpoints, rules
 from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners_of, rehearsal
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
+from hf_lowmem.optim import ALL_METHODS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
@@ -25,6 +26,7 @@ from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
 from hf_lowmem.training.multiplying import MultipliesIn8Bits
 from hf_lowmem.training.presets import take_weights
 from hf_lowmem.training.resting import RestingWeights
+from hf_lowmem.training.zeroth import ForwardSteps
 
 if TYPE_CHECKING:
     from hf_lowmem.training.head import BlockedHead  # which needs trl
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
+class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
     """Put before a Trainer class: `class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...`.
 
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
@@ -114,7 +116,7 @@ class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
 
     @property
     def _ours(self) -> bool:
-        return isinstance(self.args, LowMemArguments) and self.args.optim in OPTIMIZERS
+        return isinstance(self.args, LowMemArguments) and self.args.optim in ALL_METHODS
 
     def _tier_spec(self) -> ActivationSpec | None:
         return self.args.lowmem_activation_spec() if isinstance(self.args, LowMemArguments) else None
@@ -181,6 +183,7 @@ class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
             passed = None if self._made else next((f"{n}=" for n, value in others.items() if value is not None), None)
             run = rules.Run.from_arguments(self.args).with_accelerator(self.accelerator).with_model(self.model)
             rules.check(run.knowing(passed=passed))
+            self._check_forwards()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One training step; step in backward first finds the sharded parameters that FSDP2 has put in."""
@@ -188,7 +191,7 @@ class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
             self.stepping.follow()
         if self._tiers is not None:
             self._tiers.at_step(self.state.global_step)  # type: ignore[attr-defined]
-        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        return self._step_of(partial(super().training_step, *args, **kwargs))  # type: ignore[misc]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Ours, where `optim` names it: with the decay split of the parent and the user's lr, betas, eps and decay."""
@@ -266,6 +269,7 @@ class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
         attempt with another batch size has not ended."""
         if self.stepping is not None:
             self.stepping.forget()
+        self._forget_window()
         begin = super()._init_training_state(  # type: ignore[misc]
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
@@ -346,6 +350,7 @@ class LowMemTrainerMixin(MultipliesIn8Bits, RestingWeights):
         if self.stepping is not None and "grad_norm" in logs:
             norm = self.stepping.grad_norm()
             logs["grad_norm"] = float("nan") if norm is None else norm
+        self._log_slope(logs)
         if self._was_finished and "train_loss" in logs:  # of no step at all
             logs["train_loss"] = mean_loss(self.state.log_history)  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_lowmem.optim import OPTIMIZERS, methods_with
+from hf_lowmem.optim import ALL_METHODS, methods_with
 from hf_lowmem.specs import check_choice
 from hf_lowmem.training import section
 
@@ -32,7 +32,7 @@ _CHOSEN = "_lowmem_chosen"
 
 def _defaults(name: str) -> dict[str, float]:
     """Values of the fields for an optimizer where a user chose none: name of a field → its default."""
-    own = OPTIMIZERS[name].DEFAULTS if name in OPTIMIZERS else {}
+    own = ALL_METHODS[name].DEFAULTS if name in ALL_METHODS else {}
     betas = own.get("betas", (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"]))
     return dict(zip(ADAM_DEFAULTS, (*betas, own.get("eps", ADAM_DEFAULTS["adam_epsilon"])), strict=True))
 
@@ -40,7 +40,7 @@ def _defaults(name: str) -> dict[str, float]:
 _HUGGINGFACE = "huggingface"
 _FILLED = {
     name: {f: float.fromhex(float(value).hex()) for f, value in _defaults(name).items()}  # new objects
-    for name in (_HUGGINGFACE, *OPTIMIZERS)
+    for name in (_HUGGINGFACE, *ALL_METHODS)
 }
 
 
@@ -82,7 +82,7 @@ def own_defaults(option: str) -> str:
     """The defaults of an option by method, for a help text: "256 (apollo), 1 (apollo_mini)"."""
     by_value: dict[Any, list[str]] = {}
     for name in methods_with(option):
-        by_value.setdefault(OPTIMIZERS[name].DEFAULTS[option], []).append(name)
+        by_value.setdefault(ALL_METHODS[name].DEFAULTS[option], []).append(name)
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
 
 

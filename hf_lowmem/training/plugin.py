@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_lowmem import rules
 from hf_lowmem.activations import OwnedTiers, Report
 from hf_lowmem.matmul import OwnedProducts, ProductReport
-from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec
+from hf_lowmem.optim import ALL_METHODS, StepInBackward, from_spec
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
 from hf_lowmem.runs.skips import FIELD
 from hf_lowmem.specs import check_choice
@@ -146,10 +146,10 @@ class LowMemPlugin(LowMemArguments):
         Raises:
             ValueError: where `optim` is not one of ours.
         """
-        if self.optim not in OPTIMIZERS:
+        if self.optim not in ALL_METHODS:
             raise ValueError(
-                f"optim={self.optim!r} is not one of hf_lowmem's ({', '.join(OPTIMIZERS)}). Build it yourself and pass "
-                "it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
+                f"optim={self.optim!r} is not one of hf_lowmem's ({', '.join(ALL_METHODS)}). Build it yourself and "
+                "pass it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
         self._taken()
         take_weights(self, model, flat=flat)
@@ -213,7 +213,7 @@ class LowMemPlugin(LowMemArguments):
             ]
         if self.lowmem_step_in_backward:
             sums = self.lowmem_accumulation
-            adds = OPTIMIZERS[self.optim].ACCUMULATES or sums is not None
+            adds = ALL_METHODS[self.optim].ACCUMULATES or sums is not None
             ready = (lambda: accelerator.sync_gradients) if adds else None
             self.stepping = StepInBackward(used, ready=ready, accumulation=sums)  # type: ignore[arg-type]
             self._put_on.append(self.stepping)

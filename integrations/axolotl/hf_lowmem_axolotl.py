@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from hf_lowmem import rules
 from hf_lowmem.activations import convert
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.rules import deepspeed
 from hf_lowmem.rules.run import default_fsdp_version
 from hf_lowmem.training.plugin import LowMemPlugin
@@ -111,7 +111,7 @@ class HfLowmemPlugin(BasePlugin):
 
     def create_optimizer(self, cfg: Any, trainer: Any) -> Any:
         asked, args = settings(cfg), trainer.args
-        if asked is None or asked.optim not in OPTIMIZERS:
+        if asked is None or asked.optim not in ALL_METHODS:
             return None
         plugin: Any = settings(cfg, learning_rate=args.learning_rate, weight_decay=args.weight_decay)
         plugin.seed = args.seed

@@ -13,14 +13,14 @@ import sys
 from typing import Any
 
 from hf_lowmem import LowMemCallback, rules
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.training import section
 from hf_lowmem.training.plugin import LowMemPlugin
 
 
 def optimizer_for(model: Any, training_args: Any) -> Any:
     """Ours, by HF_LOWMEM_CONFIG; None where it names none."""
-    if LowMemPlugin.from_env().optim not in OPTIMIZERS:
+    if LowMemPlugin.from_env().optim not in ALL_METHODS:
         return None
     values = section.from_env() | {
         "learning_rate": training_args.learning_rate,

@@ -52,6 +52,19 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Passes without a backward pass: no gradients, and nothing saved.
+FORWARD: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: ("bfloat16", {"optim": name, "max_grad_norm": 0})
+        for name in ("mezo", "zo_sign", "zo_conservative", "fzoo")
+    },
+    **{
+        name: ("float32", {"optim": name, "max_grad_norm": 0, "lowmem_state": "8bit"})
+        for name in ("zo_momentum", "zo_adam", "zo_adamm")
+    },
+}
+
+
 # Rules that keep rows, matrices or nothing: in every other file a state has a value for each of a parameter's.
 BY_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("bfloat16", {"optim": name, "lowmem_state": "8bit"}) for name in ("scale", "muon", "adam_mini")},
@@ -76,6 +89,22 @@ def within(predicted: int, measured: int, tolerance: float) -> bool:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_predicted_parts_and_peak_are_those_of_a_real_step(name: str) -> None:
     check(*SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "mezo" else pytest.mark.slow) for n in FORWARD])
+def test_a_step_of_forward_passes_is_predicted(name: str) -> None:
+    dtype, settings = FORWARD[name]
+    args = arguments(**settings)
+    predicted = plan(small_config(), args, dtype=dtype, device="cpu")
+    real = measure(small_config(), args, getattr(torch, dtype))
+    at_update = [point for point in predicted.timeline if point.phase == "optimizer"][-1].parts
+    numbers = 2 * 8 * 30  # two whole numbers for each of fewer than 30 parameters, which a plan leaves out
+    assert at_update["weights"] == real.weights
+    assert "gradients" not in at_update
+    assert abs(at_update.get("states", 0) - real.states) <= numbers
+    assert (predicted.saved_bytes, real.saved, real.gradients) == (0, 0, 0)
+    assert "backward" not in {point.phase for point in predicted.timeline}
+    assert within(predicted.peak_bytes, real.peak, PEAK_WITHIN)
 
 
 @pytest.mark.slow

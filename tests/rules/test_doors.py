@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.rules import RULES, Run
 from hf_lowmem.specs import OptimSpec, parse_options
 from tests.rules.doors import DOORS
@@ -21,6 +21,7 @@ class Row(NamedTuple):
 
 ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
+MEZO = {"optim": "mezo"}
 FP8 = {"tiers": "fp8"}
 SUMS = {"lowmem_accumulation": "int8_sr"}
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -32,6 +33,13 @@ ROWS = {
     "chunk_nothing": Row({"chunk": 256}, "has no effect without"),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
+    "zeroth_backward": Row(MEZO | {"tiers": "fp8"}, "cannot be combined with optim='mezo': nothing is kept"),
+    "zeroth_whole": Row(MEZO | {"engine": "fsdp", "fsdp_version": 2}, "cannot be combined with optim='mezo': a pass"),
+    "zeroth_sums": Row(MEZO | {"fields": SUMS}, "losses are added up"),
+    "zeroth_rest": Row(MEZO | {"fields": {"lowmem_weights": "int8_sr"}}, "a weight at rest has no values"),
+    "zeroth_window": Row({"optim": "zo_conservative", "accumulation": 4}, "it tries an update on the batch"),
+    "zeroth_budget": Row(MEZO | {"budget": "1GiB"}, "what is searched are"),
+    "zeroth_loop": Row(MEZO, "the loop that it serves"),
     "fsdp1": Row(FP8 | {"engine": "fsdp", "fsdp_version": 1}, "FSDP1 flattens"),
     "fsdp2_method": Row({"optim": "soap", "engine": "fsdp", "fsdp_version": 2}, "'soap' under FSDP2"),
     "zero_matrices": Row({"optim": "apollo", "engine": "deepspeed", "zero": ZERO2}, "ZeRO flattens"),
@@ -111,8 +119,11 @@ BLIND = {
     **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith("budget") for d in ("plugin", "axolotl")},
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
+    **{("zeroth_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
+    **{(f"zeroth_{rule}", d): "no method of zeroth order gets so far there" for rule in ("whole", "window", "budget")
+       for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith(("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",
@@ -162,7 +173,7 @@ def sentence(rule: str) -> str:
     row = ROWS[rule]
     facts: dict[str, Any] = {**row.run, "loop": "LowMemPlugin", "clips": "axolotl"}
     facts |= {"passed": "optimizers="} if "passed" in row.run else {}
-    if "optim" in facts and facts["optim"] in OPTIMIZERS:
+    if "optim" in facts and facts["optim"] in ALL_METHODS:
         options = parse_options(facts.get("fields", {}).get("optim_args"), facts["optim"])
         facts["spec"] = OptimSpec(name=facts["optim"], options=options)
     said = next(r for r in RULES if r.name == rule).refusal(Run(**facts))

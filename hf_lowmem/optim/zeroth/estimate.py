@@ -1,0 +1,299 @@
+"""Zeroth order: what a backward pass would say, estimated from losses of forward passes at weights nearby.
+
+With a random direction z and losses L+ and L- at w + eps z and w - eps z, the slope of the loss along z is
+(L+ - L-) / 2 eps, one number, and slope * z is on average the gradient (of a loss smoothed over eps). No activation is
+kept and no gradient exists. A direction is made anew wherever it is needed (draws.py), a pass at other weights leaves
+the weights alone (perturb.py), and an update goes through the weight store and the codecs like any other method's.
+
+What is known of a batch is a few losses, one for each point. So gradients accumulate exactly: losses of micro-batches
+add up, and all micro-batches of a window see the same directions. And processes agree by a mean of these numbers,
+whatever the size of the model.
+
+Why not a gradient for a first-order optimizer in `.grad`: all of them at once would take what a backward pass takes.
+Here the estimate of a part of a parameter is made, applied and dropped.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowmem.distributed import mean_over_processes
+from hf_lowmem.kernels.spans import spans
+from hf_lowmem.optim.base import LowMemOptimizer
+from hf_lowmem.optim.chunked import allocate, can_cut, values_of_part
+from hf_lowmem.optim.guard import keep_or_take
+from hf_lowmem.optim.options import with_rate
+from hf_lowmem.optim.slot import Slot
+from hf_lowmem.optim.state import Group, stream_key
+from hf_lowmem.optim.zeroth.draws import DIRECTIONS
+from hf_lowmem.optim.zeroth.perturb import Substitution
+from hf_lowmem.specs import OptimSpec, check_integer, check_number
+
+__all__ = ["Point", "ZerothOrder", "check_perturbation", "check_probes", "shifted"]
+
+# Of a slope: a direction's values are below 5, and what a method is handed stays below kernels' LARGEST_GRADIENT.
+LARGEST_SLOPE = 1e14
+UNIT = 1 << 16  # values; the parts of a parameter begin at a multiple, so that blocks of codes are cut whole
+
+
+class Point(NamedTuple):
+    """Where a loss is asked for: `factor` perturbations from the weights along one probe's direction.
+
+    `probe` None: at the weights themselves.
+    """
+
+    probe: int | None
+    factor: float
+
+
+def check_perturbation(label: str, value: Any) -> None:
+    """Raise unless a perturbation is a number above 0."""
+    check_number(label, value, low=0.0, low_open=True)
+
+
+def check_probes(label: str, value: Any) -> None:
+    """Raise unless there is a direction at least."""
+    check_integer(label, value, low=1)
+
+
+class Rng:
+    """States of torch's random numbers on the devices of a model, so that each pass has the same dropout."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self.host = torch.get_rng_state()
+        kinds = [(torch.get_device_module(device), device) for device in devices if device.type not in ("cpu", "meta")]
+        self.others = [(module, module.get_rng_state(device), device) for module, device in kinds]
+
+    def restore(self) -> None:
+        """Begin again where the states were taken."""
+        torch.set_rng_state(self.host)
+        for module, state, device in self.others:
+            module.set_rng_state(state, device)
+
+
+class ZerothOrder(LowMemOptimizer):
+    """Base class of methods that need no gradient. A rule says in `update` what it does with an estimate of it.
+
+    ```python
+    optimizer = make_optimizer("mezo", model, lr=1e-6)
+    loss = optimizer.step(lambda: model(**batch).loss)          # two forward passes, no backward pass
+    ```
+
+    A window of several micro-batches: `optimizer.probe(lambda: loss / count)` for each, then `optimizer.step()`. With
+    our trainers nothing else is to be written than `optim="mezo"`.
+
+    Args:
+        perturbation: eps, how far from the weights a loss is asked for.
+        probes: directions of one update, whose estimates are averaged; each costs its forward passes.
+        (others): see `LowMemOptimizer`.
+
+    Raises:
+        RuntimeError: in `step`, where a backward pass has left gradients, or where no loss was probed; in `probe`, for
+            a loss in 16 bits.
+    """
+
+    DIRECTION: ClassVar[str] = "normal"
+    ELEMENTWISE = True
+    ACCUMULATES_LOSSES: ClassVar[bool] = True  # whether one window may have several micro-batches
+    model: nn.Module | None = None  # a copy or an unpickled optimizer has none
+    slopes: tuple[float, ...] = ()  # of the last update, along each direction
+    _window: list[float] | None = None
+    _substitution: Substitution | None = None
+
+    @classmethod
+    def resolve(cls, spec: OptimSpec) -> Group:
+        if not cls.STATES and spec.state != "fp32":
+            raise ValueError(
+                f"{spec.label('state')}={spec.state!r} has no effect with {spec.label('name')}={cls.name!r}, which "
+                "keeps no state. Leave it unset."
+            )
+        return super().resolve(spec)
+
+    def of(self, model: nn.Module) -> "ZerothOrder":
+        """The same optimizer, which probes this model; its parameters are the model's."""
+        self.model, self._substitution = model, None
+        return self
+
+    def points(self) -> list[Point]:
+        """Where the loss is asked for in each micro-batch."""
+        return [Point(probe, factor) for probe in range(self.probes) for factor in (1.0, -1.0)]
+
+    def differences(self, losses: list[float]) -> list[float]:
+        """For each probe its share of the estimate, times the perturbation; from the losses at `points`."""
+        return [(losses[2 * i] - losses[2 * i + 1]) / (2 * self.probes) for i in range(self.probes)]
+
+    @property
+    def probes(self) -> int:
+        """Number of directions of an update."""
+        found = {group["probes"] for group in self.param_groups}
+        if len(found) > 1:
+            raise ValueError(f"probes={sorted(found)}: groups differ. A pass perturbs all of them; give one number.")
+        return found.pop()
+
+    def probe(self, closure: Callable[[], Any]) -> float:
+        """Ask for the loss of a micro-batch at each point; the mean of what was found.
+
+        Args:
+            closure: computes a loss, in forward passes alone; it is called once for each point, with torch's random
+                numbers at the same state, so that dropout is the same. Random numbers of other libraries are not held.
+        """
+        if self._window is not None and not self.ACCUMULATES_LOSSES:
+            raise RuntimeError(
+                f"{self.name} tries the update itself on its batch, so a window has one micro-batch. Call step() after "
+                "each probe (gradient_accumulation_steps=1), or take 'mezo'."
+            )
+        losses = self._losses(closure, self._at(self.points()))
+        before = self._window or [0.0] * len(losses)
+        self._window = [a + b for a, b in zip(before, losses, strict=True)]
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _losses(self, closure: Callable[[], Any], makes: list[Callable[[nn.Parameter], Tensor]]) -> list[float]:
+        """The loss where each parameter p is make(p), for each of `makes`."""
+        params = [p for _, p, _ in self._trained()]
+        rng = Rng({p.device for p in params})
+
+        def once() -> float:
+            rng.restore()
+            loss = closure()
+            if isinstance(loss, Tensor) and loss.dtype in (torch.bfloat16, torch.float16):
+                raise RuntimeError(
+                    f"the loss is {str(loss.dtype).removeprefix('torch.')}, which rounds away the difference of two "
+                    "losses at weights nearby. Compute it in fp32, such as from logits.float()."
+                )
+            return float(loss)
+
+        passes = self._passes(params)
+        return [passes.run(once, make) for make in makes]
+
+    def _passes(self, params: list[nn.Parameter]) -> Substitution:
+        if self.model is None:
+            raise RuntimeError(
+                f"{self.name} has no model whose forward passes it could perturb: it was made by its class, copied or "
+                f"unpickled. Make it with hf_lowmem.make_optimizer({self.name!r}, model), or call optimizer.of(model)."
+            )
+        if self._substitution is None:
+            self._substitution = Substitution(self.model, params)
+        return self._substitution
+
+    def _trained(self) -> Iterator[tuple[Group, nn.Parameter, Slot]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p.numel():
+                    slot = self._slot(p, group)
+                    slot.open(self.state[p])
+                    yield group, p, slot
+
+    def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
+        slot = super()._slot(p, group, options)
+        slot.draws = True  # the directions
+        return slot
+
+    def _seeds(self, slot: Slot) -> list[int]:
+        """Seeds of a parameter's directions in the update that comes next."""
+        return [stream_key(slot.key, "probe", slot.step, probe) for probe in range(self.probes)]
+
+    def _at(self, points: list[Point]) -> list[Callable[[nn.Parameter], Tensor]]:
+        """For each point the values of the parameters there."""
+        found = {id(p): (group["perturbation"], self._seeds(slot)) for group, p, slot in self._trained()}
+
+        def make(point: Point, p: nn.Parameter) -> Tensor:
+            if point.probe is None:
+                return p.detach()
+            perturbation, seeds = found[id(p)]
+            return shifted(p, [(point.factor * perturbation, seeds[point.probe])], self.DIRECTION)
+
+        return [partial(make, point) for point in points]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters from the losses that were probed since the last step.
+
+        Args:
+            closure: of a window of one micro-batch, in place of a call of `probe`.
+        """
+        loss = None if closure is None else self.probe(closure)
+        if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"a backward pass has left gradients, and {self.name} has no use for them: it estimates from losses of "
+                "forward passes. Call optimizer.step(lambda: model(**batch).loss) without loss.backward(), or use a "
+                "LowMem trainer with this optim; for gradients take a method of first order, such as 'adamw'."
+            )
+        if self._window is None:
+            raise RuntimeError(
+                f"{self.name} knows no loss: step() came without a closure, and without a call of probe() before it. "
+                "Call optimizer.step(lambda: model(**batch).loss)."
+            )
+        losses = self._agreed(self._window)
+        self._window = None
+        self._update_from(self.differences(losses))
+        self._skips.end_step()
+        return loss
+
+    def _agreed(self, losses: list[float]) -> list[float]:
+        """The mean of some losses over all processes."""
+        return mean_over_processes(losses, self.param_groups[0]["params"][0].device)
+
+    def _update_from(self, differences: list[float]) -> None:
+        """One step of all parameters."""
+        entries = list(self._trained())
+        smallest = min((group["perturbation"] for group in self.param_groups), default=1.0)
+        self.slopes = tuple(d / smallest for d in differences)
+        good = all(math.isfinite(slope) and abs(slope) < LARGEST_SLOPE for slope in self.slopes)
+        for group, p, slot in entries:
+            seeds = self._seeds(slot)
+            slot.count_step()
+            if not good:
+                self._skips.add(torch.zeros((), dtype=torch.bool, device=p.device), syncs=slot.syncs)
+                continue
+            slopes = [d / group["perturbation"] for d in differences]
+            self._step_one(p, slot, with_rate(group), list(zip(slopes, seeds, strict=True)))
+
+    def _step_one(self, p: nn.Parameter, slot: Slot, group: Group, terms: list[tuple[float, int]]) -> None:
+        """One step of a parameter, whose gradient is taken to be the sum of `terms`."""
+        good = torch.ones((), dtype=torch.bool, device=p.device)
+        if not can_cut(p, slot):
+            grad = _sum_of(terms, 0, p.numel(), p.device, self.DIRECTION).view(p.shape)
+            self._skips.add(keep_or_take(self, p, grad, good, slot, group), syncs=slot.syncs)
+            return
+        allocate(p, slot)
+        taken = good
+        for start, stop in spans(p.numel(), UNIT, p.device):
+            weights, part = values_of_part(p, slot, start, stop)
+            grad = _sum_of(terms, start, stop, p.device, self.DIRECTION)
+            taken = taken & keep_or_take(self, weights, grad, good, part, group)
+        self._skips.add(taken, syncs=slot.syncs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what was probed, and gradients as in torch."""
+        self._window = None
+        super().zero_grad(set_to_none)
+
+
+def shifted(p: Tensor, terms: list[tuple[float, int]], direction: str) -> Tensor:
+    """p + sum(factor * direction(seed) for factor, seed in terms), rounded once, as a tensor of its own.
+
+    Its arithmetic is fp32 (fp64 for such a parameter), a span at a time.
+    """
+    p = p.detach()
+    out = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    here, flat = p.reshape(-1), out.view(-1)
+    for start, stop in spans(p.numel(), 1, p.device):
+        moved = _sum_of(terms, start, stop, p.device, direction).to(wide)
+        flat[start:stop] = moved.add_(here[start:stop])
+    return out
+
+
+def _sum_of(terms: list[tuple[float, int]], start: int, stop: int, device: torch.device, direction: str) -> Tensor:
+    """The values from `start` to `stop` of a sum of directions, fp32."""
+    draw = DIRECTIONS[direction]
+    (factor, seed), *others = terms
+    total = draw(seed, start, stop, device).mul_(factor)
+    for factor, seed in others:
+        total.add_(draw(seed, start, stop, device).mul_(factor))
+    return total

@@ -1,0 +1,126 @@
+"""A forward pass at other weights than a model has, while the model keeps its own, bit for bit.
+
+The plain way, w += eps z before a pass and w -= eps z after it, rounds each time. In bf16 a thousand steps of it move
+weights by an eighth of their size without any update (tests/optim/zeroth/test_perturb.py). A copy of the model would
+take as much memory as the model. So the perturbed weights are made when a layer is entered and dropped when it is left:
+at any time there is one layer more than the model, and what lies outside of the layers (embedding, last norm, head),
+which others than its own module may read, such as a fused output head.
+
+In the meantime a module's `_parameters` holds a plain tensor in the place of the parameter, as torch.func's
+`functional_call` does it. The parameter itself is not touched.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from hf_lowmem.patching import ForwardPatch
+
+__all__ = ["Substitution", "layers_of"]
+
+
+class Place(NamedTuple):
+    """Where a module holds a parameter."""
+
+    owner: nn.Module
+    leaf: str
+    p: nn.Parameter
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The elements of lists of modules that lie in no other such list: decoder layers, of encoders and towers too."""
+    found: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                found.extend(child.children())
+            else:
+                walk(child)
+
+    walk(model)
+    return found
+
+
+def _places(modules: Iterable[nn.Module], wanted: set[int]) -> Iterator[Place]:
+    for owner in modules:
+        for leaf, p in owner._parameters.items():
+            if p is not None and id(p) in wanted:
+                yield Place(owner, leaf, p)
+
+
+@contextlib.contextmanager
+def _in_place_of(places: Iterable[Place], make: Callable[[nn.Parameter], Tensor]) -> Generator[None]:
+    """Other tensors in the places of parameters; a parameter that has several places is made once."""
+    made: dict[int, Tensor] = {}
+    put: list[Place] = []
+    try:
+        for place in places:
+            if id(place.p) not in made:
+                made[id(place.p)] = make(place.p)
+            put.append(place)
+            place.owner._parameters[place.leaf] = made[id(place.p)]  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, leaf, p in put:
+            owner._parameters[leaf] = p
+
+
+class LayerAt(ForwardPatch):
+    """A layer's forward at other weights."""
+
+    def __init__(self, module: nn.Module, places: list[Place], make: Callable[[nn.Parameter], Tensor]) -> None:
+        super().__init__(module)
+        self.places, self.make, self.entered = places, make, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.entered = True
+        with _in_place_of(self.places, self.make):
+            return self.original(*args, **kwargs)
+
+
+class Substitution:
+    """The places of some parameters in a model, and passes at other values of them.
+
+    Args:
+        model: of which the passes are.
+        params: the parameters that are to have other values.
+    """
+
+    def __init__(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
+        wanted = {id(p) for p in params}
+        self.layers = [(layer, list(_places(layer.modules(), wanted))) for layer in layers_of(model)]
+        inside = {m for layer, _ in self.layers for m in layer.modules()}
+        self.outside = list(_places((m for m in model.modules() if m not in inside), wanted))
+        self.layers = [(layer, places) for layer, places in self.layers if places]
+        found = {id(place.p) for _, places in self.layers for place in places} | {id(p.p) for p in self.outside}
+        if wanted - found:
+            raise ValueError(
+                f"{len(wanted - found)} of the optimizer's parameters are not in the {type(model).__name__} that it "
+                "was made for: a wrapper has replaced them. Make the optimizer for the model that is trained."
+            )
+
+    def run(self, function: Callable[[], Any], make: Callable[[nn.Parameter], Tensor]) -> Any:
+        """What `function` returns when each parameter `p` has the values `make(p)`, and `p` is left alone.
+
+        A layer that is not entered by its forward, whose weights somebody else may have read, is taken to lie outside
+        of the layers from then on, and `function` is called again.
+        """
+        while True:
+            patches = [LayerAt(layer, places, make) for layer, places in self.layers]
+            try:
+                for patch in patches:
+                    patch.put()
+                with _in_place_of(self.outside, make):
+                    result = function()
+            finally:
+                for patch in patches:
+                    patch.take_away()
+            missed = [patch for patch in patches if not patch.entered]
+            if not missed:
+                return result
+            for patch in missed:
+                self.outside += patch.places
+            self.layers = [(p.module, p.places) for p in patches if p.entered]
