@@ -6,7 +6,7 @@ the states are filled in afterwards. Hooks that a user has registered run before
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Any
 
@@ -84,7 +84,7 @@ def load(
             hook.remove()
 
 
-def check_form(state_dict: Mapping[str, Any]) -> None:
+def check_form(state_dict: Group) -> None:
     """Raise unless it has the form of an optimizer's state: groups of parameters by number, and a dict for each."""
     groups, states = state_dict.get("param_groups"), state_dict.get("state")
     wrong = "'param_groups' that are no list of groups" if not _is_list(groups, dict) else None
