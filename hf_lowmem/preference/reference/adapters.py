@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
@@ -93,7 +93,7 @@ def whole_copies(model: "PeftModel") -> Iterator[None]:
     Raises:
         ValueError: in the constructor, where a trained tensor of the adapter has no place in the copy.
     """
-    add: Callable[..., object] = model.add_adapter
+    add = cast("Callable[..., object]", model.add_adapter)
 
     def add_whole(name: str, *args: object, **kwargs: object) -> object:
         result = add(name, *args, **kwargs)
