@@ -44,7 +44,7 @@ def reason_to_step_aside() -> str | None:
         )
     if in_transform():
         return "it runs inside a transform of torch.func, which has no saved tensors to compress"
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+    if getattr(forward_ad, "_current_level", -1) >= 0:
         return "it is differentiated forward, and of what is computed again there would be no tangents"
     return None
 

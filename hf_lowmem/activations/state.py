@@ -211,8 +211,8 @@ def _set_anew(tree: list[nn.Module]) -> set[int]:
 
     torch sets such a parameter to itself when it is registered, which counts as a change in place and is none.
     """
-    wrappers = [part for part in tree if "parameter_name" in vars(part)]
-    return {id(wrapper.get_param()) for wrapper in wrappers if callable(getattr(wrapper, "get_param", None))}
+    found = (getattr(part, "get_param", None) for part in tree if "parameter_name" in vars(part))
+    return {id(parameter()) for parameter in found if callable(parameter)}
 
 
 class State:

@@ -6,9 +6,9 @@ the states are filled in afterwards. Hooks that a user has registered run before
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import UnionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,11 +84,11 @@ def load(
             hook.remove()
 
 
-def check_form(state_dict: Mapping[str, Any]) -> None:
+def check_form(state_dict: Group) -> None:
     """Raise unless it has the form of an optimizer's state: groups of parameters by number, and a dict for each."""
     groups, states = state_dict.get("param_groups"), state_dict.get("state")
     wrong = "'param_groups' that are no list of groups" if not _is_list(groups, dict) else None
-    for group in groups if wrong is None else ():
+    for group in (groups or ()) if wrong is None else ():
         names, skipped = group.get("param_names"), group.get("skipped", [0, 0, 0])
         if not _is_list(group.get("params"), int | str):  # names, as torch's distributed checkpoints have them
             wrong = "a group whose 'params' are neither numbers nor names"
@@ -96,14 +96,17 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
             wrong = f"a group whose 'param_names' are not the names of its {len(group['params'])} parameters"
         elif not (_is_list(skipped, int) and len(skipped) == 3 and all(0 <= n < 2**63 for n in skipped)):
             wrong = f"skipped={skipped!r}, expected three counts,"
-    if not isinstance(states, dict) or not all(isinstance(s, dict) and _is_list([*s], str) for s in states.values()):
+    values = [*cast("dict[object, object]", states).values()] if isinstance(states, dict) else [None]
+    if not all(isinstance(s, dict) and _is_list([*cast("dict[object, object]", s)], str) for s in values):
         wrong = "a 'state' that is no dict of dicts"
     if wrong is not None:
         raise ValueError(f"the checkpoint has {wrong} and was not saved by an optimizer. {REMEDY}")
 
 
 def _is_list(value: object, kind: type | UnionType) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+    if not isinstance(value, list | tuple):
+        return False
+    return all(isinstance(v, kind) and not isinstance(v, bool) for v in cast("list[object]", value))
 
 
 def check_options(groups: list[Group], resolved: Callable[[Group], Group]) -> None:
@@ -159,8 +162,7 @@ def tell_changed(groups: list[Group], saved: list[Group], options: Iterable[str]
         moved = {"betas"} if "max_momentum" in theirs else set[str]()
         compared = {*options, "initial_lr"} - {"params", "lr", *OURS, *moved}
         for option in sorted(compared & ours.keys() & theirs.keys()):
-            mine, other = (list(v) if isinstance(v, list | tuple) else v for v in (ours[option], theirs[option]))
-            if mine != other:
+            if _comparable(ours[option]) != _comparable(theirs[option]):
                 name = "lr" if option == "initial_lr" else option
                 told.setdefault(name, f"{name}={theirs[option]!r}, this optimizer has {name}={ours[option]!r}")
     if told:
@@ -170,6 +172,10 @@ def tell_changed(groups: list[Group], saved: list[Group], options: Iterable[str]
             "start with a fresh optimizer.",
             stacklevel=2,
         )
+
+
+def _comparable(value: object) -> object:
+    return list(cast("list[object]", value)) if isinstance(value, list | tuple) else value
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         loading = contextlib.ExitStack()
         loading.enter_context(mock.patch.object(dpo_trainer, "hash_module", first_digest_of))
         loading.enter_context(mock.patch.object(dpo_trainer, "prepare_fsdp", prepare_fsdp))
-        if peft and ref_model is None and kwargs.get("peft_config") is None:
+        if peft and ref_model is None and kwargs.get("peft_config") is None and not isinstance(model, str):
             loading.enter_context(whole_copies(model))
         if kind == "none":
             loading.enter_context(without_reference(not isinstance(model, str)))

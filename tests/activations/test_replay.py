@@ -403,7 +403,9 @@ def test_tangents_are_those_of_the_plain_model(tier: str) -> None:
     def tangent() -> Tensor:
         with forward_ad.dual_level():
             logits = model(inputs_embeds=forward_ad.make_dual(embeds, direction), use_cache=False).logits
-            return forward_ad.unpack_dual(logits).tangent.detach()
+            made = forward_ad.unpack_dual(logits).tangent
+        assert made is not None
+        return made.detach()
 
     plain = tangent()
     convert(model, tier)
@@ -422,9 +424,9 @@ def on_bare_parameters() -> Any:
 
 def two_passes(model: Any) -> dict[str, Tensor]:
     """Gradients of two forward passes before one backward pass."""
-    inputs = batch() | {"use_cache": False}
-    loss = model(**inputs).loss
-    (loss + model(**inputs | {"input_ids": inputs["input_ids"].flip(0)}).loss).backward()
+    first = batch()
+    second = first | {"input_ids": first["input_ids"].flip(0)}
+    (model(**first, use_cache=False).loss + model(**second, use_cache=False).loss).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -188,12 +188,13 @@ def test_experts_that_do_not_say_which_way_round_they_are_show_it_by_their_shape
         groups = make_optimizer(name, Fused(*sizes, across=across)).param_groups
         assert {g["outputs"] for g in groups} == {-1 if across else -2}
     model = Fused(*sizes, across=across)
-    model.is_transposed = not across
+    vars(model)["is_transposed"] = not across
     assert {g["outputs"] for g in make_optimizer("scale", model).param_groups} == {-2 if across else -1}, "as it says"
 
 
 def test_llama_4_s_experts_have_their_outputs_last() -> None:
-    config = Llama4TextConfig(**SIZES | {"head_dim": 8, "intermediate_size_mlp": 48}, num_local_experts=4)
+    sizes: dict[str, Any] = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48}
+    config = Llama4TextConfig(**sizes, num_local_experts=4)
     groups = make_optimizer("scale", AutoModelForCausalLM.from_config(config)).param_groups
     outputs = {n: g["outputs"] for g in groups for n in g["param_names"]}
     fused = {n for n in outputs if "experts.gate_up_proj" in n or "experts.down_proj" in n}

@@ -1,11 +1,15 @@
 """When the policy without its adapter is the model that was passed, and when it is not."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["check_adapter", "whole_copies"]
 
@@ -79,7 +83,7 @@ def _trained_of_the_base(model: Any, config: Any, *, wrapped: bool) -> str | Non
 
 
 @contextlib.contextmanager
-def whole_copies(model: Any) -> Iterator[None]:
+def whole_copies(model: "PeftModel") -> Iterator[None]:
     """Let the frozen copy that DPOTrainer's constructor makes of a PEFT model's adapter be a copy of all of it.
 
     TRL copies what has ".default." in its name. Tensors that PEFT keeps by themselves, and not in a module, end in
@@ -89,9 +93,9 @@ def whole_copies(model: Any) -> Iterator[None]:
     Raises:
         ValueError: in the constructor, where a trained tensor of the adapter has no place in the copy.
     """
-    add = model.add_adapter
+    add = cast("Callable[..., object]", model.add_adapter)
 
-    def add_whole(name: str, *args: Any, **kwargs: Any) -> Any:
+    def add_whole(name: str, *args: object, **kwargs: object) -> object:
         result = add(name, *args, **kwargs)
         if name == FROZEN:
             _copy(model)
@@ -102,7 +106,7 @@ def whole_copies(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _copy(model: Any) -> None:
+def _copy(model: nn.Module) -> None:
     """Write the adapter that is trained over its frozen copy."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
@@ -115,7 +119,6 @@ def _copy(model: Any) -> None:
                 continue
             raise ValueError(
                 f"TRL's reference of a PEFT model is a frozen copy of its adapter {TRAINED!r}, and PEFT makes none of "
-                f"{name!r} (of {type(model.peft_config[TRAINED]).__name__}). Pass ref_model; with "
-                "lowmem_reference='precomputed' it is freed before training."
+                f"{name!r}. Pass ref_model; with lowmem_reference='precomputed' it is freed before training."
             )
         copied.copy_(tensor)
