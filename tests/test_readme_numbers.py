@@ -124,6 +124,11 @@ def searches() -> list[str]:
     ]
 
 
+def sums() -> list[str]:
+    size = {row["setting"]: row["state_bytes_per_parameter"] for row in records("arithmetic.jsonl")}
+    return [f"for {size['scale']:.2f} bytes a parameter instead of {size['adamw']:.2f}"]
+
+
 def pairs() -> list[str]:
     (sharing,) = part("preference.jsonl", "sharing")
     (memory,) = {json.dumps(row["size"]) for row in part("preference.jsonl", "memory")}
@@ -174,7 +179,7 @@ FIGURES: dict[str, list[Callable[[], list[str]]]] = {
     "hf_lowmem/planner/README.md": [headlines, searches],
     "hf_lowmem/preference/README.md": [pairs],
     "hf_lowmem/training/README.md": [default_gaps, shapes_sent, kills],
-    "scripts/bench/README.md": [bytes_of_8bit, demo_details],
+    "scripts/bench/README.md": [bytes_of_8bit, demo_details, sums],
 }
 
 SETTING, NAME, PAPER, RULE = "a setting", "a name", "of the paper", "what is asked, tests hold it"
@@ -228,7 +233,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "a magnitude above 1e15": RULE,
     },
     "hf_lowmem/planner/README.md": {},
-    "hf_lowmem/weights/README.md": {},
+    "hf_lowmem/weights/README.md": {"for 150 steps": SETTING, "8-bit moments": NAME},
     "hf_lowmem/preference/README.md": {
         "1, 1; after an SFT stage 0.1": PAPER,
         "| 0.1 |": PAPER,
@@ -261,6 +266,8 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "differ by 2^-20": SETTING,
         "Llama-3-8B's 291 parameters made tiny": SETTING,
         "for 250 steps": SETTING,
+        "Its vocabulary has 14 tokens": SETTING,
+        "made anew every 50 steps": SETTING,
         "The first 150 steps": SETTING,
         "weights differ by 2^-20": SETTING,
     },

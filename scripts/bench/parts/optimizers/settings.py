@@ -90,7 +90,7 @@ STORES = ("masters", "keep", "bf16_sr", "bf16_ecc")
 
 # What Q-GaLore adds to GaLore: 250 steps have five bases, or fewer where refreshes are lazy. The first is what the
 # others are compared with, and is named so that it is run beside them: rows without a name are of older code.
-BASES: tuple[dict[str, object], ...] = ({"basis": "fp32"}, {"basis": "int4"}, {"lazy_overlap": 0.9})
+BASES: tuple[dict[str, object], ...] = ({"basis": "fp32"}, {"basis": "int4"}, {"lazy_overlap": 0.5})
 OF_BASES = ("galore", "fira")
 
 SETTINGS: list[Setting] = [
