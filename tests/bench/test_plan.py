@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import long_sequences
-from parts.streams import real, times
 import plan_table as table
 from parts.record import ROOT, read_rows
+from parts.streams import real, times
 
 pytestmark = pytest.mark.train  # starts processes
 
