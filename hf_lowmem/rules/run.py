@@ -327,7 +327,7 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     return version, f"fsdp_config['version']={version!r}"
 
 
-def _pieces(sizes: Mapping[str, Any]) -> dict[str, int]:
+def _pieces(sizes: Mapping[str, int | str | None]) -> dict[str, int]:
     """Processes among which rows are cut, by the name of the setting, where they are more than one."""
     return {name: size for name in PIECES if (size := int(sizes.get(name) or 1)) > 1}
 

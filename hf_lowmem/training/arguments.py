@@ -181,8 +181,9 @@ class LowMemArguments(MatmulArguments, NamedFields):
             "help": "What decoder layers keep for backward: exact (gradients equal bit for bit, about half), fp8 (a "
             "quarter), fp8_recompute (gate and up are computed again), checkpoint_fp8 (the layer's input alone), "
             "hooks_fp8 (for layers that are not recognised), stream, stream_fp8 (for long sequences: a layer runs by "
-            "chunks of tokens); or layer by layer: fp8:0-11,checkpoint_fp8:12-. With any "
-            "optim. Takes the place of gradient_checkpointing, which is then off unless it is set."
+            "chunks of tokens), stream_fp8/4 (of every fourth layer the input); or layer by layer: "
+            "fp8:0-11,checkpoint_fp8:12-. With any optim. Takes the place of gradient_checkpointing, which is then off "
+            "unless it is set."
         },
     )
     lowmem_activations_stochastic: bool = field(

@@ -10,6 +10,7 @@ import pytest
 import long_sequences
 import plan_table as table
 from parts.record import ROOT, read_rows
+from parts.streams import real, times
 
 pytestmark = pytest.mark.train  # starts processes
 
@@ -40,6 +41,16 @@ def test_the_longest_sequences_show_what_they_record(tmp_path: Path, capsys: pyt
     assert [row["setting"] for row in rows] == [*long_sequences.SETTINGS]
     assert [row["host_bytes"] > 0 for row in rows] == ["lowmem_offload" in row["fields"] for row in rows]
     assert capsys.readouterr().out.splitlines()[-len(rows) - 2 :] == long_sequences.table(rows)
+    # Another part leaves these as they are, and one setting the others.
+    (row,) = times.rows(64, 1, (), real.TOY)
+    assert row["ratio"] == 1
+    ran = {"peak_bytes": 2**30, "process_bytes": 2**31, "cpu_seconds": 7.2}
+    for beside, cells in (({}, ["", "", "not run"]), (ran, ["1.00 GiB", "2.00 GiB", "7 s"])):
+        row = {"part": "real", "setting": "HF checkpointing", "tokens": 8192, "planned_bytes": 2**30} | beside
+        assert (
+            long_sequences.table_of_real([*rows, row])[2]
+            == f"| {' | '.join(['HF checkpointing', '8,192', '1.00 GiB', *cells])} |"
+        )
 
 
 def test_every_row_of_the_table_has_its_measured_costs() -> None:

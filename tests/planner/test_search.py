@@ -318,12 +318,15 @@ def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tmp_path: Path
 
 
 @pytest.mark.train
-def test_the_command_line_searches_for_the_longest_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tier", ["fp8", "stream_fp8", "stream_fp8/2"])
+def test_the_command_line_searches_for_the_longest_sequence(
+    tier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     CONFIG.save_pretrained(tmp_path)
     given = ["--optim", "lion", "--lowmem_state", "8bit", "--lowmem_weights", "bf16_sr", "--device", "cpu"]
-    given += ["--lowmem_activations", "fp8", "--per_device_train_batch_size", "2"]
+    given += ["--lowmem_activations", tier, "--per_device_train_batch_size", "2"]
     flags = ["plan", "--model", str(tmp_path), "--dtype", "bfloat16", *given, "--json"]
-    settings = {"optim": "lion", "lowmem_state": "8bit", "lowmem_weights": "bf16_sr", "lowmem_activations": "fp8"}
+    settings = {"optim": "lion", "lowmem_state": "8bit", "lowmem_weights": "bf16_sr", "lowmem_activations": tier}
     args = arguments(**settings, per_device_train_batch_size=2, max_length=128)
     budget = plan(CONFIG, args, dtype="bfloat16", device="cpu").reserved_bytes
     assert main([*flags, "--max_length", "auto", "--budget", f"{budget / 2**20 + 0.01:.2f}MiB"]) == 0

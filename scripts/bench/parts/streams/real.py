@@ -11,15 +11,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from hf_lowmem import LowMemSFTConfig
 from parts.record import ROOT, Row
 
 # Wide layers, as they are what a long sequence has of bytes; narrow attention, as it is what it has of time.
 MODEL: Row = {
     "hidden_size": 32,
     "intermediate_size": 12288,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "head_dim": 16,
@@ -54,9 +54,7 @@ def stepped(settings: Row, shape: Row, tokens: int) -> Row:
     }
 
 
-def arguments(settings: Row, tokens: int) -> Any:
-    from hf_lowmem import LowMemSFTConfig
-
+def arguments(settings: Row, tokens: int) -> LowMemSFTConfig:
     return LowMemSFTConfig(
         tempfile.mkdtemp(),
         use_cpu=True,

@@ -3,7 +3,6 @@
 import copy
 import statistics
 import time
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +27,7 @@ def rows(tokens: int, repeats: int, tiers: tuple[str, ...] = TIERS, shape: Row =
     torch.manual_seed(0)
     config = LlamaConfig(**shape, max_position_embeddings=tokens)
     plain = LlamaForCausalLM(config).train()
-    ways: dict[str, Any] = {"HF checkpointing": copy.deepcopy(plain)}
+    ways = {"HF checkpointing": copy.deepcopy(plain)}
     ways["HF checkpointing"].gradient_checkpointing_enable({"use_reentrant": False})
     for tier in tiers:
         ways[tier] = copy.deepcopy(plain)
