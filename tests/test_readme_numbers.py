@@ -192,6 +192,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "8-bit": NAME,
         "4-bit": NAME,
         "multiples of 16": RULE,
+        "runs of 2,000 steps": SETTING,
         "1 byte a value in the place of 2": RULE,
         "512 inputs and 384 outputs and 2,048 tokens": SETTING,
         "fewer than 2,048 tokens": SETTING,

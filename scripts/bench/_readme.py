@@ -290,6 +290,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation_loss": accumulation_loss,
     "targets": targets,
     "products_error": lambda: multiplied.errors(products("error")),
+    "products_loss": lambda: multiplied.losses(products("loss")),
     "products_cost": lambda: multiplied.costs(products("cost")),
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
 }
