@@ -200,13 +200,17 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "sequences of 2,048 tokens": SETTING,
         '"8 as 4 × 2" is a micro-batch of 4': SETTING,
     },
-    ".github/CONTRIBUTING.md": {"Files of 150 to 250 lines (400 at most), functions under 80": RULE},
+    ".github/CONTRIBUTING.md": {
+        "Files of 150 to 250 lines (400 at most), functions under 80": RULE,
+        "8-bit": NAME,
+    },
     "integrations/README.md": {},
     "hf_lowmem/matmul/README.md": {
         "8 bits": NAME,
         "8-bit": NAME,
         "4-bit": NAME,
         "multiples of 16": RULE,
+        "runs of 2,000 steps": SETTING,
         "1 byte a value in the place of 2": RULE,
         "512 inputs and 384 outputs and 2,048 tokens": SETTING,
         "fewer than 2,048 tokens": SETTING,
@@ -257,6 +261,8 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "Phi 3": NAME,
     },
     "hf_lowmem/training/README.md": {
+        "in 8 bits": NAME,
+        "0: none does": SETTING,
         "off; 0.5, 0.5": SETTING,
         "a hidden size of 4,096": "what BLOCK_BYTES of head_blocks.py holds of TRL's 32,768 columns",
     },

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem.kernels.operands import ALIGNED, FLOATS, INT8_ROWS
 from hf_lowmem.matmul.products import RECIPES, linear_in_8_bits
@@ -64,7 +65,8 @@ class Linear8(ForwardPatch):
         if x.numel() // x.shape[-1] < self.least:
             _say_few(self.recipe.name, self.least)
             return True
-        if type(x) not in (Tensor, nn.Parameter) or type(weight) not in (Tensor, nn.Parameter) or in_transform():
+        # Shards of a tensor-parallel model wrap others; the planner's tensors without values do not.
+        if is_traceable_wrapper_subclass(x) or is_traceable_wrapper_subclass(weight) or in_transform():
             _say_other(self.recipe.name, type(x).__name__, type(weight).__name__)
             return True
         return False

@@ -20,7 +20,7 @@ CAPABILITY = {"e4m3": (8, 9), "int8": (7, 5)}
 
 @dataclass
 class ProductReport:
-    """What is multiplied in 8 bits.
+    """Linears that are multiplied in 8 bits, and those that are not.
 
     Attributes:
         recipe: of `lowmem_matmul`.
@@ -51,7 +51,7 @@ class ProductReport:
 
 
 def products_of(linears: Mapping[str, nn.Module], spec: MatmulSpec) -> ProductReport:
-    """What a spec would do to linears. The model stays as it is.
+    """Report of a spec on linears. The model stays as it is.
 
     Raises:
         ValueError: where it can do nothing, or the device has no such products.

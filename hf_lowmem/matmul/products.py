@@ -45,7 +45,7 @@ __all__ = ["RECIPES", "Recipe", "linear_in_8_bits"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How operands are coded.
+    """Coding of the operands.
 
     Attributes:
         name: of `lowmem_matmul`.

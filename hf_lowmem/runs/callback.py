@@ -307,7 +307,8 @@ class MemoryReportCallback(TrainerCallback):
             self._beside,
             heading=f"hf_lowmem: {', '.join(words)}",
             notes=notes,
-            same_activations=self.activations is None and getattr(args, "lowmem_activations", None) is None,
+            same_activations=self.activations is None
+            and not any(getattr(args, f"lowmem_{name}", None) for name in ("activations", "matmul")),
         )
         tqdm.write(said)  # below the progress bar, which is still there
 

@@ -23,7 +23,7 @@ OP_BOUNDARY = {
     "kernels/lion/cpu.py": ("lion_step",),
     "kernels/lion/reference.py": ("lion_step",),
     "kernels/lion/triton.py": ("lion_step",),
-    "kernels/operands/triton.py": ("load_tile", "rows_kernel", "columns_kernel"),
+    "kernels/operands/triton.py": ("rows_kernel", "columns_kernel"),
     "kernels/quantize/triton.py": ("quantize_kernel",),
     "kernels/rmsnorm/triton.py": ("forward_kernel", "again_kernel", "backward_kernel"),
     "kernels/step/cpu.py": ("run_steps",),

@@ -110,7 +110,7 @@ def test_what_is_left_is_said() -> None:
     other = type("Linear4bit", (nn.Linear,), {})(64, 64)
     assert "Linear4bit is no plain linear" in str(why(other))
     moved = nn.Linear(64, 64)
-    moved.forward = lambda x: x
+    moved.forward = lambda input: input
     assert "replaced its forward" in str(why(moved))
 
 

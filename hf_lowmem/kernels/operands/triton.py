@@ -23,7 +23,7 @@ ROWS = COLUMNS = 32  # that share a program
 TILE = 64
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
-FOLDED: tl.constexpr = tl.constexpr(True)
+WITH_FACTOR: tl.constexpr = tl.constexpr(True)
 Launch = Callable[..., object]  # pyright's idea of a kernel's parameters lacks those of the launch
 
 
@@ -126,13 +126,13 @@ def columns_kernel(
     found = tl.zeros((TILE, COLUMNS), tl.int32)
     for start in range(0, m, TILE):
         row = (start + tl.arange(0, TILE)).to(tl.int64)[:, None]
-        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, FOLDED)
+        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, WITH_FACTOR)
         found = tl.maximum(found, magnitude(x))
     scale, finite = scale_of(tl.max(found, 0), TOP, LEAST, MOST)
     tl.store(scales_ptr + columns, tl.where(finite, scale, float("nan")), mask=columns < k)
     for start in range(0, width, TILE):
         row = (start + tl.arange(0, TILE)).to(tl.int64)[:, None]
-        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, FOLDED)
+        x = load_tile(x_ptr, factor_ptr, row, column, m, k, row_stride, column_stride, row, WITH_FACTOR)
         codes = encode(x, scale[None, :], finite[None, :], E4M3, TOP)
         tl.store(turned_ptr + column * width + row, codes, mask=(row < width) & (column < k))
 

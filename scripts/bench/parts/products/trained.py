@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ def loss_rows(smoke: bool, old: Rows, *, steps: int, ways: tuple[str, ...] = WAY
                 yield loss_row(way, seed, size)
 
 
-def loss_row(way: str, seed: int, size: dict[str, Any]) -> Row:
+def loss_row(way: str, seed: int, size: Row) -> Row:
     model = build_model(size, seed, bf16=False)
     model.train()
     products = None
