@@ -207,6 +207,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "Over 100 steps, to 1e-5": RULE,
         "a magnitude above 1e15": RULE,
     },
+    "hf_lowmem/optim/zeroth/README.md": {},
     "hf_lowmem/planner/README.md": {},
     "hf_lowmem/weights/README.md": {},
     "hf_lowmem/preference/README.md": {
