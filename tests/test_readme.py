@@ -36,6 +36,7 @@ TABLES = {
     "hf_lowmem/optim/README.md": [
         "codecs", "long_run", "long_steps", "update_errors", "quality", "states", "speed", "weight_stores",
     ],
+    "hf_lowmem/optim/zeroth/README.md": ["zeroth"],
     "hf_lowmem/planner/README.md": ["plan_vs_cpu", "plan_table", "plan_fields", "budget"],
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
     "hf_lowmem/training/README.md": ["presets", "wire"],

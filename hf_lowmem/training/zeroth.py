@@ -75,7 +75,7 @@ class ForwardSteps:
             optimizer.zero_grad()
 
     def _log_slope(self, logs: dict[str, float]) -> None:
-        """In a row of training: the slope along the last step's directions, for a norm that is not there."""
+        """Put the slope along the last step's directions into a row of training, for a norm that is not there."""
         optimizer = self._forward_only()
         if optimizer is not None and "loss" in logs and optimizer.slopes:
             logs.pop("grad_norm", None)

@@ -16,6 +16,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from rich.console import Console
@@ -44,15 +45,23 @@ RATES = {
 PASSES = {"mezo": 2, "zo_sign": 2, "zo_momentum": 2, "zo_adam": 2, "zo_adamm": 2, "zo_conservative": 5, "fzoo": 9}
 
 
+class Event(Protocol):
+    """What torch's profiler says of an allocation."""
+
+    def name(self) -> str: ...
+    def start_ns(self) -> int: ...
+    def nbytes(self) -> int: ...
+
+
 def peak_of(step: Callable[[], None], held: int) -> int:
     """The most bytes at once in `step()`, of which `held` were there before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     assert trace.profiler is not None
     assert trace.profiler.kineto_results is not None
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = cast("list[Event]", trace.profiler.kineto_results.events())
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
     return held + peak

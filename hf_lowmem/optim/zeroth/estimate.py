@@ -124,7 +124,7 @@ class ZerothOrder(LowMemOptimizer):
         return [Point(probe, factor) for probe in range(self.probes) for factor in (1.0, -1.0)]
 
     def differences(self, losses: list[float]) -> list[float]:
-        """For each probe its share of the estimate, times the perturbation; from the losses at `points`."""
+        """Shares of the probes in the estimate, times the perturbation; from the losses at `points`."""
         return [(losses[2 * i] - losses[2 * i + 1]) / (2 * self.probes) for i in range(self.probes)]
 
     @property
@@ -199,7 +199,7 @@ class ZerothOrder(LowMemOptimizer):
         return [stream_key(slot.key, "probe", slot.step, probe) for probe in range(self.probes)]
 
     def _at(self, points: list[Point]) -> list[Callable[[nn.Parameter], Tensor]]:
-        """For each point the values of the parameters there."""
+        """Values of the parameters at each point, as functions."""
         found = {id(p): (group["perturbation"], self._seeds(slot)) for group, p, slot in self._trained()}
 
         def make(point: Point, p: nn.Parameter) -> Tensor:

@@ -110,7 +110,7 @@ class Substitution:
             )
 
     def run(self, function: Callable[[], T], make: Callable[[nn.Parameter], Tensor]) -> T:
-        """What `function` returns when each parameter `p` has the values `make(p)`, and `p` is left alone.
+        """Result of `function` where each parameter `p` has the values `make(p)`, and `p` is left alone.
 
         A layer that is not entered by its forward, whose weights somebody else may have read, is taken to lie outside
         of the layers from then on, and `function` is called again.
