@@ -12,7 +12,7 @@ import pytest
 import hf_lowmem
 from hf_lowmem.codecs import CODECS, PAIRS
 from hf_lowmem.kernels import KERNELS
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import OPTIMIZERS, ZEROTH
 from hf_lowmem.specs import TIERS
 from tests.readmes import READMES, RECORDS, ROOT, inline_code
 
@@ -153,6 +153,7 @@ def test_every_method_codec_tier_kernel_and_field_is_named() -> None:
     for room, names in {
         "training": {*ours, *OPTIMIZERS, "loss_type", "beta"},
         "optim": {*OPTIMIZERS, *CODECS, *PAIRS},
+        "optim/zeroth": ZEROTH,
         "activations": TIERS,
         "kernels": {kernel.triton.split(".")[2] for kernel in KERNELS.values()},
         "preference": ("asft", "orpo", "simpo", "cpo"),
