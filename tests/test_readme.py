@@ -12,7 +12,7 @@ import pytest
 import hf_lowmem
 from hf_lowmem.codecs import CODECS, PAIRS
 from hf_lowmem.kernels import KERNELS
-from hf_lowmem.optim import OPTIMIZERS
+from hf_lowmem.optim import OPTIMIZERS, ZEROTH
 from hf_lowmem.specs import TIERS
 from tests.readmes import READMES, RECORDS, ROOT, inline_code
 
@@ -37,6 +37,7 @@ TABLES = {
     "hf_lowmem/optim/README.md": [
         "codecs", "long_run", "long_steps", "update_errors", "quality", "states", "speed", "weight_stores",
     ],
+    "hf_lowmem/optim/zeroth/README.md": ["zeroth"],
     "hf_lowmem/planner/README.md": ["plan_vs_cpu", "plan_table", "plan_fields", "budget"],
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
     "hf_lowmem/training/README.md": ["presets", "wire"],
@@ -156,6 +157,7 @@ def test_every_method_codec_tier_kernel_and_field_is_named() -> None:
     for room, names in {
         "training": {*ours, *OPTIMIZERS, "loss_type", "beta"},
         "optim": {*OPTIMIZERS, *CODECS, *PAIRS},
+        "optim/zeroth": ZEROTH,
         "activations": TIERS,
         "kernels": {kernel.triton.split(".")[2] for kernel in KERNELS.values()},
         "preference": ("asft", "orpo", "simpo", "cpo"),

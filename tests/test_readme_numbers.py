@@ -247,6 +247,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "Over 100 steps, to 1e-5": RULE,
         "a magnitude above 1e15": RULE,
     },
+    "hf_lowmem/optim/zeroth/README.md": {},
     "hf_lowmem/planner/README.md": {},
     "hf_lowmem/weights/README.md": {"for 150 steps": SETTING, "8-bit moments": NAME},
     "hf_lowmem/preference/README.md": {

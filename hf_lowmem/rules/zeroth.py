@@ -1,4 +1,4 @@
-"""What does not go with a method of zeroth order, which has forward passes alone: see hf_lowmem/optim/zeroth."""
+"""Rules of methods of zeroth order, which have forward passes alone: see hf_lowmem/optim/zeroth."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,6 +26,18 @@ class Needless(NamedTuple):
         return bool(getattr(run, self.fact)) if self.when is None else self.when(run)
 
 
+def _scaled(run: Run) -> bool:
+    return run.precision == "fp16"
+
+
+def _in_parts(run: Run) -> bool:
+    return run.engine in ("fsdp", "deepspeed")
+
+
+def _replicated(run: Run) -> bool:
+    return (run.n_gpu or 0) > 1
+
+
 NOTHING_KEPT = "nothing is kept for a backward pass"
 NEEDLESS = (
     Needless("in_backward", "there is no backward pass"),
@@ -33,22 +45,20 @@ NEEDLESS = (
     Needless("checkpointing", NOTHING_KEPT, "Set it to False"),
     Needless("offload", NOTHING_KEPT),
     Needless("max_grad_norm", "there is no gradient whose norm could be bounded", "Set max_grad_norm=0"),
-    Needless(
-        "precision", "a loss is scaled for the sake of gradients", "Use bf16", lambda run: run.precision == "fp16"
-    ),
+    Needless("precision", "a loss is scaled for the sake of gradients", "Use bf16", _scaled),
 )
 WHOLE = (
     Needless(
         "engine",
         "a pass at other weights makes them of whole weights, and here each process has a part",
         "Use DDP or one process",
-        lambda run: run.engine in ("fsdp", "deepspeed"),
+        _in_parts,
     ),
     Needless(
         "n_gpu",
         "DataParallel's replicas would have the weights of the first pass",
         "Make one GPU visible, or start a process a GPU with `accelerate launch` or `torchrun`",
-        lambda run: (run.n_gpu or 0) > 1,
+        _replicated,
     ),
     Needless("compile", "a compiled pass was made for the model's own weights", "Do not compile"),
 )

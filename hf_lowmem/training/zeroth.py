@@ -10,7 +10,7 @@ between versions.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 from transformers import Trainer
@@ -27,18 +27,17 @@ TOKENS = "_total_train_tokens"  # what TRL counts in each forward pass of traini
 class ForwardSteps:
     """The part of LowMemTrainerMixin that concerns methods of zeroth order."""
 
-    args: Any
-    accelerator: Any
-    optimizer: Any
+    optimizer: object
 
     def _check_forwards(self) -> None:
         """Raise where a batch is more than data: a trainer that makes it itself would make another for each pass."""
+        args = cast("Trainer", self).args
         owner = next(c for c in type(self).__mro__ if "_prepare_inputs" in vars(c))
-        if self.args.optim in ZEROTH and owner is not Trainer:
+        if args.optim in ZEROTH and owner is not Trainer:
             raise ValueError(
-                f"optim={self.args.optim!r} cannot be used in {type(self).__name__}: {owner.__name__} makes its "
-                "batches while it trains, such as by generating answers, and would make others for each forward pass. Take a "
-                "method of first order, or train on pairs or texts (SFT, DPO)."
+                f"optim={args.optim!r} cannot be used in {type(self).__name__}: {owner.__name__} makes its "
+                "batches while it trains, such as by generating answers, and would make others for each forward pass. "
+                "Take a method of first order, or train on pairs or texts (SFT, DPO)."
             )
 
     def _forward_only(self) -> ZerothOrder | None:
@@ -51,21 +50,24 @@ class ForwardSteps:
         optimizer = self._forward_only()
         if optimizer is None:
             return step()
-        before = getattr(self, TOKENS, None)
+        trainer, before = cast("Trainer", self), getattr(self, TOKENS, None)
+        here = vars(trainer.accelerator)
+        theirs = {name: here[name] for name in ("backward",) if name in here}
 
         def loss() -> torch.Tensor:
             if before is not None:  # a batch counts once, however many passes it makes
                 setattr(self, TOKENS, before)
             handed: list[torch.Tensor] = []
-            self.accelerator.backward = lambda loss, **kwargs: handed.append(loss.detach())
+            here["backward"] = lambda loss, **kwargs: handed.append(loss.detach())
             try:
                 step()
             finally:
-                del self.accelerator.backward
+                del here["backward"]
+                here.update(theirs)
             (found,) = handed
             return found
 
-        return torch.tensor(optimizer.probe(loss), device=self.args.device)
+        return torch.tensor(optimizer.probe(loss), device=trainer.args.device)
 
     def _forget_window(self) -> None:
         """Forget losses of a window that an exception, or an attempt with another batch size, has not ended."""
@@ -73,7 +75,7 @@ class ForwardSteps:
             optimizer.zero_grad()
 
     def _log_slope(self, logs: dict[str, float]) -> None:
-        """In a row of training: the slope along the last step's directions, for a norm that is not there."""
+        """Put the slope along the last step's directions into a row of training, for a norm that is not there."""
         optimizer = self._forward_only()
         if optimizer is not None and "loss" in logs and optimizer.slopes:
             logs.pop("grad_norm", None)

@@ -242,6 +242,19 @@ def long_line() -> list[str]:
     ]
 
 
+def zeroth() -> list[str]:
+    """Methods of zeroth order, and AdamW beside them."""
+    lines = []
+    for row in records("zeroth.jsonl"):
+        sizes = [f"{row[f'{kind}_bytes'] / 2**20:,.0f}" for kind in ("state", "peak")]
+        losses = [f"{row[f'loss_{when}']:.3f}" for when in ("before", "after")]
+        passes = str(row["forward_passes"]) + (f", {row['backward_passes']} backward" if row["backward_passes"] else "")
+        lines.append([f"`{row['method']}`", str(row["steps"]), passes, *losses, *sizes])
+    return table(
+        ["method", "steps", "forward passes", "loss before", "after", "states, MiB", "peak of a step, MiB"], lines
+    )
+
+
 OPTIM: dict[str, Callable[[], list[str]]] = {
     "states": states,
     "codecs": codec_table,
@@ -250,6 +263,7 @@ OPTIM: dict[str, Callable[[], list[str]]] = {
     "bases": bases,
     "weight_stores": weight_stores,
     "speed": speed,
+    "zeroth": zeroth,
     "long_run": long_run,
     "long_steps": long_steps,
     "long_line": long_line,

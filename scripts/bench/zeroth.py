@@ -14,8 +14,9 @@ states that were there before.
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from rich.console import Console
@@ -27,7 +28,7 @@ from hf_lowmem.demo.model import load, prepare_model
 from hf_lowmem.demo.run import HELD_OUT_PLAYS, public_name
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import ZerothOrder, make_optimizer
-from parts.record import RECORDS, append_row, provenance
+from parts.record import RECORDS, Row, Rows, append_row, provenance
 
 RECORD = RECORDS / "zeroth.jsonl"
 TOKENS, BATCH, SEED = 64, 2, 0
@@ -44,19 +45,29 @@ RATES = {
 PASSES = {"mezo": 2, "zo_sign": 2, "zo_momentum": 2, "zo_adam": 2, "zo_adamm": 2, "zo_conservative": 5, "fzoo": 9}
 
 
-def peak_of(step: Any, held: int) -> int:
+class Event(Protocol):
+    """What torch's profiler says of an allocation."""
+
+    def name(self) -> str: ...
+    def start_ns(self) -> int: ...
+    def nbytes(self) -> int: ...
+
+
+def peak_of(step: Callable[[], None], held: int) -> int:
     """The most bytes at once in `step()`, of which `held` were there before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
-    events: Any = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    assert trace.profiler is not None
+    assert trace.profiler.kineto_results is not None
+    events = cast("list[Event]", trace.profiler.kineto_results.events())
     now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
     return held + peak
 
 
-def run(name: str, source: str, passes: int) -> dict[str, Any]:
+def run(name: str, source: str, passes: int) -> Row:
     """One method from the checkpoint, on one batch."""
     train, _ = data.split_plays(data.load_plays(), held_out=HELD_OUT_PLAYS, seed=SEED)
     texts = data.sft_dataset(train, size=BATCH, tokens=TOKENS, seed=SEED)["text"]
@@ -98,7 +109,7 @@ def run(name: str, source: str, passes: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: Rows) -> Table:
     """What the rows say, for a terminal."""
     made = Table("method", "steps", "forward passes", "loss on the batch", "after", "states, MiB", "peak, MiB")
     for row in rows:
@@ -123,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         **provenance(),
     }
     options.record.unlink(missing_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     with tempfile.TemporaryDirectory() as cache:
         source = prepare_model(options.model, Path(cache))
         for name in options.only:

@@ -1,12 +1,12 @@
 """ZO-SGD-Cons: an update that is tried before it is made."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from hf_lowmem.optim.options import with_rate
-from hf_lowmem.optim.zeroth.estimate import shifted
+from hf_lowmem.optim.zeroth.estimate import Closure, shifted
 from hf_lowmem.optim.zeroth.rules import Mezo
 
 __all__ = ["ZoConservative"]
@@ -29,7 +29,7 @@ class ZoConservative(Mezo):
     ACCUMULATES_LOSSES: ClassVar[bool] = False
     _turn: float = 1.0  # of the next update: 1 as estimated, -1 backwards, 0 none
 
-    def probe(self, closure: Callable[[], Any]) -> float:
+    def probe(self, closure: Closure) -> float:
         """Ask as `mezo` does, then at the weights and at both updates."""
         mean = super().probe(closure)
         assert self._window is not None

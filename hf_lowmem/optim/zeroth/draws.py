@@ -24,7 +24,7 @@ BITS = 16
 
 def _quantiles() -> Tensor:
     """Values of the normal distribution at the middles of 2**16 equal shares, scaled to a variance of 1."""
-    upper = torch.special.ndtri((torch.arange(1 << (BITS - 1), dtype=torch.float64) + 0.5) / (1 << BITS) + 0.5)
+    upper = torch.erfinv((torch.arange(1 << (BITS - 1), dtype=torch.float64) + 0.5) / (1 << (BITS - 1)))
     upper /= upper.square().mean().sqrt()
     return torch.cat((-upper.flip(0), upper)).float()
 

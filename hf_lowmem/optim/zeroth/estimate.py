@@ -16,7 +16,7 @@ Here the estimate of a part of a parameter is made, applied and dropped.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,11 @@ from hf_lowmem.optim.zeroth.draws import DIRECTIONS
 from hf_lowmem.optim.zeroth.perturb import Substitution
 from hf_lowmem.specs import OptimSpec, check_integer, check_number
 
-__all__ = ["Point", "ZerothOrder", "check_perturbation", "check_probes", "shifted"]
+__all__ = ["Closure", "Point", "ZerothOrder", "check_perturbation", "check_probes", "shifted"]
 
 # Of a slope: a direction's values are below 5, and what a method is handed stays below kernels' LARGEST_GRADIENT.
 LARGEST_SLOPE = 1e14
+Closure = Callable[[], Tensor | float]  # computes a loss
 UNIT = 1 << 16  # values; the parts of a parameter begin at a multiple, so that blocks of codes are cut whole
 
 
@@ -50,12 +51,12 @@ class Point(NamedTuple):
     factor: float
 
 
-def check_perturbation(label: str, value: Any) -> None:
+def check_perturbation(label: str, value: object) -> None:
     """Raise unless a perturbation is a number above 0."""
     check_number(label, value, low=0.0, low_open=True)
 
 
-def check_probes(label: str, value: Any) -> None:
+def check_probes(label: str, value: object) -> None:
     """Raise unless there is a direction at least."""
     check_integer(label, value, low=1)
 
@@ -123,7 +124,7 @@ class ZerothOrder(LowMemOptimizer):
         return [Point(probe, factor) for probe in range(self.probes) for factor in (1.0, -1.0)]
 
     def differences(self, losses: list[float]) -> list[float]:
-        """For each probe its share of the estimate, times the perturbation; from the losses at `points`."""
+        """Shares of the probes in the estimate, times the perturbation; from the losses at `points`."""
         return [(losses[2 * i] - losses[2 * i + 1]) / (2 * self.probes) for i in range(self.probes)]
 
     @property
@@ -134,7 +135,7 @@ class ZerothOrder(LowMemOptimizer):
             raise ValueError(f"probes={sorted(found)}: groups differ. A pass perturbs all of them; give one number.")
         return found.pop()
 
-    def probe(self, closure: Callable[[], Any]) -> float:
+    def probe(self, closure: Closure) -> float:
         """Ask for the loss of a micro-batch at each point; the mean of what was found.
 
         Args:
@@ -152,7 +153,7 @@ class ZerothOrder(LowMemOptimizer):
         return sum(losses) / len(losses)
 
     @torch.no_grad()
-    def _losses(self, closure: Callable[[], Any], makes: list[Callable[[nn.Parameter], Tensor]]) -> list[float]:
+    def _losses(self, closure: Closure, makes: list[Callable[[nn.Parameter], Tensor]]) -> list[float]:
         """The loss where each parameter p is make(p), for each of `makes`."""
         params = [p for _, p, _ in self._trained()]
         rng = Rng({p.device for p in params})
@@ -188,7 +189,7 @@ class ZerothOrder(LowMemOptimizer):
                     slot.open(self.state[p])
                     yield group, p, slot
 
-    def _slot(self, p: Tensor, group: Group, options: tuple[Any, ...] | None = None) -> Slot:
+    def _slot(self, p: Tensor, group: Group, options: tuple[object, ...] | None = None) -> Slot:
         slot = super()._slot(p, group, options)
         slot.draws = True  # the directions
         return slot
@@ -198,7 +199,7 @@ class ZerothOrder(LowMemOptimizer):
         return [stream_key(slot.key, "probe", slot.step, probe) for probe in range(self.probes)]
 
     def _at(self, points: list[Point]) -> list[Callable[[nn.Parameter], Tensor]]:
-        """For each point the values of the parameters there."""
+        """Values of the parameters at each point, as functions."""
         found = {id(p): (group["perturbation"], self._seeds(slot)) for group, p, slot in self._trained()}
 
         def make(point: Point, p: nn.Parameter) -> Tensor:
@@ -209,8 +210,14 @@ class ZerothOrder(LowMemOptimizer):
 
         return [partial(make, point) for point in points]
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Closure) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> float | None:
         """Update all parameters from the losses that were probed since the last step.
 
         Args:

@@ -12,13 +12,15 @@ In the meantime a module's `_parameters` holds a plain tensor in the place of th
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from hf_lowmem.patching import ForwardPatch
 
 __all__ = ["Substitution", "layers_of"]
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -44,10 +46,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _held_by(module: nn.Module) -> dict[str, Tensor | None]:
+    """Parameters that a module holds itself, by name: the very dict, to be written to."""
+    return vars(module)["_parameters"]
+
+
 def _places(modules: Iterable[nn.Module], wanted: set[int]) -> Iterator[Place]:
     for owner in modules:
-        for leaf, p in owner._parameters.items():
-            if p is not None and id(p) in wanted:
+        for leaf, p in _held_by(owner).items():
+            if isinstance(p, nn.Parameter) and id(p) in wanted:
                 yield Place(owner, leaf, p)
 
 
@@ -61,11 +68,11 @@ def _in_place_of(places: Iterable[Place], make: Callable[[nn.Parameter], Tensor]
             if id(place.p) not in made:
                 made[id(place.p)] = make(place.p)
             put.append(place)
-            place.owner._parameters[place.leaf] = made[id(place.p)]  # type: ignore[assignment]
+            _held_by(place.owner)[place.leaf] = made[id(place.p)]
         yield
     finally:
         for owner, leaf, p in put:
-            owner._parameters[leaf] = p
+            _held_by(owner)[leaf] = p
 
 
 class LayerAt(ForwardPatch):
@@ -75,7 +82,7 @@ class LayerAt(ForwardPatch):
         super().__init__(module)
         self.places, self.make, self.entered = places, make, False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         self.entered = True
         with _in_place_of(self.places, self.make):
             return self.original(*args, **kwargs)
@@ -102,8 +109,8 @@ class Substitution:
                 "was made for: a wrapper has replaced them. Make the optimizer for the model that is trained."
             )
 
-    def run(self, function: Callable[[], Any], make: Callable[[nn.Parameter], Tensor]) -> Any:
-        """What `function` returns when each parameter `p` has the values `make(p)`, and `p` is left alone.
+    def run(self, function: Callable[[], T], make: Callable[[nn.Parameter], Tensor]) -> T:
+        """Result of `function` where each parameter `p` has the values `make(p)`, and `p` is left alone.
 
         A layer that is not entered by its forward, whose weights somebody else may have read, is taken to lie outside
         of the layers from then on, and `function` is called again.

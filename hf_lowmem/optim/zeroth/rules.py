@@ -1,6 +1,6 @@
 """Rules of zeroth order with two-sided probes: what is done with an estimate `u` of the gradient."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ __all__ = ["Mezo", "ZoAdam", "ZoAdamM", "ZoMomentum", "ZoSign"]
 PROBING = {"perturbation": check_perturbation, "probes": check_probes}
 
 
-def check_momentum(label: str, value: Any) -> None:
+def check_momentum(label: str, value: object) -> None:
     """Raise unless a decay rate is in [0, 1)."""
     check_number(label, value, low=0.0, high=1.0)
 

@@ -16,7 +16,8 @@ each = pytest.mark.parametrize("name", ZEROTH)
 
 
 def make(name: str, model: Net, **settings: Any) -> ZerothOrder:
-    made = make_optimizer(name, model, **{"lr": RATES[name]} | settings)
+    chosen: dict[str, Any] = {"lr": RATES[name]} | settings
+    made = make_optimizer(name, model, **chosen)
     assert isinstance(made, ZerothOrder)
     return made
 
