@@ -15,10 +15,11 @@ FSDP2 averages a layer's gradients before it calls the hooks of its sharded para
 import gc
 import weakref
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -39,6 +40,18 @@ SECOND_GRADIENT = (
     "of it has come: it is used outside of the head, too, as by a penalty on weights. It has half a step. Leave "
     "lowmem_step_in_backward unset, or take the second use out of the loss."
 )
+_plain_zero_grad = nn.Module.zero_grad
+# Those that add up gradients between backward passes, where `p.grad` has nothing to set to zero.
+_adding: "weakref.WeakSet[StepInBackward]" = weakref.WeakSet()
+
+
+@wraps(_plain_zero_grad)
+def _zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+    """`Module.zero_grad`, which forgets sums of gradients, too: left behind, they would be in the next step."""
+    _plain_zero_grad(self, set_to_none)
+    for state in [stepping.optimizer.state for stepping in _adding]:
+        for p in self.parameters():
+            accumulator.forget(state.get(p, {}))
 
 
 class StepInBackward:
@@ -63,7 +76,7 @@ class StepInBackward:
         accumulation: "int8_sr" adds up in int8 what the method cannot add up by itself, which is everything but the
             projections; see hf_lowmem/optim/accumulator.py for the error. Parameters of fewer than 4,096 values keep
             their gradients. `step()` applies whatever was added up, also of parameters that the last pass has not
-            reached, and `zero_grad()` drops it.
+            reached, and `zero_grad()` drops it, the optimizer's or a model's.
 
     Raises:
         TypeError: for an optimizer of somebody else.
@@ -98,6 +111,9 @@ class StepInBackward:
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hooks).atexit = False
         self._attach()
+        if ready is not None:
+            _adding.add(self)
+            nn.Module.zero_grad = _zero_grad
 
     def _attach(self) -> None:
         optimizer = self.optimizer

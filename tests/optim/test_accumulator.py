@@ -247,17 +247,34 @@ def test_what_the_last_pass_does_not_reach_is_stepped_all_the_same(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore"])
-def test_zero_grad_drops_what_was_added_up(name: str) -> None:
+@pytest.mark.parametrize("by", ["optimizer", "model", "zeros", "wrapper"])
+def test_zero_grad_drops_what_was_added_up(name: str, by: str) -> None:
+    """The optimizer's or the model's, to None or to zeros: sums in int8, and galore's of projections."""
     found = []
     for dropped in (False, True):
         window = Window(name, Wide(), state="fp32", **({"projection": "random"} if name == "galore" else {}))
         if dropped:
             window.last = False
             window.model.loss(99).backward()
-            window.optimizer.zero_grad()
+            if by == "optimizer":
+                window.optimizer.zero_grad()
+            else:
+                model = nn.Sequential(window.model) if by == "wrapper" else window.model
+                model.zero_grad(set_to_none=by != "zeros")
+            assert not any(accumulator.is_open(raw) or WINDOW in raw for raw in window.optimizer.state.values())
         window.run([lambda s=s, w=window: w.model.loss(s) for s in range(2)])
         found.append(weights(window.model))
     assert same_bits(*found)
+
+
+def test_zero_grad_of_another_model_or_a_part_leaves_the_sums() -> None:
+    window = Window("adamw", Wide())
+    window.last = False
+    window.model.loss(0).backward()
+    Wide().zero_grad()
+    window.model.second.zero_grad()
+    opened = [n for n, p in window.model.named_parameters() if accumulator.is_open(window.optimizer.state.get(p))]
+    assert opened == ["first.weight", "spare.weight"]
 
 
 def test_a_bad_gradient_spoils_only_its_window() -> None:
