@@ -4,7 +4,7 @@ import inspect
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,6 +17,7 @@ from hf_lowmem.activations.streaming.able import check_whole_rows
 from hf_lowmem.optim import OPTIMIZERS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
+from hf_lowmem.runs.card import mend_metadata
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import INPUT_TIERS, STORES_AT_REST, ActivationSpec, OptimSpec
@@ -328,6 +329,14 @@ class LowMemTrainerMixin(RestingWeights):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the parent does; the card that PEFT writes then names no base model that is a folder of this
+        machine."""
+        cast("Trainer", super()).save_model(output_dir, _internal_call)
+        folder, saves = Path(output_dir or self.args.output_dir), self.args.should_save
+        if saves and isinstance(self.args, LowMemArguments):
+            mend_metadata(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the parent's card with what the training takes; a README.md that no trainer has made stays as it is."""
