@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowmem.cli.pictures import check_picture
+from hf_lowmem.memory.progress import stages
 from hf_lowmem.runs.card import CARD, UsersCard, refresh, whole_card
 from hf_lowmem.runs.compare import compare, names_of, table
 from hf_lowmem.runs.report import BadReport, predicted_of, read_report, write_atomically, write_report
@@ -16,9 +17,15 @@ __all__ = ["card", "compare_runs", "plan_of_run"]
 
 
 def card(options: argparse.Namespace) -> int:
-    """Write the run's card; the exit status."""
+    """Write the run's card, and draw its step if asked to; the exit status."""
+    if options.plot is not None:
+        check_picture("--plot", options.plot)
     try:
         report = read_report(options.run)
+        if options.plot is not None:
+            from hf_lowmem.runs.plot import draw_step
+
+            draw_step(report, options.plot)
         if options.plan is not None:
             made = _read_plan(Path(options.plan)) if options.plan else plan_of_run(report)
             report["predicted"] = predicted_of(made, options.plan or "this run's settings")
@@ -79,16 +86,17 @@ def plan_of_run(report: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model["config"]), encoding="utf-8")
         try:
-            made = plan(
-                folder,
-                config(output_dir=folder, **{**settings, "use_cpu": True}),
-                dtype=model.get("dtype"),
-                peft_config=_adapter(model),
-                world_size=processes,
-                parallel=None if processes == 1 else "fsdp2" if settings.get("fsdp") else "ddp",
-                device="cpu" if report["device"] is None or "CPU" in report["device"] else "cuda",
-                progress=lambda message: print(message, file=sys.stderr),
-            )
+            with stages("plan") as progress:
+                made = plan(
+                    folder,
+                    config(output_dir=folder, **{**settings, "use_cpu": True}),
+                    dtype=model.get("dtype"),
+                    peft_config=_adapter(model),
+                    world_size=processes,
+                    parallel=None if processes == 1 else "fsdp2" if settings.get("fsdp") else "ddp",
+                    device="cpu" if report["device"] is None or "CPU" in report["device"] else "cuda",
+                    progress=progress,
+                )
         except (CannotSimulate, TypeError, ValueError) as error:
             raise ValueError(f"--plan: {error} {advice}") from error
     return made.to_dict()

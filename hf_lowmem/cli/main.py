@@ -38,8 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(arguments[1:])
         return options.run_command(options, arguments)
     except (ModuleNotFoundError, OSError, WrongCommand) as error:  # what a user can put right: no traceback
-        print(f"hf-lowmem {options.command}: {error}", file=sys.stderr)
+        print(f"hf-lowmem {options.command}: {_with_remedy(error)}", file=sys.stderr)
         return 2 if isinstance(error, WrongCommand) else 1
+
+
+def _with_remedy(error: Exception) -> str:
+    """Words of an error; of a package that is missing also how to get it."""
+    name = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not name or "install" in str(error):
+        return str(error)
+    return (
+        f"{error}. `pip install {name}` brings it; `hf-lowmem doctor` says what else is missing, and what that costs."
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         help="add what memory was predicted: from a file of `hf-lowmem plan ... --json`; without FILE, plan the run's "
         "own settings now",
     )
+    card.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over the step that was measured, a PNG")
     card.add_argument("--output", type=Path, metavar="FILE", help="write the card there, and leave the run as it is")
     card.set_defaults(run_command=_card)
     compare = commands.add_parser(

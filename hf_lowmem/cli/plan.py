@@ -19,6 +19,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from hf_lowmem.cli.parsing import Parser
 from hf_lowmem.cli.pictures import check_picture
+from hf_lowmem.memory.progress import stages
 from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.parallel import PARALLEL
@@ -152,10 +153,10 @@ def _plan(asked: PlanArguments, args: Any, model_args: ModelConfig, auto: bool) 
         "world_size": asked.world_size,
         "parallel": asked.parallel,
         "device": asked.device,
-        "progress": lambda message: print(message, file=sys.stderr),
     }
     budget = _budget(asked, args, auto)
-    if budget is None:
-        return plan(model, args, implementation=asked.implementation, **settings)
-    find = longest if auto else search
-    return find(model, args, budget=budget, label="--budget" if asked.budget else "lowmem_budget", **settings)
+    with stages("plan") as progress:
+        if budget is None:
+            return plan(model, args, implementation=asked.implementation, progress=progress, **settings)
+        label, find = "--budget" if asked.budget else "lowmem_budget", longest if auto else search
+        return find(model, args, budget=budget, label=label, progress=progress, **settings)

@@ -5,11 +5,13 @@ Counting hooks on autograd's stack must come down whatever happens. A forward ho
 training step could not, where nobody is called after an exception.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem.memory.saved import SavedReport, measure_saved
@@ -32,6 +34,7 @@ class ForwardSaved:
     """
 
     def __init__(self) -> None:
+        self._after_each: Callable[[nn.Module, object, object], None] | None = None
         # A dict and not a function of its owner, which would keep the owner alive after an exception.
         self._found: dict[str, Any] = {}
         self._most = 0
@@ -42,12 +45,21 @@ class ForwardSaved:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not measure on: open contexts cannot be pickled.
-        return self.__dict__ | {"_found": {}, "_model": None, "_hooks": [], "_calls": []}
+        return self.__dict__ | {"_found": {}, "_model": None, "_hooks": [], "_calls": [], "_after_each": None}
 
-    def attach(self, model: nn.Module, found: dict[str, Any]) -> None:
-        """Measure `model` from now on; `found` gets what its largest pass saved, as soon as that pass has ended."""
+    def attach(
+        self,
+        model: nn.Module,
+        found: dict[str, Any],
+        after_each: Callable[[nn.Module, object, object], None] | None = None,
+    ) -> None:
+        """Measure `model` from now on; `found` gets what its largest pass saved, as soon as that pass has ended.
+
+        Args:
+            after_each: called within a measured pass behind every module, with it, its arguments and its output.
+        """
         self.detach()
-        self._found, self._most = found, 0
+        self._found, self._most, self._after_each = found, 0, after_each
         # Around all other hooks, and of two meters the first to open is the last to close.
         before = model.register_forward_pre_hook(self._before_forward, prepend=True)
         after = model.register_forward_hook(self._after_forward, always_call=True)
@@ -60,7 +72,7 @@ class ForwardSaved:
         for call in reversed(self._calls):  # left by a KeyboardInterrupt, which `always_call` does not catch
             if call is not None:
                 call[0].__exit__(None, None, None)
-        self._model, self._hooks, self._calls = None, [], []
+        self._model, self._hooks, self._calls, self._after_each = None, [], [], None
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         # Tracing a model traces its hooks, and would keep these. Copies and replicas of a model have its hooks, too.
@@ -68,10 +80,17 @@ class ForwardSaved:
             return
         call = None
         if model.training and torch.is_grad_enabled() and not any(self._calls):
-            context = measure_saved(model)
+            context = self._measuring(model)
             call = context, context.__enter__()
             call[1]._enter_module(model, args)  # torch listed this call's hooks before the report added its own
         self._calls.append(call)
+
+    @contextmanager
+    def _measuring(self, model: nn.Module) -> Iterator[SavedReport]:
+        with measure_saved(model) as saved, ExitStack() as stack:
+            if self._after_each is not None:
+                stack.callback(register_module_forward_hook(self._after_each).remove)
+            yield saved
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or model is not self._model:

@@ -17,13 +17,14 @@ import torch
 
 from hf_lowmem.memory.count import human_bytes
 
-__all__ = ["CUDA_SOURCE", "RSS_SOURCE", "PeakMemory", "measure_peak"]
+__all__ = ["CUDA_SOURCE", "RSS_SOURCE", "PeakMemory", "measure_peak", "resident"]
 
 CUDA_SOURCE = "cuda allocator"
 RSS_SOURCE = "process RSS, sampled"
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of this process that are in memory."""
     if sys.platform == "linux":
         with open("/proc/self/statm", "rb") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -99,7 +100,7 @@ class PeakMemory:
 
     def _see(self) -> None:
         cuda = self.device.type == "cuda"
-        now = torch.cuda.max_memory_allocated(self.device) if cuda else _resident()
+        now = torch.cuda.max_memory_allocated(self.device) if cuda else resident()
         with self._lock:
             self._seen = max(self._seen, now)
 
@@ -114,7 +115,7 @@ class PeakMemory:
             self._seen = self.start = torch.cuda.memory_allocated(self.device)
             PeakMemory._open.add(self)
         else:
-            self._seen = self.start = _resident()
+            self._seen = self.start = resident()
             args = (weakref.ref(self), self._stop, self._interval)
             threading.Thread(target=_watch, args=args, name="hf_lowmem-rss", daemon=True).start()
         return self

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from hf_lowmem.kernels.spans import spans
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED, Slot
-from hf_lowmem.optim.state import ADDED, count, number, stream_key
+from hf_lowmem.optim.state import ADDED, WINDOW, count, number, stream_key
 from hf_lowmem.weights import int8
 
-__all__ = ["LEFT", "add", "drop", "empty", "is_open", "nbytes", "take", "takes"]
+__all__ = ["LEFT", "add", "empty", "forget", "is_open", "nbytes", "take", "takes"]
 
 CODES, SCALE = "gradients.codes", "gradients.scale"
 LEFT = (
@@ -116,6 +116,12 @@ def drop(raw: dict[str, Tensor]) -> None:
     """Forget the sum."""
     for name in (CODES, SCALE, ADDED):
         raw.pop(name, None)
+
+
+def forget(raw: dict[str, Tensor]) -> None:
+    """Forget every sum of gradients in a parameter's state, as `zero_grad` does: of projections, too."""
+    raw.pop(WINDOW, None)
+    drop(raw)
 
 
 def _of(raw: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ class StepInBackward:
         accumulation: "int8_sr" adds up in int8 what the method cannot add up by itself, which is everything but the
             projections; see hf_lowmem/optim/accumulator.py for the error. Parameters of fewer than 4,096 values keep
             their gradients. `step()` applies whatever was added up, also of parameters that the last pass has not
-            reached, and `zero_grad()` drops it.
+            reached, and the optimizer's `zero_grad()` drops it; a model's does not.
 
     Raises:
         TypeError: for an optimizer of somebody else.

@@ -44,7 +44,7 @@ from hf_lowmem.optim.placement import check_flattened, check_placement
 from hf_lowmem.optim.row_steps import RowStep
 from hf_lowmem.optim.sharded import ShardedSlot, agreed
 from hf_lowmem.optim.slot import FLOATS, Slot
-from hf_lowmem.optim.state import WINDOW, Group
+from hf_lowmem.optim.state import Group
 from hf_lowmem.optim.stepping import step_by_loop
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec
 from hf_lowmem.weights import at_rest
@@ -255,8 +255,7 @@ class LowMemOptimizer(Method, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients as in torch, and sums of gradients that are in the state."""
         for raw in self.state.values():
-            raw.pop(WINDOW, None)
-            accumulator.drop(raw)
+            accumulator.forget(raw)
         super().zero_grad(set_to_none)
 
     def _entries(self, group: Group, params: Iterable[Tensor]) -> list[tuple[Tensor, Slot]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_lowmem.codecs import BlockCodec
+from hf_lowmem.codecs import BlockCodec, codec_pair
 from hf_lowmem.codecs.rows import RowCodec
 from hf_lowmem.distributed import full, local
 from hf_lowmem.optim import roles
@@ -135,7 +135,7 @@ def check_groups(groups: list[Group], saved: list[Group], structural: Iterable[s
             )
         for option in structural:
             saved_as = theirs.get(option, BEFORE.get(option))
-            if option in ours and saved_as != ours[option]:
+            if option in ours and saved_as != ours[option] and meaning(option, theirs) != meaning(option, ours):
                 raise ValueError(
                     f"the checkpoint was made with {option}={saved_as!r}, this optimizer has "
                     f"{option}={ours[option]!r}: its state cannot be continued. Use the checkpoint's setting, or "
@@ -176,6 +176,12 @@ def tell_changed(groups: list[Group], saved: list[Group], options: Iterable[str]
 
 def _comparable(value: object) -> object:
     return list(cast("list[object]", value)) if isinstance(value, list | tuple) else value
+
+
+def meaning(option: str, group: Group) -> object:
+    """Value of an option as it shapes the state: a `basis` that is not named is stored as other signed states are."""
+    value = group.get(option, BEFORE.get(option))
+    return codec_pair(group["state"])[0].name if option == "basis" and value is None else value
 
 
 @torch.no_grad()

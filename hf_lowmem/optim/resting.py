@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hf_lowmem.memory.progress import counted
 from hf_lowmem.optim.base import LOAD_BF16
 from hf_lowmem.optim.groups import linear_weights
 from hf_lowmem.optim.names import named_modules, named_parameters
@@ -137,13 +138,15 @@ def _resting(model: nn.Module) -> Iterator[AtRest]:
     return filter(None, map(at_rest, model.parameters()))
 
 
-def rest(spec: OptimSpec, model: nn.Module, folder: str | Path | None = None) -> Chosen:
+def rest(spec: OptimSpec, model: nn.Module, folder: str | Path | None = None, *, shown: bool = True) -> Chosen:
     """Put a model's weights to rest; again does nothing.
 
     Args:
         folder: of the saved model that the weights are from, if not that which the model says of itself.
+        shown: whether a long conversion has a progress bar.
     """
     found = check_rests(spec, model)
     own = getattr(model, "name_or_path", None)
-    put_to_rest(model, found.weights, folder or (own if isinstance(own, str) and own and Path(own).is_dir() else None))
+    weights = counted(found.weights, f"{spec.label('weights')}={spec.weights}", shown=shown)
+    put_to_rest(model, weights, folder or (own if isinstance(own, str) and own and Path(own).is_dir() else None))
     return found

@@ -24,8 +24,6 @@ from unittest import mock
 
 import torch
 import torch.optim.optimizer as torch_optimizer
-from bitsandbytes import functional
-from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _foreach_utils
@@ -40,7 +38,7 @@ from hf_lowmem.activations.streaming import attention
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.optim import slot
-from hf_lowmem.planner.four_bit import SEEN_THROUGH, parameter_like
+from hf_lowmem.planner.four_bit import HAS_BITSANDBYTES, SEEN_THROUGH, parameter_like
 
 __all__ = ["as_on_accelerator", "as_on_cpu", "as_with_real_tensors", "outside_of_modes"]
 
@@ -80,6 +78,9 @@ def as_on_cpu() -> Iterator[None]:
 
     On a GPU a step is one kernel, which takes nothing.
     """
+    if not HAS_BITSANDBYTES:
+        yield
+        return
     steps: Any = torch.ops.bitsandbytes.optimizer_update_32bit, torch.ops.bitsandbytes.optimizer_update_8bit_blockwise
     with mock.patch.dict(SEEN_THROUGH, {step.default: _on_cpu(step.default) for step in steps}):
         yield
@@ -122,6 +123,22 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
 
 
 @contextlib.contextmanager
+def _bitsandbytes_with_real_tensors() -> Iterator[None]:
+    if not HAS_BITSANDBYTES:
+        yield
+        return
+    from bitsandbytes import functional
+    from bitsandbytes.optim import GlobalOptimManager
+
+    with (
+        mock.patch.object(functional, "create_dynamic_map", outside_of_modes(functional.create_dynamic_map)),
+        # Where it notes ids of parameters that are to be stepped in fp32: ids of ours are others' afterwards.
+        mock.patch.object(GlobalOptimManager, "_instance", None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def as_with_real_tensors() -> Iterator[None]:
     """Let models run and move inside a fake mode as they do with real tensors, and make small tables of real values.
 
@@ -131,9 +148,7 @@ def as_with_real_tensors() -> Iterator[None]:
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(host, "check_host", _nothing),  # of the machine that plans
         mock.patch.object(DeviceTable, "on", outside_of_modes(DeviceTable.on)),
-        mock.patch.object(functional, "create_dynamic_map", outside_of_modes(functional.create_dynamic_map)),
-        # Where bitsandbytes notes ids of parameters that are to be stepped in fp32: ids of ours are others' afterwards.
-        mock.patch.object(GlobalOptimManager, "_instance", None),
+        _bitsandbytes_with_real_tensors(),
         # transformers takes fake tensors for a sign of torch.compile, and builds masks that training does without.
         mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
         # torch's grouped product has a shape rule for bf16 alone; transformers' operator keeps and makes the same.

@@ -39,7 +39,8 @@ from hf_lowmem.preference import sharing
 __all__ = ["INSTEAD", "CannotSimulate", "Live"]
 
 # Operators whose temporaries count, and what shows them.
-SEEN_THROUGH = four_bit.SEEN_THROUGH | {flash.BACKWARD: flash.backward_in_steps}
+SEEN_THROUGH = four_bit.SEEN_THROUGH  # itself: accelerator.py adds to it for a while
+SEEN_THROUGH[flash.BACKWARD] = flash.backward_in_steps
 INDEX = torch.ops.aten.index.Tensor
 READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 

@@ -12,21 +12,21 @@ operators have shape rules. Two things are exchanged:
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import modules as bnb
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from hf_lowmem.memory.count import tensors_in
 
-__all__ = ["SEEN_THROUGH", "parameter_like", "quantization_of", "quantize", "state_of"]
+__all__ = ["HAS_BITSANDBYTES", "SEEN_THROUGH", "parameter_like", "quantization_of", "quantize", "state_of"]
 
+# Whoever plans nothing of its need not have it.
+HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
 NESTED_BLOCK = 256  # of bitsandbytes' second quantisation, that of the scales
 # Of Params4bit, with its defaults.
 ATTRIBUTES: dict[str, Any] = {
@@ -62,6 +62,10 @@ def quantization_of(config: PreTrainedConfig, given: Any) -> BitsAndBytesConfig 
 
 def quantize(model: Any, quantization: BitsAndBytesConfig) -> Any:
     """`model`, fake or on the meta device, as `from_pretrained(quantization_config=...)` would have loaded it."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
     quantizer = Bnb4BitHfQuantizer(quantization)
     skipped = quantizer.get_modules_to_not_convert(
         model, quantization.llm_int8_skip_modules, model._keep_in_fp32_modules
@@ -70,7 +74,7 @@ def quantize(model: Any, quantization: BitsAndBytesConfig) -> Any:
     with _stand_ins():
         replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=quantization)
     for name, module in model.named_modules():
-        if isinstance(module, bnb.Linear4bit):
+        if isinstance(module, Linear4bit):
             _fill(module, before[name])
     model.is_loaded_in_4bit = model.is_quantized = True
     model.hf_quantizer = quantizer
@@ -79,9 +83,11 @@ def quantize(model: Any, quantization: BitsAndBytesConfig) -> Any:
 
 def _fill(module: Any, plain: Any) -> None:
     """A Linear4bit with the quantised weight of `plain`, an nn.Linear or GPT-2's transposed Conv1D."""
+    from bitsandbytes.functional import quantize_4bit
+
     empty = module.weight
     weight = plain.weight.detach()
-    packed, state = functional.quantize_4bit(
+    packed, state = quantize_4bit(
         weight if isinstance(plain, nn.Linear) else weight.T,
         blocksize=empty.blocksize,
         compress_statistics=empty.compress_statistics,
@@ -114,7 +120,9 @@ def parameter_like(p: Tensor, data: Tensor) -> nn.Parameter:
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    with mock.patch.object(bnb, "Params4bit", _stand_in):
+    from bitsandbytes.nn import modules
+
+    with mock.patch.object(modules, "Params4bit", _stand_in):
         yield
 
 
@@ -148,4 +156,7 @@ def product_in_steps(
 
 
 # Operators whose temporaries count, and what shows them; on a CPU there are more, see accelerator.py.
-SEEN_THROUGH: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: product_in_steps}
+SEEN_THROUGH: dict[object, Callable[..., object]] = {}
+if HAS_BITSANDBYTES:
+    import_module("bitsandbytes")  # which registers its operators
+    SEEN_THROUGH[torch.ops.bitsandbytes.gemm_4bit.default] = product_in_steps

@@ -1,6 +1,5 @@
 """One picture of a plan: what is alive over the step, part by part."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
@@ -8,6 +7,7 @@ from hf_lowmem.memory import human_bytes
 from hf_lowmem.planner.parts import PARTS
 from hf_lowmem.planner.simulate import Plan
 from hf_lowmem.planner.words import assumed
+from hf_lowmem.runs.timeline import phase_ticks
 
 __all__ = ["draw"]
 
@@ -20,7 +20,6 @@ COLOURS: dict[str, str] = dict(
     )
 )
 GIB = 2**30
-NARROW = 0.09  # of the width: nearer than that, two names overlap
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -56,19 +55,3 @@ def draw(plan: Plan, path: Path) -> None:
     figure.legend(drawn[::-1], parts[::-1], fontsize=8, loc="outside right upper")
     axes.set_title("\n".join(wrap(f"{plan.settings['model_type']}: {assumed(plan.settings)}", 110)), fontsize=9)
     figure.savefig(path)
-
-
-def phase_ticks(phases: Sequence[str]) -> list[tuple[float, str]]:
-    """The middle of each run of equal phases, and its name; where names would overlap, that of the longer run."""
-    runs: list[tuple[int, int]] = []
-    for i, phase in enumerate(phases):
-        if i and phase == phases[i - 1]:
-            runs[-1] = (runs[-1][0], i)
-        else:
-            runs.append((i, i))
-    found: list[tuple[float, str]] = []
-    for first, last in sorted(runs, key=lambda run: run[0] - run[1]):  # the widest first
-        middle, room = (first + last) / 2, NARROW * max(len(phases) - 1, 1)
-        if all(abs(middle - place) >= room for place, _ in found):
-            found.append((middle, phases[first]))
-    return sorted(found)

@@ -100,7 +100,8 @@ class Plan:
         rows = sorted(self.parts.items(), key=lambda item: -item[1])
         lines = [f"{name:<16}{human_bytes(size):>12}" for name, size in rows]
         lines += [f"{'peak':<16}{human_bytes(self.peak_bytes):>12}   in {self.phase}, {self.module}"]
-        lines += [f"{'to have free':<16}{human_bytes(self.reserved_bytes):>12}   with rounding and a CUDA context"]
+        context = "" if self.settings["device"] == "cpu" else " and a CUDA context"
+        lines += [f"{'to have free':<16}{human_bytes(self.reserved_bytes):>12}   with rounding{context}"]
         if self.host_bytes:
             lines += [f"{'host memory':<16}{human_bytes(self.host_bytes):>12}   pinned, beside"]
         words = [in_words(self.reserved_bytes, self.settings), f"assumed: {assumed(self.settings)}"]

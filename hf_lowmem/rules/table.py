@@ -111,8 +111,9 @@ WITHOUT_EFFECT = (
         "loop_budget",
         ("loop", "budget"),
         lambda run: True,
-        lambda run: f"{run.say('budget')} has no effect in {run.loop}: a loop of your own cannot be planned",
-        "Leave it unset, and choose the settings with `hf-lowmem plan --budget`",
+        lambda run: f"{run.say('budget')} has no effect in {run.loop}, whose steps cannot be planned",
+        "Leave it unset, and take a preset (lowmem='light', 'balanced', 'smallest'), or the settings that "
+        "`hf-lowmem plan --budget` finds for a step of that size",
     ),
 )
 

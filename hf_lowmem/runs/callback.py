@@ -32,6 +32,7 @@ from hf_lowmem.runs.record import RunRecord
 from hf_lowmem.runs.report import REPORT, predicted_of
 from hf_lowmem.runs.said import adamw_parts, at_end, at_start, is_quiet
 from hf_lowmem.runs.skips import KEY, add_skipped, ours_in
+from hf_lowmem.runs.timeline import STEP, StepTimeline
 
 __all__ = ["MemoryReportCallback"]
 
@@ -105,6 +106,7 @@ class MemoryReportCallback(TrainerCallback):
         self._last: int | None = None
         self._peak: PeakMemory | None = None
         self._forward = ForwardSaved()
+        self.timeline = StepTimeline()  # of the step that was measured last
         weakref.finalize(self, self._forward.detach).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ class MemoryReportCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._stop()  # of a training that ended in an exception
         self.report, self._beside, self._last, self._due = {}, {}, None, False
+        self.timeline = StepTimeline()
         if state.is_world_process_zero and not state.is_hyper_param_search:
             self.record = self._begin_record(args, state, kw)
         else:
@@ -146,18 +149,26 @@ class MemoryReportCallback(TrainerCallback):
         self.report |= {"weights": parameter_bytes(model), "trainable": parameter_bytes(model, trainable=True)}
         self._beside = adamw_parts(model, args)
         if not args.torch_compile:  # it would be traced with the hooks, for nothing, and again without them
-            self._forward.attach(model, self.report)
+            self.timeline.begin(model, kw.get("optimizer"), args.device)
+            self._forward.attach(model, self.report, self.timeline.after)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if state.global_step == self._last and not args.torch_compile:
+            self.timeline.begin(kw["model"], kw.get("optimizer"), args.device)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if state.global_step == self._last:
             self.report["gradients"] = gradient_bytes(kw["model"])
+            self.timeline.mark(STEP, "")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         # global_step has been counted up since on_step_begin
         if self._last is not None and state.global_step == self._last + 1:
             self._forward.detach()
+            self.timeline.mark(STEP, "")
+            self.timeline.end()
             if "saved" in self.report:
                 self.report["saved_step"] = state.global_step
             self._note_optimizer(kw)
@@ -220,7 +231,7 @@ class MemoryReportCallback(TrainerCallback):
             return
         self._note_peak()
         memory = {name: value for name, value in self.report.items() if name != "saved_by_module"}
-        self.record.update(state, memory, finished=finished)
+        self.record.update(state, memory, self.timeline.points, finished=finished)
         if self.head is not None:
             self.record.head = self.head()
 
@@ -242,6 +253,7 @@ class MemoryReportCallback(TrainerCallback):
 
     def _stop(self) -> None:
         self._forward.detach()
+        self.timeline.end()
         if self._peak is not None:
             self._peak.__exit__()
             self._note_peak()

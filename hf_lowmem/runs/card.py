@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 import hf_lowmem
 from hf_lowmem.memory import human_bytes
@@ -25,7 +27,18 @@ from hf_lowmem.runs.report import write_atomically
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CARD", "GENERATED", "MISSING", "UsersCard", "own_frame", "refresh", "render", "template_path", "whole_card"]
+__all__ = [
+    "CARD",
+    "GENERATED",
+    "MISSING",
+    "UsersCard",
+    "mend_metadata",
+    "own_frame",
+    "refresh",
+    "render",
+    "template_path",
+    "whole_card",
+]
 
 CARD = "README.md"
 MISSING = "not measured"
@@ -130,10 +143,9 @@ def _is_generated(text: str) -> bool:
 
 def _filled(report: dict[str, Any]) -> str:
     model = report["model"]
-    base = None if model.get("folder") else model.get("name")  # a folder is no name on the hub
     data = ModelCardData(
-        base_model=base,
-        datasets=report["dataset"].get("name"),
+        base_model=None if model.get("folder") else _on_hub(model.get("name")),
+        datasets=_on_hub(report["dataset"].get("name")),
         library_name="peft" if model.get("adapters") else "transformers",
         model_name=report["run"],
         tags=[GENERATED, "hf-lowmem"],
@@ -141,6 +153,30 @@ def _filled(report: dict[str, Any]) -> str:
     )
     card = ModelCard.from_template(data, template_path=str(template_path()), **_values(report))
     return str(card)
+
+
+def mend_metadata(folder: Path) -> None:
+    """Take a base model out of a card's metadata that is none on the hub: PEFT writes a folder there, or nothing at
+    all, and the hub refuses the card. On rank 0."""
+    path = folder / CARD
+    data = metadata_load(path) if path.is_file() else None
+    base = (data or {}).get("base_model")
+    if data is None or not isinstance(base, str) or (_on_hub(base) is not None and not Path(base).exists()):
+        return
+    del data["base_model"]
+    tags = data.get("tags")
+    if isinstance(tags, list):
+        data["tags"] = [tag for tag in tags if not str(tag).startswith("base_model:")]
+    metadata_save(path, data)
+
+
+def _on_hub(name: str | None) -> str | None:
+    """The name of a model or a data set, if one on the hub can have it; the hub refuses a card with another."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return name
 
 
 def _values(report: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["DRAWN", "PARTS", "Part"]
+__all__ = ["DRAWN", "PARTS", "STATIC", "Part"]
 
 
 class Part(NamedTuple):
@@ -28,4 +28,5 @@ PARTS = {
     "optimizer": Part("optimizer state", "states", "optimizer state", "#D55E00"),
     "saved": Part("saved for backward", "activations", "saved activations", "#009E73"),
 }
+STATIC = ("weights", "gradients", "optimizer")  # what is there whatever the batch
 DRAWN = tuple(name for name, part in PARTS.items() if part.drawn)

@@ -1,4 +1,4 @@
-"""One picture of several runs: what a training step of each keeps in memory, and its loss.
+"""Pictures of runs: what a training step of each keeps in memory, and its loss; and one run's memory over a step.
 
 It needs matplotlib, which only `pip install 'hf-lowmem[demo]'` brings. A Figure of its own, not pyplot: no window, no
 global state, whatever backend the user has configured.
@@ -15,9 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.memory.peak import CUDA_SOURCE
-from hf_lowmem.runs.parts import DRAWN, PARTS
+from hf_lowmem.runs.parts import DRAWN, PARTS, STATIC
+from hf_lowmem.runs.report import BadReport
+from hf_lowmem.runs.timeline import phase_ticks, rest_of
 
-__all__ = ["MIB", "draw", "draw_memory"]
+__all__ = ["MIB", "draw", "draw_memory", "draw_step"]
 
 # Okabe and Ito's colours, as those of the parts.
 RUNS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#56B4E9", "#F0E442", "#000000")
@@ -99,4 +101,48 @@ def draw(runs: Mapping[str, dict[str, Any]], path: Path) -> None:
     if loss.lines:
         loss.legend(fontsize=8)
     loss.set_title("Loss, as the trainer logs it (lower is better)", fontsize=10)
+    figure.savefig(path)
+
+
+def draw_step(report: Mapping[str, Any], path: Path) -> None:
+    """Write `path`, a PNG, SVG or PDF by its name: what was in use over the step that was measured, part by part.
+
+    Args:
+        report: of a run, see hf_lowmem/runs/report.py.
+
+    Raises:
+        BadReport: where no step of the run was measured so.
+    """
+    training = report["trainings"][-1] if report["trainings"] else {}
+    points = training.get("timeline") or []
+    if not points:
+        raise BadReport(
+            f"{report['run']}: memory over a step was not measured. A trainer of hf_lowmem, or MemoryReportCallback "
+            "with any other, measures it in the first step, if the model is not compiled. `hf-lowmem plan --plot` "
+            "draws what is predicted."
+        )
+    figure = Figure(figsize=(11, 5.2), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    heights = [[int(point[name]) for point in points] for name in STATIC] + [[rest_of(point) for point in points]]
+    tops = [sum(column) for column in zip(*heights, strict=True)]
+    highest = max(*tops, 1)
+    unit, scale = next((u, s) for u, s in UNITS if highest >= 4 * s or s == 1024)
+    labels = [*(str(PARTS[name].drawn) for name in STATIC), "all else: activations, temporaries"]
+    colours = [str(PARTS[name].colour) for name in (*STATIC, "saved")]
+    scaled = [[size / scale for size in row] for row in heights]
+    drawn = axes.stackplot(range(len(points)), scaled, labels=labels, colors=colours, step="mid")
+    axes.axhline(highest / scale, color="black", linewidth=0.8)
+    at = points[tops.index(highest)]
+    axes.text(0, highest / scale, f" highest {human_bytes(highest)}, in {at['phase']}", va="bottom", fontsize=8)
+    ticks = phase_ticks([point["phase"] for point in points])
+    axes.set_xticks([place for place, _ in ticks], [phase for _, phase in ticks], fontsize=8)
+    axes.set_xlim(0, max(len(points) - 1, 1))
+    axes.set_ylim(0, 1.12 * highest / scale)
+    axes.set_ylabel(f"memory, {unit} (less is better)")
+    axes.set_xlabel("one training step, layer by layer")
+    figure.legend(drawn[::-1], labels[::-1], fontsize=8, loc="outside right upper")
+    memory = training["memory"]
+    step = f"step {memory['saved_step']}" if "saved_step" in memory else "a step"
+    axes.set_title(f"{report['run']}: memory over {step}, measured ({memory['peak_source']})", fontsize=10)
     figure.savefig(path)

@@ -1,6 +1,7 @@
 """A run's report as it grows: one entry for each training, so that a resumed run tells of the trainings before."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class RunRecord:
 
     Attributes:
         facts: result of `describe`.
-        trainings: {"from_step", "to_step", "finished", "memory", "speed"} each; the last is the one under way.
+        trainings: {"from_step", "to_step", "finished", "memory", "speed", "timeline"} each; the last is the one under
+            way.
         results: losses, steps and epochs of the latest training.
         history: {"step", "epoch", "loss" or "eval_loss"} each.
         predicted: result of `predicted_of`.
@@ -66,12 +68,16 @@ class RunRecord:
             rows_before=len(state.log_history),
         )
 
-    def update(self, state: Any, memory: dict[str, Any], *, finished: bool | None) -> None:
-        """Update the record. `state`: the trainer's; `memory`: MemoryReportCallback.report, without modules."""
+    def update(
+        self, state: Any, memory: dict[str, Any], timeline: Sequence[Mapping[str, str | int]], *, finished: bool | None
+    ) -> None:
+        """Update the record. `state`: the trainer's; `memory`: MemoryReportCallback.report, without modules;
+        `timeline`: points of a step, see hf_lowmem/runs/timeline.py."""
         rows = state.log_history[self.rows_before :]
         self.tokens = next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), self.tokens_before)
         speed = speed_of(rows, self.tokens - self.tokens_before)
-        self.trainings[-1] |= {"to_step": state.global_step, "memory": memory, "speed": speed}
+        now = {"to_step": state.global_step, "memory": memory, "speed": speed, "timeline": list(timeline)}
+        self.trainings[-1] |= now
         if finished is not None:
             self.trainings[-1]["finished"] = finished
         self.results, self.history = results_of(state.log_history), history_of(state.log_history)

@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_lowmem import checkpoints
 from hf_lowmem.runs.history import facts_of_state
+from hf_lowmem.runs.timeline import FIGURES
 
 __all__ = ["FORMAT", "REPORT", "BadReport", "predicted_of", "read_report", "write_atomically", "write_report"]
 
@@ -150,6 +151,7 @@ def check_report(report: Any, path: Path) -> None:
         sizes = {k: v for k, v in memory.items() if k != "peak_source"}
         steps = {k: training.get(k) for k in ("from_step", "to_step")}
         numbers += [("trainings", sizes), ("trainings", speed), ("trainings", steps)]
+        numbers += [("timeline", point) for point in _points(training.get("timeline", []), path, remedy)]
     for row in report["history"]:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise BadReport(f"{path} is damaged: 'history' holds {row!r}. {remedy}")
@@ -163,6 +165,18 @@ def check_report(report: Any, path: Path) -> None:
         for name, value in values.items():
             if not isinstance(value, int | float) and value not in ("nan", "inf", "-inf"):
                 raise BadReport(f"{path} is damaged: {name!r} in {key!r} is {value!r}, no number. {remedy}")
+
+
+def _points(timeline: object, path: Path, remedy: str) -> list[dict[str, object]]:
+    """Figures of the points of a measured step."""
+    names = {"phase", "module"}
+    found: list[dict[str, object]] = []
+    for point in timeline if isinstance(timeline, list) else [timeline]:
+        whole = isinstance(point, dict) and set(point) == {*names, *FIGURES}
+        if not isinstance(point, dict) or not whole or not all(isinstance(point[name], str) for name in names):
+            raise BadReport(f"{path} is damaged: 'timeline' holds {point!r}. {remedy}")
+        found.append({name: value for name, value in point.items() if name not in names})
+    return found
 
 
 def _parse(path: Path) -> Any:

@@ -21,13 +21,12 @@ from hf_lowmem.memory.free import free_and_total
 from hf_lowmem.optim import ALL_METHODS, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.facts import device_name
-from hf_lowmem.runs.parts import PARTS
+from hf_lowmem.runs.parts import PARTS, STATIC
 
 __all__ = ["adamw_parts", "at_end", "at_start", "is_quiet"]
 
 ADAMW = "AdamW (predicted)"
 COUNT = 4  # bytes of torch's count of steps, one a parameter
-STATIC = ("weights", "gradients", "optimizer")
 
 
 def is_quiet(args: TrainingArguments) -> bool:

@@ -309,9 +309,8 @@ class LowMemArguments(MatmulArguments, NamedFields):
     def _settle_checkpointing(self) -> None:
         """Checkpointing that was left open: off with our tiers, else the class's own."""
         if self.gradient_checkpointing is None:
-            default = inherited_default(type(self), "gradient_checkpointing")
             needless = self.lowmem_activations is not None or self.optim in ZEROTH  # which keep nothing for backward
-            self.gradient_checkpointing = False if needless else default
+            self.gradient_checkpointing = not needless and inherited_default(type(self), "gradient_checkpointing")
             if getattr(self, "activation_checkpointing", False) is None:  # its newer name, of which nobody is warned
                 self.activation_checkpointing = self.gradient_checkpointing
 
@@ -336,7 +335,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
         args: Any = self  # the fields of TrainingArguments, if it is mixed in
         if hasattr(self, "learning_rate"):
             own = ALL_METHODS[self.optim].DEFAULTS
-            betas = (args.adam_beta1, args.adam_beta2)
+            betas = args.adam_beta1, args.adam_beta2
             unused = "eps" not in own and args.adam_epsilon == ADAM_DEFAULTS["adam_epsilon"]
             no_betas = "betas" not in own and betas == (ADAM_DEFAULTS["adam_beta1"], ADAM_DEFAULTS["adam_beta2"])
             asked |= {
@@ -373,9 +372,8 @@ def section_fields() -> list[str]:
 def inherited_default(config: type, name: str) -> Any:
     """The default that a field would have without our mixin."""
     above = config.__mro__[config.__mro__.index(LowMemArguments) + 1 :]
-    return next(
-        (c.__dataclass_fields__[name].default for c in above if name in getattr(c, "__dataclass_fields__", {})), None
-    )
+    fields = (getattr(c, "__dataclass_fields__", {}) for c in above)
+    return next((of[name].default for of in fields if name in of), None)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from datasets import IterableDataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
+from hf_lowmem.memory.progress import others
 from hf_lowmem.patching import in_eval_mode
 from hf_lowmem.preference.collate import KEYS, MARGINS, PairCollator, has_images
 from hf_lowmem.preference.losses import PREFERENCE_LOSSES, PairLogps, pair_logps
@@ -204,7 +205,7 @@ class LowMemDPOTrainer(LowMemTrainerMixin, DPOTrainer):
         mapped = not isinstance(dataset, IterableDataset)
         if mapped and (dataset.cache_files or self.accelerator.num_processes == 1):
             identity = self._reference_identity or uuid.uuid4().hex  # without one, nothing that was computed before
-            with _replaced(self, _precompute_model_hash=identity):
+            with _replaced(self, _precompute_model_hash=identity), others(shown=not self.args.disable_tqdm):
                 return super()._precompute_ref_logps(dataset, name, batch_size)
         if self.reference_logps is None:
             self.reference_logps = ReferenceLogps.of_reference(self.args.output_dir, self._reference_identity)

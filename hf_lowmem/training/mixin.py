@@ -5,7 +5,7 @@ import logging
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,6 +17,7 @@ from hf_lowmem.activations import OwnedTiers, Report, kept_beside_inputs, owners
 from hf_lowmem.optim import ALL_METHODS, StepInBackward, from_spec, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.callback import MemoryReportCallback
+from hf_lowmem.runs.card import mend_metadata
 from hf_lowmem.runs.model_card import reporter_of, write_card, write_last_card
 from hf_lowmem.runs.skips import StopWhenSkipped, add_skipped
 from hf_lowmem.specs import INPUT_TIERS, STORES_AT_REST, ActivationSpec, OptimSpec
@@ -334,6 +335,12 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the parent does; PEFT's card then names no folder of this machine as its base model."""
+        cast("Trainer", super()).save_model(output_dir, _internal_call)
+        if isinstance(self.args, LowMemArguments) and self.args.should_save:
+            mend_metadata(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the parent's card with what the training takes; a README.md that no trainer has made stays as it is."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
 
 from accelerate import Accelerator
@@ -91,6 +91,8 @@ class LowMemPlugin(LowMemArguments):
     Raises:
         TypeError, ValueError: at construction, naming the field, its value, the reason and the remedy.
     """
+
+    PROGRAM: ClassVar[str] = "LowMemPlugin"  # whose loop it is, as errors call it
 
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
@@ -253,4 +255,4 @@ class LowMemPlugin(LowMemArguments):
         # With an optimizer of somebody else's these are read by nobody.
         given = [name for name in (*SECTION_FIELDS, *ADAM_DEFAULTS) if name not in self.lowmem_open]
         unread = {} if run.ours else {name: getattr(self, name) for name in given}
-        return run.knowing(loop=type(self).__name__, fields={**(run.fields or {}), **unread})
+        return run.knowing(loop=self.PROGRAM, fields={**(run.fields or {}), **unread})

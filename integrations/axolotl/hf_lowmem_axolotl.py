@@ -29,6 +29,12 @@ from hf_lowmem.training.plugin import LowMemPlugin
 THEIRS = ("learning_rate", "weight_decay")
 
 
+class Settings(LowMemPlugin):
+    """The fields of the section."""
+
+    PROGRAM = "axolotl"
+
+
 class HfLowmemArgs(BaseModel):
     """What axolotl's configuration accepts beside its own keys."""
 
@@ -45,7 +51,7 @@ def settings(cfg: Any, **theirs: Any) -> LowMemPlugin | None:
             raise ValueError(
                 f"hf_lowmem: {name}={section[name]!r}: axolotl has a setting of that name, which is used. Set it there."
             )
-    plugin = LowMemPlugin.from_section("hf_lowmem", section | theirs)
+    plugin = Settings.from_section("hf_lowmem", section | theirs)
     rules.check(facts(cfg, plugin), "hf_lowmem")
     return plugin
 

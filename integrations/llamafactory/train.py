@@ -18,15 +18,21 @@ from hf_lowmem.training import section
 from hf_lowmem.training.plugin import LowMemPlugin
 
 
+class Settings(LowMemPlugin):
+    """The fields of HF_LOWMEM_CONFIG."""
+
+    PROGRAM = "LLaMA-Factory"
+
+
 def optimizer_for(model: Any, training_args: Any) -> Any:
     """Ours, by HF_LOWMEM_CONFIG; None where it names none."""
-    if LowMemPlugin.from_env().optim not in ALL_METHODS:
+    if Settings.from_env().optim not in ALL_METHODS:
         return None
     values = section.from_env() | {
         "learning_rate": training_args.learning_rate,
         "weight_decay": training_args.weight_decay,
     }
-    plugin = LowMemPlugin.from_section(section.VARIABLE, values)
+    plugin = Settings.from_section(section.VARIABLE, values)
     run = rules.Run.from_arguments(training_args).asking(rules.Run.from_arguments(plugin))
     rules.check(run.knowing(clips="LLaMA-Factory"))
     plugin.seed = training_args.seed
@@ -34,7 +40,7 @@ def optimizer_for(model: Any, training_args: Any) -> Any:
 
 
 def main() -> None:
-    tiers = LowMemPlugin.from_env().lowmem_activations
+    tiers = Settings.from_env().lowmem_activations
     from llamafactory.train import trainer_utils  # pyright: ignore[reportMissingImports]
 
     theirs = trainer_utils.create_custom_optimizer

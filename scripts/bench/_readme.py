@@ -116,20 +116,22 @@ def memory() -> list[str]:
 
 
 def presets() -> list[str]:
-    """Fields of each preset, with the peaks and losses of the recorded setting that has the same."""
+    """Fields of each preset, with the states, peaks and losses of the recorded setting that has the same."""
     rows, lines = records("plan_table.jsonl"), []
     for preset, fields in PRESETS.items():
         tier = {} if "lowmem_activations" in fields else {"gradient_checkpointing": True}
         whole = {k: v for k, v in fields.items() if k != "lowmem_reference"} | {"lowmem_weights": WEIGHTS} | tier
         found = {row["tokens"]: row["peak_bytes"] for row in rows if row["fields"] == whole}
+        parts = [row["parts"] for row in rows if row["fields"] == whole]
+        states = max(part["states"] / (part["weights"] / 2) for part in parts)  # of weights in bf16
         costs = dict(re.findall(r"(\w+) ([^,]+)", plans.loss_costs(whole)))
         peaks = [gib(found[tokens]) for tokens in (min(found), max(found))]
         known = [costs.get(part, "") for part in ("weights", "states", "activations")]
-        lines.append([f"`{preset}`", *cells_of(whole), *peaks, *known])
+        lines.append([f"`{preset}`", *cells_of(whole), f"{states:.2f}", *peaks, *known])
     heads = [name.strip("`").removeprefix("lowmem_").replace("step_in_backward", "in backward") for name in CHOICES]
     lengths = sorted({row["tokens"] for row in rows})
     peaks = [f"{tokens:,} tokens" for tokens in (lengths[0], lengths[-1])]
-    return table(["preset", *heads, *peaks, "loss, %: weights", "states", "activations"], lines)
+    return table(["preset", *heads, "bytes", *peaks, "loss, %: weights", "states", "activations"], lines)
 
 
 def plan_table() -> list[str]:

@@ -121,7 +121,7 @@ def run(
             folder = tmp_path / "model"
             model.save_pretrained(folder)
             tokenizer.chat_template = TEMPLATE
-            made = processor(tokenizer) if isinstance(model, LlavaForConditionalGeneration) else tokenizer
+            made = processor(tokenizer) if path.stem == "vision_language" else tokenizer
             made.save_pretrained(folder)
             code = code.replace(f'"{name}"', repr(str(folder)))
     line = re.compile(r'^    "out/(\w+)",$', re.M)

@@ -83,6 +83,14 @@ def test_the_axolotl_glue_without_axolotl(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in (("learning_rate", 1), ("optimiser", "adamw")):
         with pytest.raises(ValueError, match=rf"hf_lowmem: (field=)?'?{name}"):
             plugin.register(SimpleNamespace(hf_lowmem={"optim": "adamw", name: value}))
+    for asked in ({"lowmem": "auto"}, {"lowmem_budget": "24GiB"}):
+        with pytest.raises(ValueError, match=r"has no effect in axolotl, whose steps.*preset.*hf-lowmem plan"):
+            plugin.register(SimpleNamespace(hf_lowmem=asked))
+    plugin.register(SimpleNamespace(hf_lowmem={"lowmem": "balanced"}))
+    by_preset = plugin.create_optimizer(SimpleNamespace(hf_lowmem={"lowmem": "balanced"}), trainer)
+    assert {(group["method"], group["state"]) for group in by_preset.param_groups} == {
+        ("apollo", "int8_softsign,fp8_expand")
+    }
     sys.modules.pop("hf_lowmem_axolotl", None)
 
 
@@ -100,5 +108,8 @@ def test_llamafactory_is_handed_our_optimizer(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(section.VARIABLE, '{"optim": "adamw", "lowmem_step_in_backward": true}')
         with pytest.raises(ValueError, match="is not supported under LLaMA-Factory"):
             train.optimizer_for(tiny_llama(), ARGS)
+        monkeypatch.setenv(section.VARIABLE, '{"lowmem": "auto"}')
+        with pytest.raises(ValueError, match=r"has no effect in LLaMA-Factory, whose steps.*preset.*hf-lowmem plan"):
+            train.main()  # before anything of LLaMA-Factory is imported
     finally:
         sys.modules.pop("train", None)

@@ -102,6 +102,23 @@ def test_a_checkpoint_with_another_basis_is_refused_and_an_older_one_is_taken() 
     made("galore", basis=None)[0].load_state_dict(saved)
 
 
+@pytest.mark.parametrize(("state", "named"), [("fp32", "fp32"), ("8bit", "int8_softsign"), ("int8,fp8", "int8")])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_basis_that_is_not_named_is_the_one_of_the_state(name: str, state: str, named: str) -> None:
+    """Named or not, it is stored the same: either continues the other, and to the same bits."""
+    for before, after in ((None, named), (named, None)):
+        whole, p = made(name, state=state, basis=before)
+        stepped(whole, p, range(3))
+        saved, at = whole.state_dict(), p.detach().clone()
+        again, q = made(name, state=state, basis=after)
+        q.data.copy_(at)
+        again.load_state_dict(saved)
+        stepped(whole, p, range(3, 5))
+        stepped(again, q, range(3, 5))
+        assert torch.equal(p, q)
+        assert same_bits(whole.state_dict()["state"], again.state_dict()["state"])
+
+
 def test_a_small_parameter_keeps_fp32() -> None:
     optimizer, p = made("galore", (48, 32))
     stepped(optimizer, p, range(1))

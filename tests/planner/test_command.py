@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hf_lowmem.cli.main import main
-from hf_lowmem.planner.plot import NARROW, phase_ticks
+from hf_lowmem.runs.timeline import NARROW, phase_ticks
 from tests.planner.real import small_config
 
 # Of the model below: embeddings and head; in each of two layers q and o, k and v, the MLP, two norms; the last norm.

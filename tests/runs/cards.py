@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 
 from hf_lowmem import (
@@ -79,6 +81,27 @@ PLAN: dict[str, Any] = {
     "module": "a",
     "settings": {"device": "cuda"},
 }
+
+
+# Of a model card's metadata, what the hub takes; see huggingface_hub.ModelCardData.
+STRINGS = {"library_name", "license", "license_name", "license_link", "model_name", "pipeline_tag"}
+LISTS = {"tags", "datasets", "base_model", "language", "metrics", "license"}
+REPOS = {"datasets", "base_model"}
+
+
+def hub_accepts(path: Path) -> None:
+    """The hub's check of a card's metadata, as far as it can be made without the hub: YAML of known keys, names and
+    lists of names, and for models and data sets names that a repository can have."""
+    data = ModelCard.load(path, ignore_metadata_errors=False).data.to_dict()
+    assert data.keys() <= STRINGS | LISTS | {"model-index", "licence"}, "TRL writes that as well"
+    assert {"tags", "library_name"} <= data.keys()
+    for key, value in data.items():
+        names = value if isinstance(value, list) else [value]
+        assert key == "model-index" or all(isinstance(n, str) and n not in ("", "None") for n in names), (key, value)
+        assert key in LISTS or not isinstance(value, list)
+        for name in names if key in REPOS else ():
+            validate_repo_id(name.removeprefix("adapter:"))
+    assert all("\n" not in tag for tag in data["tags"])
 
 
 def made_up(**changes: Any) -> dict[str, Any]:

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard as Card
+from peft import LoraConfig
 from trl import SFTConfig
 
-from hf_lowmem import LowMemCallback, LowMemSFTTrainer, LowMemTrainer, LowMemTrainingArguments, checkpoints
+from hf_lowmem import (
+    LowMemCallback,
+    LowMemSFTConfig,
+    LowMemSFTTrainer,
+    LowMemTrainer,
+    LowMemTrainingArguments,
+    checkpoints,
+)
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.runs import card as cards
 from hf_lowmem.runs.card import BEGIN, END, refresh, render, whole_card
@@ -20,7 +28,7 @@ from hf_lowmem.runs.history import POINTS, history_of, results_of, speed_of
 from hf_lowmem.runs.report import REPORT, predicted_of, read_report, write_atomically
 from tests.conftest import tiny_llama
 from tests.runs.callback.runs import trainer_of
-from tests.runs.cards import OURS, PLAN, SAVING, dpo, made_up, plain, reporter, sft
+from tests.runs.cards import OURS, PLAN, SAVING, dpo, hub_accepts, made_up, plain, reporter, sft
 from tests.training.test_trainers import settings, token_data
 
 
@@ -76,6 +84,7 @@ def test_report_and_card_say_what_was_measured(finished: tuple[Path, Any]) -> No
 @pytest.mark.train
 def test_the_card_is_trls_with_a_section(finished: tuple[Path, Any]) -> None:
     run, _ = finished
+    hub_accepts(run / "README.md")
     card = load_card(run / "README.md")
     assert {"trl", "sft", "hf-lowmem", "generated_from_trainer"} <= set(card.data.tags)
     assert card.data.library_name == "transformers"
@@ -188,6 +197,7 @@ def test_lora_and_preferences(tmp_path: Path, tokenizer: Any) -> None:
     card = load_card(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert section in str(card)
+    hub_accepts(tmp_path / "README.md")
     refresh(tmp_path, report)
     again = load_card(tmp_path / "README.md")
     assert again.data.library_name == "peft"
@@ -198,6 +208,7 @@ def test_lora_and_preferences(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.train
 def test_transformers_trainer_gets_the_templates_card(tmp_path: Path) -> None:
     plain(tmp_path).train()
+    hub_accepts(tmp_path / "README.md")
     card = load_card(tmp_path / "README.md")
     assert card.data.tags == ["generated_from_trainer", "hf-lowmem"]
     assert card.data.model_name == tmp_path.name
@@ -259,6 +270,44 @@ def test_a_generated_card_without_our_section_gets_it_and_keeps_its_text(tmp_pat
     sft(tmp_path, tokenizer, max_steps=1).train()
     assert card_of(tmp_path).startswith(theirs)
     assert "## Training, memory and speed" in card_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dataset": {"name": "org/data", "rows": 2}},
+        {"dataset": {"name": "a folder with spaces"}, "model": {"name": "folder"}},
+        {"model": {"name": None}, "dataset": {}, "trainer": None, "run": "a: b | c"},
+        {"model": {"name": "org/Tiny"}, "versions": {}, "run": "été"},
+    ],
+)
+def test_the_hub_accepts_a_card_that_is_ours_alone(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(whole_card(made_up(**changes)), encoding="utf-8")
+    hub_accepts(path)
+
+
+@pytest.mark.train
+def test_adapters_of_a_model_in_a_folder_do_not_name_the_folder(tmp_path: Path, tokenizer: Any) -> None:
+    """PEFT's card would, and the hub would refuse it; in checkpoints, too."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    args = settings(LowMemSFTConfig, tmp_path / "out", **OURS, max_length=16, max_steps=1, save_steps=1)
+    args.save_strategy = "steps"
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    data = token_data()
+    trainer = LowMemSFTTrainer(
+        str(tmp_path / "base"), args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora
+    )
+    trainer.train()
+    trainer.save_model()
+    for card in (tmp_path / "out" / "README.md", tmp_path / "out" / "checkpoint-1" / "README.md"):
+        hub_accepts(card)
+        head = card.read_text().split("---")[1]
+        assert str(tmp_path) not in head
+        assert "base_model" not in head
+        assert "lora" in head
 
 
 @pytest.mark.train

@@ -25,7 +25,7 @@ PACKAGES = {
     "trl": "no SFT, DPO or ASFT trainer, no `plan`, no lowmem_budget; LowMemTrainer and optimizers work",
     "datasets": "no SFT, DPO or ASFT trainer, no `demo`",
     "peft": "no LoRA and other adapters",
-    "bitsandbytes": "no 4-bit base weights, no `plan`, no lowmem_budget",
+    "bitsandbytes": "no 4-bit base weights or reference, and none of its optimizers",
     "rich": "no `demo`",
     "deepspeed": "no ZeRO; FSDP2 and DDP work",
     "torchao": "nothing of ours: HuggingFace's 8-bit and 4-bit torchao optimizers alone need it",

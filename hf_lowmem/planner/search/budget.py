@@ -9,8 +9,6 @@ is a search in the memory that is free, or in `lowmem_budget`, which takes nothi
 import hashlib
 import logging
 import os
-import sys
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,6 +19,7 @@ from transformers import PreTrainedConfig
 from hf_lowmem import rules
 from hf_lowmem.memory import human_bytes, parameter_bytes
 from hf_lowmem.memory.free import free_bytes
+from hf_lowmem.memory.progress import stages
 from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import METHODS
@@ -96,7 +95,8 @@ def within_budget(trainer: object, asked_for: LowMemArguments, given: Values) ->
 
 def _asked(args: LowMemSFTConfig, asked: Values, given: Values, label: str) -> tuple[Values, Values, None]:
     assert args.lowmem_budget is not None
-    best = search(args=args, budget=args.lowmem_budget, label="lowmem_budget", progress=_shown(args, label), **asked)
+    with stages(label, shown=not args.disable_tqdm) as progress:
+        best = search(args=args, budget=args.lowmem_budget, label="lowmem_budget", progress=progress, **asked)
     # A warning, because it changes how the user's model is trained.
     logger.warning("%s, searched for %.0f s.\n%s", label, best.seconds, best.why)
     return best.chosen, best.plan.to_dict(), None
@@ -107,7 +107,8 @@ def _automatic(args: LowMemSFTConfig, asked: Values, given: Values, label: str) 
     kept = kept_choice(args, question)
     if kept is not None:
         folder, chosen = kept
-        made = plan(args=args.lowmem_replace(**chosen), progress=_shown(args, label), **asked)
+        with stages(label, shown=not args.disable_tqdm) as progress:
+            made = plan(args=args.lowmem_replace(**chosen), progress=progress, **asked)
         need = human_bytes(made.reserved_bytes)
         logger.warning("%s keeps what %s was trained with: %s. It needs %s.", label, folder, describe(chosen), need)
         return chosen, made.to_dict(), question
@@ -116,7 +117,8 @@ def _automatic(args: LowMemSFTConfig, asked: Values, given: Values, label: str) 
         budget, whence = args.lowmem_budget, "lowmem_budget"
     else:
         budget, whence = measured_budget(args.device, given.get("model"))
-    best = search(args=args, budget=budget, label=label, progress=_shown(args, label), **asked)
+    with stages(label, shown=not args.disable_tqdm) as progress:
+        best = search(args=args, budget=budget, label=label, progress=progress, **asked)
     logger.warning("%s", auto_lines(best, whence, args))
     return best.chosen, best.plan.to_dict(), question
 
@@ -148,13 +150,6 @@ def measured_budget(device: torch.device, model: object = None) -> tuple[int, st
     size = max(GRAIN, (free - free // SPARED + own + context) // GRAIN * GRAIN)
     where = "the GPU" if device.type == "cuda" else "this machine's RAM"
     return size, f"{human_bytes(free)} of {where} are free"
-
-
-def _shown(args: LowMemSFTConfig, label: str) -> Callable[[str], None]:
-    """Function that shows progress, one line each: on stderr, as progress bars are, and not where these are off."""
-    if args.disable_tqdm:
-        return lambda message: logger.info("%s: %s", label, message)
-    return lambda message: print(f"{label}: {message}", file=sys.stderr, flush=True)
 
 
 def _check(trainer: object, args: LowMemSFTConfig, given: Values, label: str) -> None:

@@ -149,8 +149,9 @@ def prepare(
     )
 
     def make_plan(chosen: Any) -> Plan:
+        told = asked | {"progress": estimator.progress}  # of the question that is asked now
         return plan(
-            config, chosen, dtype=weights, quantization_config=quantization_config, device=device, **asked, **more
+            config, chosen, dtype=weights, quantization_config=quantization_config, device=device, **told, **more
         )
 
     # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.

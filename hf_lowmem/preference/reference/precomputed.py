@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_lowmem.memory.progress import counted
 from hf_lowmem.preference.collate import pair_keys
 
 __all__ = ["ReferenceLogps", "ReferenceRecord", "read_stream"]
@@ -172,7 +173,9 @@ def read_stream(trainer: Any, dataset: Any, table: ReferenceLogps) -> None:
         if isinstance(dataset, IterableDataset):
             count = trainer.args.max_steps * trainer.args.gradient_accumulation_steps
     model = trainer.ref_model or trainer.model
+    shown = trainer.accelerator.is_main_process and not trainer.args.disable_tqdm
+    read = counted(itertools.islice(loader, count), "reference log-probabilities", total=count, shown=shown)
     with torch.random.fork_rng():  # reading data draws a seed
-        table.add(itertools.islice(loader, count), lambda batch: trainer.compute_ref_log_probs(model, batch))
+        table.add(read, lambda batch: trainer.compute_ref_log_probs(model, batch))
     if trainer.accelerator.is_main_process:
         table.save()

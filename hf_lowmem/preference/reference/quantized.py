@@ -8,6 +8,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from trl.trainer import dpo_trainer
 
+from hf_lowmem.memory.progress import counted
+
 __all__ = ["quantize_linears", "quantized_reference"]
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
@@ -19,9 +21,10 @@ def quantized_reference(model: Any, ref_model: Any, args: Any) -> Any:
     A model in memory is copied layer by layer, so that at no time a second full one exists.
     """
     if ref_model is not None:
-        return quantize_linears(ref_model, args.device)
+        return quantize_linears(ref_model, args.device, shown=not args.disable_tqdm)
     if not isinstance(model, str):
-        return quantize_linears(_borrowing_copy(model), args.device, borrowed={id(p) for p in model.parameters()})
+        borrowed, shown = {id(p) for p in model.parameters()}, not args.disable_tqdm
+        return quantize_linears(_borrowing_copy(model), args.device, borrowed=borrowed, shown=shown)
     kwargs = dict(args.model_init_kwargs or {})
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     dtype = kwargs.get("dtype", "float32")
@@ -41,7 +44,7 @@ def _borrowing_copy(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def quantize_linears(model: Any, device: torch.device, borrowed: set[int] | None = None) -> Any:
+def quantize_linears(model: Any, device: torch.device, borrowed: set[int] | None = None, *, shown: bool = True) -> Any:
     """Replace each linear layer of `model` but its head by bitsandbytes' 4-bit one, in place; freeze it on `device`.
 
     nf4 with double quantisation. The head and the embeddings stay as they are: TRL's fused head reads `lm_head.weight`.
@@ -57,6 +60,7 @@ def quantize_linears(model: Any, device: torch.device, borrowed: set[int] | None
         model: what is changed and returned.
         device: where bitsandbytes quantises.
         borrowed: ids of parameters that belong to another model, and are cloned where they stay.
+        shown: whether a long conversion has a progress bar.
 
     Raises:
         ValueError: where no layer is left.
@@ -74,7 +78,7 @@ def quantize_linears(model: Any, device: torch.device, borrowed: set[int] | None
             f"lowmem_reference='quantized': {type(model).__name__} has no nn.Linear layer that could be quantised. Set "
             "lowmem_reference='precomputed'."
         )
-    for name, linear in found:
+    for name, linear in counted(found, "4-bit reference", shown=shown):
         small: Any = Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, device="meta"
         )
