@@ -146,6 +146,18 @@ def test_a_copy_has_products_of_its_own() -> None:
     assert step(twin)[0] != step(llama)[0]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_makes_the_same_products_again(reentrant: bool) -> None:
+    llama = model(num_hidden_layers=2)
+    OwnedProducts(linears_of_layers(llama), ROW)
+    loss, _, want = step(llama)
+    llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    llama.enable_input_require_grads()
+    again, _, got = step(llama)
+    assert loss == again
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.fixture
 def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
