@@ -26,7 +26,6 @@ __all__ = [
     "EMBEDDING_RULES",
     "INPUT_TIERS",
     "LABELS",
-    "MATMULS",
     "OFFLOADS",
     "OPTIMIZER_FIELDS",
     "PROJECTIONS",
@@ -36,7 +35,6 @@ __all__ = [
     "WEIGHT_STORES",
     "ActivationSpec",
     "LossSpec",
-    "MatmulSpec",
     "OptimSpec",
     "check_choice",
     "check_flag",
@@ -386,36 +384,9 @@ class ActivationSpec:
         return tiers
 
     def every_of_layers(self, count: int) -> list[int]:
-        """Of each of `count` layers, how many share one input: N of "stream/N", else 1."""
+        """For each of `count` layers the number that share one input: N of "stream/N", else 1."""
         every = [1] * count
         for part in self._parts:
             for index in range(part.first, min(count, count if part.last is None else part.last + 1)):
                 every[index] = part.every
         return every
-
-
-MATMULS = ("fp8_row", "fp8_tensor", "int8_row")
-# Tokens and width below which codes cost more than 8-bit products save. Modelled: see hf_lowmem/matmul/README.md.
-LEAST = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatmulSpec:
-    """Products of decoder layers' linears in 8 bits.
-
-    Args:
-        recipe: one of MATMULS.
-        least: tokens of a call and width of a weight, the root of its size, below which a product stays as it is;
-            None for LEAST.
-
-    Raises:
-        TypeError, ValueError: naming the field, its value, the reason and the remedy.
-    """
-
-    recipe: str
-    least: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("lowmem_matmul", self.recipe, MATMULS)
-        if self.least is not None:
-            check_integer("lowmem_matmul_least", self.least, low=0)

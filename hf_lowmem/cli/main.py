@@ -88,11 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--quick", action="store_true", help="a few steps only: a minute and a half, and losses of no meaning"
     )
-    demo.add_argument(
-        "--smallest",
-        action="store_true",
-        help="SFT alone, with the fields that take the least memory, beside HuggingFace",
-    )
+    demo.add_argument("--smallest", action="store_true", help="SFT alone in the least memory, beside HuggingFace")
     demo.add_argument("--seed", type=int, default=42, help="of the data, their order and the projections")
     demo.set_defaults(run_command=_demo)
     sft = commands.add_parser("sft", add_help=False, help="supervised fine-tuning; flags, or a YAML file")

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_lowmem.matmul.linear import Linear8, why_not
 from hf_lowmem.matmul.products import RECIPES
+from hf_lowmem.matmul.spec import LEAST, MatmulSpec
 from hf_lowmem.patching import forwards_of
-from hf_lowmem.specs import LEAST, MatmulSpec
 
 __all__ = ["OwnedProducts", "ProductReport", "products_of"]
 

@@ -207,7 +207,7 @@ def period_of(config: PreTrainedConfig) -> int:
 
 
 def sharing_of(activations: str | None) -> list[int]:
-    """How many layers share one input, in each part of `lowmem_activations` that says so."""
+    """Numbers of layers that share one input, in each part of `lowmem_activations` that says so."""
     return [int(n) for n in re.findall(r"/\s*(\d+)", activations or "")]
 
 

@@ -240,7 +240,7 @@ class Run:
             zero=zero,
             processes=accelerator.num_processes,
             precision=precision,
-            pieces=_pieces(vars(config)) if (config := getattr(accelerator, "parallelism_config", None)) else None,
+            pieces=_pieces(vars(getattr(accelerator, "parallelism_config", None) or _Launched())),
         )
 
     def with_model(self, model: Any) -> Self:

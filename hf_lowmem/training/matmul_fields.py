@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_lowmem.specs import LEAST, MatmulSpec
+from hf_lowmem.matmul.spec import LEAST, MatmulSpec
 
 __all__ = ["MatmulArguments"]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.matmul import OwnedProducts, ProductReport, products_of
-from hf_lowmem.specs import MatmulSpec
+from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.training.matmul_fields import MatmulArguments
 
 __all__ = ["MultipliesIn8Bits", "put_products"]

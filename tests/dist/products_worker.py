@@ -10,7 +10,7 @@ from hf_lowmem.activations import convert
 from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.distributed import full
 from hf_lowmem.matmul import OwnedProducts
-from hf_lowmem.specs import MatmulSpec
+from hf_lowmem.matmul.spec import MatmulSpec
 from tests.conftest import tiny_llama
 
 

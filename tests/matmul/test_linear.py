@@ -14,9 +14,10 @@ from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.kernels.operands import CODE_ROWS
 from hf_lowmem.matmul import OwnedProducts, linear, products_of
 from hf_lowmem.matmul.products import RECIPES
+from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.memory import measure_saved
 from hf_lowmem.patching import forwards_of
-from hf_lowmem.specs import STREAMED, TIERS, MatmulSpec
+from hf_lowmem.specs import STREAMED, TIERS
 from tests.conftest import tiny_llama
 
 ROW = MatmulSpec(recipe="fp8_row", least=0)

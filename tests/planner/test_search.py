@@ -19,6 +19,7 @@ from trl import GRPOConfig
 
 from hf_lowmem import LowMemDPOConfig, LowMemPlugin, LowMemTrainer, LowMemTrainingArguments, with_lowmem
 from hf_lowmem.cli.main import main
+from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.memory.units import parse_bytes
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.methods import METHODS
@@ -28,7 +29,6 @@ from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare, search
 from hf_lowmem.planner.search.ranking import Search
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, candidates, layers_by_tier
-from hf_lowmem.specs import MatmulSpec
 from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 from tests.planner.real import arguments, small_config
 from tests.planner.test_plan import LLAMA_3_8B, PARAMETERS, states

@@ -51,7 +51,7 @@ class Chain:
         self._start = weakref.ref(start) if isinstance(start, Kept) else tuple(map(weakref.ref, start))
 
     def start(self) -> Start | None:
-        """What the first call has kept; None where that is gone."""
+        """Return what the first call has kept; None where that is gone."""
         if not isinstance(self._start, tuple):
             return None if self._start is None else self._start()
         found = [part() for part in self._start]
@@ -84,7 +84,7 @@ def _cut(call: Call, parts: Sequence[Tensor], hidden: Tensor | None) -> Callable
 
 
 class _Last(NamedTuple):
-    """What the last call has returned, without keeping it."""
+    """Note of what the last call has returned, which does not keep it."""
 
     chain: weakref.ref[Chain]
     storage: StorageWeakRef

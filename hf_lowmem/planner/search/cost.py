@@ -33,11 +33,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_lowmem.codecs import codec_pair
+from hf_lowmem.matmul.spec import LEAST, MatmulSpec
 from hf_lowmem.optim import OPTIMIZERS
 from hf_lowmem.optim.muon import STEPS
 from hf_lowmem.planner.models import Shape, layer_count
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier
-from hf_lowmem.specs import LEAST, STORES_AT_REST, STREAMED, MatmulSpec
+from hf_lowmem.specs import STORES_AT_REST, STREAMED
 
 __all__ = ["Work", "cost_a_token"]
 

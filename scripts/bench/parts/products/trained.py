@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.matmul import OwnedProducts
-from hf_lowmem.specs import MatmulSpec
+from hf_lowmem.matmul.spec import MatmulSpec
 from parts.record import Row, Rows
 from parts.small_llama import SIZE, SMOKE, batches, build_model, clip_, heldout_loss, rate_at
 
