@@ -285,6 +285,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation_loss": accumulation_loss,
     "targets": targets,
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
+    "long_real": lambda: long_sequences.table_of_real(records("long_sequences.jsonl")),
 }
 
 
