@@ -384,7 +384,7 @@ class ActivationSpec:
         return tiers
 
     def every_of_layers(self, count: int) -> list[int]:
-        """For each of `count` layers the number that share one input: N of "stream/N", else 1."""
+        """Numbers of layers that share one input, for each of `count` layers: N of "stream/N", else 1."""
         every = [1] * count
         for part in self._parts:
             for index in range(part.first, min(count, count if part.last is None else part.last + 1)):

@@ -57,6 +57,8 @@ COMMANDS = {
     "python scripts/bench/activations.py": MINUTES + "tests/bench/test_activations.py",
     "python scripts/bench/arithmetic.py": MINUTES + "tests/bench/test_arithmetic.py",
     "python scripts/bench/budget.py": MINUTES + "its --toy; the search in tests/planner/test_search.py",
+    "python scripts/bench/cpu.py": MINUTES + "tests/bench/test_cpu.py",
+    "python scripts/bench/cpu_layers.py": MINUTES + "tests/bench/test_cpu.py",
     "python scripts/bench/codecs.py": MINUTES + "its own flags; what it measures in tests/codecs/test_update_error.py",
     "python scripts/bench/embeddings.py": MINUTES + "tests/bench/test_embeddings.py",
     "python scripts/bench/kernel_targets.py": MINUTES + "tests/kernels/test_targets.py",

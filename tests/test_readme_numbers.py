@@ -230,6 +230,8 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "to train 524,288 tokens": SETTING,
         "and 1,048,576 tokens need": SETTING,
         "(any whole number from 2 on)": RULE,
+        "32 wide, with an MLP of 12,288": SETTING,
+        "beyond the 24 GiB of the machine": SETTING,
         "of 32 layers there are 11 inputs at most in place of 32": "32 / 4 + 4 - 1",
         "8-bit": NAME,
         "a graph of the layer in 1 GiB holds (3,072 for Llama-3-8B)": "ROOM, and what tests hold chunk_of to",

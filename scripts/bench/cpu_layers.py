@@ -33,7 +33,7 @@ SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9
 
 def model_of(layers: int) -> LlamaModel:
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=64, use_cache=False, **SHAPE)
+    config = LlamaConfig.from_dict({"num_hidden_layers": layers, "vocab_size": 64, "use_cache": False, **SHAPE})
     return LlamaModel(config).train()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from hf_lowmem import LowMemSFTConfig
 from parts.record import ROOT, Row
 
-# Wide layers, as they are what a long sequence has of bytes; narrow attention, as it is what it has of time.
+# A wide MLP, as it is what a long sequence has of bytes; narrow attention, as it is what it has of time.
 MODEL: Row = {
     "hidden_size": 32,
     "intermediate_size": 12288,
