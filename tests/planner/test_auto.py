@@ -20,7 +20,7 @@ from hf_lowmem.planner.search import budget
 from hf_lowmem.planner.search.explain import NothingFits
 from hf_lowmem.planner.search.fastest import prepare
 from hf_lowmem.planner.search.losses import BOUND, is_accepted, parts_of
-from hf_lowmem.planner.search.space import candidates, layers_by_tier
+from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, candidates, layers_by_tier
 from hf_lowmem.training import section
 from hf_lowmem.training.chosen import CHOSEN
 from hf_lowmem.training.sft import LowMemSFTTrainer
@@ -219,6 +219,20 @@ def test_a_way_of_adding_up_gradients_leaves_what_frees_them(asked: dict[str, An
     assert {c.step_in_backward for c in found} == {True}
 
 
+@pytest.mark.parametrize("asked", [{"lowmem": "auto"}, {"lowmem_budget": "8GiB"}])
+def test_arguments_that_a_search_has_settled_are_the_only_candidate(asked: dict[str, Any]) -> None:
+    """As those of a trainer that are handed to another one."""
+    tier: dict[str, Any] = {"lowmem_activations": "fp8", "gradient_checkpointing": None}
+    for kept, policy in (
+        ({"gradient_checkpointing": True}, CHECKPOINTING),
+        ({"gradient_checkpointing": False}, AS_IS),
+        (tier, "fp8"),
+    ):
+        settled = arguments(optim="adamw", **asked).lowmem_settle(**kept)
+        (only,) = candidates(settled, depth=2, bf16_weights=False)
+        assert only.activations == policy
+
+
 SMOLLM2_135M = LlamaConfig(
     hidden_size=576,
     intermediate_size=1536,
@@ -240,7 +254,7 @@ def test_a_model_of_135m_within_two_and_three_gib(budget: str) -> None:
     search = prepare(SMOLLM2_135M, args, dtype="bfloat16", device="cpu")
     found = search.for_budget("budget", parse_bytes("budget", budget)).answer(256)
     few = min(2, found.args.gradient_accumulation_steps)  # a window of two passes has the peak of a longer one
-    pinned = found.args.lowmem_replace(lowmem=None, gradient_accumulation_steps=few)
+    pinned = found.args.lowmem_replace(lowmem=None, lowmem_budget=None, gradient_accumulation_steps=few)
     assert measure(SMOLLM2_135M, pinned, torch.bfloat16).peak <= found.budget
     with pytest.raises(NothingFits, match=r"The smallest of \d+ combinations needs") as refused:
         search.for_budget("budget", parse_bytes("budget", "256MiB")).answer(256)

@@ -163,7 +163,8 @@ def _policies(args: Any) -> Iterator[str]:
     """Policies that treat all layers the same."""
     free = {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)) <= args.lowmem_open
     if "lowmem_activations" not in args.lowmem_open:
-        yield args.lowmem_activations
+        # Settled by an earlier search, perhaps to no tier.
+        yield args.lowmem_activations or (CHECKPOINTING if args.gradient_checkpointing else AS_IS)
         return
     if free:
         yield from (AS_IS, CHECKPOINTING)
