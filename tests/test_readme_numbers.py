@@ -222,7 +222,7 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "4-bit": NAME,
         "| Llama-8B | 500,000 | one H100 of 80 GB |": "published, arXiv 2506.13996",
         "| Llama-8B | 3,700,000 | 8 H100 of 80 GB |": "published, arXiv 2506.13996",
-        "[release 1.13]": "published by TRL",
+        "[1.13]": "published by TRL",
         "| Qwen3-8B | 1,048,576 | 8 H100, 56.2 GB each |": "published by TRL",
         "| Llama-3-8B | 524,288 | one of 80 GB |": "a plan of long_sequences.jsonl, whose table stands above",
         "| Llama-3-8B | 1,048,576 | one of 80 GB |": "a plan of long_sequences.jsonl, whose table stands above",

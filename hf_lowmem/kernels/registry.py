@@ -208,7 +208,8 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
 
 def _unheard(args: Iterable[object]) -> bool:
     """Whether a call on plain tensors of a CPU concerns nobody else: no gradients, modes, profiler, compiler."""
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    # First of all, as the compiler cannot trace the others.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return False

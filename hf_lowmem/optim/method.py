@@ -36,6 +36,7 @@ class Method:
     ACCUMULATES: ClassVar[bool] = False
     # Whether the update of each value needs that value alone, so that weights may be flattened; see rules/deepspeed.py.
     ELEMENTWISE: ClassVar[bool] = False
+    GRADIENTS: ClassVar[bool] = True  # whether it takes gradients, or losses of forward passes
     # The kernel that makes a whole step, value by value, of the parameters that take no low-rank rule.
     FUSED: ClassVar[FusedStep | None] = None
     # Options that decide what the state looks like: a checkpoint made with others cannot be continued.
@@ -112,4 +113,4 @@ def methods_with(option: str) -> list[str]:
 
 def elementwise() -> list[str]:
     """Names of the methods that work on weights an engine has flattened and cut."""
-    return [name for name, cls in METHODS.items() if cls.ELEMENTWISE]
+    return [name for name, cls in METHODS.items() if cls.ELEMENTWISE and cls.GRADIENTS]

@@ -240,7 +240,7 @@ class Run:
             zero=zero,
             processes=accelerator.num_processes,
             precision=precision,
-            pieces=_pieces(vars(getattr(accelerator, "parallelism_config", None) or _Launched())),
+            pieces=_pieces(vars(getattr(accelerator, "parallelism_config", None) or _Launched())) or run.pieces,
         )
 
     def with_model(self, model: Any) -> Self:

@@ -52,7 +52,7 @@ class RestingWeights:
 
     def _put_to_rest(self, spec: OptimSpec, model: nn.Module) -> None:
         if spec.weights in STORES_AT_REST:
-            rest(spec, model, self._weights_from, shown=not getattr(self.args, "disable_tqdm", False))
+            rest(spec, model, self._weights_from, shown=not getattr(getattr(self, "args", None), "disable_tqdm", False))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load as the parent does; the scales of weights that were at rest are wanted when they are so again."""

@@ -35,16 +35,17 @@ class Corner:
 
     Args:
         keys: of the longest mask.
+        queries: of a chunk.
     """
 
-    def __init__(self, keys: int) -> None:
-        self.keys = keys
+    def __init__(self, keys: int, queries: int = ROWS) -> None:
+        self.keys, self.queries = keys, queries
         self._whole: Tensor | None = None
 
     def of(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The mask of up to ROWS queries."""
         if self._whole is None:
-            rows = min(ROWS, self.keys)
+            rows = min(ROWS, self.queries, self.keys)
             self._whole = torch.zeros(rows, self.keys, dtype=dtype, device=device)
             self._whole[:, self.keys - rows :].masked_fill_(~lower_right(rows, rows, device), float("-inf"))
         return self._whole[len(self._whole) - queries :, self.keys - keys :]

@@ -80,7 +80,8 @@ class Call:
         self.asks_table = True  # until the first chunk shows that it does not
 
     def keys(self) -> Keys:
-        return Keys(self.shape[1], self.what, one=len(self.spans) == 1)
+        longest = max(end - start for start, end, _ in self.spans)
+        return Keys(self.shape[1], self.what, one=len(self.spans) == 1, longest=longest)
 
     def first(self, hidden: Tensor) -> Tensor:
         """The forward pass."""

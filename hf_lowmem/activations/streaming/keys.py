@@ -35,14 +35,15 @@ class Keys:
         tokens: of all chunks.
         what: the layer, in words.
         one: whether there is one chunk only, whose keys need no place beside them.
+        longest: tokens of the longest chunk.
     """
 
     is_compileable = False
     is_initialized = True
 
-    def __init__(self, tokens: int, what: str, one: bool) -> None:
+    def __init__(self, tokens: int, what: str, one: bool, longest: int) -> None:
         self.tokens, self.what, self.one = tokens, what, one
-        self.corner = Corner(tokens)
+        self.corner = Corner(tokens, longest)
         self.start = self.end = self.first = self.calls = 0
         self.way = "first"
         self.kept: list[Tensor] = []  # keys and values, each (rows, heads, tokens, dimension)

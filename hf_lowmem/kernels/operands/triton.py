@@ -6,8 +6,8 @@ runs of 64 bytes and turned in runs of 32, a sector of memory, so no tile has to
 A matrix of 1,024 columns gives `columns_kernel` 32 programs, fewer than a large GPU has processors.
 """
 
-from collections.abc import Callable
-from typing import cast
+# A jit function is called with launch options, and with plain numbers where it declares constants.
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
 import triton
@@ -24,7 +24,6 @@ TILE = 64
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 WITH_FACTOR: tl.constexpr = tl.constexpr(True)
-Launch = Callable[..., object]  # pyright's idea of a kernel's parameters lacks those of the launch
 
 
 @triton.jit
@@ -147,9 +146,9 @@ def code_rows(
         dtype = x.dtype if factor is None else torch.float32
         flags |= {"STRAIGHT": layout != "turned", "TURNED": layout != "rows"}
         pointers = x, x if factor is None else factor, x if largest is None else largest, codes, turned, scales
-        launch = cast(Launch, rows_kernel[(triton.cdiv(m, ROWS),)])
         sizes = m, k, x.stride(0), x.stride(1), turned.shape[1]
-        launch(*pointers, *sizes, **constants(fmt, dtype), **flags, ROWS=ROWS, TILE=TILE, **OPTIONS)
+        grid, constant = (triton.cdiv(m, ROWS),), constants(fmt, dtype) | flags
+        rows_kernel[grid](*pointers, *sizes, **constant, ROWS=ROWS, TILE=TILE, **OPTIONS)
     return codes, turned, scales
 
 
@@ -157,10 +156,10 @@ def code_columns(x: Tensor, factor: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     turned, scales = empty_columns(x, fmt)
     m, k = x.shape
     if k:
-        launch = cast(Launch, columns_kernel[(triton.cdiv(k, COLUMNS),)])
         sizes = m, k, x.stride(0), x.stride(1), turned.shape[1]
         options = constants(fmt, torch.float32) | OPTIONS
-        launch(x, factor, turned, scales, *sizes, **options, COLUMNS=COLUMNS, TILE=TILE)
+        grid = (triton.cdiv(k, COLUMNS),)
+        columns_kernel[grid](x, factor, turned, scales, *sizes, **options, COLUMNS=COLUMNS, TILE=TILE)
     return turned, scales
 
 

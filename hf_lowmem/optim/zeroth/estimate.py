@@ -98,7 +98,7 @@ class ZerothOrder(LowMemOptimizer):
     """
 
     DIRECTION: ClassVar[str] = "normal"
-    ELEMENTWISE = True
+    ELEMENTWISE, GRADIENTS = True, False
     ACCUMULATES_LOSSES: ClassVar[bool] = True  # whether one window may have several micro-batches
     model: nn.Module | None = None  # a copy or an unpickled optimizer has none
     slopes: tuple[float, ...] = ()  # of the last update, along each direction

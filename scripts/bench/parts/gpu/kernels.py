@@ -42,7 +42,7 @@ def checks(device: torch.device, names: Sequence[str], most: int) -> Iterator[Ca
 def speeds(device: torch.device, toy: bool) -> Iterator[Case]:
     """Each kernel on 32,768 tokens, beside a copy that is measured in the same process."""
     roof = functools.cache(lambda: copy_bandwidth(device, 1 << (16 if toy else 31)))
-    sizes = (3, 40, 96) if toy else (TOKENS, HIDDEN, FFN)
+    sizes = (3, 48, 96) if toy else (TOKENS, HIDDEN, FFN)
     for (name, case), make in large(*sizes).items():
 
         def measure(name=name, make=make) -> Row:
