@@ -339,8 +339,8 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does; PEFT's card then names no folder of this machine as its base model."""
         cast("Trainer", super()).save_model(output_dir, _internal_call)
-        args: Any = self.args
-        if isinstance(args, LowMemArguments) and args.should_save:
+        args: Any = self.args if isinstance(self.args, LowMemArguments) else None
+        if args is not None and args.should_save:
             mend_metadata(Path(output_dir or args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

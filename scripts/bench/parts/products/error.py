@@ -53,8 +53,8 @@ def ours(name: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
 
 def torchao(name: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
     """torchao's own layer, in the emulation that it has for devices without such products."""
-    from torchao.float8 import Float8LinearConfig
-    from torchao.float8.float8_linear import Float8Linear
+    from torchao.float8 import Float8LinearConfig  # pyright: ignore[reportMissingImports]
+    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
 
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(name), emulate=True)
 
