@@ -339,9 +339,9 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does; PEFT's card then names no folder of this machine as its base model."""
         cast("Trainer", super()).save_model(output_dir, _internal_call)
-        args: Any = self.args if isinstance(self.args, LowMemArguments) else None
-        if args is not None and args.should_save:
-            mend_metadata(Path(output_dir or args.output_dir))
+        folder, saves = output_dir or self.args.output_dir, self.args.should_save
+        if saves and isinstance(self.args, LowMemArguments):
+            mend_metadata(Path(folder))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the parent's card with what the training takes; a README.md that no trainer has made stays as it is."""

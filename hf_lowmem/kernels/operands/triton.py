@@ -6,8 +6,7 @@ runs of 64 bytes and turned in runs of 32, a sector of memory, so no tile has to
 A matrix of 1,024 columns gives `columns_kernel` 32 programs, fewer than a large GPU has processors.
 """
 
-# A jit function is called with launch options, and with plain numbers where it declares constants.
-# pyright: reportCallIssue=false, reportArgumentType=false
+from typing import cast
 
 import torch
 import triton
@@ -24,6 +23,7 @@ TILE = 64
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 WITH_FACTOR: tl.constexpr = tl.constexpr(True)
+Options = dict[str, tl.constexpr]  # as a kernel declares them; it is launched with plain numbers
 
 
 @triton.jit
@@ -147,8 +147,8 @@ def code_rows(
         flags |= {"STRAIGHT": layout != "turned", "TURNED": layout != "rows"}
         pointers = x, x if factor is None else factor, x if largest is None else largest, codes, turned, scales
         sizes = m, k, x.stride(0), x.stride(1), turned.shape[1]
-        grid, constant = (triton.cdiv(m, ROWS),), constants(fmt, dtype) | flags
-        rows_kernel[grid](*pointers, *sizes, **constant, ROWS=ROWS, TILE=TILE, **OPTIONS)
+        grid, options = (triton.cdiv(m, ROWS),), constants(fmt, dtype) | flags | {"ROWS": ROWS, "TILE": TILE} | OPTIONS
+        rows_kernel[grid](*pointers, *sizes, **cast(Options, options))
     return codes, turned, scales
 
 
@@ -157,9 +157,9 @@ def code_columns(x: Tensor, factor: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     if k:
         sizes = m, k, x.stride(0), x.stride(1), turned.shape[1]
-        options = constants(fmt, torch.float32) | OPTIONS
+        options = constants(fmt, torch.float32) | {"COLUMNS": COLUMNS, "TILE": TILE} | OPTIONS
         grid = (triton.cdiv(k, COLUMNS),)
-        columns_kernel[grid](x, factor, turned, scales, *sizes, **options, COLUMNS=COLUMNS, TILE=TILE)
+        columns_kernel[grid](x, factor, turned, scales, *sizes, **cast(Options, options))
     return turned, scales
 
 

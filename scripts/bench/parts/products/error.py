@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import cast
 
 import torch
@@ -53,15 +54,13 @@ def ours(name: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
 
 def torchao(name: str) -> Callable[[Tensor, Tensor, Tensor], Products]:
     """torchao's own layer, in the emulation that it has for devices without such products."""
-    from torchao.float8 import Float8LinearConfig  # pyright: ignore[reportMissingImports]
-    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
-
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(name), emulate=True)
+    config = import_module("torchao.float8").Float8LinearConfig.from_recipe_name(name)
+    config, layer_of = dataclasses.replace(config, emulate=True), import_module("torchao.float8.float8_linear")
 
     def products(x: Tensor, w: Tensor, g: Tensor) -> Products:
         linear = nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype)
         linear.weight.data.copy_(w)
-        layer = Float8Linear.from_float(linear, config)
+        layer = layer_of.Float8Linear.from_float(linear, config)
         x = x.clone().requires_grad_()
         y = layer(x)
         of_x, of_w = torch.autograd.grad(y, (x, layer.weight), g)
