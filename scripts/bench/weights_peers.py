@@ -12,6 +12,7 @@ and nothing of speed. Every finished run is a line of the record; the same comma
 
 import argparse
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=RECORD)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch._dynamo.config.disable = True  # torchao compiles its steps, a minute for each shape of a weight
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torchao compiles its steps, a minute for each shape of a weight
     if options.smoke:
         rows = [run_way(way, seed, SMOKE) for seed in SEEDS[:2] for way in WAYS]
         rows += [drift(way, 3) for way in STORES]

@@ -181,6 +181,7 @@ def check_that_a_resumed_run_is_uninterrupted(name: str, codec: str, dtype: torc
     return [{k: getattr(v, "dtype", type(v)) for k, v in s.items()} for s in resumed.state.values()]
 
 
+@pytest.mark.train
 @whole_table
 def test_save_load_continue_is_uninterrupted(name: str, codec: str) -> None:
     """And states have the codec's dtypes, not the weights'."""

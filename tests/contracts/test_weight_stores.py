@@ -24,6 +24,7 @@ def narrow() -> Mixed:
     return Mixed().to(torch.bfloat16)
 
 
+@pytest.mark.train
 @each_method
 @each_store
 def test_save_load_continue_is_uninterrupted(name: str, store: str) -> None:

@@ -253,7 +253,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.train
+@pytest.mark.slow
 def test_the_smallest_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     """Three runs of the same data: what each holds between two steps, and a loss that falls in all."""
     flags = ["--smallest", "--quick", "--model", str(tiny_model), "--output_dir", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""MeZO on two gloo processes under DDP: `torchrun ... -m tests.dist.zeroth_worker FOLDER`."""
+"""MeZO on two gloo processes under DDP: `torchrun ... -m tests.dist.zeroth_worker FOLDER METHOD ...`."""
 
 import sys
 from pathlib import Path
@@ -7,15 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_lowmem.optim import ZEROTH
 from hf_lowmem.training.arguments import LowMemTrainingArguments
 from hf_lowmem.training.mixin import LowMemTrainer
 from tests.conftest import tiny_llama
 from tests.training.zeroth_runs import data, settings
 
 
-def main(folder: Path) -> None:
-    for optim in ZEROTH:
+def main(folder: Path, methods: list[str]) -> None:
+    for optim in methods:
         args = LowMemTrainingArguments(**settings(folder, optim, rows=2))
         trainer: Any = LowMemTrainer(tiny_llama().double(), args, train_dataset=data())
         assert trainer.accelerator.num_processes == 2
@@ -33,4 +32,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -167,6 +167,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.train
+@pytest.mark.train
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_compiled_linear_is_one_graph_with_the_same_bits(recipe: str) -> None:

@@ -149,6 +149,7 @@ def test_conservative_takes_the_best_of_three() -> None:
         last = now
 
 
+@pytest.mark.train
 @each
 def test_descends(name: str) -> None:
     model = Net()
