@@ -5,7 +5,7 @@ import pytest
 from tests.dist.launch import launch
 
 
-@pytest.mark.train
+@pytest.mark.slow
 @pytest.mark.dist
 def test_gradients_are_those_of_one_process() -> None:
     passed = launch(2, module="tests.dist.products_worker", seconds=600)

@@ -36,7 +36,10 @@ def processor(tokenizer: Any) -> Any:
 @pytest.mark.train
 @pytest.mark.parametrize(
     ("config", "model"),
-    [(Idefics3Config, Idefics3ForConditionalGeneration), (SmolVLMConfig, SmolVLMForConditionalGeneration)],
+    [
+        pytest.param(Idefics3Config, Idefics3ForConditionalGeneration, marks=pytest.mark.slow),
+        (SmolVLMConfig, SmolVLMForConditionalGeneration),
+    ],
     ids=["idefics3", "smolvlm"],
 )
 def test_the_example_trains_and_handles_the_language_model_s_layers(

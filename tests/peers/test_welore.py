@@ -88,8 +88,8 @@ def test_refused_in_words(welore: ModuleType) -> None:
         welore.WeLoreTrainer("none", SimpleNamespace(fsdp=None), peft_config=object())
 
 
-@pytest.mark.train
-@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", [False, True])
 def test_the_script_trains_factors_and_saves_a_plain_model(
     model_and_data: tuple[str, str], tmp_path: Path, resumed: bool
 ) -> None:
