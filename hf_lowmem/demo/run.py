@@ -30,7 +30,7 @@ from hf_lowmem.demo.score import Referee
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.runs import facts
 
-LOW_MEMORY = {"optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_activations": "checkpoint_fp8"}
+LOW_MEMORY = {"optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_activations": "fp8"}
 
 # Each optimizer's learning rate is the best of 1e-4, 3e-4 and 1e-3 (AdamW also 2e-4) by held-out loss after 16 steps,
 # with another seed, so on other plays, than the demo's default. Held-out losses from 4.18 before training:

@@ -328,6 +328,15 @@ def put_back(x, address, start, count):
             here[j] = x[j]
 
 
+@inlined
+def store_floats(bf16, x, address, start, count):
+    """Write a tile or a row of fp32 as bf16, rounded to the nearest, or as it is."""
+    if bf16:
+        round_to_nearest(x, halves_at(address + 2 * start, count), count)
+    else:
+        put_back(x, address, start, count)
+
+
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process, threads
 LEAST = 1 << 15  # values worth another thread: waking one costs as much as they do
 

@@ -12,7 +12,6 @@ from hf_lowmem.kernels._cpu import (
     bits_of,
     float32,
     from_bits,
-    halves_at,
     inlined,
     kernel,
     left,
@@ -20,8 +19,7 @@ from hf_lowmem.kernels._cpu import (
     minus,
     plain_words,
     plus,
-    put_back,
-    round_to_nearest,
+    store_floats,
     to_bf16,
     uint32,
     widened,
@@ -116,14 +114,6 @@ def _fetch(kind, address, scales, start, place, count, room):
     return room
 
 
-@inlined
-def _write(bf16, x, address, start, count):
-    if bf16:
-        round_to_nearest(x, halves_at(address + 2 * start, count), count)
-    else:
-        put_back(x, address, start, count)
-
-
 @kernel
 def _forward(row, last, layout, gate, up, out, rule, codes, how, keys):
     """Products, and codes of the factors. gate, up: kind, address, address of scales; rule: whether it is gelu, and 16
@@ -146,7 +136,7 @@ def _forward(row, last, layout, gate, up, out, rule, codes, how, keys):
                     plain_words(start, keys[2], keys[3], words)
                 encode_span(u, count, words, codes[2] + start, codes[3] + 2 * place, how[1])
             _products(g, u, gelu, bf16, of_out, count)
-            _write(bf16, of_out, out, start, count)
+            store_floats(bf16, of_out, out, start, count)
         row += 1
 
 
@@ -163,8 +153,8 @@ def _backward(row, last, layout, grad, gate, up, out, gelu, bf16):
             g = _fetch(gate[0], gate[1], gate[2], start, place, count, of_gate)
             u = _fetch(up[0], up[1], up[2], start, place, count, of_up)
             _slopes(d, g, u, gelu, bf16, d_gate, d_up, count)
-            _write(bf16, d_gate, out[0], start, count)
-            _write(bf16, d_up, out[1], start, count)
+            store_floats(bf16, d_gate, out[0], start, count)
+            store_floats(bf16, d_up, out[1], start, count)
         row += 1
 
 

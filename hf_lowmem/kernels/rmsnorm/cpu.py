@@ -18,7 +18,7 @@ from hf_lowmem.kernels._cpu import (
     kernel,
     part,
     plain_words,
-    round_to_nearest,
+    store_floats,
     to_bf16,
     uint32,
     widened,
@@ -44,16 +44,6 @@ def _load(bf16, address, start, x):
         floats = floats_at(address + 4 * start, len(x))
         for j in range(len(x)):
             x[j] = floats[j]
-
-
-@inlined
-def _store(bf16, address, start, x):
-    if bf16:
-        round_to_nearest(x, halves_at(address + 2 * start, len(x)), len(x))
-    else:
-        floats = floats_at(address + 4 * start, len(x))
-        for j in range(len(x)):
-            floats[j] = x[j]
 
 
 @inlined
@@ -144,7 +134,7 @@ def _forward(row, last, where, bf16, rule, how, keys):
                 of = scales + 2 * (row * groups + column // GROUP)
                 encode_span(part(x, column, count), count, words, codes + start + column, of, how)
         _normalise(x, _inverse_rms(x, eps, terms, room), factor, rounded, y)
-        _store(bf16[1], out, start, y)
+        store_floats(bf16[1], y, out, start, n)
         row += 1
 
 
@@ -170,7 +160,7 @@ def _backward(each, last, rows, where, bf16, factor, eps, totals):
             if more:
                 _load(bf16[1], more, start, x)
                 _add(dx, x)
-            _store(bf16[2], out, start, dx)
+            store_floats(bf16[2], dx, out, start, n)
         each += 1
 
 

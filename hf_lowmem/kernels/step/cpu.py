@@ -30,12 +30,11 @@ from hf_lowmem.kernels._cpu import (
     left,
     load_floats,
     plus,
-    put_back,
     random_words,
     right,
-    round_to_nearest,
     shift_right,
     size_of,
+    store_floats,
     subtract,
     uint8,
     uint16,
@@ -101,10 +100,8 @@ def save_weight(store, bf16, param, correction, start, count, w, words):
         round_at_random(w, words, halves_at(param + 2 * start, count), count)
     elif store == BF16_ECC:
         split_24(w, words, halves_at(param + 2 * start, count), bytes_at(correction + start, count), count)
-    elif bf16:
-        round_to_nearest(w, halves_at(param + 2 * start, count), count)
     else:
-        put_back(w, param, start, count)
+        store_floats(bf16, w, param, start, count)
 
 
 @inlined
