@@ -20,11 +20,13 @@ from hf_lowmem.demo import report
 from hf_lowmem.demo.card import TEMPLATE, write_card
 from hf_lowmem.demo.model import load, prepare_model
 from hf_lowmem.demo.plot import draw
-from hf_lowmem.demo.run import QUICK, gather, public_name
+from hf_lowmem.demo.run import LOW_MEMORY, QUICK, gather, public_name
 from hf_lowmem.demo.runs import Result
 from hf_lowmem.demo.score import PairScore, Referee
+from hf_lowmem.demo.smallest import SMALLEST
 from hf_lowmem.runs.card import template_path
 
+RECORDS = Path(__file__).parents[2] / "scripts" / "bench" / "records"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -298,3 +300,11 @@ def test_demo_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     assert material.referee.loss(model, tokenizer) == pytest.approx(scores["then ASFT"]["heldout_loss"], abs=1e-5)
     assert "hf-lowmem" in yaml.safe_load((tmp_path / "model" / "README.md").read_text().split("---")[1])["tags"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("record", "fields"), [("demo.json", LOW_MEMORY), ("demo_smallest.json", SMALLEST)])
+def test_the_record_is_of_what_is_run_today(record: str, fields: dict[str, Any]) -> None:
+    runs = [run["settings"] for run in json.loads((RECORDS / record).read_text())["runs"]]
+    ours = [settings for settings in runs if settings["optim"] != "adamw_torch"]
+    assert ours
+    assert all(settings.items() >= fields.items() for settings in ours)
