@@ -132,7 +132,7 @@ CASES = [
 @pytest.mark.train
 @pytest.mark.dist
 def test_ddp_and_fsdp2() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", __name__]
+    command = [sys.executable, "-m", "tests.dist.start", "2", __name__]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, check=False)
     # gloo may end a process with "terminate called without an active exception" after everything has passed
     assert all(f"passed {' '.join(case)}" in done.stdout for case in CASES), done.stdout + done.stderr[-4000:]

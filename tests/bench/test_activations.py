@@ -1,32 +1,22 @@
 """The benchmark of saved activations runs, every part of it, at toy size, so that it can never rot."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import activations
 from hf_lowmem.specs import TIERS
 from parts.record import of_part, read_rows
 
-pytestmark = pytest.mark.train  # starts processes
+pytestmark = pytest.mark.train
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "activations.py"
 PARTS = ("bytes", "error", "time", "peaks", "loss")
 
 
-def test_every_part_runs_and_reports(tmp_path: Path) -> None:
+def test_every_part_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "activations.jsonl"
     flags = [flag for part in (*PARTS, "report") for flag in ("--part", part)]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--smoke", "--record", str(record), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert activations.main(["--smoke", "--record", str(record), *flags]) == 0
     rows = read_rows(record)
     for part in PARTS:
         found = of_part(rows, part)
@@ -37,4 +27,4 @@ def test_every_part_runs_and_reports(tmp_path: Path) -> None:
     errors = {row["way"]: row["worst"] for row in rows if row["part"] == "error"}
     assert errors["exact"] == errors["HuggingFace"] < 1e-4 < errors["fp8"]
     assert record.with_suffix(".png").exists()
-    assert "Held-out loss" in done.stdout
+    assert "Held-out loss" in capsys.readouterr().out

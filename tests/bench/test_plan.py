@@ -9,6 +9,7 @@ import pytest
 
 import long_sequences
 import plan_table as table
+import plan_vs_cuda
 from parts.record import ROOT, read_rows
 from parts.streams import real, times
 
@@ -62,10 +63,13 @@ def test_every_row_of_the_table_has_its_measured_costs() -> None:
         assert (f"method {table.NOT_MEASURED}" in costs) == settings["optim"].startswith("apollo")
 
 
-def test_the_comparison_with_cuda_says_that_it_needs_a_device(tmp_path: Path) -> None:
-    done = run("plan_vs_cuda.py", "--record", str(tmp_path / "cuda.jsonl"))
-    assert done.returncode == 2
-    assert "no CUDA device is visible" in done.stderr
+def test_the_comparison_with_cuda_says_that_it_needs_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        plan_vs_cuda.main(["--record", str(tmp_path / "cuda.jsonl")])
+    assert "no CUDA device is visible" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -1,44 +1,33 @@
 """The benchmark of preference losses runs, every part of it, at toy size and without a download."""
 
+import contextlib
+import io
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import preference
 from parts.preference import collapse, cosmosqa, qa, sums
-from parts.record import ROOT, Rows, of_part, read_rows
+from parts.record import Rows, of_part, read_rows
 
-pytestmark = pytest.mark.train  # starts processes
+pytestmark = pytest.mark.train
 
-SCRIPT = ROOT / "scripts" / "bench" / "preference.py"
 PARTS = ("memory", "time", "sharing", "collapse", "cosmosqa")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def run(folder: Path, *parts: str) -> subprocess.CompletedProcess[str]:
-    flags = [flag for part in parts for flag in ("--part", part)]
-    record = ["--record", str(folder / "preference.jsonl"), "--cache", str(folder / "cache")]
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--smoke", *record, *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=ENVIRONMENT,
-    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A record with every part, its report made."""
     folder = tmp_path_factory.mktemp("bench")
-    done = run(folder, *PARTS, "report")
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "report.txt").write_text(done.stdout)
+    flags = [flag for part in (*PARTS, "report") for flag in ("--part", part)]
+    record = ["--record", str(folder / "preference.jsonl"), "--cache", str(folder / "cache")]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert preference.main(["--smoke", *record, *flags]) == 0
+    (folder / "report.txt").write_text(out.getvalue())
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Start a worker module on several gloo processes, as torchrun does."""
+"""Start a worker module on several gloo processes, as torchrun does: see start.py."""
 
 import os
 import subprocess
@@ -24,9 +24,9 @@ def launch_jobs(
     gloo may end a process with "terminate called without an active exception" after everything has passed, so the exit
     code says nothing: "passed all" is the last word of each job.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    several = ["-m", "tests.dist.start", str(processes)]
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    run = [sys.executable, *(torchrun if processes > 1 else []), "-m", module]
+    run = [sys.executable, *(several if processes > 1 else ["-m"]), module]
     words = [word for job in jobs for word in (*job, BETWEEN)][:-1]
     env = os.environ | (alone if processes == 1 else {})
     done = subprocess.run([*run, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)

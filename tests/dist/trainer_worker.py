@@ -1,4 +1,4 @@
-"""Trainers on gloo, under DDP and then under FSDP2: `torchrun ... -m tests.dist.trainer_worker FOLDER`."""
+"""Trainers on gloo, under DDP and then under FSDP2: `python -m tests.dist.start 2 tests.dist.trainer_worker FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What runs on each of several gloo processes: `torchrun ... -m tests.dist.worker TASK WORDS... -- TASK WORDS...`."""
+"""What runs on each of several gloo processes: `python -m tests.dist.start 2 tests.dist.worker TASK WORDS ...`."""
 
 import copy
 import itertools

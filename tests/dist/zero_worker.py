@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO over gloo: `torchrun ... -m tests.dist.zero_worker FOLDER`.
+"""DeepSpeed's ZeRO over gloo: `python -m tests.dist.start 2 tests.dist.zero_worker FOLDER`.
 
 `DS_ACCELERATOR=cpu` makes DeepSpeed run on a CPU; its all-reduce in shared memory would first be compiled, so it is
 turned off. accelerate takes a CPU without GPUs for a single process under DeepSpeed: a patch for this test says gloo.

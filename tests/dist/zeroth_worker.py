@@ -1,4 +1,4 @@
-"""MeZO on two gloo processes under DDP: `torchrun ... -m tests.dist.zeroth_worker FOLDER METHOD ...`."""
+"""MeZO on two gloo processes under DDP: `python -m tests.dist.start 2 tests.dist.zeroth_worker FOLDER METHOD ...`."""
 
 import sys
 from pathlib import Path

@@ -25,8 +25,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
     for world in ("1", "2"):
         (base / world).mkdir()
     main(base / "1", 4)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "tests.preference.reference.worker", str(base / "2"), "4"]
+    command = [sys.executable, "-m", "tests.dist.start", "2", "tests.preference.reference.worker", str(base / "2"), "4"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=3600)
     files = {"1": ["found-0.json"], "2": ["found-0.json", "found-1.json"]}
     # gloo may complain when the processes end, after everything has passed: the files say what counts.

@@ -1,4 +1,4 @@
-"""Each process of test_distributed.py, started alone or by torchrun with FOLDER and TOTAL_BATCH."""
+"""Each process of test_distributed.py, started alone or by tests.dist.start with FOLDER and TOTAL_BATCH."""
 
 import json
 import os
