@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from hf_lowmem.distributed import Shards, held, hold, is_sharded
@@ -85,19 +86,29 @@ class ShardAtRest(Tensor):
         refuse(self.lowmem_at_rest, "pickle", WAKE)
 
     def fsdp_pre_all_gather(
-        self, mesh: object, outer_size: torch.Size, outer_stride: tuple[int, ...], module: nn.Module, mp_policy: object
-    ) -> tuple[tuple[Tensor, Tensor], None]:
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: nn.Module,
+        mp_policy: object,
+    ) -> tuple[tuple[Tensor, ...], None]:
         """What FSDP2 sends: codes and scales, a row of each for a row of the weight."""
         kept = self.lowmem_at_rest
-        return (kept.codes.view(len(self), -1), kept.scale.view(len(self), -1)), None
+        sent = kept.codes.view(len(self), -1), kept.scale.view(len(self), -1)
+        if mesh.size() == 1:  # where nothing is sent, FSDP2 hands on one tensor alone
+            sent = (torch.cat([sent[0], sent[1].view(torch.int8)], dim=1),)
+        return sent, None
 
     @torch.no_grad()
     def fsdp_post_all_gather(
-        self, gathered: tuple[Tensor, Tensor], metadata: object, dtype: torch.dtype, *, out: Tensor | None = None
+        self, gathered: tuple[Tensor, ...], metadata: object, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor]] | None:
         """What FSDP2 makes of what all have sent: the weight, which it frees and fills again from then on."""
-        codes, scale = gathered
-        kept, shape = self.lowmem_at_rest, codes.shape
+        kept = self.lowmem_at_rest
+        codes, scale = gathered if len(gathered) == 2 else gathered[0].tensor_split([kept.shape[1]], dim=1)
+        codes, scale = codes.contiguous(), scale.contiguous().view(torch.float32)
+        shape = codes.shape
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=codes.device)
             found = out, (out,)
