@@ -67,13 +67,23 @@ class RestingWeights:
             if optimizer is not None:
                 logger.info("lowmem_weights=%r under FSDP2: %s", spec.weights, found)
 
+    def _rest_shards(self) -> None:
+        """Put the weights to rest that FSDP2 has cut by now."""
+        spec, model = self._resting_spec(), self.model
+        if spec is None or model is None or self.stepping is None or not getattr(self, "is_fsdp_enabled", False):
+            return
+        if not resting(model):
+            self._put_to_rest(spec, model, self.stepping.optimizer)
+
+    def _prepare_for_training(self, *args: object, **kwargs: object) -> object:
+        """Prepare as the parent does, and put shards to rest."""
+        prepared = cast("Trainer", super())._prepare_for_training(*args, **kwargs)
+        self._rest_shards()
+        return prepared
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as the parent does, when shards are at rest: FSDP2 is on the model by now, and a checkpoint's weights
-        are in it."""
-        spec = self._resting_spec()
-        if spec is not None and self.stepping is not None and self.model is not None:
-            if getattr(self, "is_fsdp_enabled", False):
-                self._put_to_rest(spec, self.model, self.stepping.optimizer)
+        """Load as the parent does, when shards are at rest: a checkpoint's weights are in the model by now."""
+        self._rest_shards()
         cast("Trainer", super())._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

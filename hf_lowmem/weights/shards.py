@@ -67,9 +67,12 @@ class ShardAtRest(Tensor):
                 return ShardAtRest(kept, shape)
             if func in LIKE:
                 return func(plain, *others, **(kwargs or {}))
-            if func is aten.copy_.default and isinstance(others[0], Tensor) and at_rest(others[0]) is None:
-                load(kept, shard, others[0])
-                return shard
+            if func is aten.copy_.default and isinstance(values := others[0], Tensor):
+                if at_rest(values) is kept:  # torch's loading of whole checkpoints has written them, and does it again
+                    return shard
+                if at_rest(values) is None:
+                    load(kept, shard, values)
+                    return shard
         refuse(next(_in((args, kwargs))), str(func), WAKE)
 
     def data_ptr(self) -> int:
