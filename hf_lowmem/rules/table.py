@@ -302,6 +302,16 @@ AT_REST = (
         "Offload nothing, or set lowmem_weights='bf16_sr'",
     ),
     Rule(
+        "rest_budget",
+        ("fields", "engine", "budget", "optim"),
+        lambda run: _rests(run) and run.engine == "fsdp" and run.budget is not None,
+        lambda run: (
+            f"{_at_rest(run)} cannot be combined with {run.say('budget')} under FSDP2: the search estimates such weights "
+            "for one process alone"
+        ),
+        f"Set lowmem_weights='bf16_sr', {BY_HAND}",
+    ),
+    Rule(
         "rest_in_backward",
         ("fields", "in_backward", "optim"),
         lambda run: _rests(run) and not run.in_backward and run.budget is None,

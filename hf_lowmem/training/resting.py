@@ -56,7 +56,11 @@ class RestingWeights:
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         spec = self._resting_spec()
-        if spec is not None and not self._later(model) and any(p.device.type != torch.device(device).type for p in model.parameters()):
+        if (
+            spec is not None
+            and not self._later(model)
+            and any(p.device.type != torch.device(device).type for p in model.parameters())
+        ):
             self._put_to_rest(spec, model)
         cast("Trainer", super())._move_model_to_device(model, device)
 

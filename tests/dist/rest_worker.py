@@ -175,7 +175,9 @@ def check_guard() -> None:
     p = model.model.layers[0].mlp.up_proj.weight
     before = [t.clone() for t in at_rest(p).stored()]
     for name, read in READS.items():
-        with pytest.raises(RuntimeError, match=rf"{NAME if 'other d' not in name else ''} is at rest in int8.*weights\.wake"):
+        with pytest.raises(
+            RuntimeError, match=rf"{NAME if 'other d' not in name else ''} is at rest in int8.*weights\.wake"
+        ):
             read(p, model)
             pytest.fail(f"{name} was answered")
         p.grad = None
@@ -314,7 +316,9 @@ def check_loop(folder: Path, form: str) -> None:
                 transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             ),
         )
-        plugin = LowMemPlugin(optim="adamw", learning_rate=1e-3, **{k: FIELDS[k] for k in FIELDS if k != "max_grad_norm"})
+        plugin = LowMemPlugin(
+            optim="adamw", learning_rate=1e-3, **{k: FIELDS[k] for k in FIELDS if k != "max_grad_norm"}
+        )
         model, optimizer = plugin.prepare(accelerator, llama())
         assert len(resting(model)) == RESTING
         return accelerator, model, optimizer, plugin
