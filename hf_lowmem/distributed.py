@@ -46,6 +46,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def held(tensor: Tensor) -> Tensor:
+    """The part of a tensor on this process, as the object that it is; nothing is dispatched."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def hold(tensor: Tensor, here: Tensor) -> None:
+    """Give a DTensor another part for this process, of the same shape."""
+    assert isinstance(tensor, DTensor)
+    tensor._local_tensor = here
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every process: a collective call for a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

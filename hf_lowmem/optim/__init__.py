@@ -42,7 +42,12 @@ METHODS.update(ALL_METHODS)
 
 
 def from_spec(
-    spec: OptimSpec, model: nn.Module, *, decay: Collection[str] | None = None, flat: bool = False
+    spec: OptimSpec,
+    model: nn.Module,
+    *,
+    decay: Collection[str] | None = None,
+    flat: bool = False,
+    later: bool = False,
 ) -> LowMemOptimizer:
     """The optimizer that `spec` describes, over the trainable parameters of `model`; see `parameter_groups`.
 
@@ -50,6 +55,7 @@ def from_spec(
 
     Args:
         flat: for an engine that makes one vector of each group (DeepSpeed's ZeRO); see `small_apart`.
+        later: the weights go to rest when FSDP2 has cut them, by `rest(spec, model, optimizer=...)`.
     """
     cls = check_spec(spec)
     options = cls.resolve(spec)
@@ -75,7 +81,9 @@ def from_spec(
         warn_left_out(rule)
     if flat and options["state"] != "fp32":
         groups = small_apart(groups, SMALLEST_COMPRESSED)
-    if rests:
+    if rests and later:
+        options |= {"weights": "bf16_sr"}  # as those that never go to rest are stored
+    elif rests:
         rest(spec, model)
     made = cls(groups, **{k: v for k, v in options.items() if k != "method"})
     return made.of(model) if isinstance(made, ZerothOrder) else made

@@ -5,16 +5,17 @@ transformers' Conv1D but the output head, and of an embedding that is tied to no
 
 The output head stays: trainers read it in pieces of their own, without calling its module. So do norms and biases,
 which are small and in which a code's error would be one of every value of a token; weights that are frozen, which no
-update rounds; fused experts, whose module multiplies by itself; and what is not bf16.
+update rounds; fused experts, whose module multiplies by itself; and what is not bf16. Under FSDP2 the same weights rest
+but those whose rows its processes do not share evenly (hf_lowmem/weights/shards.py).
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from hf_lowmem.memory.progress import counted
 from hf_lowmem.optim.base import LOAD_BF16
@@ -22,8 +23,9 @@ from hf_lowmem.optim.groups import linear_weights
 from hf_lowmem.optim.names import named_modules, named_parameters
 from hf_lowmem.optim.roles import lookups
 from hf_lowmem.specs import OptimSpec
-from hf_lowmem.weights import AtRest, at_rest, int8, put_to_rest
+from hf_lowmem.weights import at_rest, int8, put_to_rest, resting
 from hf_lowmem.weights.forwards import forward_for
+from hf_lowmem.weights.shards import managed, refused_setting, why_whole
 
 __all__ = ["INT8", "Chosen", "check_awake", "check_rests", "choose", "rest"]
 
@@ -52,6 +54,7 @@ class Chosen(NamedTuple):
 
 def choose(model: nn.Module) -> Chosen:
     """See the module; the model stays as it is."""
+    cut = managed(model)
     linear = {id(p) for _, _, p in linear_weights(model)}
     _, heads = lookups(model)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -66,6 +69,8 @@ def choose(model: nn.Module) -> Chosen:
             continue
         every += p.numel()
         reason = _stays(p, owners[id(p)], linear=id(p) in linear, head=id(p) in heads)
+        if reason is None and cut:
+            reason = why_whole(p, cut.get(id(p)))
         if reason is None:
             weights.append((name, p, [module for module, _ in owners[id(p)]]))
             rest += p.numel()
@@ -88,7 +93,7 @@ def _stays(p: nn.Parameter, owners: list[tuple[nn.Module, str]], *, linear: bool
         return "rows that 32 does not divide"
     known = all(own == "weight" and forward_for(module) is not None for module, own in owners)
     table = all(isinstance(module, nn.Embedding) for module, _ in owners)
-    if not known or not (linear or table) or not p.is_contiguous() or hasattr(p, "device_mesh"):
+    if not known or not (linear or table) or not p.is_contiguous():
         return "read by modules other than nn.Linear, Conv1D and nn.Embedding, or by a forward that was put there"
     return None
 
@@ -105,8 +110,9 @@ def check_rests(spec: OptimSpec, model: nn.Module) -> Chosen:
             f"{asked} cannot be combined with adapters (PEFT): it is for trained weights, and the model's "
             "are frozen. Load the model with BitsAndBytesConfig(load_in_8bit=True), or leave it unset."
         )
-    if any(hasattr(p, "device_mesh") for p in model.parameters()):
-        raise ValueError(f"{asked} cannot be combined with FSDP2: {SHARDED}.")
+    for known in managed(model).values():
+        if (setting := refused_setting(known)) is not None:
+            raise ValueError(f"{asked} cannot be combined with {setting} of FSDP2: {SHARDED}.")
     found = choose(model)
     if not found.weights:
         why = "; ".join(found.left) or "it has no matrix"
@@ -118,14 +124,14 @@ def check_rests(spec: OptimSpec, model: nn.Module) -> Chosen:
 
 
 SHARDED = (
-    "shards are gathered by FSDP2 itself, which knows nothing of codes. Set lowmem_weights='bf16_sr', of which each "
-    "process has a part, or train in one process"
+    "codes are gathered among all processes that share a weight, on their devices. Set reshard_after_forward to True or "
+    "False and offload nothing, or set lowmem_weights='bf16_sr'"
 )
 
 
 def check_awake(spec: OptimSpec, model: nn.Module) -> None:
     """Raise where weights are at rest from a training before, and this optimizer would read their values."""
-    name = next((kept.name for kept in _resting(model)), None)
+    name = next(iter(resting(model)), None)
     if name is not None:
         raise ValueError(
             f"{spec.label('weights')}={spec.weights!r} cannot be combined with a model whose weights are at rest in "
@@ -134,19 +140,25 @@ def check_awake(spec: OptimSpec, model: nn.Module) -> None:
         )
 
 
-def _resting(model: nn.Module) -> Iterator[AtRest]:
-    return filter(None, map(at_rest, model.parameters()))
-
-
-def rest(spec: OptimSpec, model: nn.Module, folder: str | Path | None = None, *, shown: bool = True) -> Chosen:
+def rest(
+    spec: OptimSpec,
+    model: nn.Module,
+    folder: str | Path | None = None,
+    *,
+    shown: bool = True,
+    optimizer: Optimizer | None = None,
+) -> Chosen:
     """Put a model's weights to rest; again does nothing.
 
     Args:
         folder: of the saved model that the weights are from, if not that which the model says of itself.
         shown: whether a long conversion has a progress bar.
+        optimizer: ours, which was made for the weights before FSDP2 has cut them: by `from_spec(later=True)`.
     """
     found = check_rests(spec, model)
     own = getattr(model, "name_or_path", None)
     weights = counted(found.weights, f"{spec.label('weights')}={spec.weights}", shown=shown)
     put_to_rest(model, weights, folder or (own if isinstance(own, str) and own and Path(own).is_dir() else None))
+    for group in () if optimizer is None else (optimizer.defaults, *optimizer.param_groups):
+        group["weights"] = spec.weights
     return found

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Self, cast
 
+from torch.distributed.fsdp import CPUOffloadPolicy
+
 from hf_lowmem.optim import ALL_METHODS, ZEROTH
 from hf_lowmem.specs import OPTIMIZER_FIELDS, OptimSpec
 
@@ -39,6 +41,7 @@ class Run:
         passed: an optimizer that was passed beside the fields, as it was written.
         engine: "single", "ddp", "fsdp" or "deepspeed".
         fsdp_version: 1 or 2; "XLA" for the FSDP of torch_xla.
+        cpu_offload: whether FSDP keeps shards in host memory.
         zero: DeepSpeed's settings, in the form of its JSON.
         processes, n_gpu: number of processes, and of the GPUs that one of them has replicas on.
         pieces: processes among which a row is cut (context and sequence parallelism), by the names of
@@ -69,6 +72,7 @@ class Run:
     passed: str | None = None
     engine: str | None = None
     fsdp_version: int | str | None = None
+    cpu_offload: bool | None = None
     zero: Mapping[str, Any] | None = None
     processes: int | None = None
     n_gpu: int | None = None
@@ -197,6 +201,8 @@ class Run:
             )
         plugin = getattr(args, "deepspeed_plugin", None)
         kwargs: Mapping[str, object] = args.gradient_checkpointing_kwargs or {}
+        if engine == "fsdp" and (offloads := _offloads(args, sharded)) is not None:
+            run = run.knowing({"cpu_offload": offloads}, cpu_offload=True)
         return run.knowing(
             said,
             spec=spec,
@@ -227,6 +233,8 @@ class Run:
         if engine == "fsdp":
             version = state.fsdp_plugin.fsdp_version
             run = run.knowing({"fsdp_version": f"fsdp_version={version!r}"}, fsdp_version=version)
+            if isinstance(getattr(state.fsdp_plugin, "cpu_offload", None), CPUOffloadPolicy):
+                run = run.knowing({"cpu_offload": "fsdp_offload_params=True"}, cpu_offload=True)
             if getattr(state.fsdp_plugin, "activation_checkpointing", False):
                 run = run.knowing({"checkpointing": "fsdp_activation_checkpointing=True"}, checkpointing=True)
         zero = getattr(state.deepspeed_plugin, "deepspeed_config", {}) if engine == "deepspeed" else None
@@ -270,6 +278,7 @@ class Run:
                 "accumulation": f"gradient_accumulation_steps: {accumulation}",
                 "compile": f"dynamo_backend: {backend}",
                 "checkpointing": "fsdp_activation_checkpointing: true",
+                "cpu_offload": "fsdp_offload_params: true",
             },
             engine=engine,
             fsdp_version=version,
@@ -279,6 +288,7 @@ class Run:
             accumulation=accumulation,
             compile=backend != "NO",
             checkpointing=checkpointed or None,
+            cpu_offload=(engine == "fsdp" and _true(settings.get("fsdp_offload_params"))) or None,
             pieces=_pieces({name: settings.get(f"parallelism_config_{name}") for name in PIECES}),
         )
 
@@ -325,6 +335,13 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     plugin_args: Mapping[str, int | str] = getattr(args, "fsdp_plugin_args", None) or {}
     version = plugin_args.get("fsdp_version") or config.get("version", 2)
     return version, f"fsdp_config['version']={version!r}"
+
+
+def _offloads(args: Any, sharded: Mapping[str, object]) -> str | None:
+    """The setting by which FSDP keeps shards in host memory, as it was written; None where none does."""
+    if getattr(args, "fsdp", None):
+        return "fsdp_config['cpu_offload']=True" if _true(sharded.get("cpu_offload")) else None
+    return "FSDP_OFFLOAD_PARAMS=true" if _true(os.environ.get("FSDP_OFFLOAD_PARAMS")) else None
 
 
 def _pieces(sizes: Mapping[str, int | str | None]) -> dict[str, int]:

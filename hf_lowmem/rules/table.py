@@ -4,7 +4,6 @@ from torch import Size
 
 from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.optim.backward import accumulation_refused
-from hf_lowmem.optim.resting import SHARDED
 from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, SUMS_SHARDED, flattened
 from hf_lowmem.rules import deepspeed, zeroth
 from hf_lowmem.rules.rule import Rule, apart
@@ -284,10 +283,33 @@ AT_REST = (
     ),
     Rule(
         "rest_sharded",
-        ("fields", "engine", "optim"),
-        lambda run: _rests(run) and run.engine == "fsdp",
-        lambda run: f"{_at_rest(run)} cannot be combined with FSDP2: {SHARDED}",
-        "",
+        ("fields", "engine", "precision", "optim"),
+        lambda run: _rests(run) and run.engine == "fsdp" and run.precision not in (None, "no"),
+        lambda run: (
+            f"{_at_rest(run)} cannot be combined with {run.say('precision')} under FSDP2, where accelerate makes fp32 of "
+            "all trained weights then"
+        ),
+        "Set bf16=False (accelerate: mixed_precision: 'no'): a model that is loaded in bfloat16 computes in it",
+    ),
+    Rule(
+        "rest_offloaded",
+        ("fields", "cpu_offload", "optim"),
+        lambda run: _rests(run) and bool(run.cpu_offload),
+        lambda run: (
+            f"{_at_rest(run)} cannot be combined with {run.say('cpu_offload')}: codes are gathered from the devices that "
+            "share a weight, where each keeps its part of them"
+        ),
+        "Offload nothing, or set lowmem_weights='bf16_sr'",
+    ),
+    Rule(
+        "rest_budget",
+        ("fields", "engine", "budget", "optim"),
+        lambda run: _rests(run) and run.engine == "fsdp" and run.budget is not None,
+        lambda run: (
+            f"{_at_rest(run)} cannot be combined with {run.say('budget')} under FSDP2: the search estimates such weights "
+            "for one process alone"
+        ),
+        f"Set lowmem_weights='bf16_sr', {BY_HAND}",
     ),
     Rule(
         "rest_in_backward",

@@ -22,6 +22,7 @@ from hf_lowmem.optim import ALL_METHODS, group_table
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.runs.facts import device_name
 from hf_lowmem.runs.parts import PARTS, STATIC
+from hf_lowmem.weights import at_rest
 
 __all__ = ["adamw_parts", "at_end", "at_start", "is_quiet"]
 
@@ -39,10 +40,10 @@ def adamw_parts(model: nn.Module, args: TrainingArguments) -> dict[str, int]:
     if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
         return {}
     trained = [p for p in model.parameters() if p.requires_grad]
-    at_rest = [p for p in model.parameters() if getattr(p, "lowmem_at_rest", None) is not None]
+    coded = [p for p in model.parameters() if at_rest(p) is not None]
     with torch.no_grad():
-        size, resting = (sum(_dense(p) for p in some) for some in (trained, at_rest))
-    weights = parameter_bytes(model) - parameter_bytes(at_rest) + resting
+        size, resting = (sum(_dense(p) for p in some) for some in (trained, coded))
+    weights = parameter_bytes(model) - parameter_bytes(coded) + resting
     return {"weights": weights, "gradients": size, "optimizer": 2 * size + COUNT * len(trained)}
 
 

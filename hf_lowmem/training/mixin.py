@@ -206,7 +206,7 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
         take_weights(self.args, opt_model, flat=flat)
         spec = self.args.lowmem_optim_spec()
         self._put_to_rest(spec, opt_model)
-        optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat)
+        optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat, later=self._later(opt_model))
         log_groups(optimizer)
         if self.stepping is not None:  # of a model that `auto_find_batch_size` or a search has replaced
             self.stepping.remove()

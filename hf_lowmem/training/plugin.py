@@ -24,17 +24,20 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_lowmem import rules
 from hf_lowmem.activations import OwnedTiers, Report
+from hf_lowmem.distributed import is_sharded
 from hf_lowmem.matmul import OwnedProducts, ProductReport
-from hf_lowmem.optim import ALL_METHODS, StepInBackward, from_spec
+from hf_lowmem.optim import ALL_METHODS, LowMemOptimizer, StepInBackward, from_spec
+from hf_lowmem.optim.resting import rest
 from hf_lowmem.reasons import CLIPPING, NO_CLIPPING
 from hf_lowmem.runs.skips import FIELD
-from hf_lowmem.specs import check_choice
+from hf_lowmem.specs import STORES_AT_REST, check_choice
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.training.multiplying import put_products
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.training.presets import take_weights
-from hf_lowmem.weights import expect_scales, resting, write_scales
+from hf_lowmem.training.resting import keep_scales
+from hf_lowmem.weights import resting
 
 TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
 
@@ -139,11 +142,12 @@ class LowMemPlugin(LowMemArguments):
         values, _ = section.from_yaml(path)
         return cls.from_section(f"{section.KEY} in {path}", values)
 
-    def make_optimizer(self, model: nn.Module, *, flat: bool = False) -> Optimizer:
+    def make_optimizer(self, model: nn.Module, *, flat: bool = False, later: bool = False) -> LowMemOptimizer:
         """Ours on a model's trainable parameters; see `make_optimizer` for which of them decay.
 
         Args:
             flat: for DeepSpeed, which makes one vector of each parameter group; `prepare` sets it.
+            later: for FSDP2, after which `prepare` puts weights to rest; it sets this, too.
 
         Raises:
             ValueError: where `optim` is not one of ours.
@@ -155,7 +159,7 @@ class LowMemPlugin(LowMemArguments):
             )
         self._taken()
         take_weights(self, model, flat=flat)
-        return from_spec(self.lowmem_optim_spec(), model, flat=flat)
+        return from_spec(self.lowmem_optim_spec(), model, flat=flat, later=later)
 
     def _taken(self) -> None:
         """Note that somebody applies these fields from here on."""
@@ -205,14 +209,14 @@ class LowMemPlugin(LowMemArguments):
             self._put_on.append(tiers)
             self.activations = tiers.report
         flat = accelerator.distributed_type is DistributedType.DEEPSPEED
-        used = self.make_optimizer(model, flat=flat) if optimizer is None else optimizer
+        later = accelerator.distributed_type is DistributedType.FSDP and not any(map(is_sharded, model.parameters()))
+        used = self.make_optimizer(model, flat=flat, later=later) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]
         prepared = accelerator.prepare(model, used, *others, *schedule)
+        if later and isinstance(used, LowMemOptimizer) and self.lowmem_weights in STORES_AT_REST:
+            rest(self.lowmem_optim_spec(), model, optimizer=used)
         if resting(model):  # `save_state` writes plain bf16 values, and `load_state` wants their scales
-            self._state_hooks += [
-                accelerator.register_save_state_pre_hook(lambda models, weights, folder: write_scales(model, folder)),
-                accelerator.register_load_state_pre_hook(lambda models, folder: expect_scales(model, folder)),
-            ]
+            self._state_hooks += keep_scales(accelerator, model)
         if self.lowmem_step_in_backward:
             sums = self.lowmem_accumulation
             adds = ALL_METHODS[self.optim].ACCUMULATES or sums is not None

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from hf_lowmem.patching import ForwardPatch, forwards_of
@@ -150,9 +151,15 @@ class RestingEmbedding(RestingForward):
         return EmbeddingAtRest.apply(input, p, kept, padding, table.scale_grad_by_freq)
 
 
+def plain_type(module: nn.Module) -> type:
+    """The class of a module without what FSDP2 makes of it."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    kind = plain_type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def forward_for(module: nn.Module) -> type[RestingForward] | None:
@@ -161,8 +168,8 @@ def forward_for(module: nn.Module) -> type[RestingForward] | None:
     theirs = patches[-1].inner if patches else vars(module).get("forward")
     if theirs is not None:  # somebody's else, such as accelerate's, which moves weights about
         return None
-    if type(module) is nn.Linear or is_conv1d(module):
+    if plain_type(module) is nn.Linear or is_conv1d(module):
         return RestingLinear
-    if type(module) is nn.Embedding and module.max_norm is None and not module.sparse:
+    if plain_type(module) is nn.Embedding and module.max_norm is None and not module.sparse:
         return RestingEmbedding
     return None

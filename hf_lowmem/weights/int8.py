@@ -92,9 +92,16 @@ def encode_(
         codes[start:stop].view(-1, group).copy_(code.clamp_(-TOP, TOP))
 
 
-def decode(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype, *, group: int) -> Tensor:
-    """The values, exact in fp32 and rounded to nearest in bf16. One pass over memory, without an fp32 copy."""
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+def decode(
+    codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype, *, group: int, out: Tensor | None = None
+) -> Tensor:
+    """The values, exact in fp32 and rounded to nearest in bf16. One pass over memory, without an fp32 copy.
+
+    Args:
+        out: where to write them.
+    """
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
     torch.mul(codes.view(-1, group), scale[:, None], out=out.view(-1, group))
     return out
 

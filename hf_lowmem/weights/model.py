@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from hf_lowmem.patching import forwards_of
 from hf_lowmem.weights.forwards import RestingForward, forward_for
 from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill, move
+from hf_lowmem.weights.shards import managed, put_shard, sharded_parameters, wake_shard
 
 __all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake", "write_scales"]
 
@@ -28,7 +29,8 @@ SIDE_FILE = "lowmem_weights.safetensors"
 
 def resting(model: nn.Module) -> dict[str, AtRest]:
     """Codes and scales of all parameters that are at rest, by name without wrappers."""
-    found = (at_rest(p) for p in model.parameters())
+    cut = sharded_parameters(model)  # which a module may have whole just now
+    found = (at_rest(p) for p in (*model.parameters(), *cut))
     return {kept.name: kept for kept in found if kept is not None}
 
 
@@ -42,19 +44,23 @@ def put_to_rest(
         weights: (name, parameter, modules whose `weight` it is) of each.
         folder: of a saved model that these may be the weights of, for the scales that are there.
     """
-    scales = read_scales(folder)
+    scales, cut = read_scales(folder), managed(model)
     again = 0
     for name, p, modules in weights:
         if at_rest(p) is not None:
             continue
-        kept = AtRest(name, p.detach(), scales.get(name))
-        again += name in scales and not torch.equal(kept.scale, scales[name].to(kept.scale))
-        empty(p, kept)
+        known, scale = cut.get(id(p)), scales.get(name)
+        kept = AtRest(name, p.detach(), scale) if known is None else put_shard(name, p, known, scale)
+        again += scale is not None and not kept.fits
+        if known is None:
+            empty(p, kept)
         for module in modules:
-            kind = forward_for(module)
-            assert kind is not None, f"{name}: {type(module).__name__}"
-            kind(module).put()
-            vars(module).update(_save_to_state_dict=Saved(module), _apply=Moved(module))
+            vars(module).update(_save_to_state_dict=Saved(module))
+            if known is None:
+                kind = forward_for(module)
+                assert kind is not None, f"{name}: {type(module).__name__}"
+                kind(module).put()
+                vars(module).update(_apply=Moved(module))
     if again:
         logger.warning(
             "%s of %s does not fit %d weights of the model, which are rounded to int8 anew: the model's files were "
@@ -63,7 +69,7 @@ def put_to_rest(
             folder,
             again,
         )
-    save = getattr(model, "save_pretrained", None)
+    save = None if cut else getattr(model, "save_pretrained", None)  # which one process may call alone
     if save is not None and not isinstance(save, SaveScales):
         vars(model)["save_pretrained"] = SaveScales(model, save)
 
@@ -73,12 +79,16 @@ def wake(model: nn.Module) -> nn.Module:
 
     Not while it is trained: an optimizer with weights="int8_sr" steps weights at rest alone.
     """
+    for known in managed(model).values():
+        if at_rest(known.sharded_param) is not None:
+            wake_shard(known.sharded_param, known)
     for module in model.modules():
+        for name, kind in (("_save_to_state_dict", Saved), ("_apply", Moved)):
+            if isinstance(vars(module).get(name), kind):
+                del vars(module)[name]
         for patch in list(forwards_of(module)):
             if isinstance(patch, RestingForward):
                 patch.take_away()
-                for name in ("_save_to_state_dict", "_apply"):
-                    vars(module).pop(name, None)
                 weight = module._parameters["weight"]
                 if weight is not None and at_rest(weight) is not None:  # it may be another module's as well
                     fill(weight)
@@ -88,7 +98,10 @@ def wake(model: nn.Module) -> nn.Module:
 
 
 class Saved:
-    """A module's part of a state dict, with bf16 values on the CPU for the weight that is at rest."""
+    """A module's part of a state dict, with bf16 values on the CPU for the weight that is at rest.
+
+    Where FSDP2 has cut it they are shards on their device: a checkpoint gathers them there.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -99,8 +112,11 @@ class Saved:
         if kept is None or keep_vars:
             type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
             return
-        values = torch.empty(kept.shape, dtype=kept.dtype, device="cpu")
-        values.copy_(kept.decode())
+        if kept.home is None:
+            values = torch.empty(kept.shape, dtype=kept.dtype, device="cpu")
+            values.copy_(kept.decode())
+        else:
+            values = kept.home.wrap(kept.decode(), kept.home.size[0])
         try:
             module._parameters["weight"] = None
             destination[prefix + "weight"] = values  # in its place: the order of a state dict is the model's
@@ -145,9 +161,15 @@ class SaveScales:
 
 
 def write_scales(model: nn.Module, folder: str | Path) -> None:
-    """Write the scales of all weights at rest into the folder of a saved model."""
+    """Write the scales of all weights at rest into the folder of a saved model.
+
+    Under FSDP2 all processes call it, and the first one writes.
+    """
     kept = resting(model)
-    tensors = {name: weight.scale.cpu() for name, weight in kept.items()}
+    tensors = {name: weight.scales().cpu() for name, weight in kept.items()}
+    if any(weight.home is not None for weight in kept.values()) and distributed.get_rank() != 0:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / SIDE_FILE, metadata={"format": "pt", "hf_lowmem": "scales of int8 weights"})
 
 
@@ -165,4 +187,4 @@ def expect_scales(model: nn.Module, folder: str | Path) -> None:
     """Let the values that are loaded next into weights at rest be those of a saved model, to the bit."""
     scales = read_scales(folder)
     for name, kept in resting(model).items():
-        kept.expected = scales.get(name)
+        kept.expect(scales.get(name))

@@ -18,9 +18,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem.distributed import Shards, held
 from hf_lowmem.weights import int8
 
-__all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill", "move"]
+__all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill", "load", "move", "refuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +39,32 @@ class AtRest:
         scale: fp32, flat, one for each `group` codes.
         writes: a list of one number: how often the codes were written. A part of a weight shares it.
         expected: scales that the next values to be loaded were saved with, perhaps.
+        fits: whether the first values were those of codes with the scales that were given.
+        home: where the other rows are, of a weight that FSDP2 has cut; codes and scales are those of the rows here.
     """
 
-    def __init__(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
+    def __init__(self, name: str, values: Tensor, scale: Tensor | None = None, home: Shards | None = None) -> None:
         group = int8.group_of(values.shape)
         assert group is not None, f"{name}: {tuple(values.shape)}"
         self.name, self.shape, self.dtype, self.group = name, values.shape, values.dtype, group
         self.codes = torch.empty(values.numel(), dtype=torch.int8, device=values.device)
         self.scale = torch.full((values.numel() // group,), int8.TINY, device=values.device)
         self.writes = [0]
+        self.home = home
+        self.expect(scale)
+        self.fits = self.replace(values)
+
+    def expect(self, scale: Tensor | None) -> None:
+        """Note the scales, of the whole weight, that the next values to be loaded were saved with."""
         self.expected: Tensor | None = scale
-        self.replace(values)
+        if scale is not None and self.home is not None and scale.numel() % (rows := self.home.size[0]) == 0:
+            self.expected = self.home.rows(scale.view(rows, -1)).reshape(-1)
+
+    def scales(self) -> Tensor:
+        """Those of the whole weight: a collective call where it is cut."""
+        if self.home is None:
+            return self.scale
+        return self.home.gather(self.scale.view(self.shape[0], -1), self.home.size[0]).view(-1)
 
     def decode(self) -> Tensor:
         """The weight in its own dtype."""
@@ -117,9 +133,9 @@ def simulated(tensor: Tensor) -> bool:
     return tensor.is_meta or torch._C._len_torch_dispatch_stack() > 0
 
 
-def at_rest(p: object) -> AtRest | None:
-    """Codes and scales of a parameter that is at rest; None of any other."""
-    return getattr(p, "lowmem_at_rest", None)
+def at_rest(p: Tensor | None) -> AtRest | None:
+    """Codes and scales of a parameter that is at rest, of the part on this process; None of any other."""
+    return None if p is None else getattr(held(p), "lowmem_at_rest", None)
 
 
 def _of_tensor(how: str | None, *names: str) -> Iterator[object]:
@@ -178,7 +194,8 @@ class EmptyParameter(nn.Parameter):
             if func is Tensor.is_contiguous:  # as the weight was; who asks, such as FSDP2, is told at the next question
                 return True
             if func is Tensor.copy_ and isinstance(others[0], Tensor) and at_rest(others[0]) is None:
-                return _load(p, others[0])
+                load(p.lowmem_at_rest, p, others[0])
+                return p
             if func == SET_DATA and others[0] is p:  # `module.to` of where and what it is
                 return None
             if func is Tensor.to and _stays(p, others, kwargs):
@@ -187,27 +204,29 @@ class EmptyParameter(nn.Parameter):
                 return p
         said, owner = getattr(func, "__name__", str(func)), getattr(func, "__self__", None)
         name = getattr(owner, "__name__", said)  # of the attribute that is read or set
-        return _refuse(next(_in((args, kwargs))), f".{name}" if said.startswith("__") and owner is not None else said)
+        refuse(
+            next(_in((args, kwargs))).lowmem_at_rest,
+            f".{name}" if said.startswith("__") and owner is not None else said,
+        )
 
     def __repr__(self) -> str:
         return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, at rest in int8"
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        _refuse(self, "copy.deepcopy")
+        refuse(self.lowmem_at_rest, "copy.deepcopy")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        _refuse(self, "pickle")
+        refuse(self.lowmem_at_rest, "pickle")
 
 
-def _load(p: EmptyParameter, values: Tensor) -> EmptyParameter:
-    """Take values, as `load_state_dict` writes them."""
+def load(kept: AtRest, p: Tensor, values: Tensor) -> None:
+    """Take values for a parameter at rest, as `load_state_dict` writes them."""
     if values.shape != p.shape:
-        raise RuntimeError(f"{p.lowmem_at_rest.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
+        raise RuntimeError(f"{kept.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
     if p.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{p.lowmem_at_rest.name}: a leaf that requires grad is written to. Use torch.no_grad().")
-    if not p.lowmem_at_rest.replace(values):
+        raise RuntimeError(f"{kept.name}: a leaf that requires grad is written to. Use torch.no_grad().")
+    if not kept.replace(values):
         _say_rounded()
-    return p
 
 
 @functools.cache
@@ -250,12 +269,11 @@ def _in(value: object) -> Iterator[EmptyParameter]:
             yield from _in(item)
 
 
-def _refuse(p: nn.Parameter, said: str) -> NoReturn:
-    kept = at_rest(p)
-    assert kept is not None
+def refuse(kept: AtRest, said: str, remedy: str = WAKE) -> NoReturn:
+    """Raise for who asks for values of a weight at rest. `said`: what was called."""
     raise RuntimeError(
         f"{kept.name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to "
-        f"{said!r}: they are there only inside of its own layer. {WAKE}."
+        f"{said!r}: they are there only inside of its own layer. {remedy}."
     )
 
 
@@ -278,7 +296,7 @@ def move(p: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> None:
     assert kept is not None
     moved = fn(torch.empty(0, dtype=p.dtype, device=p.device))
     if moved.dtype != p.dtype:
-        _refuse(p, f"a cast to {moved.dtype}")
+        refuse(kept, f"a cast to {moved.dtype}")
     if moved.device != p.device:
         grad, p.grad = p.grad, None
         kept.codes, kept.scale = kept.codes.to(moved.device), kept.scale.to(moved.device)

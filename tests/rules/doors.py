@@ -15,6 +15,7 @@ import yaml
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import LlamaConfig, TrainingArguments
 
 from hf_lowmem import (
@@ -66,6 +67,7 @@ class Patched:
         if run.get("engine") == "fsdp":
             patch.setenv("ACCELERATE_USE_FSDP", "true")
             patch.setenv("FSDP_VERSION", str(run.get("fsdp_version", 2)))
+            patch.setenv("FSDP_OFFLOAD_PARAMS", str(run.get("cpu_offload", False)).lower())
 
     def later(self) -> None:
         plain = TrainingArguments.__post_init__
@@ -80,7 +82,7 @@ class Patched:
 def fields(run: dict[str, Any]) -> dict[str, Any]:
     """Of training arguments."""
     found = ours(run)
-    found |= {"fp16": True} if run.get("precision") == "fp16" else {}
+    found |= {run["precision"]: True} if run.get("precision") in ("fp16", "bf16") else {}
     found |= {"parallelism_config": ParallelismConfig(**run["pieces"])} if "pieces" in run else {}
     found |= {"gradient_checkpointing_kwargs": {"use_reentrant": True}} if run.get("reentrant") else {}
     for fact, name in (
@@ -101,7 +103,9 @@ def ours(run: dict[str, Any]) -> dict[str, Any]:
 def accelerator(run: dict[str, Any]) -> Any:
     zero = SimpleNamespace(deepspeed_config=run.get("zero", {}))
     sharded = SimpleNamespace(
-        fsdp_version=run.get("fsdp_version", 2), activation_checkpointing=run.get("checkpointing", False)
+        fsdp_version=run.get("fsdp_version", 2),
+        activation_checkpointing=run.get("checkpointing", False),
+        cpu_offload=CPUOffloadPolicy() if run.get("cpu_offload") else None,
     )
     dynamo = SimpleNamespace(backend=SimpleNamespace(value="INDUCTOR" if run.get("compile") else "NO"))
     return SimpleNamespace(
@@ -144,6 +148,7 @@ def by_launch(run: dict[str, Any], patch: pytest.MonkeyPatch, folder: Path) -> N
         "fsdp_config": {
             "fsdp_version": run.get("fsdp_version", 2),
             "fsdp_activation_checkpointing": run.get("checkpointing", False),
+            "fsdp_offload_params": run.get("cpu_offload", False),
         },
         "parallelism_config": {f"parallelism_config_{name}": size for name, size in run.get("pieces", {}).items()},
         "deepspeed_config": {

@@ -91,7 +91,16 @@ ROWS = {
         ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"
     ),
     "rest_sharded": Row(
-        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2}, "shards are gathered"
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2, "precision": "bf16"},
+        "makes fp32 of all trained weights",
+    ),
+    "rest_offloaded": Row(
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2, "cpu_offload": True},
+        "codes are gathered from the devices",
+    ),
+    "rest_budget": Row(
+        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2, "budget": "1GiB"},
+        "for one process alone",
     ),
     "rest_matmul": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "matmul": "fp8_row"}, "a scale for each group"
@@ -124,7 +133,10 @@ BLIND = {
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
        if rule.startswith(("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
-    ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
+    **{(rule, "axolotl"): "the step in backward that such weights need is refused there in any case"
+       for rule in ("rest_sharded", "rest_offloaded", "rest_budget")},
+    ("rest_budget", "plugin"): NO_BUDGET,
+    ("rest_offloaded", "planner"): "a plan is told of processes alone; the trainer says it",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",
     ("least_nothing", "callback"): NO_OPTIMIZER,
