@@ -7,8 +7,8 @@ is replaced by `attend`, which
 
 - hands on what has a mask of its own (windows, documents, padding: a block of chunk x keys that it sees);
 - hands on a chunk that begins at key 0, for which transformers' way is right;
-- else calls the flash kernel on a CUDA device, whose causality is from the lower right, on keys that are not repeated
-  for groups of heads; elsewhere torch's sdpa with a mask of chunk x keys.
+- else calls the flash kernel on a CUDA device, whose causality is from the lower right; elsewhere torch's sdpa with a
+  mask of chunk x keys that is a view of one line. Keys are repeated for groups of heads in neither.
 
 A layer that does not ask the table for its attention is given a mask of chunk x keys in every chunk.
 """
@@ -24,14 +24,17 @@ from torch.nn import functional as F
 
 __all__ = ["Chunk", "Corner", "lower_right", "on_accelerator", "streaming", "swapped", "table_of"]
 
-ROWS = 512  # queries under one mask
+ROWS = 1024  # queries in one call: torch's kernel on a CPU is fastest from 768 on, and computes half of them in vain
 FLASH_HEAD = 256  # the largest head dimension that it takes
 
 
 class Corner:
-    """Masks of queries at the end of keys, in one pass over the chunks of a layer: views of one tensor, which is made
-    once. torch's kernels on a CPU add a mask to scores, so it is 0 or -inf; of a mask of True and False they would make
-    this one in each call.
+    """Masks of queries at the end of keys, in one pass over the chunks of a layer. torch's kernels on a CPU add a mask
+    to scores, so it is 0 or -inf; of a mask of True and False they would make this one in each call.
+
+    Whether a query sees a key depends on the distance between them. So with the last query first, a mask has the same
+    value along each diagonal, and is a view of one line: what would be queries x keys values, read from memory once for
+    all scores, is a few thousand that stay in the processor's cache.
 
     Args:
         keys: of the longest mask.
@@ -39,16 +42,15 @@ class Corner:
     """
 
     def __init__(self, keys: int, queries: int = ROWS) -> None:
-        self.keys, self.queries = keys, queries
-        self._whole: Tensor | None = None
+        self.keys, self.queries = keys, min(queries, keys, ROWS)
+        self._line: Tensor | None = None
 
     def of(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The mask of up to ROWS queries."""
-        if self._whole is None:
-            rows = min(ROWS, self.queries, self.keys)
-            self._whole = torch.zeros(rows, self.keys, dtype=dtype, device=device)
-            self._whole[:, self.keys - rows :].masked_fill_(~lower_right(rows, rows, device), float("-inf"))
-        return self._whole[len(self._whole) - queries :, self.keys - keys :]
+        """The mask of up to ROWS queries, of which the last comes first."""
+        if self._line is None:
+            self._line = torch.zeros(self.keys + self.queries - 1, dtype=dtype, device=device)
+            self._line[self.keys :].fill_(float("-inf"))
+        return self._line.as_strided((queries, keys), (1, 1), self.keys - keys)
 
 
 class Chunk:
@@ -141,17 +143,24 @@ class _Attention:
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None, corner: Corner) -> Tensor:
     """Attention by blocks of queries, so that the corner which is computed in vain is small."""
-    before, grouped, parts = key.shape[2] - query.shape[2], query.shape[1] != key.shape[1], []
-    for rows in query.split(ROWS, dim=2):
-        before += rows.shape[2]
-        mask = corner.of(rows.shape[2], before, query.dtype, query.device)
-        seen = key[:, :, :before], value[:, :, :before]
+    (rows, heads, queries, head), shared, keys = query.shape, key.shape[1], key.shape[2]
+    # Heads that share keys are a dimension of their own, along which keys are seen and not repeated.
+    of_group = rows * shared, heads // shared
+    last_first = query.flip(2).reshape(*of_group, queries, head)
+    key, value = (t.flatten(0, 1)[:, None].expand(*of_group, -1, -1) for t in (key, value))
+    parts = []
+    for start in reversed(range(0, queries, ROWS)):
+        end = min(start + ROWS, queries)
+        seen = keys - queries + end
+        mask = corner.of(end - start, seen, query.dtype, query.device)
+        block = last_first[:, :, queries - end : queries - start]
         parts.append(
             F.scaled_dot_product_attention(
-                rows, *seen, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+                block, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, dropout_p=dropout, scale=scale
             )
         )
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return out.flip(2).reshape(rows, heads, queries, -1)
 
 
 def table_of(module: str, name: str) -> MutableMapping[str, Callable[..., object]]:

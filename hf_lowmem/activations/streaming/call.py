@@ -220,11 +220,9 @@ class Call:
             return of_hidden, *of_weights
 
     def fill(self, parts: Sequence[Tensor], keys: Keys) -> None:
-        """Compute the keys and values of all chunks."""
-        if len(self.spans) == 1:
-            return
+        """Compute the keys and values of all chunks but the last, which comes first and brings its own."""
         with torch.no_grad():
-            for index, (start, end, first) in enumerate(self.spans):
+            for index, (start, end, first) in enumerate(self.spans[:-1]):
                 x = self.decoded(parts, start, end)
                 with contextlib.suppress(Filled), self.drawn(index):
                     self.run(x, keys.at(start, end, first, "fill"))
