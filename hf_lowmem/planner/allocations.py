@@ -41,6 +41,7 @@ __all__ = ["INSTEAD", "CannotSimulate", "Live"]
 # Operators whose temporaries count, and what shows them.
 SEEN_THROUGH = four_bit.SEEN_THROUGH  # itself: accelerator.py adds to it for a while
 SEEN_THROUGH[flash.BACKWARD] = flash.backward_in_steps
+SEEN_THROUGH[flash.OF_DOCUMENTS] = flash.backward_of_documents
 INDEX = torch.ops.aten.index.Tensor
 READ_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 

@@ -8,10 +8,12 @@ step: twice tokens x hidden.
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen  # registers its operators
 
-__all__ = ["BACKWARD", "backward_in_steps"]
+__all__ = ["BACKWARD", "OF_DOCUMENTS", "backward_in_steps", "backward_of_documents"]
 
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+OF_DOCUMENTS = torch.ops.torch_attn._varlen_attn_backward.default  # of several lengths, as documents of a row are
 ROWS = 128  # of a block of queries
 
 
@@ -28,5 +30,31 @@ def backward_in_steps(
     ]
     if key.shape[1] != heads:
         inside += [t.new_empty((rows, heads, t.shape[2], dim)) for t in (key, value)]
+    del inside
+    return grads
+
+
+def backward_of_documents(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    of_queries: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> tuple[Tensor, ...]:
+    """The operator on (tokens, heads, dimension), with its temporaries as tensors of their own: of each document there
+    may be a block more."""
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    queries, heads, dim = query.shape
+    padded, wide = queries + ROWS * (of_queries.numel() - 1), -(-dim // 32) * 32
+    inside = [
+        query.new_empty((padded, heads, wide), dtype=torch.float32),
+        query.new_empty((padded, heads), dtype=torch.float32),
+    ]
+    if key.shape[1] != heads:
+        inside += [t.new_empty((t.shape[0], heads, dim)) for t in (key, value)]
     del inside
     return grads

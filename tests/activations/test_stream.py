@@ -8,6 +8,7 @@ import torch
 
 from hf_lowmem.activations import convert, undo
 from hf_lowmem.activations.convert import convert as convert_model
+from hf_lowmem.activations.streaming.attention import Corner, lower_right
 from tests.activations.models import EXPERTS, FAMILIES, batch, build, loss_and_gradients, twin
 from tests.activations.streams import CHUNKS, LAYOUTS, TOKENS, distance, floor, laid_out, model_of, streamed
 
@@ -85,6 +86,25 @@ def test_sums_over_chunks_lose_nothing(dtype: torch.dtype) -> None:
 def test_blocks_of_queries_under_one_mask_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_lowmem.activations.streaming.attention.ROWS", 3)
     is_huggingfaces("llama", "plain")
+
+
+def test_long_sequences_have_the_bits_of_whole_layers_in_fp32() -> None:
+    """Where chunks, and blocks of queries in them, are whole ones of the kernel that sums over keys."""
+    model = build("llama", num_hidden_layers=1, max_position_embeddings=2700)
+    inputs = batch(2600, 1)
+    loss, grads = loss_and_gradients(model, inputs)
+    ours, found = loss_and_gradients(streamed(model, 1536), inputs)
+    assert torch.equal(ours, loss)
+    assert distance(found, grads) <= 1e-4
+
+
+def test_a_mask_is_a_view_of_a_line() -> None:
+    corner = Corner(2000, 700)
+    for queries, keys in ((700, 2000), (700, 701), (3, 2000), (1, 1)):
+        mask = corner.of(queries, keys, torch.float64, torch.device("cpu")).flip(0)
+        assert torch.equal(mask == 0, lower_right(queries, keys, mask.device))
+        assert torch.equal(mask.isneginf(), ~lower_right(queries, keys, mask.device))
+    assert corner.of(1, 1, torch.float64, torch.device("cpu")).untyped_storage().nbytes() == 8 * (2000 + 700 - 1)
 
 
 def test_under_autocast() -> None:

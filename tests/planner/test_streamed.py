@@ -45,15 +45,19 @@ def test_the_chunks_that_are_planned_have_the_peak(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.train
-def test_flash_attention_is_planned_with_what_it_allocates_inside() -> None:
-    """Gradients of keys for every head, of which there are 8 times as many as keys; and no mask."""
+@pytest.mark.parametrize("packing", [False, True])
+def test_flash_attention_is_planned_with_what_it_allocates_inside(packing: bool) -> None:
+    """Gradients of keys for every head, of which there are 8 times as many as keys; and no mask, of a packed row (by
+    the kernel for sequences of several lengths) neither."""
 
     def peak(keys: int, tokens: int = 4096) -> int:
         config = LlamaConfig(
             hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16,
             num_key_value_heads=keys, vocab_size=128,
         )  # fmt: skip
-        args = arguments(max_length=tokens, lowmem_activations="stream", lowmem_stream_chunk=256, optim="sgd")
+        args = arguments(
+            max_length=tokens, lowmem_activations="stream", lowmem_stream_chunk=256, optim="sgd", packing=packing
+        )
         made = plan(config, args, dtype="bfloat16")
         return max(point.total for point in made.timeline if point.module.startswith("model.layers"))
 

@@ -19,6 +19,7 @@ __all__ = ["check_streamed", "why_not_streamed"]
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 SHARED = ("is_kv_shared_layer", "kv_shared_layer_index", "store_full_length_kv")
+STREAMS = ("altup",)  # modules that mix several streams of activations, which are a dimension of a layer's input
 BIASES = ("alibi", "position_bias", "rel_pos_bias")
 
 
@@ -60,8 +61,20 @@ def why_not_streamed(layer: nn.Module) -> str | None:
         return "its convolutions mix neighbouring tokens"
     if any(getattr(module, name, None) not in (None, False) for module in layer.modules() for name in SHARED):
         return "its keys and values are shared with other layers"
+    if not _hands_keys(attentions[0]):
+        return "its attention hands no keys and values to a cache (a recurrence hands it a state)"
+    if streams := next((name for name in STREAMS if isinstance(getattr(layer, name, None), nn.Module)), None):
+        return f"its input is several streams of activations ({streams!r}), and not (rows, tokens, hidden)"
     if bias := next((name for name in BIASES if name in names), None):
         return f"its attention adds a bias of its own ({bias})"
     if own := next((name for name, _ in attentions[0].named_parameters(recurse=False)), None):
         return f"its attention has a weight of its own ({own!r}), as sinks and recurrences have"
     return None
+
+
+def _hands_keys(attention: nn.Module) -> bool:
+    """Whether any code of an attention calls `update` of something, as that of a cache is called. Code that cannot be
+    read may."""
+    own = [kind for kind in type(attention).__mro__ if not kind.__module__.startswith("torch.")]
+    methods = [inspect.unwrap(value) for kind in own for value in vars(kind).values() if inspect.isfunction(value)]
+    return not methods or any("update" in method.__code__.co_names for method in methods)

@@ -6,6 +6,7 @@ What is drawn, cast and switched in the forward pass is noted, so that backward 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from hf_lowmem.activations.draws import Draws
 from hf_lowmem.activations.formats import decompress
 from hf_lowmem.activations.fusable import is_fake
 from hf_lowmem.activations.state import State
+from hf_lowmem.activations.streaming import attention
 from hf_lowmem.activations.streaming.attention import Chunk, lower_right, streaming
+from hf_lowmem.activations.streaming.documents import Documents
 from hf_lowmem.activations.streaming.keys import Filled, Keys
-from hf_lowmem.activations.streaming.masks import Causal, mask_of
+from hf_lowmem.activations.streaming.masks import Causal, Lazy, mask_of
 from hf_lowmem.activations.streaming.weights import standing_in, trained
 from hf_lowmem.patching import version_of
 
@@ -76,6 +79,10 @@ class Call:
         self.draws: list[Draws | None] = []
         self.state = State(module)
         self.autocast = _autocast_now(hidden.device.type)
+        self.documents: Documents | None = None
+        half = torch.is_autocast_enabled(hidden.device.type) or attention.halves(hidden.dtype)
+        if isinstance(self.mask, Lazy) and implementation == "sdpa" and half and attention.on_accelerator(hidden):
+            self.documents = self.mask.documents()
         self.tail: Args | None = None
         self.asks_table = True  # until the first chunk shows that it does not
 
@@ -137,12 +144,14 @@ class Call:
         start, end, first = keys.start, keys.end, keys.first
         causal = isinstance(self.mask, Causal)
         given = {name: self.cut(name, value, start, end) for name, value in self.kwargs.items()}
-        mask = self.mask.block(start, end, first)
+        made = partial(self.mask.block, start, end, first)
+        # The first chunk has a mask in any case, as it shows whether the layer hands it to the table.
+        mask = None if self.documents is not None and start > 0 and self.asks_table else made()
         if causal and start > 0 and not self.asks_table:
             mask = lower_right(end - start, end - first, self.device)
         if mask is not None or "attention_mask" in inspect.signature(self.original).parameters:
             given["attention_mask"] = mask
-        chunk = Chunk(causal, keys.corner)
+        chunk = Chunk(causal, keys.corner, start, first, mask, made, self.documents)
         with streaming(chunk, self.implementation):
             out = self.original(x, **{**given, self.cache: keys, "use_cache": False})
         if keys.calls != 1:
@@ -220,11 +229,9 @@ class Call:
             return of_hidden, *of_weights
 
     def fill(self, parts: Sequence[Tensor], keys: Keys) -> None:
-        """Compute the keys and values of all chunks."""
-        if len(self.spans) == 1:
-            return
+        """Compute the keys and values of all chunks but the last, which comes first and brings its own."""
         with torch.no_grad():
-            for index, (start, end, first) in enumerate(self.spans):
+            for index, (start, end, first) in enumerate(self.spans[:-1]):
                 x = self.decoded(parts, start, end)
                 with contextlib.suppress(Filled), self.drawn(index):
                     self.run(x, keys.at(start, end, first, "fill"))

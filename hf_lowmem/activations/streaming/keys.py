@@ -5,7 +5,8 @@ place to put a chunk's keys behind those of the chunks before it, whatever the r
 all tokens at once, returns views and never joins tensors. It serves three passes:
 
     first   forward: keys and values are written and read
-    fill    backward, before all else: they are written again, and the layer is left by an exception as soon as it is
+    fill    backward, before all else: all but the last chunk's are written again, and the layer is left by an exception
+            as soon as they are
     again   backward, a chunk at a time, the last one first: a node of autograd stands where the cache is. Its backward
             gets the gradients of all keys that the chunk has seen, adds them up in fp32, and hands on the sum of the
             chunk's own: it is complete, because later chunks came first
@@ -74,12 +75,15 @@ class Keys:
             self.kept = [t.new_empty((*t.shape[:2], self.tokens, t.shape[3])) for t in pair]
         if self.way == "again":
             return cast("tuple[Tensor, Tensor]", _Seen.apply(self, key, value))
-        with torch.no_grad():
-            for kept, t in zip(self.kept, pair, strict=True):
-                kept[:, :, self.start : self.end] = t
+        self.write(key, value)
         if self.way == "fill":
             raise Filled
         return self.views()
+
+    @torch.no_grad()
+    def write(self, key: Tensor, value: Tensor) -> None:
+        for kept, t in zip(self.kept, (key, value), strict=True):
+            kept[:, :, self.start : self.end] = t
 
     def views(self) -> tuple[Tensor, Tensor]:
         key, value = (kept[:, :, self.first : self.end] for kept in self.kept)
@@ -118,6 +122,8 @@ class _Seen(torch.autograd.Function):
     def forward(ctx: Context, keys: Keys, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.keys, ctx.place = keys, (keys.first, keys.start, keys.end)
+        if keys.end == keys.tokens:  # no chunk sees those of the last but itself
+            keys.write(key, value)
         return keys.views()
 
     @staticmethod

@@ -18,6 +18,7 @@ through, chunk by chunk, once for all layers. In both cases it is seen that no c
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -27,6 +28,7 @@ from hf_lowmem.activations.aside import reason_to_step_aside
 from hf_lowmem.activations.checkpoint import Kwargs
 from hf_lowmem.activations.fusable import is_fake
 from hf_lowmem.activations.streaming.attention import swapped, table_of
+from hf_lowmem.activations.streaming.documents import Documents, found_in
 from hf_lowmem.patching import ForwardPatch
 
 __all__ = ["Causal", "Dense", "Lazy", "Mask", "MaskMaker", "mask_of", "whole"]
@@ -82,6 +84,7 @@ class Lazy:
         self.shape = (asked["batch_size"], 1, asked["q_length"], asked["kv_length"])  # of the whole
         self.ndim = 4
         self._starts: dict[tuple[Span, ...], list[int]] = {}
+        self._documents: list[Documents | None] = []  # one, once it is asked for
 
     def starts(self, spans: Sequence[Span]) -> list[int]:
         key = tuple(spans)
@@ -104,6 +107,22 @@ class Lazy:
         if ahead.any():
             raise ValueError(LOOKS_AHEAD)
         return [min(first, start) for first, (start, _) in zip(found, spans, strict=True)]
+
+    def documents(self) -> Documents | None:
+        """The documents and the window that it means; None where it is another mask, as with padding."""
+        if not self._documents:
+            self._documents.append(self._find_documents())
+        return self._documents[0]
+
+    def _find_documents(self) -> Documents | None:
+        rows, tokens, device = self.asked["batch_size"], self.asked["kv_length"], torch.device(self.asked["device"])
+        if is_fake():
+            return Documents([[0]] * rows, self.asked.get("local_size"), device)
+        padding = self.asked.get("attention_mask")
+        if not self.is_transformers() or (padding is not None and not bool(padding.all())):
+            return None
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        return found_in(lambda row, q, k: self.asked["mask_function"](row, head, q, k), rows, tokens, device)
 
     def is_transformers(self) -> bool:
         """Whether the function is one that transformers has composed, of its own parts."""
@@ -229,7 +248,7 @@ def _lazy_masks(implementation: str) -> Iterator[None]:
     makers = table_of(MAKERS, "ALL_MASK_ATTENTION_FUNCTIONS")
     outer, _asking.active = _asking.active, True
     try:
-        with swapped(makers, implementation, _Maker(makers[implementation], implementation)):
+        with swapped(makers, implementation, partial(_Maker, implementation=implementation)):
             yield
     finally:
         _asking.active = outer

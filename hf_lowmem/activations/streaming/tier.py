@@ -43,6 +43,7 @@ __all__ = ["Streamed", "chunk_of", "wrap_streamed"]
 ROOM = 2**30  # bytes that a chunk's graph may take
 MASK_ROOM = 2**28  # and its mask, where attention needs one
 STEP = 256  # tokens; a chunk is a multiple of it
+CPU_STEP = 512  # keys that torch's kernel on a CPU takes at once: in whole ones, sums are those of a whole layer to the bit
 
 
 def chunk_of(hidden: Tensor, widest: int) -> int:
@@ -50,9 +51,10 @@ def chunk_of(hidden: Tensor, widest: int) -> int:
     linear one (counted on Llama), and attention's mask in MASK_ROOM where it needs one."""
     rows, tokens, width = hidden.shape
     chunk = ROOM // (rows * (23 * width + 5 * widest) * hidden.element_size())
+    step = STEP
     if not attention.on_accelerator(hidden):
-        chunk = min(chunk, MASK_ROOM // (rows * tokens * hidden.element_size()))
-    return max(STEP, chunk // STEP * STEP)
+        chunk, step = min(chunk, MASK_ROOM // (rows * tokens * hidden.element_size())), CPU_STEP
+    return max(step, chunk // step * step)
 
 
 def wrap_streamed(

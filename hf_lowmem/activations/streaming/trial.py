@@ -39,9 +39,7 @@ def check_by_trial(
     Raises:
         ValueError: where they differ by more than rounding.
     """
-    # Linear layers do the same in training, or leave it for good: bitsandbytes' pack their weights anew on a CPU, for
-    # products without a backward pass.
-    with torch.no_grad(), undrawn(hidden.device), in_eval_mode(module, but=is_linear):
+    with torch.no_grad(), undrawn(hidden.device), in_eval_mode(module, but=_stays_in_training):
         out = whole()
         out = out[0] if isinstance(out, tuple) else out
         assert isinstance(out, Tensor)
@@ -57,3 +55,9 @@ def check_by_trial(
             "chunks than whole, so it mixes tokens by other means than attention. Use "
             "lowmem_activations='checkpoint_fp8' for it."
         )
+
+
+def _stays_in_training(module: nn.Module) -> bool:
+    """Linear layers of quantised weights do the same in training, or leave it for good: bitsandbytes' pack their
+    weights anew on a CPU, for products without a backward pass. Others may draw, as a router that is one does."""
+    return is_linear(module) and type(getattr(module, "weight", None)) is not nn.Parameter
