@@ -135,7 +135,7 @@ def check_awake(spec: OptimSpec, model: nn.Module) -> None:
 
 
 def _resting(model: nn.Module) -> Iterator[AtRest]:
-    return filter(None, map(at_rest, model.parameters()))
+    return (kept for kept in map(at_rest, model.parameters()) if kept is not None and kept.trained)
 
 
 def rest(spec: OptimSpec, model: nn.Module, folder: str | Path | None = None, *, shown: bool = True) -> Chosen:

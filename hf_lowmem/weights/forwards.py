@@ -111,9 +111,9 @@ class RestingForward(ForwardPatch):
         found = at_rest(p)
         if found is None:
             raise RuntimeError(
-                f"the weight of a {type(self.module).__name__} was at rest in int8 (lowmem_weights='int8_sr') and has "
-                "been replaced since, by load_state_dict(assign=True) or by hand. Load into it without assign=True, or "
-                "replace it before the optimizer is made."
+                f"the weight of a {type(self.module).__name__} was at rest as codes, and has been replaced since, by "
+                "load_state_dict(assign=True) or by hand. Load into it without assign=True, or replace it before the "
+                "training (of a loop: before the optimizer is made)."
             )
         assert isinstance(p, Tensor)
         return p, found

@@ -24,9 +24,7 @@ __all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill", "move"]
 
 logger = logging.getLogger(__name__)
 
-WAKE = (
-    "model.state_dict() has bf16 copies on the CPU, and hf_lowmem.weights.wake(model) makes it a plain bf16 model again"
-)
+WAKE = "model.state_dict() has copies on the CPU, and hf_lowmem.weights.wake(model) makes it a plain model again"
 
 
 class AtRest:
@@ -38,7 +36,12 @@ class AtRest:
         scale: fp32, flat, one for each `group` codes.
         writes: a list of one number: how often the codes were written. A part of a weight shares it.
         expected: scales that the next values to be loaded were saved with, perhaps.
+        said: what it is and by which field, in errors.
+        trained: whether an optimizer writes it.
     """
+
+    said = "at rest in int8 (lowmem_weights='int8_sr')"
+    trained = True
 
     def __init__(self, name: str, values: Tensor, scale: Tensor | None = None) -> None:
         group = int8.group_of(values.shape)
@@ -190,7 +193,7 @@ class EmptyParameter(nn.Parameter):
         return _refuse(next(_in((args, kwargs))), f".{name}" if said.startswith("__") and owner is not None else said)
 
     def __repr__(self) -> str:
-        return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, at rest in int8"
+        return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, {self.lowmem_at_rest.said}"
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         _refuse(self, "copy.deepcopy")
@@ -205,7 +208,7 @@ def _load(p: EmptyParameter, values: Tensor) -> EmptyParameter:
         raise RuntimeError(f"{p.lowmem_at_rest.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
     if p.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{p.lowmem_at_rest.name}: a leaf that requires grad is written to. Use torch.no_grad().")
-    if not p.lowmem_at_rest.replace(values):
+    if not p.lowmem_at_rest.replace(values) and p.lowmem_at_rest.trained:
         _say_rounded()
     return p
 
@@ -254,8 +257,8 @@ def _refuse(p: nn.Parameter, said: str) -> NoReturn:
     kept = at_rest(p)
     assert kept is not None
     raise RuntimeError(
-        f"{kept.name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to "
-        f"{said!r}: they are there only inside of its own layer. {WAKE}."
+        f"{kept.name} is {kept.said}, and has no values to give to {said!r}: they are there only inside of its own "
+        f"layer. {WAKE}."
     )
 
 
