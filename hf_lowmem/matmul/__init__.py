@@ -6,7 +6,6 @@ frozen     weights of a frozen model, of which codes alone are kept
 owned      on a model for as long as a training lasts
 """
 
-from hf_lowmem.matmul.frozen import keep_codes
-from hf_lowmem.matmul.owned import OwnedProducts, ProductReport, products_of
+from hf_lowmem.matmul.owned import OwnedProducts, ProductReport, code_frozen, products_of
 
-__all__ = ["OwnedProducts", "ProductReport", "keep_codes", "products_of"]
+__all__ = ["OwnedProducts", "ProductReport", "code_frozen", "products_of"]

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem.kernels.operands import FLOATS
 from hf_lowmem.matmul.linear import frozen_codes
@@ -53,7 +54,7 @@ def why_whole(model: nn.Module, linears: Mapping[str, nn.Module], recipe: str) -
             found[name] = "frozen, and part of the model that is saved"
         elif owners[id(weight)] > 1:
             found[name] = "frozen, and tied to another"
-        elif type(weight) is not nn.Parameter or weight.dtype not in FLOATS or not weight.is_contiguous():
+        elif is_traceable_wrapper_subclass(weight) or weight.dtype not in FLOATS or not weight.is_contiguous():
             found[name] = f"frozen, and a {type(weight).__name__} that is no plain matrix of floats"
         else:
             found[name] = _reads(around.get(id(module)))

@@ -14,7 +14,7 @@ from hf_lowmem.matmul.spec import LEAST, MatmulSpec
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.patching import forwards_of
 
-__all__ = ["OwnedProducts", "ProductReport", "products_of"]
+__all__ = ["OwnedProducts", "ProductReport", "code_frozen", "products_of"]
 
 # Compute capability of NVIDIA's GPUs from which there are 8-bit products, by format.
 CAPABILITY = {"e4m3": (8, 9), "int8": (7, 5)}
@@ -120,6 +120,16 @@ def _check_device(module: nn.Module, said: str, fmt: str) -> None:
         )
 
 
+def code_frozen(
+    linears: Mapping[str, nn.Module], spec: MatmulSpec, model: nn.Module, *, whole: str | None = None
+) -> ProductReport:
+    """Keep codes alone of the frozen weights that a spec multiplies; see `products_of`. Again is nothing."""
+    report = products_of(linears, spec, model, whole=whole)
+    if alone := {name: linears[name] for name, why in report.frozen.items() if why is None}:
+        keep_codes(model, alone, spec.recipe)
+    return report
+
+
 class OwnedProducts:
     """Products that can be taken off again as a whole.
 
@@ -143,11 +153,11 @@ class OwnedProducts:
             for patch in list(forwards_of(module)):
                 if isinstance(patch, Linear8):
                     patch.take_away()
-        self.report = products_of(linears, spec, model, whole=whole)
-        alone = {name: linears[name] for name, why in self.report.frozen.items() if why is None}
-        if model is not None and alone:
-            keep_codes(model, alone, spec.recipe)
-            agree(alone)
+        if model is None:
+            self.report = products_of(linears, spec)
+        else:
+            self.report = code_frozen(linears, spec, model, whole=whole)
+            agree(linears)
         self._ours = []
         for name in self.report.handled:
             module = linears[name]

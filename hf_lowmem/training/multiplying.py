@@ -9,14 +9,14 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from hf_lowmem.activations.linears import linears_of_layers
-from hf_lowmem.matmul import OwnedProducts, ProductReport, keep_codes, products_of
+from hf_lowmem.matmul import OwnedProducts, ProductReport, code_frozen, products_of
 from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.training.matmul_fields import MatmulArguments
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["MultipliesIn8Bits", "put_products"]
+__all__ = ["MultipliesIn8Bits", "put_products", "whole_under"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ def put_products(args: MatmulArguments, model: nn.Module, accelerator: Accelerat
     spec = args.lowmem_matmul_spec()
     if spec is None:
         return None
-    return OwnedProducts(linears_of_layers(model), spec, model, whole=_whole(accelerator))
+    return OwnedProducts(linears_of_layers(model), spec, model, whole=whole_under(accelerator))
 
 
-def _whole(accelerator: Accelerator) -> str | None:
+def whole_under(accelerator: Accelerator) -> str | None:
     """Why frozen weights are kept under an engine."""
     engines = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
     engine = engines.get(accelerator.distributed_type)
@@ -57,17 +57,14 @@ class MultipliesIn8Bits:
         spec = self._matmul_spec()
         if spec is not None and self.model is not None:
             linears = linears_of_layers(self.model)
-            self.products = products_of(linears, spec, self.model, whole=_whole(self.accelerator))
+            self.products = products_of(linears, spec, self.model, whole=whole_under(self.accelerator))
             logger.info("lowmem_matmul=%r:\n%s", spec.recipe, self.products)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Make codes of frozen weights first, where they are elsewhere: the device needs no room for the weights."""
         spec = self._matmul_spec()
         if spec is not None and any(p.device.type != torch.device(device).type for p in model.parameters()):
-            linears = linears_of_layers(model)
-            report = products_of(linears, spec, model, whole=_whole(self.accelerator))
-            if alone := {name: linears[name] for name, why in report.frozen.items() if why is None}:
-                keep_codes(model, alone, spec.recipe)
+            code_frozen(linears_of_layers(model), spec, model, whole=whole_under(self.accelerator))
         cast("Trainer", super())._move_model_to_device(model, device)
 
     def _put_products(self) -> None:

@@ -37,7 +37,8 @@ class FrozenCodes(AtRest):
         self.recipe, self.fmt, self.encode = recipe, fmt, encode
         self.said = f"kept as 8-bit codes alone (lowmem_matmul={recipe!r}, of a frozen model)"
         self.group, self.writes, self.expected = values.shape[-1], [0], None
-        self.codes, self.scale = self.encode(values)
+        codes, scale = self.encode(values)
+        self.codes, self.scale = codes, scale.clone()  # of one for all rows, a view would hold as many
         if not simulated(values) and not bool(self.scale.isfinite().all()):
             raise ValueError(f"{name} has NaN or Inf among its values, for which there is no 8-bit code.")
 
