@@ -178,7 +178,9 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             live.watch(model)
             measured.weights |= live.rows_of([*model.parameters(), *model.buffers()])
             measured.weights |= live.rows_of(t for p in model.parameters() for t in state_of(p))
-            measured.weights |= live.rows_of(t for p in model.parameters() if (kept := at_rest(p)) for t in kept.stored())
+            measured.weights |= live.rows_of(
+                t for p in model.parameters() if (kept := at_rest(p)) for t in kept.stored()
+            )
             reference = getattr(self, "ref_model", None)
             if isinstance(reference, nn.Module):
                 live.watch(reference, "reference: ")

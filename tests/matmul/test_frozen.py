@@ -201,7 +201,9 @@ def test_weights_that_must_be_there_are_kept_and_it_is_said_why() -> None:
 def test_a_weight_of_nan_and_codes_of_another_recipe_are_refused() -> None:
     model, products = coded()
     products.take_off()
-    with pytest.raises(ValueError, match=r"'int8_row': .*codes alone \(lowmem_matmul='fp8_row'.*Set.*='fp8_row', or lo"):
+    with pytest.raises(
+        ValueError, match=r"'int8_row': .*codes alone \(lowmem_matmul='fp8_row'.*Set.*='fp8_row', or lo"
+    ):
         OwnedProducts(linears_of_layers(model), spec("int8_row"), model)
     model = adapted()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A frozen model that is kept as codes of 8-bit products, planned: a byte a weight, of shallow models and of deep ones."""
+"""A frozen model that is kept as codes of 8-bit products, planned: a byte a weight, of shallow models and deep."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def test_a_plan_is_that_of_a_real_run(recipe: str) -> None:
     assert 0.9 * linears < saved <= linears  # a byte of two, but for a scale a row
 
 
-@pytest.mark.train
+@pytest.mark.slow
 def test_of_a_deep_model_to_the_byte_and_of_shards_as_weights() -> None:
     config, args = small_config(hidden_size=64, intermediate_size=96, num_hidden_layers=8), arguments(**EIGHT)
     made = plan(config, args, dtype="bfloat16", peft_config=lora())
