@@ -17,8 +17,8 @@ from hf_lowmem.kernels.operands import ALIGNED, FLOATS, INT8_ROWS
 from hf_lowmem.matmul.products import RECIPES, linear_in_8_bits
 from hf_lowmem.memory.saved import innermost_pack
 from hf_lowmem.patching import ForwardPatch, forwards_of, in_transform
-from hf_lowmem.weights import FrozenCodes, at_rest
-from hf_lowmem.weights.forwards import RestingForward
+from hf_lowmem.weights import AtRest, FrozenCodes, at_rest
+from hf_lowmem.weights.forwards import RestingForward, eager
 
 __all__ = ["Linear8", "frozen_codes", "why_not"]
 
@@ -47,27 +47,41 @@ class Linear8(ForwardPatch):
             super().put()
 
     def __call__(self, input: Tensor) -> Tensor:
-        x, module = input, self.module
+        x, module, resting = input, self.module, isinstance(self.inner, RestingForward)
         assert isinstance(module, nn.Linear)
-        frozen = self.frozen if torch.compiler.is_compiling() else frozen_codes(module)
-        weight = module.weight if frozen is None else frozen.codes
-        if not module.training or self.left_out(x, weight, frozen):
+        if resting and self.frozen is None and torch.compiler.is_compiling():
+            return self.eagerly(input)
+        kept = None if not resting else self.frozen if torch.compiler.is_compiling() else at_rest(module.weight)
+        frozen = kept if isinstance(kept, FrozenCodes) else None
+        weight = module.weight if kept is None else kept.codes
+        if not module.training or self.left_out(x, weight, kept):
             return self.original(x)
-        inputs, dtype = x, (weight if frozen is None else frozen).dtype
+        inputs, dtype = x, (weight if kept is None else kept).dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             inputs = x.to(dtype)  # as autocast does it, in the graph: so a tier knows what it is made of
         if inputs.dtype != dtype:
             return self.original(x)  # whose error is torch's
         keeps = torch.compiler.is_compiling() or not is_looked_after()
-        scale = None if frozen is None else frozen.scale
-        return linear_in_8_bits(inputs, weight, module.bias, self.recipe, of=x, keeps_codes=keeps, of_codes=scale)
+        weight, scale = (module.weight, None) if frozen is None else (weight, frozen.scale)
+        decoded = None if frozen is not None else kept
+        return linear_in_8_bits(
+            inputs, weight, module.bias, self.recipe, of=x, keeps_codes=keeps, of_codes=scale, kept=decoded
+        )
 
-    def left_out(self, x: Tensor, weight: Tensor, frozen: FrozenCodes | None) -> bool:
+    @eager
+    def eagerly(self, input: Tensor) -> Tensor:
+        """The same, of a weight at rest, which a compiler cannot decode."""
+        return self(input)
+
+    def left_out(self, x: Tensor, weight: Tensor, kept: AtRest | None) -> bool:
         """Whether this call is not one for codes: of few tokens, or with tensors that are not plain matrices."""
         if x.dim() < 2 or x.dtype not in FLOATS or not x.shape[-1]:
             return True
-        if weight.dtype not in FLOATS if frozen is None else frozen.recipe != self.recipe.name:
+        if isinstance(kept, FrozenCodes):
+            if kept.recipe != self.recipe.name:
+                return True
+        elif (weight if kept is None else kept).dtype not in FLOATS:
             return True
         if torch.compiler.is_compiling():
             return x.numel() // x.shape[-1] < self.least
@@ -88,8 +102,6 @@ def why_not(module: nn.Module, recipe: str, least: int) -> str | None:
     patches = list(forwards_of(module))
     if (patches[-1].inner if patches else vars(module).get("forward")) is not None:
         return "somebody has replaced its forward"
-    if (kept := at_rest(module.weight)) is not None and not isinstance(kept, FrozenCodes):
-        return "its weight is at rest in int8"
     if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
     sizes = module.in_features, module.out_features

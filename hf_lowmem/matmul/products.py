@@ -41,6 +41,8 @@ from torch.autograd.function import once_differentiable
 
 from hf_lowmem.kernels.operands import CODE_COLUMNS, CODE_ROWS, PRODUCT, turn
 from hf_lowmem.patching import check_version, version_of
+from hf_lowmem.weights import AtRest
+from hf_lowmem.weights.forwards import check_writes
 
 __all__ = ["RECIPES", "Recipe", "code_weight", "linear_in_8_bits"]
 
@@ -136,6 +138,7 @@ class Context(Protocol):
     of_weight: torch.dtype
     coded: bool
     frozen: tuple[Tensor, Tensor, int] | None
+    rests: tuple[AtRest, int] | None
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -153,6 +156,7 @@ class LinearIn8Bits(torch.autograd.Function):
         codes, scales: of x, from `code_input`.
         keeps_codes: whether codes of x are kept for backward, and not x.
         of_codes: scales of the weight, where it is codes.
+        kept: what is kept of a weight at rest, which is decoded for its two uses.
     """
 
     @staticmethod
@@ -166,8 +170,12 @@ class LinearIn8Bits(torch.autograd.Function):
         scales: Tensor,
         keeps_codes: bool,
         of_codes: Tensor | None,
+        kept: AtRest | None,
     ) -> Tensor:
-        w, r = code_weight(weight, recipe) if of_codes is None else (weight, of_codes)
+        if of_codes is None:
+            w, r = code_weight(weight if kept is None else kept.decode(), recipe)
+        else:
+            w, r = weight, of_codes
         y = PRODUCT(codes, w, scales, r, True, x.dtype)
         if bias is not None:
             y += bias
@@ -177,7 +185,9 @@ class LinearIn8Bits(torch.autograd.Function):
         # Codes of a frozen weight are no activation, which an offloader would carry away or a tier count.
         aside = of_codes is not None and not torch.compiler.is_compiling()
         ctx.frozen = (weight, of_codes, version_of(weight)) if aside and of_codes is not None else None
-        of_weight = (weight, of_codes) if ctx.needs_input_grad[0] and not aside else (None, None)
+        ctx.rests = None if kept is None else (kept, kept.writes[0])
+        saves = ctx.needs_input_grad[0] and not aside and kept is None
+        of_weight = (weight, of_codes) if saves else (None, None)
         ctx.save_for_backward(*of_x, *of_weight)
         # A view would hide from tiers that it is as much as a linear's output.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
@@ -189,6 +199,9 @@ class LinearIn8Bits(torch.autograd.Function):
         if ctx.frozen is not None:
             weight, of_codes, version = ctx.frozen
             check_version(weight, version)
+        elif ctx.rests is not None:
+            check_writes(*ctx.rests)
+            weight = ctx.rests[0].decode() if ctx.needs_input_grad[0] else weight
         shape, g = g.shape, g.reshape(-1, g.shape[-1])
         of_x = of_w = of_bias = None
         # Of one scale in all, both products take the same codes of g.
@@ -212,7 +225,7 @@ class LinearIn8Bits(torch.autograd.Function):
             of_w = PRODUCT(turned, inputs.turned, scale, other, False, ctx.dtype).to(ctx.of_weight)
         if ctx.needs_input_grad[2]:
             of_bias = g.sum(0)
-        return of_x, of_w, of_bias, None, None, None, None, None
+        return of_x, of_w, of_bias, None, None, None, None, None, None
 
 
 def linear_in_8_bits(
@@ -224,11 +237,12 @@ def linear_in_8_bits(
     of: Tensor,
     keeps_codes: bool,
     of_codes: Tensor | None = None,
+    kept: AtRest | None = None,
 ) -> Tensor:
     """x Wᵀ + bias: see `LinearIn8Bits`. `of`: the tensor that linears beside this one are given as well, whose codes
     they share."""
     with torch.no_grad():
         coded = code_input(of, x.detach().reshape(-1, x.shape[-1]), recipe)
-    made = LinearIn8Bits.apply(x, weight, bias, recipe, coded.codes, coded.scale, keeps_codes, of_codes)
+    made = LinearIn8Bits.apply(x, weight, bias, recipe, coded.codes, coded.scale, keeps_codes, of_codes, kept)
     assert isinstance(made, Tensor)
     return made

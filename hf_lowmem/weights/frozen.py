@@ -39,8 +39,11 @@ class FrozenCodes(AtRest):
         self.group, self.writes, self.expected = values.shape[-1], [0], None
         codes, scale = self.encode(values)
         self.codes, self.scale = codes, scale.clone()  # of one for all rows, a view would hold as many
-        if not simulated(values) and not bool(self.scale.isfinite().all()):
-            raise ValueError(f"{name} has NaN or Inf among its values, for which there is no 8-bit code.")
+        self._check(self.scale)
+
+    def _check(self, scale: Tensor) -> None:
+        if not simulated(scale) and not bool(scale.isfinite().all()):
+            raise ValueError(f"{self.name} has NaN or Inf among its values, for which there is no 8-bit code.")
 
     def decode(self) -> Tensor:
         """What the codes stand for, in the weight's own dtype."""
@@ -56,8 +59,7 @@ class FrozenCodes(AtRest):
         if torch.equal(values, self.decode()):
             return True
         codes, scale = self.encode(values)
-        if not bool(scale.isfinite().all()):
-            raise ValueError(f"{self.name} has NaN or Inf among its values, for which there is no 8-bit code.")
+        self._check(scale)
         same = torch.equal(codes, self.codes) and torch.equal(scale, self.scale)
         self.writes[0] += 1
         self.codes.copy_(codes)
