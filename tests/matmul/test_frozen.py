@@ -208,7 +208,7 @@ def test_a_weight_of_nan_and_codes_of_another_recipe_are_refused() -> None:
     model = adapted()
     with torch.no_grad():
         model.base_model.model.model.layers[0].mlp.up_proj.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"up_proj.weight has NaN or Inf"):
+    with pytest.raises(ValueError, match=r"weight: a NaN or an Inf in a frozen weight"):
         OwnedProducts(linears_of_layers(model), spec(), model)
     with pytest.raises(RuntimeError, match="no optimizer can update"):
         at_rest(coded()[0].base_model.model.model.layers[0].mlp.up_proj.weight).load()  # type: ignore[union-attr]
