@@ -17,8 +17,10 @@ from hf_lowmem.kernels.operands import ALIGNED, FLOATS, INT8_ROWS
 from hf_lowmem.matmul.products import RECIPES, linear_in_8_bits
 from hf_lowmem.memory.saved import innermost_pack
 from hf_lowmem.patching import ForwardPatch, forwards_of, in_transform
+from hf_lowmem.weights import AtRest, FrozenCodes, at_rest
+from hf_lowmem.weights.forwards import RestingForward, eager
 
-__all__ = ["Linear8", "why_not"]
+__all__ = ["Linear8", "frozen_codes", "why_not"]
 
 
 class Linear8(ForwardPatch):
@@ -34,31 +36,52 @@ class Linear8(ForwardPatch):
         super().__init__(module)
         self.recipe = RECIPES[recipe]
         self.least = max(least, INT8_ROWS if self.recipe.fmt == "int8" else 1)
+        self.frozen = frozen_codes(module)
 
     def put(self) -> None:
-        patches = list(forwards_of(self.module))
+        """Stand below all others but the forward of a weight at rest, which is the module's own as long as it rests."""
+        patches = [patch for patch in forwards_of(self.module) if not isinstance(patch, RestingForward)]
         if patches:
-            self.inner, patches[-1].inner = None, self
+            self.inner, patches[-1].inner = patches[-1].inner, self
         else:
             super().put()
 
     def __call__(self, input: Tensor) -> Tensor:
-        x, module = input, self.module
+        x, module, resting = input, self.module, isinstance(self.inner, RestingForward)
         assert isinstance(module, nn.Linear)
-        if not module.training or self.left_out(x, module.weight):
+        if resting and self.frozen is None and torch.compiler.is_compiling():
+            return self.eagerly(input)
+        kept = None if not resting else self.frozen if torch.compiler.is_compiling() else at_rest(module.weight)
+        frozen = kept if isinstance(kept, FrozenCodes) else None
+        weight = module.weight if kept is None else kept.codes
+        if not module.training or self.left_out(x, weight, kept):
             return self.original(x)
-        inputs, dtype = x, module.weight.dtype
+        inputs, dtype = x, (weight if kept is None else kept).dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             inputs = x.to(dtype)  # as autocast does it, in the graph: so a tier knows what it is made of
         if inputs.dtype != dtype:
             return self.original(x)  # whose error is torch's
         keeps = torch.compiler.is_compiling() or not is_looked_after()
-        return linear_in_8_bits(inputs, module.weight, module.bias, self.recipe, of=x, keeps_codes=keeps)
+        weight, scale = (module.weight, None) if frozen is None else (weight, frozen.scale)
+        decoded = None if frozen is not None else kept
+        return linear_in_8_bits(
+            inputs, weight, module.bias, self.recipe, of=x, keeps_codes=keeps, of_codes=scale, kept=decoded
+        )
 
-    def left_out(self, x: Tensor, weight: Tensor) -> bool:
+    @eager
+    def eagerly(self, input: Tensor) -> Tensor:
+        """The same, of a weight at rest, which a compiler cannot decode."""
+        return self(input)
+
+    def left_out(self, x: Tensor, weight: Tensor, kept: AtRest | None) -> bool:
         """Whether this call is not one for codes: of few tokens, or with tensors that are not plain matrices."""
-        if x.dim() < 2 or x.dtype not in FLOATS or weight.dtype not in FLOATS or not x.shape[-1]:
+        if x.dim() < 2 or x.dtype not in FLOATS or not x.shape[-1]:
+            return True
+        if isinstance(kept, FrozenCodes):
+            if kept.recipe != self.recipe.name:
+                return True
+        elif (weight if kept is None else kept).dtype not in FLOATS:
             return True
         if torch.compiler.is_compiling():
             return x.numel() // x.shape[-1] < self.least
@@ -89,6 +112,12 @@ def why_not(module: nn.Module, recipe: str, least: int) -> str | None:
     if math.sqrt(math.prod(sizes)) < least:
         return f"its width, the root of its {math.prod(sizes):,} weights, is below {least}"
     return None
+
+
+def frozen_codes(module: nn.Module) -> FrozenCodes | None:
+    """The codes that are all that is kept of a linear's weight; None where it has a weight."""
+    kept = at_rest(module._parameters.get("weight"))
+    return kept if isinstance(kept, FrozenCodes) else None
 
 
 def is_looked_after() -> bool:

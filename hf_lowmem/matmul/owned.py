@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hf_lowmem.matmul.frozen import agree, keep_codes, why_whole
 from hf_lowmem.matmul.linear import Linear8, why_not
 from hf_lowmem.matmul.products import RECIPES
 from hf_lowmem.matmul.spec import LEAST, MatmulSpec
+from hf_lowmem.memory import human_bytes
 from hf_lowmem.patching import forwards_of
 
-__all__ = ["OwnedProducts", "ProductReport", "products_of"]
+__all__ = ["OwnedProducts", "ProductReport", "code_frozen", "products_of"]
 
 # Compute capability of NVIDIA's GPUs from which there are 8-bit products, by format.
 CAPABILITY = {"e4m3": (8, 9), "int8": (7, 5)}
@@ -28,6 +30,8 @@ class ProductReport:
         handled: names of the linears.
         left: linears whose products stay as they are: name → why.
         share: of all weights in the linears that were looked at, those that are handled.
+        frozen: frozen weights among the handled: name → why they are kept, None where their codes alone are.
+        frozen_bytes: of those that are kept as codes alone: as weights, and as codes.
     """
 
     recipe: str
@@ -35,23 +39,38 @@ class ProductReport:
     handled: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     share: float = 0.0
+    frozen: dict[str, str | None] = field(default_factory=dict)
+    frozen_bytes: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         lines = [
             f"{self.recipe}: {len(self.handled)} linears, {self.share:.1%} of the weights in layers' linears; calls "
             f"with fewer than {self.least} tokens are left out"
         ]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.left.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"left: {names[0]}{more}: {why}")
+        if coded := sum(why is None for why in self.frozen.values()):
+            before, after = map(human_bytes, self.frozen_bytes)
+            lines.append(f"codes alone: {coded} frozen weights, {after} in the place of {before}")
+        kept = {name: why for name, why in self.frozen.items() if why is not None}
+        for what, some in (("weights and codes", kept), ("left", self.left)):
+            reasons: dict[str, list[str]] = {}
+            for name, why in some.items():
+                reasons.setdefault(why, []).append(name)
+            for why, names in reasons.items():
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                lines.append(f"{what}: {names[0]}{more}: {why}")
         return "\n".join(lines)
 
 
-def products_of(linears: Mapping[str, nn.Module], spec: MatmulSpec) -> ProductReport:
+def products_of(
+    linears: Mapping[str, nn.Module], spec: MatmulSpec, model: nn.Module | None = None, *, whole: str | None = None
+) -> ProductReport:
     """Report of a spec on linears. The model stays as it is.
+
+    Args:
+        linears: of decoder layers, by name.
+        spec: how they multiply.
+        model: that they are of; without one nothing is looked for among its frozen weights.
+        whole: why its frozen weights are kept, all of them.
 
     Raises:
         ValueError: where it can do nothing, or the device has no such products.
@@ -74,6 +93,16 @@ def products_of(linears: Mapping[str, nn.Module], spec: MatmulSpec) -> ProductRe
             f"{said} has no effect on this model: {f'{name}: ' if name else ''}{why}. {remedy} lowmem_matmul unset."
         )
     report.share = sum(sizes[name] for name in report.handled) / sum(sizes.values())
+    if model is not None:
+        handled = {name: linears[name] for name in report.handled}
+        found = why_whole(model, handled, spec.recipe)
+        report.frozen = {name: why or whole for name, why in found.items()}
+        alone = [handled[name].weight for name, why in report.frozen.items() if why is None]
+        rows = [1 if RECIPES[spec.recipe].whole else p.shape[0] for p in alone]
+        report.frozen_bytes = (
+            sum(p.numel() * p.element_size() for p in alone),
+            sum(p.numel() + 4 * count + p.element_size() for p, count in zip(alone, rows, strict=True)),
+        )
     return report
 
 
@@ -91,22 +120,44 @@ def _check_device(module: nn.Module, said: str, fmt: str) -> None:
         )
 
 
+def code_frozen(
+    linears: Mapping[str, nn.Module], spec: MatmulSpec, model: nn.Module, *, whole: str | None = None
+) -> ProductReport:
+    """Keep codes alone of the frozen weights that a spec multiplies; see `products_of`. Again is nothing."""
+    report = products_of(linears, spec, model, whole=whole)
+    if alone := {name: linears[name] for name, why in report.frozen.items() if why is None}:
+        keep_codes(model, alone, spec.recipe)
+    return report
+
+
 class OwnedProducts:
     """Products that can be taken off again as a whole.
 
     Args:
         linears: of decoder layers, by name; changed in place.
         spec: how they multiply.
+        model, whole: see `products_of`. Of the model's frozen weights codes alone are kept, from here on.
 
     Products that another owner has left on a linear are taken off first.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], spec: MatmulSpec) -> None:
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Module],
+        spec: MatmulSpec,
+        model: nn.Module | None = None,
+        *,
+        whole: str | None = None,
+    ) -> None:
         for module in linears.values():
             for patch in list(forwards_of(module)):
                 if isinstance(patch, Linear8):
                     patch.take_away()
-        self.report = products_of(linears, spec)
+        if model is None:
+            self.report = products_of(linears, spec)
+        else:
+            self.report = code_frozen(linears, spec, model, whole=whole)
+            agree(linears)
         self._ours = []
         for name in self.report.handled:
             module = linears[name]
@@ -115,7 +166,8 @@ class OwnedProducts:
             self._ours[-1].put()
 
     def take_off(self) -> None:
-        """Leave the model as it was found. Does nothing the second time."""
+        """Leave the model as it was found, but for frozen weights of which codes are kept: these stay so. Does nothing
+        the second time."""
         for patch in self._ours:
             patch.take_away()
         self._ours = []

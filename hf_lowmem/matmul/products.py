@@ -22,8 +22,9 @@ somebody does (a tier, a checkpoint, an offloader): x itself is what he is asked
 since he knows it: a checkpoint drops it, a tier computes it again from what it keeps anyway. So a product never adds a
 byte to what a tier keeps. x is then coded anew in backward, from what he gives back.
 
-The weight is coded at each use, 3 bytes of traffic a weight, which leaves its own precision, its shards and its
-optimizer as they are.
+A weight that is trained is coded at each use, 3 bytes of traffic a weight, which leaves its own precision, its shards
+and its optimizer as they are. Of a frozen one the codes can be all that is kept (frozen.py): the same codes, so the
+same bits.
 
 Sources: folding: this module. Codes that are saved and multiplied: COAT, arXiv 2410.19313. Scales by row: torchao's
 float8 recipes. E4M3's format: arXiv 2209.05433.
@@ -39,8 +40,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_lowmem.kernels.operands import CODE_COLUMNS, CODE_ROWS, PRODUCT, turn
+from hf_lowmem.patching import check_version, version_of
+from hf_lowmem.weights import AtRest
+from hf_lowmem.weights.forwards import check_writes
 
-__all__ = ["RECIPES", "Recipe", "linear_in_8_bits"]
+__all__ = ["RECIPES", "Recipe", "code_weight", "linear_in_8_bits"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ def code(x: Tensor, recipe: Recipe, layout: str, factor: Tensor | None = None) -
     largest = torch.linalg.vector_norm(x, torch.inf).float()  # exact in any dtype
     codes, turned, scales = CODE_ROWS(x, None, largest, recipe.fmt, layout)
     return Coded(codes, turned, scales[:1])
+
+
+def code_weight(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight, of which a product can be made without it."""
+    coded = code(weight, recipe, "rows")
+    return coded.codes, coded.scale
 
 
 def units(scale: Tensor, length: int) -> Tensor:
@@ -127,8 +137,10 @@ class Context(Protocol):
     dtype: torch.dtype
     of_weight: torch.dtype
     coded: bool
+    frozen: tuple[Tensor, Tensor, int] | None
+    rests: tuple[AtRest, int] | None
     needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
@@ -139,10 +151,12 @@ class LinearIn8Bits(torch.autograd.Function):
 
     Args of `apply`:
         x: (..., K), bf16, fp16 or fp32, in the dtype that the result shall have.
-        weight, bias: (N, K) and (N,), of any of these dtypes.
+        weight, bias: (N, K) and (N,), of any of these dtypes. The weight may be codes, of which nothing else is kept.
         recipe: how operands are coded.
         codes, scales: of x, from `code_input`.
         keeps_codes: whether codes of x are kept for backward, and not x.
+        of_codes: scales of the weight, where it is codes.
+        kept: what is kept of a weight at rest, which is decoded for its two uses.
     """
 
     @staticmethod
@@ -155,28 +169,45 @@ class LinearIn8Bits(torch.autograd.Function):
         codes: Tensor,
         scales: Tensor,
         keeps_codes: bool,
+        of_codes: Tensor | None,
+        kept: AtRest | None,
     ) -> Tensor:
-        weights = code(weight, recipe, "rows")
-        y = PRODUCT(codes, weights.codes, scales, weights.scale, True, x.dtype)
+        if of_codes is None:
+            w, r = code_weight(weight if kept is None else kept.decode(), recipe)
+        else:
+            w, r = weight, of_codes
+        y = PRODUCT(codes, w, scales, r, True, x.dtype)
         if bias is not None:
             y += bias
         ctx.recipe, ctx.dtype, ctx.of_weight = recipe, x.dtype, weight.dtype
         ctx.coded = keeps_codes and ctx.needs_input_grad[1]
         of_x = (None, None) if not ctx.needs_input_grad[1] else (codes, scales) if ctx.coded else (x, None)
-        ctx.save_for_backward(*of_x, weight if ctx.needs_input_grad[0] else None)
+        # Codes of a frozen weight are no activation, which an offloader would carry away or a tier count.
+        aside = of_codes is not None and not torch.compiler.is_compiling()
+        ctx.frozen = (weight, of_codes, version_of(weight)) if aside and of_codes is not None else None
+        ctx.rests = None if kept is None else (kept, kept.writes[0])
+        saves = ctx.needs_input_grad[0] and not aside and kept is None
+        of_weight = (weight, of_codes) if saves else (None, None)
+        ctx.save_for_backward(*of_x, *of_weight)
         # A view would hide from tiers that it is as much as a linear's output.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (x, scale, weight), recipe = grads, ctx.saved_tensors, ctx.recipe
+        (g,), (x, scale, weight, of_codes), recipe = grads, ctx.saved_tensors, ctx.recipe
+        if ctx.frozen is not None:
+            weight, of_codes, version = ctx.frozen
+            check_version(weight, version)
+        elif ctx.rests is not None:
+            check_writes(*ctx.rests)
+            weight = ctx.rests[0].decode() if ctx.needs_input_grad[0] else weight
         shape, g = g.shape, g.reshape(-1, g.shape[-1])
         of_x = of_w = of_bias = None
         # Of one scale in all, both products take the same codes of g.
         shared = code(g, recipe, "both") if recipe.whole else None
         if ctx.needs_input_grad[0]:
-            w = code(weight, recipe, "turned")
+            w = code(weight, recipe, "turned") if of_codes is None else Coded(weight, turn(weight), of_codes)
             coded = shared or code(g, recipe, "rows", w.scale)
             other = w.scale if recipe.whole else units(coded.scale, w.turned.shape[0])
             of_x = PRODUCT(coded.codes, w.turned, coded.scale, other, False, ctx.dtype).view(*shape[:-1], -1)
@@ -194,16 +225,24 @@ class LinearIn8Bits(torch.autograd.Function):
             of_w = PRODUCT(turned, inputs.turned, scale, other, False, ctx.dtype).to(ctx.of_weight)
         if ctx.needs_input_grad[2]:
             of_bias = g.sum(0)
-        return of_x, of_w, of_bias, None, None, None, None
+        return of_x, of_w, of_bias, None, None, None, None, None, None
 
 
 def linear_in_8_bits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, *, of: Tensor, keeps_codes: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    *,
+    of: Tensor,
+    keeps_codes: bool,
+    of_codes: Tensor | None = None,
+    kept: AtRest | None = None,
 ) -> Tensor:
     """x Wᵀ + bias: see `LinearIn8Bits`. `of`: the tensor that linears beside this one are given as well, whose codes
     they share."""
     with torch.no_grad():
         coded = code_input(of, x.detach().reshape(-1, x.shape[-1]), recipe)
-    made = LinearIn8Bits.apply(x, weight, bias, recipe, coded.codes, coded.scale, keeps_codes)
+    made = LinearIn8Bits.apply(x, weight, bias, recipe, coded.codes, coded.scale, keeps_codes, of_codes, kept)
     assert isinstance(made, Tensor)
     return made

@@ -14,6 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from hf_lowmem.activations.linears import linears_of_layers
+from hf_lowmem.matmul import code_frozen
+from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.planner.four_bit import quantize, state_of
 from hf_lowmem.weights import at_rest
 
@@ -163,8 +166,17 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype, peft_config: Any, quantization: Any = None) -> Any:
-    """The whole model without even fake weights: its parameters' names, shapes and dtypes."""
+def meta_model(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    peft_config: Any,
+    quantization: Any = None,
+    matmul: MatmulSpec | None = None,
+) -> Any:
+    """The whole model without even fake weights: its parameters' names, shapes and dtypes.
+
+    matmul: products in 8 bits, of which a frozen model keeps codes alone; None where it keeps its weights.
+    """
     with torch.device("meta"), _default(dtype):
         model: Any = AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
@@ -182,6 +194,8 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, peft_config: Any, q
     if quantization is not None:
         for p in model.parameters():
             p.data = p.data.to(torch.bfloat16) if p.requires_grad else p.data  # as TRL casts adapters of 4-bit weights
+    if matmul is not None and peft_config is not None:
+        code_frozen(linears_of_layers(model), matmul, model)
     return model
 
 

@@ -181,7 +181,8 @@ class _Job:
 
     def whole_shapes(self, stack: str) -> list[Shape]:
         """The parameters of the whole model, which a model on the meta device has without weighing anything."""
-        model = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
+        matmul = None if self.gathered else self.args.lowmem_matmul_spec()
+        model = meta_model(self.config, self.dtype, self.peft_config, self.quantization, matmul)
         if self.args.lowmem_weights in STORES_AT_REST:
             rest(self.args.lowmem_optim_spec(), model)
         return shapes_of(model, stack)

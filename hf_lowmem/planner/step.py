@@ -44,9 +44,10 @@ from hf_lowmem.planner.allocations import INSTEAD, CannotSimulate, Live
 from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
 from hf_lowmem.preference.sharing import check
+from hf_lowmem.training import multiplying
 from hf_lowmem.training.head import GATHERED
 from hf_lowmem.training.presets import AUTO
-from hf_lowmem.weights import resting
+from hf_lowmem.weights import at_rest
 
 __all__ = [
     "EVALUATION",
@@ -177,7 +178,9 @@ def weighed(method: Any, measured: Measured, implementation: str | None) -> type
             live.watch(model)
             measured.weights |= live.rows_of([*model.parameters(), *model.buffers()])
             measured.weights |= live.rows_of(t for p in model.parameters() for t in state_of(p))
-            measured.weights |= live.rows_of(t for kept in resting(model).values() for t in kept.stored())
+            measured.weights |= live.rows_of(
+                t for p in model.parameters() if (kept := at_rest(p)) for t in kept.stored()
+            )
             reference = getattr(self, "ref_model", None)
             if isinstance(reference, nn.Module):
                 live.watch(reference, "reference: ")
@@ -363,6 +366,7 @@ def simulate_step(
         stack.enter_context(mock.patch.object(dpo_trainer, "hash_module", return_value="unknown"))
         if gathered:
             stack.enter_context(mock.patch.object(StepInBackward, "whole_only", return_value=GATHERED))
+            stack.enter_context(mock.patch.object(multiplying, "whole_under", return_value="frozen, and sharded"))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, live:
             model = make_model(config, dtype, attention, quantization)

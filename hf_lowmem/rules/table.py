@@ -262,16 +262,6 @@ def _at_rest(run: Run) -> str:
 
 AT_REST = (
     Rule(
-        "rest_matmul",
-        ("fields", "matmul", "optim"),
-        _rests,
-        lambda run: (
-            f"{_at_rest(run)} cannot be combined with {run.say('matmul')}: such weights have a scale for each group of "
-            "values that a product sums over, which cannot be taken out of the sum"
-        ),
-        "Leave lowmem_matmul unset, or set lowmem_weights='bf16_sr'",
-    ),
-    Rule(
         "rest_streamed",
         ("fields", "tiers", "optim"),
         lambda run: _rests(run) and _streams(run),

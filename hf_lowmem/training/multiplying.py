@@ -1,23 +1,39 @@
 """Products in 8 bits, as a trainer has them: said early, put on for the training, taken off at its end."""
 
 import logging
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from hf_lowmem.activations.linears import linears_of_layers
-from hf_lowmem.matmul import OwnedProducts, ProductReport, products_of
+from hf_lowmem.matmul import OwnedProducts, ProductReport, code_frozen, products_of
 from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.training.matmul_fields import MatmulArguments
 
-__all__ = ["MultipliesIn8Bits", "put_products"]
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+__all__ = ["MultipliesIn8Bits", "put_products", "whole_under"]
 
 logger = logging.getLogger(__name__)
 
 
-def put_products(args: MatmulArguments, model: nn.Module) -> OwnedProducts | None:
+def put_products(args: MatmulArguments, model: nn.Module, accelerator: Accelerator) -> OwnedProducts | None:
     """Put on a model the products that its fields ask for; None where they ask for none."""
     spec = args.lowmem_matmul_spec()
-    return None if spec is None else OwnedProducts(linears_of_layers(model), spec)
+    if spec is None:
+        return None
+    return OwnedProducts(linears_of_layers(model), spec, model, whole=whole_under(accelerator))
+
+
+def whole_under(accelerator: Accelerator) -> str | None:
+    """Why frozen weights are kept under an engine."""
+    engines = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
+    engine = engines.get(accelerator.distributed_type)
+    return None if engine is None else f"frozen, and {engine} reads it"
 
 
 class MultipliesIn8Bits:
@@ -28,6 +44,7 @@ class MultipliesIn8Bits:
 
     args: object
     model: nn.Module | None
+    accelerator: Any
     products: ProductReport | None = None  # what is multiplied in 8 bits while the model is trained
     _products: OwnedProducts | None = None
     _multiplied: nn.Module | None = None  # the model that has them
@@ -39,15 +56,23 @@ class MultipliesIn8Bits:
         """Say now which products will be made in 8 bits, or why none can. The model stays as it is."""
         spec = self._matmul_spec()
         if spec is not None and self.model is not None:
-            self.products = products_of(linears_of_layers(self.model), spec)
+            linears = linears_of_layers(self.model)
+            self.products = products_of(linears, spec, self.model, whole=whole_under(self.accelerator))
             logger.info("lowmem_matmul=%r:\n%s", spec.recipe, self.products)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Make codes of frozen weights first, where they are elsewhere: the device needs no room for the weights."""
+        spec = self._matmul_spec()
+        if spec is not None and any(p.device.type != torch.device(device).type for p in model.parameters()):
+            code_frozen(linears_of_layers(model), spec, model, whole=whole_under(self.accelerator))
+        cast("Trainer", super())._move_model_to_device(model, device)
 
     def _put_products(self) -> None:
         """Put products on the model. Again is nothing, on the same model."""
         if self.model is None or self._multiplied is self.model or not isinstance(self.args, MatmulArguments):
             return
         self._take_products()
-        self._products = put_products(self.args, self.model)
+        self._products = put_products(self.args, self.model, self.accelerator)
         if self._products is not None:
             self.products, self._multiplied = self._products.report, self.model
 

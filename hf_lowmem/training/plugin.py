@@ -199,7 +199,7 @@ class LowMemPlugin(LowMemArguments):
                 "optimizer=, with optim left unset."
             )
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
-        products = put_products(self, model)
+        products = put_products(self, model, accelerator)
         if products is not None:
             self._put_on.append(products)
             self.products = products.report

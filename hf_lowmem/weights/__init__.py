@@ -17,7 +17,17 @@ remainder as a float (a fraction of half a unit in the last place) would need th
 """
 
 from hf_lowmem.kernels.codecs.weights import join_24, round_stochastic, split_24
-from hf_lowmem.weights.model import SIDE_FILE, expect_scales, put_to_rest, resting, wake, write_scales
+from hf_lowmem.weights.frozen import FrozenCodes
+from hf_lowmem.weights.model import (
+    SIDE_FILE,
+    expect_scales,
+    leave,
+    put_to_rest,
+    resting,
+    save_adapter_alone,
+    wake,
+    write_scales,
+)
 from hf_lowmem.weights.rest import AtRest, at_rest
 from hf_lowmem.weights.stores import STORES, Store, store_for
 from hf_lowmem.weights.weights import Weights
@@ -26,14 +36,17 @@ __all__ = [
     "SIDE_FILE",
     "STORES",
     "AtRest",
+    "FrozenCodes",
     "Store",
     "Weights",
     "at_rest",
     "expect_scales",
     "join_24",
+    "leave",
     "put_to_rest",
     "resting",
     "round_stochastic",
+    "save_adapter_alone",
     "split_24",
     "store_for",
     "wake",

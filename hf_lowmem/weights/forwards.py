@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hf_lowmem.patching import ForwardPatch, forwards_of
 from hf_lowmem.weights.rest import AtRest, at_rest
 
-__all__ = ["RestingForward", "forward_for", "is_conv1d"]
+__all__ = ["RestingForward", "check_writes", "eager", "forward_for", "is_conv1d"]
 
 
 class Context(Protocol):
@@ -54,11 +54,7 @@ class LinearAtRest(torch.autograd.Function):
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x,) = grads, ctx.saved_tensors
         kept = ctx.kept
-        if kept.writes[0] != ctx.writes:
-            raise RuntimeError(
-                f"{kept.name}, at rest in int8, was updated after the forward pass whose gradient is asked for. With a "
-                "step in backward a forward pass is followed by its own backward pass: add up losses before it."
-            )
+        check_writes(kept, ctx.writes)
         rows = g.reshape(-1, g.shape[-1])
         of_x = of_w = of_bias = None
         if ctx.needs_input_grad[0]:
@@ -72,6 +68,15 @@ class LinearAtRest(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(0)
         return of_x, of_w, of_bias, None, None
+
+
+def check_writes(kept: AtRest, expected: int) -> None:
+    """Raise RuntimeError if a weight at rest has changed since it had been written so many times."""
+    if kept.writes[0] != expected:
+        raise RuntimeError(
+            f"{kept.name}, at rest in int8, was updated after the forward pass whose gradient is asked for. With a "
+            "step in backward a forward pass is followed by its own backward pass: add up losses before it."
+        )
 
 
 class EmbeddingAtRest(torch.autograd.Function):
@@ -112,9 +117,9 @@ class RestingForward(ForwardPatch):
         found = at_rest(p)
         if found is None:
             raise RuntimeError(
-                f"the weight of a {type(self.module).__name__} was at rest in int8 (lowmem_weights='int8_sr') and has "
-                "been replaced since, by load_state_dict(assign=True) or by hand. Load into it without assign=True, or "
-                "replace it before the optimizer is made."
+                f"the weight of a {type(self.module).__name__} was at rest as codes, and has been replaced since, by "
+                "load_state_dict(assign=True) or by hand. Load into it without assign=True, or replace it before the "
+                "training (of a loop: before the optimizer is made)."
             )
         assert isinstance(p, Tensor)
         return p, found

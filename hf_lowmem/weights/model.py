@@ -8,6 +8,7 @@ model is, and would be rounded to codes anew.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -20,7 +21,16 @@ from hf_lowmem.weights.forwards import RestingForward, forward_for
 from hf_lowmem.weights.rest import AtRest, at_rest, empty, fill, move
 from hf_lowmem.weights.shards import managed, put_shard, sharded_parameters, wake_shard
 
-__all__ = ["SIDE_FILE", "expect_scales", "put_to_rest", "resting", "wake", "write_scales"]
+__all__ = [
+    "SIDE_FILE",
+    "expect_scales",
+    "leave",
+    "put_to_rest",
+    "resting",
+    "save_adapter_alone",
+    "wake",
+    "write_scales",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +38,10 @@ SIDE_FILE = "lowmem_weights.safetensors"
 
 
 def resting(model: nn.Module) -> dict[str, AtRest]:
-    """Codes and scales of all parameters that are at rest, by name without wrappers."""
+    """Codes and scales of all trained parameters that are at rest, by name without wrappers."""
     cut = sharded_parameters(model)  # which a module may have whole just now
     found = (at_rest(p) for p in (*model.parameters(), *cut))
-    return {kept.name: kept for kept in found if kept is not None}
+    return {kept.name: kept for kept in found if kept is not None and kept.trained}
 
 
 def put_to_rest(
@@ -53,14 +63,10 @@ def put_to_rest(
         kept = AtRest(name, p.detach(), scale) if known is None else put_shard(name, p, known, scale)
         again += scale is not None and not kept.fits
         if known is None:
-            empty(p, kept)
+            leave(p, kept, modules)
+            continue
         for module in modules:
             vars(module).update(_save_to_state_dict=Saved(module))
-            if known is None:
-                kind = forward_for(module)
-                assert kind is not None, f"{name}: {type(module).__name__}"
-                kind(module).put()
-                vars(module).update(_apply=Moved(module))
     if again:
         logger.warning(
             "%s of %s does not fit %d weights of the model, which are rounded to int8 anew: the model's files were "
@@ -74,10 +80,21 @@ def put_to_rest(
         vars(model)["save_pretrained"] = SaveScales(model, save)
 
 
-def wake(model: nn.Module) -> nn.Module:
-    """Make a model whose weights are at rest a plain bf16 one, in place: 2 bytes a weight on its device.
+def leave(p: nn.Parameter, kept: AtRest, modules: Iterable[nn.Module]) -> None:
+    """Leave of a parameter, which is the `weight` of these modules, nothing but what is kept of it."""
+    empty(p, kept)
+    for module in modules:
+        kind = forward_for(module)
+        assert kind is not None, f"{kept.name}: {type(module).__name__}"
+        kind(module).put()
+        vars(module).update(_save_to_state_dict=Saved(module), _apply=Moved(module))
 
-    Not while it is trained: an optimizer with weights="int8_sr" steps weights at rest alone.
+
+def wake(model: nn.Module) -> nn.Module:
+    """Make a model whose weights are at rest a plain one, in place: in bf16, 2 bytes a weight on its device.
+
+    Not while it is trained: an optimizer with weights="int8_sr" steps weights at rest alone. Frozen weights that were
+    kept as codes of products (`lowmem_matmul`) become what these decode to, which is not to the bit what they were.
     """
     for known in managed(model).values():
         if at_rest(known.sharded_param) is not None:
@@ -92,13 +109,13 @@ def wake(model: nn.Module) -> nn.Module:
                 weight = module._parameters["weight"]
                 if weight is not None and at_rest(weight) is not None:  # it may be another module's as well
                     fill(weight)
-    if isinstance(vars(model).get("save_pretrained"), SaveScales):
+    if isinstance(vars(model).get("save_pretrained"), SaveScales | SaveAdapter):
         del vars(model)["save_pretrained"]
     return model
 
 
 class Saved:
-    """A module's part of a state dict, with bf16 values on the CPU for the weight that is at rest.
+    """A module's part of a state dict, with values on the CPU for the weight that is at rest.
 
     Where FSDP2 has cut it they are shards on their device: a checkpoint gathers them there.
     """
@@ -112,7 +129,9 @@ class Saved:
         if kept is None or keep_vars:
             type(module)._save_to_state_dict(module, destination, prefix, keep_vars)
             return
-        if kept.home is None:
+        if _unread.get():
+            values = weight
+        elif kept.home is None:
             values = torch.empty(kept.shape, dtype=kept.dtype, device="cpu")
             values.copy_(kept.decode())
         else:
@@ -144,6 +163,30 @@ class Moved:
             return type(module)._apply(module, fn, recurse)
         finally:
             module._parameters["weight"] = weight
+
+
+_unread = ContextVar("whether values of weights at rest are asked for in vain", default=False)
+
+
+class SaveAdapter:
+    """`save_pretrained` of a model whose adapters alone are saved: nothing is decoded for it, and then thrown away."""
+
+    def __init__(self, save: Callable[..., object]) -> None:
+        self.save = save
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        before = _unread.set(True)
+        try:
+            return self.save(*args, **kwargs)
+        finally:
+            _unread.reset(before)
+
+
+def save_adapter_alone(model: nn.Module) -> None:
+    """Let `model.save_pretrained`, which saves adapters, decode nothing. Again is nothing."""
+    save = getattr(model, "save_pretrained", None)
+    if save is not None and not isinstance(save, SaveAdapter):
+        vars(model)["save_pretrained"] = SaveAdapter(save)
 
 
 class SaveScales:

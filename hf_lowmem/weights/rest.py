@@ -25,9 +25,7 @@ __all__ = ["AtRest", "EmptyParameter", "at_rest", "empty", "fill", "load", "move
 
 logger = logging.getLogger(__name__)
 
-WAKE = (
-    "model.state_dict() has bf16 copies on the CPU, and hf_lowmem.weights.wake(model) makes it a plain bf16 model again"
-)
+WAKE = "model.state_dict() has copies on the CPU, and hf_lowmem.weights.wake(model) makes it a plain model again"
 
 
 class AtRest:
@@ -41,7 +39,13 @@ class AtRest:
         expected: scales that the next values to be loaded were saved with, perhaps.
         fits: whether the first values were those of codes with the scales that were given.
         home: where the other rows are, of a weight that FSDP2 has cut; codes and scales are those of the rows here.
+        said: what it is and by which field, in errors.
+        trained: whether an optimizer writes it.
     """
+
+    said = "at rest in int8 (lowmem_weights='int8_sr')"
+    trained = True
+    home: Shards | None = None
 
     def __init__(self, name: str, values: Tensor, scale: Tensor | None = None, home: Shards | None = None) -> None:
         group = int8.group_of(values.shape)
@@ -210,7 +214,7 @@ class EmptyParameter(nn.Parameter):
         )
 
     def __repr__(self) -> str:
-        return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, at rest in int8"
+        return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, {self.lowmem_at_rest.said}"
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         refuse(self.lowmem_at_rest, "copy.deepcopy")
@@ -225,7 +229,7 @@ def load(kept: AtRest, p: Tensor, values: Tensor) -> None:
         raise RuntimeError(f"{kept.name}: values of shape {tuple(values.shape)} for {tuple(p.shape)}.")
     if p.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{kept.name}: a leaf that requires grad is written to. Use torch.no_grad().")
-    if not kept.replace(values):
+    if not kept.replace(values) and kept.trained:
         _say_rounded()
 
 
@@ -272,8 +276,8 @@ def _in(value: object) -> Iterator[EmptyParameter]:
 def refuse(kept: AtRest, said: str, remedy: str = WAKE) -> NoReturn:
     """Raise for who asks for values of a weight at rest. `said`: what was called."""
     raise RuntimeError(
-        f"{kept.name} is at rest in int8 (lowmem_weights='int8_sr'), and has no values to give to "
-        f"{said!r}: they are there only inside of its own layer. {remedy}."
+        f"{kept.name} is {kept.said}, and has no values to give to {said!r}: they are there only inside of its own "
+        f"layer. {remedy}."
     )
 
 

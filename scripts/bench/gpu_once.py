@@ -1,7 +1,7 @@
 """One step of gpu_once.sh: what only a CUDA device can show.
 
     python scripts/bench/gpu_once.py check --cases 4      # a few cases of every kernel against the reference
-    python scripts/bench/gpu_once.py check proofs roof optimizer kernels layers whole peers --toy
+    python scripts/bench/gpu_once.py check proofs roof optimizer kernels layers whole products peers --toy
 
 Every row has its step, device, versions and commit, and is on disk before the next one begins. A row that fails says
 why (out of memory, a package that is not there), and the next goes on. Rows that the record has are not made again.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from hf_lowmem.kernels import KERNELS
-from parts.gpu import kernels, optimizer, proofs, training
+from parts.gpu import kernels, optimizer, products, proofs, training
 from parts.gpu.steps import Case, run
 from parts.record import RECORDS, provenance
 
@@ -35,6 +35,7 @@ def peers(device: torch.device, toy: bool) -> Iterator[Case]:
     """Other packages, at the same tasks; last, as each may be missing or fail."""
     yield from training.cases(device, toy, theirs=True)
     yield from optimizer.cases(device, toy, theirs=True)
+    yield from products.cases(device, toy, theirs=True)
 
 
 Step = Callable[[torch.device, bool], Iterator[Case]]
@@ -45,6 +46,7 @@ STEPS: dict[str, Step] = {
     "kernels": kernels.speeds,
     "layers": training.cases,
     "whole": training.whole_cases,
+    "products": products.cases,
     "peers": peers,
 }
 

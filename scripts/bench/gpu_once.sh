@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 START=$(date +%s)
 : "${OUT:=gpu_out}" "${LIMIT:=560}" "${ONLY:=}" "${TOY:=}" "${PYTHON:=python3}"
-STEPS=" smoke proofs roof optimizer kernels layers whole full peers "
+STEPS=" smoke proofs roof optimizer kernels layers whole products full peers "
 for name in $ONLY; do
     [[ "$STEPS" == *" $name "* ]] || { echo "ONLY=\"$ONLY\": there is no step $name. Choose of:$STEPS" >&2; exit 2; }
 done
@@ -72,6 +72,7 @@ step optimizer 95          # an update of 1.2e9 weights: device and host
 step kernels 75            # bytes a second of each kernel
 step layers 110            # 8 layers, forward and backward
 step whole 90              # a Llama-3-8B, whole steps: peaks and tokens a second
+step products 90           # whole steps in 8 bits beside bf16, at 2k, 8k and 16k tokens
 checks full 120 100000     # every case of every kernel
 step peers 90              # Liger, torch.compile, bitsandbytes, torchao
 say "end"

@@ -32,7 +32,7 @@ def rows_of(part: str, options: argparse.Namespace, old: Rows) -> Iterator[Row]:
         return error.error_rows(options.smoke, old)
     if part == "cost":
         return cost.cost_rows()
-    return trained.loss_rows(options.smoke, old, steps=options.steps, ways=tuple(options.ways))
+    return trained.loss_rows(options.smoke, old, steps=options.steps, ways=options.ways, seeds=options.seeds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--steps", type=int, default=2000, help="of each run of the part loss")
     parser.add_argument("--ways", nargs="+", choices=trained.WAYS, default=trained.WAYS, help="of the part loss")
+    parser.add_argument("--seeds", nargs="+", type=int, default=trained.SEEDS, help="of the part loss")
     parser.add_argument("--record", type=Path, default=RECORD)
     options = parser.parse_args(arguments)
     console = Console()

@@ -16,7 +16,7 @@ from parts.gpu.steps import Case, run
 from parts.gpu.training import WHOLE
 from parts.record import ROOT, Row, read_rows, write_rows
 
-STEPS = ("check", "proofs", "roof", "optimizer", "kernels", "layers", "whole")
+STEPS = ("check", "proofs", "roof", "optimizer", "kernels", "layers", "whole", "products")
 CPU = torch.device("cpu")
 
 

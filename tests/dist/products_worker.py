@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +31,27 @@ def gradients(kind: str, tier: str | None, recipe: str) -> list[torch.Tensor]:
     return [full(p.grad) for p in model.parameters() if p.grad is not None]
 
 
+def of_adapters(kind: str) -> list[torch.Tensor]:
+    """Gradients of adapters on a model of which codes alone are kept: those of process 0, on all processes."""
+    model = tiny_llama(seed=0 if kind == "alone" else dist.get_rank())
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    linears, spec = linears_of_layers(adapted), MatmulSpec(recipe="fp8_row", least=0)
+    whole = "frozen, and FSDP2 reads it" if kind == "fsdp2" else None
+    for p in adapted.parameters():  # what is not coded is as DDP and FSDP2 want it: the same on all processes
+        if kind == "fsdp2":
+            dist.broadcast(p.data, 0)
+    OwnedProducts(linears, spec, None if kind == "alone" else adapted, whole=whole)
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in adapted.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(adapted, mesh=mesh)
+    run = DistributedDataParallel(adapted.train()) if kind == "ddp" else adapted.train()
+    ids = torch.arange(48).view(2, 24)
+    run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return [full(p.grad) for p in adapted.parameters() if p.grad is not None]
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -41,6 +63,11 @@ def main() -> None:
                 assert all(map(torch.equal, got, want)), (kind, tier, recipe)
                 if dist.get_rank() == 0:
                     print(f"passed {kind} {tier} {recipe}")
+    want = of_adapters("alone")
+    for kind in ("ddp", "fsdp2"):
+        assert all(map(torch.equal, of_adapters(kind), want)), kind
+        if dist.get_rank() == 0:
+            print(f"passed {kind} adapters")
     if dist.get_rank() == 0:
         print("passed all")
     dist.destroy_process_group()

@@ -15,4 +15,4 @@ def test_gradients_are_those_of_one_process() -> None:
         for kind in ("ddp", "fsdp2")
         for tier in (None, "fp8")
         for recipe in ("fp8_row", "int8_row")
-    }
+    } | {"ddp adapters", "fsdp2 adapters"}

@@ -16,8 +16,10 @@ from hf_lowmem.matmul import OwnedProducts, linear, products_of
 from hf_lowmem.matmul.products import RECIPES
 from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.memory import measure_saved
+from hf_lowmem.optim import StepInBackward, make_optimizer
 from hf_lowmem.patching import forwards_of
 from hf_lowmem.specs import STREAMED, TIERS
+from hf_lowmem.weights import resting
 from tests.conftest import tiny_llama
 
 ROW = MatmulSpec(recipe="fp8_row", least=0)
@@ -197,3 +199,35 @@ def test_two_backward_passes_of_one_graph_are_equal_and_a_changed_weight_is_an_e
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y, x)
     undo(layer)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_weight_at_rest_is_decoded_and_multiplied_as_the_bf16_one_that_it_decodes_to(recipe: str) -> None:
+    llama = model(num_hidden_layers=2)
+    OwnedProducts(linears_of_layers(llama), MatmulSpec(recipe=recipe, least=0))
+    optimizer = make_optimizer("adamw", llama, weights="int8_sr")
+    kept = resting(llama)
+    twin = model(num_hidden_layers=2)
+    for name, p in twin.named_parameters():
+        p.data.copy_(kept[name].decode() if name in kept else llama.get_parameter(name))
+    OwnedProducts(linears_of_layers(twin), MatmulSpec(recipe=recipe, least=0))
+    assert len(kept) == 15
+    (loss, kept_bytes, got), (want_loss, want_bytes, want) = step(llama), step(twin)
+    assert loss == want_loss
+    assert kept_bytes <= want_bytes
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    llama.zero_grad()
+    stepping = StepInBackward(optimizer)
+    llama(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not any(torch.equal(kept[name].decode(), p) for name, p in twin.named_parameters() if name in kept)
+    x = torch.randn(48, 64, dtype=torch.bfloat16)
+    first, loss = (llama.model.layers[0].mlp.up_proj(x).sum() for _ in range(2))
+    first.backward()
+    with pytest.raises(RuntimeError, match="was updated after the forward pass"):
+        loss.backward()
+    stepping.forget()
+    # A training after it finds the weights at rest.
+    OwnedProducts(linears_of_layers(llama), MatmulSpec(recipe=recipe, least=0))
+    llama(input_ids=IDS, labels=IDS).loss.backward()

@@ -102,9 +102,6 @@ ROWS = {
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2, "budget": "1GiB"},
         "for one process alone",
     ),
-    "rest_matmul": Row(
-        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "matmul": "fp8_row"}, "a scale for each group"
-    ),
     "rest_streamed": Row(
         STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "tiers": "stream"}, "adds up the gradients of its chunks"
     ),

@@ -19,7 +19,16 @@ from tests.training.test_trainers import pair_data, token_data
 BF16 = torch.bfloat16
 INT8: dict[str, Any] = {"lowmem_weights": "int8_sr", "lowmem_step_in_backward": True, "max_grad_norm": 0}
 CASES = [
-    ("Trainer", {"optim": "adamw", "lowmem_state": "8bit", "gradient_accumulation_steps": 1}),
+    (
+        "Trainer",
+        {
+            "optim": "adamw",
+            "lowmem_state": "8bit",
+            "gradient_accumulation_steps": 1,
+            "lowmem_matmul": "fp8_row",
+            "lowmem_matmul_least": 0,
+        },
+    ),
     (
         "SFTTrainer",
         {

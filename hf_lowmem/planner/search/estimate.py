@@ -116,7 +116,10 @@ class Estimator:
         period = math.lcm(period_of(self.config), *sharing_of(self.args.lowmem_activations))
         self.depths = (2 * period, 3 * period) if 3 * period < self.depth else (self.depth,)
         with quiet():
-            self.meta = meta_model(self.config, self.dtype, self.peft_config, self.quantization)
+            self.meta = meta_model(
+                *(self.config, self.dtype, self.peft_config, self.quantization),
+                matmul=None if self.parallel == "fsdp2" else self.args.lowmem_matmul_spec(),
+            )
         self.tied = bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
         self.updates = Updates(
             self.config,

@@ -38,6 +38,7 @@ FIELDS = (
     "torch_compile",
     "lowmem_share_prompt",
     "lowmem_pack_tokens",
+    "lowmem_matmul",  # codes of a frozen base, which the reference is then
 )
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "hf_lowmem")
 

@@ -74,6 +74,7 @@ TABLES: tuple[tuple[str, tuple[str, ...], str, list[tuple[str, str, Callable[[An
     ("One optimizer step, bf16 weights and gradients", ("optimizer", "peers"), "setting", UPDATE),
     ("Forward and backward, Llama-3-8B's layers, bf16", ("layers", "peers"), "way", SPEED),
     ("Whole steps, Llama-3-8B, bf16", ("whole",), "way", SPEED),
+    ("Whole steps with products in 8 bits, layers of a Llama-3-8B", ("products",), "way", SPEED),
 )
 
 

@@ -140,6 +140,8 @@ def whole(
 ) -> dict[str, Any]:
     """Training steps of the whole model: forward, backward, optimizer."""
     model = prepare(spec["way"], build(shape, layers, tokens, device))
+    if "multiply" in spec:
+        spec["multiply"](model)
     loss, ids = with_head(model), ids_of(model, 1, tokens, device)
     optimizer: Any
     if "ours" in spec:

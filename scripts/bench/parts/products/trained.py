@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ WAYS = ("bf16", "fp8_row", "int8_row", "fp8_tensor")
 RATE = 3e-3
 
 
-def loss_rows(smoke: bool, old: Rows, *, steps: int, ways: tuple[str, ...] = WAYS) -> Iterator[Row]:
+def loss_rows(
+    smoke: bool, old: Rows, *, steps: int, ways: Sequence[str] = WAYS, seeds: Sequence[int] = SEEDS
+) -> Iterator[Row]:
     """Runs that are missing in `old`, of AdamW on fp32 weights under autocast to bf16."""
     size = SMOKE if smoke else SIZE | {"steps": steps}
     done = {(row["way"], row["seed"]) for row in old if row["size"] == size}
-    for seed in SEEDS[:1] if smoke else SEEDS:
+    for seed in seeds[:1] if smoke else seeds:
         for way in ways:
             if (way, seed) not in done:
                 yield loss_row(way, seed, size)
