@@ -33,10 +33,10 @@ from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from hf_lowmem.activations import host
 from hf_lowmem.activations.streaming import attention
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
+from hf_lowmem.memory import host
 from hf_lowmem.optim import slot
 from hf_lowmem.planner.four_bit import HAS_BITSANDBYTES, SEEN_THROUGH, parameter_like
 
@@ -47,7 +47,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _on_the_host(nbytes: int, device: torch.device) -> torch.Tensor:
+def _on_the_host(nbytes: int, device: torch.device, field: str) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
