@@ -155,16 +155,6 @@ RULES = (
         "Train in one process, or leave it unset",
     ),
     Rule(
-        "weights_loop",
-        ("host", "loop"),
-        _hosts,
-        lambda run: (
-            f"{run.say('host')} cannot be used in {run.loop}: the loop that it serves makes backward passes, which "
-            "need a layer's weights a second time"
-        ),
-        "Use a LowMem trainer; or call hf_lowmem.optim.zeroth.put_in_host(model, device) in a loop of forward passes",
-    ),
-    Rule(
         "zeroth_window",
         ("zeroth", "accumulation"),
         lambda run: (run.accumulation or 1) > 1 and not ZEROTH[str(run.zeroth)].ACCUMULATES_LOSSES,

@@ -183,7 +183,9 @@ def test_pinned_memory_is_whole_pages_of_its_own_and_given_back(monkeypatch: pyt
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     device = torch.device("cuda", 0)
-    buffers = [memory_host.buffer_of(n, device, "a field") for n in (1, 100, memory_host.PAGE, 3 * memory_host.PAGE + 1)]
+    buffers = [
+        memory_host.buffer_of(n, device, "a field") for n in (1, 100, memory_host.PAGE, 3 * memory_host.PAGE + 1)
+    ]
     assert [b.nbytes for b in buffers] == [1, 100, memory_host.PAGE, 3 * memory_host.PAGE + 1]
     spans = sorted((address, address + size) for address, size in pinned.items())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

@@ -309,10 +309,14 @@ def put_in_host(model: nn.Module, device: torch.device | str) -> HostLayers:
         return known
     device = torch.device(device)
     layers = layers_of(model)
-    home = {module: layer for layer in layers for module in layer.modules()}
+    inside = {module for layer in layers for module in layer.modules()}
     homes: dict[int, set[nn.Module | None]] = {}
-    for place in places_of(model.modules(), None):
-        homes.setdefault(id(place.p), set()).add(home.get(place.owner))
+    for home, modules in [
+        *((layer, layer.modules()) for layer in layers),
+        (None, (m for m in model.modules() if m not in inside)),
+    ]:
+        for place in places_of(modules, None):
+            homes.setdefault(id(place.p), set()).add(home)
     own = {ident for ident, found in homes.items() if len(found) == 1 and None not in found}
     found = [(layer, list(places_of(layer.modules(), own))) for layer in layers]
     found = [(layer, places) for layer, places in found if places]
