@@ -247,7 +247,7 @@ TIERS = ("exact", "fp8", "fp8_recompute", "checkpoint_fp8", "hooks_fp8")
 STREAMED = ("stream", "stream_fp8")  # tiers that run a layer by chunks of tokens
 # Of layers that keep their input, and are run again in backward.
 INPUT_TIERS = ("checkpoint_fp8", *STREAMED)
-OFFLOADS = ("inputs",)  # what may be kept in host memory
+OFFLOADS = ("inputs", "weights")  # what may be kept in host memory
 _LAYERS = re.compile(r"(\d+)(-(\d*))?")
 
 
@@ -306,7 +306,7 @@ class ActivationSpec:
                 "Leave it unset, or choose a tier that compresses, such as 'fp8'."
             )
         if self.offload is not None:
-            check_choice(self.label("offload"), self.offload, OFFLOADS)
+            check_choice(self.label("offload"), self.offload, ("inputs",))
             if not any(tier in INPUT_TIERS for tier, _, _ in self.ranges):
                 raise ValueError(
                     f"{self.label('offload')}={self.offload!r} has no effect with {label}={self.tiers!r}: no layer "

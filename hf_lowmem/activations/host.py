@@ -17,8 +17,6 @@ of the same kind, so that what is computed there is what a device computes; noth
 Values are copied, so that gradients are equal bit for bit to those without.
 """
 
-import mmap
-import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -27,15 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem.memory import human_bytes
-from hf_lowmem.memory.free import free_bytes
+from hf_lowmem.memory import host
 from hf_lowmem.patching import check_version, version_of
 
 __all__ = ["HostStore", "Kept"]
 
-SHARE = 0.8  # of the host's available memory that may be taken
+FIELD = "lowmem_offload='inputs'"
+REMEDY = "Take shorter sequences or a smaller batch, or leave lowmem_offload unset"
 ALIGNMENT = 64  # bytes: where a tensor may begin in a buffer
-PAGE = mmap.PAGESIZE
 
 
 class Kept:
@@ -108,9 +105,9 @@ class HostStore:
             for lane in self._lanes.values():
                 lane.wait()  # for a copy to it whose tensors were never asked for
             self.nbytes -= self._free.pop().nbytes
-        check_host(nbytes * self.layers - self.nbytes)
+        host.check_host(nbytes * self.layers - self.nbytes, FIELD, "the inputs of all layers", REMEDY)
         self.nbytes += nbytes
-        return buffer_of(nbytes, device)
+        return host.buffer_of(nbytes, device, FIELD)
 
     def give(self, buffer: Tensor) -> None:
         """Take back a buffer of `take`, from whatever thread."""
@@ -184,35 +181,3 @@ class _Lane:
         """Wait, on the host, for all copies."""
         if self.stream is not None:
             self.stream.synchronize()
-
-
-def buffer_of(nbytes: int, device: torch.device) -> Tensor:
-    """Host memory for copies from and to a device. Raises RuntimeError where it cannot be pinned."""
-    if device.type != "cuda":
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    room = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8, device="cpu")  # pages that no other buffer has a part of
-    first = -room.data_ptr() % PAGE
-    buffer = room[first : first + nbytes]
-    if nbytes:
-        runtime = torch.cuda.cudart()
-        assert runtime is not None
-        if (error := int(runtime.cudaHostRegister(buffer.data_ptr(), -(-nbytes // PAGE) * PAGE, 0))) != 0:
-            raise RuntimeError(
-                f"lowmem_offload='inputs': {human_bytes(nbytes)} of host memory could not be pinned (CUDA error "
-                f"{error}). Raise the limit of locked memory (ulimit -l), or leave lowmem_offload unset."
-            )
-        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
-    return buffer
-
-
-def check_host(missing: int) -> None:
-    """Raise ValueError where the host lacks memory for so many bytes more, in each of this host's processes."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = free_bytes(torch.device("cpu"))
-    if missing * processes > SHARE * available:
-        each = f" in each of {processes} processes" if processes > 1 else ""
-        raise ValueError(
-            f"lowmem_offload='inputs': the inputs of all layers need {human_bytes(missing)} of host memory{each} "
-            f"beside what they have; {human_bytes(available)} are available, of which {SHARE:.0%} may be taken. Take "
-            "shorter sequences or a smaller batch, or leave lowmem_offload unset."
-        )

@@ -33,11 +33,12 @@ from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from hf_lowmem.activations import host
 from hf_lowmem.activations.streaming import attention
 from hf_lowmem.kernels import Kernel, spans, use_kernels
 from hf_lowmem.kernels.codecs.tables import DeviceTable
+from hf_lowmem.memory import host
 from hf_lowmem.optim import slot
+from hf_lowmem.optim.zeroth import offload
 from hf_lowmem.planner.four_bit import HAS_BITSANDBYTES, SEEN_THROUGH, parameter_like
 
 __all__ = ["as_on_accelerator", "as_on_cpu", "as_with_real_tensors", "outside_of_modes"]
@@ -47,7 +48,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _on_the_host(nbytes: int, device: torch.device) -> torch.Tensor:
+def _on_the_host(nbytes: int, device: torch.device, field: str) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
@@ -113,13 +114,18 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in self.modules() if recurse else (self,):
         for name, p in module._parameters.items():
-            if p is not None:
+            if p is not None and p.device.type != "meta":  # which is in host memory
                 with torch.no_grad():
                     value = fn(p)
                 if value is not p:
                     module._parameters[name] = made.setdefault(id(p), parameter_like(p, value))
         module._buffers |= {name: fn(b) for name, b in module._buffers.items() if b is not None}
     return self
+
+
+def _kept(p: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """`hf_lowmem.optim.zeroth.offload.kept` for a fake weight, in the same way."""
+    return nn.Parameter(offload.moved(p.detach(), device), p.requires_grad)
 
 
 @contextlib.contextmanager
@@ -146,6 +152,7 @@ def as_with_real_tensors() -> Iterator[None]:
     """
     with (
         mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch.object(offload, "kept", _kept),
         mock.patch.object(host, "check_host", _nothing),  # of the machine that plans
         mock.patch.object(DeviceTable, "on", outside_of_modes(DeviceTable.on)),
         _bitsandbytes_with_real_tensors(),

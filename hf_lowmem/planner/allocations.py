@@ -15,6 +15,7 @@ allocates and frees inside itself does not pass a dispatcher and is not seen, bu
 """
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -95,7 +96,7 @@ class Live(TorchDispatchMode):
         self.places: list[tuple[str, str]] = [("", "")]
         self._place_of = {("", ""): 0}
         self._phase, self._module, self._place = "", "", 0
-        self._stack: list[str] = []
+        self._stacks: dict[int, list[str]] = {}  # by thread: passes may run side by side
         self._began, self._before = 0, ""
         self._names: dict[int, str] = {}
         self._rows: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -202,6 +203,11 @@ class Live(TorchDispatchMode):
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, always_call=True),
             ]
+
+    @property
+    def _stack(self) -> list[str]:
+        """Names of the modules that are being run, the innermost last."""
+        return self._stacks.setdefault(threading.get_ident(), [])
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(id(module))

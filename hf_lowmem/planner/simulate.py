@@ -168,12 +168,15 @@ class _Job:
         first, second, third = (hosts[d] for d in depths)
         if third - second != second - first:
             raise NotLinear("what is kept in host memory does not grow evenly with the depth")
-        self.host_bytes = third + (third - second) * ((depth - depths[-1]) // period)
+        hosted = (third - second) * ((depth - depths[-1]) // period)
+        self.host_bytes = third + hosted
         made = extrapolate(found, depth, period)
         whole = self.whole_shapes(stack)
         sizes = sum(s.nbytes for s in self.shapes), sum(s.nbytes for s in whole)
         weights = {d: highest(found[d]).values[PARTS.index("weights")] for d in depths}
         grown = (weights[depths[1]] - weights[depths[0]]) * ((depth - depths[-1]) // period)
+        if self.args.lowmem_offload == "weights":
+            grown += hosted
         if sizes[1] - sizes[0] != grown:
             raise NotLinear("the model's weights do not grow evenly with its depth")
         self.shapes = whole

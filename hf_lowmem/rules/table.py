@@ -78,7 +78,7 @@ WITHOUT_EFFECT = (
     Rule(
         "offload_nothing",
         ("host",),
-        lambda run: run.tiers is None,
+        lambda run: run.tiers is None and run.host == "inputs",
         lambda run: f"{run.say('host')} has no effect without lowmem_activations",
         "Leave it unset, or set lowmem_activations='checkpoint_fp8'",
     ),

@@ -38,6 +38,7 @@ def _replicated(run: Run) -> bool:
     return (run.n_gpu or 0) > 1
 
 
+STATELESS = [name for name, cls in ZEROTH.items() if not cls.STATES]
 NOTHING_KEPT = "nothing is kept for a backward pass"
 NEEDLESS = (
     Needless("in_backward", "there is no backward pass"),
@@ -82,6 +83,10 @@ def _rule(name: str, table: tuple[Needless, ...]) -> Rule:
     return Rule(name, ("zeroth",), lambda run: _which(table, run) is not None, message, remedy)
 
 
+def _hosts(run: Run) -> bool:
+    return run.host == "weights"
+
+
 def _field(run: Run, name: str) -> object:
     return (run.fields or {}).get(name)
 
@@ -108,6 +113,46 @@ RULES = (
             "at rest has no values that a pass could move"
         ),
         "Set lowmem_weights='bf16_sr'",
+    ),
+    Rule(
+        "weights_first_order",
+        ("host", "optim"),
+        lambda run: _hosts(run) and run.zeroth is None,
+        lambda run: (
+            f"{run.say('host')} cannot be combined with {run.say('optim')}: a backward pass needs each layer's weights "
+            "again, and its update a third time, where a method of forward passes needs them once"
+        ),
+        f"Set optim to one of: {', '.join(STATELESS)}; or leave it unset",
+    ),
+    Rule(
+        "weights_states",
+        ("host", "zeroth"),
+        lambda run: _hosts(run) and run.zeroth not in STATELESS,
+        lambda run: (
+            f"{run.say('host')} cannot be combined with {run.say('zeroth')}: its states would stay on the device, and "
+            "are as large as the weights"
+        ),
+        f"Set optim to one of: {', '.join(STATELESS)}; or leave it unset",
+    ),
+    Rule(
+        "weights_corrected",
+        ("host", "zeroth", "fields"),
+        lambda run: _hosts(run) and _field(run, "lowmem_weights") == "bf16_ecc",
+        lambda run: (
+            f"{run.say('host')} cannot be combined with lowmem_weights='bf16_ecc': the 8 bits beside each weight would "
+            "stay on the device"
+        ),
+        "Set lowmem_weights='bf16_sr'",
+    ),
+    Rule(
+        "weights_processes",
+        ("host", "zeroth", "processes"),
+        lambda run: _hosts(run) and (run.processes or 1) > 1,
+        lambda run: (
+            f"{run.say('host')} cannot be combined with {run.say('processes')}: DDP wants all weights on one device, "
+            "and the host would hold the model once for each process"
+        ),
+        "Train in one process, or leave it unset",
     ),
     Rule(
         "zeroth_window",

@@ -36,6 +36,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
+from hf_lowmem.training.host_fields import HostArguments
 from hf_lowmem.training.matmul_fields import MatmulArguments
 from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle, take_section
@@ -48,7 +49,7 @@ SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_m
 
 
 @dataclass
-class LowMemArguments(MatmulArguments, NamedFields):
+class LowMemArguments(MatmulArguments, HostArguments, NamedFields):
     """Fields that make a training step fit in less memory; mix in before a TrainingArguments class.
 
     ```python
@@ -190,12 +191,6 @@ class LowMemArguments(MatmulArguments, NamedFields):
         default=False,
         metadata={"help": "Round at random where lowmem_activations compresses, so that errors average out."},
     )
-    lowmem_offload: str | None = field(
-        default=None,
-        metadata={
-            "help": "inputs: what checkpoint_fp8 or stream keeps of a layer waits in host memory. Default: nothing."
-        },
-    )
     lowmem_stream_chunk: int | None = field(
         default=None,
         metadata={"help": "Tokens of a chunk in a streamed tier. Default: what fits in 1 GiB, a multiple of 256."},
@@ -241,6 +236,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
         if self.lowmem_accumulation is not None:
             check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
+        self.lowmem_offloaded()
         self.lowmem_activation_spec()
         self.lowmem_matmul_spec()
         if self.lowmem_budget is not None:
@@ -325,7 +321,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
             stochastic=self.lowmem_activations_stochastic,
             chunk=self.lowmem_stream_chunk,
             seed=getattr(self, "seed", None),  # of TrainingArguments, if it is mixed in
-            offload=self.lowmem_offload,
+            offload="inputs" if self.lowmem_offload == "inputs" else None,
             labels=labels,
         )
 

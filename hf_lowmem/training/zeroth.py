@@ -10,12 +10,15 @@ between versions.
 """
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import cast
 
 import torch
+from torch import nn
 from transformers import Trainer
 
 from hf_lowmem.optim import ZEROTH, ZerothOrder
+from hf_lowmem.optim.zeroth import put_in_host
 from hf_lowmem.runs.skips import ours_in
 
 __all__ = ["SLOPE", "ForwardSteps"]
@@ -54,20 +57,52 @@ class ForwardSteps:
         here = vars(trainer.accelerator)
         theirs = {name: here[name] for name in ("backward",) if name in here}
 
+        handed: dict[int, list[torch.Tensor]] = {}  # by thread: passes may run side by side
+        counted = before
+
         def loss() -> torch.Tensor:
+            nonlocal counted
+            handed[get_ident()] = []
+            step()
             if before is not None:  # a batch counts once, however many passes it makes
+                counted = max(counted, getattr(self, TOKENS))
                 setattr(self, TOKENS, before)
-            handed: list[torch.Tensor] = []
-            here["backward"] = lambda loss, **kwargs: handed.append(loss.detach())
-            try:
-                step()
-            finally:
-                del here["backward"]
-                here.update(theirs)
-            (found,) = handed
+            (found,) = handed.pop(get_ident())
             return found
 
-        return torch.tensor(optimizer.probe(loss), device=trainer.args.device)
+        here["backward"] = lambda loss, **kwargs: handed[get_ident()].append(loss.detach())
+        try:
+            mean = optimizer.probe(loss)
+        finally:
+            del here["backward"]
+            here.update(theirs)
+            if before is not None:
+                setattr(self, TOKENS, counted)
+        return torch.tensor(mean, device=trainer.args.device)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Move as the parent does, but for layers whose weights are to wait in host memory."""
+        self._host_weights(model, torch.device(device))
+        cast("Trainer", super())._move_model_to_device(model, device)
+
+    def _host_weights(self, model: nn.Module, device: torch.device) -> None:
+        args = cast("Trainer", self).args
+        if getattr(args, "lowmem_offload", None) != "weights":
+            return
+        if getattr(args, "sync_ref_model", False):
+            raise ValueError(
+                "sync_ref_model=True cannot be combined with lowmem_offload='weights': TRL mixes weights of two models "
+                "on one device. Set one of the two otherwise."
+            )
+        put_in_host(model, device)
+
+    def train(self, *args: object, **kwargs: object) -> object:
+        """Train as the parent does; at the end no weight has an update that waits for its layer."""
+        try:
+            return cast("Callable[..., object]", super().train)(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if (optimizer := self._forward_only()) is not None:
+                optimizer.settle()
 
     def _forget_window(self) -> None:
         """Forget losses of a window that an exception, or an attempt with another batch size, has not ended."""

@@ -15,6 +15,7 @@ from hf_lowmem.activations import convert, host, undo
 from hf_lowmem.activations.blocks import patches
 from hf_lowmem.activations.formats import nbytes
 from hf_lowmem.activations.host import HostStore
+from hf_lowmem.memory import host as memory_host
 from hf_lowmem.memory import measure_saved
 from hf_lowmem.specs import ActivationSpec
 from tests.activations.models import batch, build, loss_and_gradients
@@ -144,8 +145,8 @@ def test_memory_is_taken_once_and_grows_with_the_longest() -> None:
 
 def test_a_host_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four fifths of what is available are enough for one process, and not for two."""
-    available = int(LAYERS * (INPUT + 128) / host.SHARE) + 64
-    monkeypatch.setattr(host, "free_bytes", lambda device: available)
+    available = int(LAYERS * (INPUT + 128) / memory_host.SHARE) + 64
+    monkeypatch.setattr(memory_host, "free_bytes", lambda device: available)
     loss_and_gradients(converted(), batch())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     words = r"lowmem_offload='inputs'.*in each of 2 processes.*leave lowmem_offload unset"
@@ -175,15 +176,17 @@ def test_pinned_memory_is_whole_pages_of_its_own_and_given_back(monkeypatch: pyt
     pinned: dict[int, int] = {}
 
     def register(address: int, size: int, flags: int) -> int:
-        assert address % host.PAGE == size % host.PAGE == 0
+        assert address % memory_host.PAGE == size % memory_host.PAGE == 0
         pinned[address] = size
         return 0 if size < 2**20 else 2
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     device = torch.device("cuda", 0)
-    buffers = [host.buffer_of(n, device) for n in (1, 100, host.PAGE, 3 * host.PAGE + 1)]
-    assert [b.nbytes for b in buffers] == [1, 100, host.PAGE, 3 * host.PAGE + 1]
+    buffers = [
+        memory_host.buffer_of(n, device, "a field") for n in (1, 100, memory_host.PAGE, 3 * memory_host.PAGE + 1)
+    ]
+    assert [b.nbytes for b in buffers] == [1, 100, memory_host.PAGE, 3 * memory_host.PAGE + 1]
     spans = sorted((address, address + size) for address, size in pinned.items())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     for buffer in buffers:
@@ -191,7 +194,7 @@ def test_pinned_memory_is_whole_pages_of_its_own_and_given_back(monkeypatch: pyt
     del buffer, buffers
     assert not pinned
     with pytest.raises(RuntimeError, match=r"1\.00 MiB of host memory could not be pinned \(CUDA error 2\)"):
-        host.buffer_of(2**20, device)
+        memory_host.buffer_of(2**20, device, "a field")
 
 
 class Stream:

@@ -22,6 +22,7 @@ class Row(NamedTuple):
 ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
 MEZO = {"optim": "mezo"}
+HOSTED = {"host": "weights"}
 FP8 = {"tiers": "fp8"}
 SUMS = {"lowmem_accumulation": "int8_sr"}
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -37,6 +38,10 @@ ROWS = {
     "zeroth_whole": Row(MEZO | {"engine": "fsdp", "fsdp_version": 2}, "cannot be combined with optim='mezo': a pass"),
     "zeroth_sums": Row(MEZO | {"fields": SUMS}, "losses are added up"),
     "zeroth_rest": Row(MEZO | {"fields": {"lowmem_weights": "int8_sr"}}, "a weight at rest has no values"),
+    "weights_first_order": Row(ADAMW | HOSTED, "cannot be combined with optim='adamw': a backward pass needs"),
+    "weights_states": Row({"optim": "zo_adam"} | HOSTED, "its states would stay"),
+    "weights_corrected": Row(MEZO | HOSTED | {"fields": {"lowmem_weights": "bf16_ecc"}}, "the 8 bits beside"),
+    "weights_processes": Row(MEZO | HOSTED | {"engine": "ddp", "processes": 2}, "DDP wants all weights"),
     "zeroth_window": Row({"optim": "zo_conservative", "accumulation": 4}, "it tries an update on the batch"),
     "zeroth_budget": Row(MEZO | {"budget": "1GiB"}, "what is searched are"),
     "zeroth_loop": Row(MEZO, "the loop that it serves"),
@@ -126,10 +131,11 @@ BLIND = {
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
     **{(rule, d): NO_REPLICAS for rule in ROWS if rule.endswith("n_gpu") for d in ("plugin", "launch", "axolotl")},
     **{("zeroth_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
-    **{(f"zeroth_{rule}", d): "no method of zeroth order gets so far there" for rule in ("whole", "window", "budget")
+    **{(rule, d): "no method of zeroth order gets so far there"
+       for rule in ("zeroth_whole", "zeroth_window", "zeroth_budget", "weights_processes")
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith(("zeroth", "weights", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
     **{(rule, "axolotl"): "the step in backward that such weights need is refused there in any case"
        for rule in ("rest_sharded", "rest_offloaded", "rest_budget")},
     ("rest_budget", "plugin"): NO_BUDGET,

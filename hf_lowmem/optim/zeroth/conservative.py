@@ -48,7 +48,12 @@ class ZoConservative(Mezo):
             ]
             for group, p, slot in self._trained()
         }
-        return lambda p: shifted(p, found[id(p)], self.DIRECTION) if turn else p.detach()
+
+        def make(p: nn.Parameter) -> Tensor:
+            values = self._values(p)
+            return shifted(values, found[id(p)], self.DIRECTION) if turn else values
+
+        return make
 
     def _update_from(self, differences: list[float]) -> None:
         super()._update_from([self._turn * d for d in differences])

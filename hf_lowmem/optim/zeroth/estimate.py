@@ -16,13 +16,14 @@ Here the estimate of a part of a parameter is made, applied and dropped.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowmem.distributed import mean_over_processes
 from hf_lowmem.kernels.spans import spans
+from hf_lowmem.optim import slot as slots
 from hf_lowmem.optim.base import LowMemOptimizer
 from hf_lowmem.optim.chunked import allocate, can_cut, values_of_part
 from hf_lowmem.optim.guard import keep_or_take
@@ -30,7 +31,9 @@ from hf_lowmem.optim.options import with_rate
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, stream_key
 from hf_lowmem.optim.zeroth.draws import DIRECTIONS
+from hf_lowmem.optim.zeroth.offload import Block, HostLayers, host_layers_of
 from hf_lowmem.optim.zeroth.perturb import Substitution
+from hf_lowmem.optim.zeroth.together import Together
 from hf_lowmem.specs import OptimSpec, check_integer, check_number
 
 __all__ = ["Closure", "Point", "ZerothOrder", "check_perturbation", "check_probes", "shifted"]
@@ -59,21 +62,6 @@ def check_perturbation(label: str, value: object) -> None:
 def check_probes(label: str, value: object) -> None:
     """Raise unless there is a direction at least."""
     check_integer(label, value, low=1)
-
-
-class Rng:
-    """States of torch's random numbers on the devices of a model, so that each pass has the same dropout."""
-
-    def __init__(self, devices: set[torch.device]) -> None:
-        self.host = torch.get_rng_state()
-        kinds = [(torch.get_device_module(device), device) for device in devices if device.type not in ("cpu", "meta")]
-        self.others = [(module, module.get_rng_state(device), device) for module, device in kinds]
-
-    def restore(self) -> None:
-        """Begin again where the states were taken."""
-        torch.set_rng_state(self.host)
-        for module, state, device in self.others:
-            module.set_rng_state(state, device)
 
 
 class ZerothOrder(LowMemOptimizer):
@@ -155,11 +143,8 @@ class ZerothOrder(LowMemOptimizer):
     @torch.no_grad()
     def _losses(self, closure: Closure, makes: list[Callable[[nn.Parameter], Tensor]]) -> list[float]:
         """The loss where each parameter p is make(p), for each of `makes`."""
-        params = [p for _, p, _ in self._trained()]
-        rng = Rng({p.device for p in params})
 
         def once() -> float:
-            rng.restore()
             loss = closure()
             if isinstance(loss, Tensor) and loss.dtype in (torch.bfloat16, torch.float16):
                 raise RuntimeError(
@@ -168,18 +153,32 @@ class ZerothOrder(LowMemOptimizer):
                 )
             return float(loss)
 
-        passes = self._passes(params)
-        return [passes.run(once, make) for make in makes]
+        return self._passes().run_each(once, makes)
 
-    def _passes(self, params: list[nn.Parameter]) -> Substitution:
+    def _passes(self) -> Substitution:
         if self.model is None:
             raise RuntimeError(
                 f"{self.name} has no model whose forward passes it could perturb: it was made by its class, copied or "
                 f"unpickled. Make it with hf_lowmem.make_optimizer({self.name!r}, model), or call optimizer.of(model)."
             )
-        if self._substitution is None:
-            self._substitution = Substitution(self.model, params)
+        store = host_layers_of(self.model)
+        if self._substitution is None or self._substitution.store is not store:
+            params = [p for _, p, _ in self._trained()]
+            self._check_offload(store)
+            self._substitution = (
+                Substitution(self.model, params) if store is None else Together(self.model, params, store)
+            )
         return self._substitution
+
+    def _check_offload(self, store: HostLayers | None) -> None:
+        """Raise where layers are in host memory, and what belongs to their weights would not be."""
+        kept = "states" if self.STATES else "weights='bf16_ecc'"
+        if store is not None and (self.STATES or any(group["weights"] == "bf16_ecc" for group in self.param_groups)):
+            raise ValueError(
+                f"the model's layers are in host memory, and {kept} of {self.name!r} would stay on the device, for all "
+                "of them at once. Take a method without states, such as 'mezo', and weights='bf16_sr'; or bring the "
+                "layers back."
+            )
 
     def _trained(self) -> Iterator[tuple[Group, nn.Parameter, Slot]]:
         for group in self.param_groups:
@@ -192,7 +191,22 @@ class ZerothOrder(LowMemOptimizer):
     def _slot(self, p: Tensor, group: Group, options: tuple[object, ...] | None = None) -> Slot:
         slot = super()._slot(p, group, options)
         slot.draws = True  # the directions
+        if (block := self._block(p)) is not None:
+            slot.syncs = slots.reads_are_free(block.store.device)
         return slot
+
+    def _store(self) -> HostLayers | None:
+        """The layers of the model that are in host memory."""
+        return None if self._substitution is None else self._substitution.store
+
+    def _block(self, p: Tensor) -> Block | None:
+        store = self._store()
+        return None if store is None else store.of(p)
+
+    def _values(self, p: nn.Parameter) -> Tensor:
+        """The weights of a parameter where a pass wants them: on the device."""
+        block = self._block(p)
+        return p.detach() if block is None else block.near[id(p)]
 
     def _seeds(self, slot: Slot) -> list[int]:
         """Seeds of a parameter's directions in the update that comes next."""
@@ -204,9 +218,9 @@ class ZerothOrder(LowMemOptimizer):
 
         def make(point: Point, p: nn.Parameter) -> Tensor:
             if point.probe is None:
-                return p.detach()
+                return self._values(p)
             perturbation, seeds = found[id(p)]
-            return shifted(p, [(point.factor * perturbation, seeds[point.probe])], self.DIRECTION)
+            return shifted(self._values(p), [(point.factor * perturbation, seeds[point.probe])], self.DIRECTION)
 
         return [partial(make, point) for point in points]
 
@@ -247,6 +261,8 @@ class ZerothOrder(LowMemOptimizer):
 
     def _update_from(self, differences: list[float]) -> None:
         """One step of all parameters."""
+        if (store := self._store()) is not None:
+            store.catch_up()  # before a step is counted, from which updates take their random numbers
         entries = list(self._trained())
         smallest = min((group["perturbation"] for group in self.param_groups), default=1.0)
         self.slopes = tuple(d / smallest for d in differences)
@@ -254,13 +270,21 @@ class ZerothOrder(LowMemOptimizer):
         for group, p, slot in entries:
             seeds = self._seeds(slot)
             slot.count_step()
+            block = self._block(p)
             if not good:
-                self._skips.add(torch.zeros((), dtype=torch.bool, device=p.device), syncs=slot.syncs)
+                device = p.device if block is None else block.store.device
+                self._skips.add(torch.zeros((), dtype=torch.bool, device=device), syncs=slot.syncs)
                 continue
             slopes = [d / group["perturbation"] for d in differences]
-            self._step_one(p, slot, with_rate(group), list(zip(slopes, seeds, strict=True)))
+            step = partial(
+                self._step_one, slot=slot, group={**with_rate(group)}, terms=list(zip(slopes, seeds, strict=True))
+            )
+            if block is None:
+                step(p)
+            else:
+                block.updates.append((p, step))
 
-    def _step_one(self, p: nn.Parameter, slot: Slot, group: Group, terms: list[tuple[float, int]]) -> None:
+    def _step_one(self, p: Tensor, slot: Slot, group: Group, terms: list[tuple[float, int]]) -> None:
         """One step of a parameter, whose gradient is taken to be the sum of `terms`."""
         good = torch.ones((), dtype=torch.bool, device=p.device)
         if not can_cut(p, slot):
@@ -274,6 +298,24 @@ class ZerothOrder(LowMemOptimizer):
             grad = _sum_of(terms, start, stop, p.device, self.DIRECTION)
             taken = taken & keep_or_take(self, weights, grad, good, part, group)
         self._skips.add(taken, syncs=slot.syncs)
+
+    def settle(self) -> None:
+        """Make the updates that wait for their layers, which are in host memory.
+
+        Whoever reads weights by way of the model need not call it; whoever holds a parameter itself does.
+        """
+        if (store := self._store()) is not None:
+            store.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as in torch, after all updates."""
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as in torch; updates that wait are made before that."""
+        self.settle()
+        super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget what was probed, and gradients as in torch."""

@@ -12,15 +12,34 @@ In the meantime a module's `_parameters` holds a plain tensor in the place of th
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from hf_lowmem.patching import ForwardPatch
 
-__all__ = ["Substitution", "layers_of"]
+if TYPE_CHECKING:
+    from hf_lowmem.optim.zeroth.offload import HostLayers
+
+__all__ = ["Place", "Rng", "Substitution", "in_place_of", "layers_of", "places_of"]
 
 T = TypeVar("T")
+
+
+class Rng:
+    """States of torch's random numbers on the devices of a model, so that each pass has the same dropout."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self.devices, self.host = devices, torch.get_rng_state()
+        kinds = [(torch.get_device_module(device), device) for device in devices if device.type not in ("cpu", "meta")]
+        self.others = [(module, module.get_rng_state(device), device) for module, device in kinds]
+
+    def restore(self) -> None:
+        """Begin again where the states were taken."""
+        torch.set_rng_state(self.host)
+        for module, state, device in self.others:
+            module.set_rng_state(state, device)
 
 
 class Place(NamedTuple):
@@ -51,15 +70,16 @@ def _held_by(module: nn.Module) -> dict[str, Tensor | None]:
     return vars(module)["_parameters"]
 
 
-def _places(modules: Iterable[nn.Module], wanted: set[int]) -> Iterator[Place]:
+def places_of(modules: Iterable[nn.Module], wanted: set[int] | None) -> Iterator[Place]:
+    """Where some modules hold parameters of which the ids are `wanted`; None: any."""
     for owner in modules:
         for leaf, p in _held_by(owner).items():
-            if isinstance(p, nn.Parameter) and id(p) in wanted:
+            if isinstance(p, nn.Parameter) and (wanted is None or id(p) in wanted):
                 yield Place(owner, leaf, p)
 
 
 @contextlib.contextmanager
-def _in_place_of(places: Iterable[Place], make: Callable[[nn.Parameter], Tensor]) -> Generator[None]:
+def in_place_of(places: Iterable[Place], make: Callable[[nn.Parameter], Tensor]) -> Generator[None]:
     """Other tensors in the places of parameters; a parameter that has several places is made once."""
     made: dict[int, Tensor] = {}
     put: list[Place] = []
@@ -84,23 +104,30 @@ class LayerAt(ForwardPatch):
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         self.entered = True
-        with _in_place_of(self.places, self.make):
+        with in_place_of(self.places, self.make):
             return self.original(*args, **kwargs)
 
 
 class Substitution:
     """The places of some parameters in a model, and passes at other values of them.
 
+    Attributes:
+        store: layers of the model that are in host memory; None: none are.
+
     Args:
         model: of which the passes are.
         params: the parameters that are to have other values.
     """
 
+    store: "HostLayers | None" = None
+
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
+        params = list(params)
+        self.devices = {p.device for p in params}
         wanted = {id(p) for p in params}
-        self.layers = [(layer, list(_places(layer.modules(), wanted))) for layer in layers_of(model)]
+        self.layers = [(layer, list(places_of(layer.modules(), wanted))) for layer in layers_of(model)]
         inside = {m for layer, _ in self.layers for m in layer.modules()}
-        self.outside = list(_places((m for m in model.modules() if m not in inside), wanted))
+        self.outside = list(places_of((m for m in model.modules() if m not in inside), wanted))
         self.layers = [(layer, places) for layer, places in self.layers if places]
         found = {id(place.p) for _, places in self.layers for place in places} | {id(p.p) for p in self.outside}
         if wanted - found:
@@ -108,6 +135,16 @@ class Substitution:
                 f"{len(wanted - found)} of the optimizer's parameters are not in the {type(model).__name__} that it "
                 "was made for: a wrapper has replaced them. Make the optimizer for the model that is trained."
             )
+
+    def run_each(self, function: Callable[[], T], makes: Iterable[Callable[[nn.Parameter], Tensor]]) -> list[T]:
+        """Results of `function` at the values that each of `makes` makes; each has the same random numbers."""
+        rng = Rng(self.devices)
+
+        def again() -> T:
+            rng.restore()
+            return function()
+
+        return [self.run(again, make) for make in makes]
 
     def run(self, function: Callable[[], T], make: Callable[[nn.Parameter], Tensor]) -> T:
         """Result of `function` where each parameter `p` has the values `make(p)`, and `p` is left alone.
@@ -120,7 +157,7 @@ class Substitution:
             try:
                 for patch in patches:
                     patch.put()
-                with _in_place_of(self.outside, make):
+                with in_place_of(self.outside, make):
                     result = function()
             finally:
                 for patch in patches:

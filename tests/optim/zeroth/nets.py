@@ -19,11 +19,11 @@ class Layer(nn.Module):
 class Net(nn.Module):
     """Embedding and head share a weight; the loss is a mean over the batch."""
 
-    def __init__(self, dropout: float = 0.0, width: int = 8) -> None:
+    def __init__(self, dropout: float = 0.0, width: int = 8, layers: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(12, width)
-        self.layers = nn.ModuleList([Layer(width, dropout) for _ in range(2)])
+        self.layers = nn.ModuleList([Layer(width, dropout) for _ in range(layers)])
         self.head = nn.Linear(width, 12, bias=False)
         self.head.weight = self.embed.weight
         with torch.no_grad():
