@@ -98,6 +98,26 @@ WITHOUT_EFFECT = (
         "Leave it unset, or set lowmem_matmul='fp8_row'",
     ),
     Rule(
+        "schedule_loop",
+        ("loop", "schedule"),
+        lambda run: True,
+        lambda run: f"{run.say('schedule')} has no effect in {run.loop}, which makes no scheduler",
+        "Leave it unset, and make one where you make schedulers: hf_lowmem.optim.schedules.get_power_schedule",
+    ),
+    apart(
+        "scheduler",
+        "schedule",
+        "both say what the learning rate of a step is",
+        "Leave one of them unset",
+    ),
+    Rule(
+        "schedule_zero",
+        ("schedule", "zero"),
+        lambda run: bool(run.zero and run.zero.get("scheduler")),
+        lambda run: f"{run.say('schedule')} has no effect: DeepSpeed's settings have a scheduler, which is used",
+        "Take 'scheduler' out of them, or leave lowmem_schedule unset",
+    ),
+    Rule(
         "passed",
         ("passed", "optim"),
         lambda run: run.ours,

@@ -40,6 +40,7 @@ from hf_lowmem.training.matmul_fields import MatmulArguments
 from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle, take_section
 from hf_lowmem.training.presets import AUTO, PRESETS, WEIGHTS, fill, is_about, said
+from hf_lowmem.training.schedule_fields import ScheduleArguments
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
@@ -48,7 +49,7 @@ SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_m
 
 
 @dataclass
-class LowMemArguments(MatmulArguments, NamedFields):
+class LowMemArguments(ScheduleArguments, MatmulArguments, NamedFields):
     """Fields that make a training step fit in less memory; mix in before a TrainingArguments class.
 
     ```python
@@ -192,9 +193,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
     )
     lowmem_offload: str | None = field(
         default=None,
-        metadata={
-            "help": "inputs: what checkpoint_fp8 or stream keeps of a layer waits in host memory. Default: nothing."
-        },
+        metadata={"help": "inputs: what checkpoint_fp8 or stream keeps waits in host memory. Default: nothing."},
     )
     lowmem_stream_chunk: int | None = field(
         default=None,
@@ -243,6 +242,7 @@ class LowMemArguments(MatmulArguments, NamedFields):
             check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
         self.lowmem_activation_spec()
         self.lowmem_matmul_spec()
+        self.lowmem_power_spec()
         if self.lowmem_budget is not None:
             parse_bytes("lowmem_budget", self.lowmem_budget)
         if self.lowmem_max_skipped_steps is not None:

@@ -25,7 +25,7 @@ from tests.planner.real import arguments, measure, small_config
 # processes talk. No tensor of a step is larger or smaller for them.
 OF_NO_WEIGHT = set(
     """
-    lowmem_max_skipped_steps lowmem
+    lowmem_max_skipped_steps lowmem lowmem_schedule
     output_dir do_train do_eval do_predict num_train_epochs max_steps seed data_seed run_name report_to project
     disable_tqdm log_level log_level_replica log_on_each_node logging_strategy logging_first_step logging_steps
     logging_nan_inf_filter include_num_input_tokens_seen save_strategy save_steps save_total_limit save_only_model

@@ -21,6 +21,7 @@ class Row(NamedTuple):
 
 ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
+POWER = {"schedule": "power"}
 MEZO = {"optim": "mezo"}
 FP8 = {"tiers": "fp8"}
 SUMS = {"lowmem_accumulation": "int8_sr"}
@@ -31,6 +32,12 @@ ROWS = {
     "offload_nothing": Row({"host": "inputs"}, "has no effect without"),
     "least_nothing": Row({"matmul_least": 0}, "has no effect without"),
     "chunk_nothing": Row({"chunk": 256}, "has no effect without"),
+    "schedule_loop": Row(POWER, "has no effect in"),
+    "schedule_scheduler": Row(POWER | {"scheduler": "cosine"}, "both say what"),
+    "schedule_zero": Row(
+        POWER | {"engine": "deepspeed", "zero": ZERO2 | {"scheduler": {"type": "WarmupLR"}}},
+        "DeepSpeed's settings have",
+    ),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
     "zeroth_backward": Row(MEZO | {"tiers": "fp8"}, "cannot be combined with optim='mezo': nothing is kept"),
@@ -115,6 +122,10 @@ BLIND = {
     **{(rule, door): ARGUMENTS_NONE for rule in ("passed", "budget_passed") for door in ("arguments", "replace")},
     **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
        for door in ("launch", "planner", "axolotl")},
+    **{("schedule_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
+    **{(f"schedule_{rule}", d): "a schedule is refused there in any case, by another rule"
+       for rule in ("scheduler", "zero") for d in ("plugin", "axolotl")},
+    ("schedule_scheduler", "launch"): "accelerate has no such option",
     **{("loop_budget", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
     **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith("budget") for d in ("plugin", "axolotl")},
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
@@ -123,7 +134,9 @@ BLIND = {
     **{(f"zeroth_{rule}", d): "no method of zeroth order gets so far there" for rule in ("whole", "window", "budget")
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith(
+           ("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2", "schedule")
+       )},
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",

@@ -254,6 +254,10 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     # the end of a diverged run
     ("no skipped steps at all", args(**OURS, lowmem_max_skipped_steps=0), ValueError, ("lowmem_max_skipped_steps=0", "at least 1")),
     ("skipped steps as text", args(**OURS, lowmem_max_skipped_steps="3"), TypeError, ("lowmem_max_skipped_steps='3'", "integer")),
+    ("unknown schedule", args(lowmem_schedule="cosine"), ValueError, ("lowmem_schedule='cosine'", "power")),
+    ("power without tokens", args(lowmem_schedule="power"), ValueError, ("lowmem_schedule='power'", "tokens_per_step", "packing=True")),
+    ("two schedules", args(lowmem_schedule="power", lr_scheduler_type="cosine", lr_scheduler_kwargs={"tokens_per_step": 8}), ValueError, ("lr_scheduler_type='cosine'", "lowmem_schedule='power'", "Leave one")),
+    ("schedule of a loop", lambda: LowMemPlugin(optim="adamw", lowmem_schedule="power"), ValueError, ("lowmem_schedule='power'", "LowMemPlugin", "get_power_schedule")),
     ("skipped steps without us", args(lowmem_max_skipped_steps=3), ValueError, ("lowmem_max_skipped_steps=3", "no effect")),
     # a loop of one's own
     ("checkpointing of a loop", lambda: LowMemPlugin(gradient_checkpointing=True), ValueError, ("gradient_checkpointing=True", "gradient_checkpointing_enable()")),
