@@ -32,6 +32,7 @@ class Run:
         tiers, stochastic, chunk, host: `lowmem_activations`, its rounding, tokens that a streamed layer runs on, and
             `lowmem_offload`.
         matmul, matmul_least: `lowmem_matmul`, and `lowmem_matmul_least`.
+        sample: `lowmem_sample`.
         schedule: `lowmem_schedule`.
         scheduler: `lr_scheduler_type`, where it is not the default.
         in_backward: whether each weight is stepped in backward.
@@ -64,6 +65,7 @@ class Run:
     chunk: int | None = None
     matmul: str | None = None
     matmul_least: int | None = None
+    sample: float | None = None
     schedule: str | None = None
     scheduler: str | None = None
     in_backward: bool | None = None
@@ -123,6 +125,7 @@ class Run:
             "pieces": "parallelism_config",
             "matmul": "lowmem_matmul",
             "matmul_least": "lowmem_matmul_least",
+            "sample": "lowmem_sample",
             "schedule": "lowmem_schedule",
             "scheduler": "lr_scheduler_type",
         }.get(fact, fact)
@@ -136,7 +139,7 @@ class Run:
     def asking(self, other: "Run") -> Self:
         """A copy of this run with the fields, tiers, optimizer and budget of `other`, and nothing else of it."""
         asks = ("optim", "fields", "spec", "tiers", "stochastic", "chunk", "host", "matmul", "matmul_least")
-        asks += ("schedule", "in_backward", "budget")
+        asks += ("sample", "schedule", "in_backward", "budget")
         said = {name: words for name, words in other.said.items() if name in asks}
         return self.knowing(said, **{name: getattr(other, name) for name in asks})
 
@@ -164,6 +167,7 @@ class Run:
             chunk=getattr(args, "lowmem_stream_chunk", None),
             matmul=getattr(args, "lowmem_matmul", None),
             matmul_least=getattr(args, "lowmem_matmul_least", None),
+            sample=getattr(args, "lowmem_sample", None),
             schedule=getattr(args, "lowmem_schedule", None),
             scheduler=None if scheduler in (None, "linear") else str(scheduler),
             in_backward=in_backward,

@@ -6,7 +6,7 @@ from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.optim.backward import accumulation_refused
 from hf_lowmem.optim.resting import SHARDED
 from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, SUMS_SHARDED, flattened
-from hf_lowmem.rules import deepspeed, zeroth
+from hf_lowmem.rules import deepspeed, sample, zeroth
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
 from hf_lowmem.specs import STORES_AT_REST, STREAMED
@@ -333,7 +333,7 @@ BUDGET = (
     apart("n_gpu", "budget", "DataParallel cannot be planned", ONE_GPU, when=lambda run: (run.n_gpu or 0) > 1),
 )
 
-RULES = (*WITHOUT_EFFECT, *zeroth.RULES, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
+RULES = (*WITHOUT_EFFECT, *zeroth.RULES, *sample.RULES, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
 
 
 def check(run: Run, label: str = "") -> None:

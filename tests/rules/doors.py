@@ -43,6 +43,7 @@ OURS = {
     "matmul_least": "lowmem_matmul_least",
     "in_backward": "lowmem_step_in_backward",
     "schedule": "lowmem_schedule",
+    "sample": "lowmem_sample",
     "budget": "lowmem_budget",
 }
 

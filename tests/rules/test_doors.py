@@ -22,6 +22,7 @@ class Row(NamedTuple):
 ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
 POWER = {"schedule": "power"}
+SAMPLE = {"sample": 0.3}
 MEZO = {"optim": "mezo"}
 FP8 = {"tiers": "fp8"}
 SUMS = {"lowmem_accumulation": "int8_sr"}
@@ -38,6 +39,15 @@ ROWS = {
         POWER | {"engine": "deepspeed", "zero": ZERO2 | {"scheduler": {"type": "WarmupLR"}}},
         "DeepSpeed's settings have",
     ),
+    "sample_loop": Row(SAMPLE, "has no effect in"),
+    "sample_zeroth": Row(MEZO | SAMPLE, "cannot be combined with lowmem_sample=0.3: nothing is kept"),
+    "sample_tiers": Row(FP8 | SAMPLE, "a linear's input, of"),
+    "sample_checkpointing": Row(SAMPLE | {"checkpointing": True}, "a linear's input, of"),
+    "sample_matmul": Row(SAMPLE | {"matmul": "fp8_row"}, "both say from what"),
+    "sample_compile": Row(SAMPLE | {"compile": True}, "the number of the step"),
+    "sample_n_gpu": Row(SAMPLE | {"n_gpu": 2}, "DataParallel's replicas"),
+    "sample_engine": Row(SAMPLE | {"engine": "deepspeed", "zero": ZERO2}, "it was not tried"),
+    "sample_rest": Row(SAMPLE | STEPPING | {"fields": {"lowmem_weights": "int8_sr"}}, "weights at rest make"),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
     "zeroth_backward": Row(MEZO | {"tiers": "fp8"}, "cannot be combined with optim='mezo': nothing is kept"),
@@ -111,6 +121,8 @@ ROWS = {
     "budget_n_gpu": Row({"budget": "1GiB", "n_gpu": 2}, "DataParallel cannot be planned"),
 }
 
+OF_OPTIMIZERS = ("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2")
+OF_OPTIMIZERS += ("schedule", "sample")
 NO_OPTIMIZER = "it is told of tiers alone: the optimizer is whoever's"
 ARGUMENTS_NONE = "an optimizer is passed to a trainer or a loop, after the arguments were made"
 NO_REPLICAS = "accelerate starts a process a GPU; DataParallel is the Trainer's, where it does not"
@@ -122,6 +134,9 @@ BLIND = {
     **{(rule, door): ARGUMENTS_NONE for rule in ("passed", "budget_passed") for door in ("arguments", "replace")},
     **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
        for door in ("launch", "planner", "axolotl")},
+    **{("sample_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
+    **{(rule, d): "a sample is refused there in any case, by another rule" for rule in ROWS
+       if rule.startswith("sample_") and rule != "sample_loop" for d in ("plugin", "axolotl")},
     **{("schedule_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
     **{(f"schedule_{rule}", d): "a schedule is refused there in any case, by another rule"
        for rule in ("scheduler", "zero") for d in ("plugin", "axolotl")},
@@ -134,9 +149,7 @@ BLIND = {
     **{(f"zeroth_{rule}", d): "no method of zeroth order gets so far there" for rule in ("whole", "window", "budget")
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(
-           ("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2", "schedule")
-       )},
+       if rule.startswith(OF_OPTIMIZERS)},
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",
