@@ -25,7 +25,7 @@ from hf_lowmem.demo.model import load, prepare_model
 from hf_lowmem.demo.run import HELD_OUT_PLAYS, public_name
 from hf_lowmem.matmul.sampled import OwnedSamples, draw
 from hf_lowmem.memory import measure_saved
-from parts.record import RECORDS, Row, Rows, append_row, provenance
+from parts.record import RECORDS, Rows, append_row, provenance
 
 RECORD = RECORDS / "sample.jsonl"
 TOKENS, BATCH, SEED, EVERY = 128, 4, 0, 15
