@@ -80,6 +80,7 @@ COMMANDS = {
     "python scripts/bench/wire.py": MINUTES + "tests/dist/test_wire.py",
     "python scripts/examples/sft.py": "trains on a model of the hub; on a tiny one in tests/examples",
     "python scripts/train_gradnormlorp.py": "tests/peers/test_gradnormlorp.py",
+    "python scripts/merge_checkpoints.py": "tests/peers/test_merge.py",
     "python scripts/train_welore.py": "tests/peers/test_welore.py",
     "python scripts/train_preference.py": TRAINS,
     "python scripts/train_sft.py": TRAINS,

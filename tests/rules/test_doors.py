@@ -23,6 +23,7 @@ ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
 POWER = {"schedule": "power"}
 SAMPLE = {"sample": 0.3}
+WHOLE_LAYERS = SAMPLE | {"checkpointing": False}  # which TRL checkpoints unless it is told
 MEZO = {"optim": "mezo"}
 FP8 = {"tiers": "fp8"}
 SUMS = {"lowmem_accumulation": "int8_sr"}
@@ -44,9 +45,9 @@ ROWS = {
     "sample_tiers": Row(FP8 | SAMPLE, "a linear's input, of"),
     "sample_checkpointing": Row(SAMPLE | {"checkpointing": True}, "a linear's input, of"),
     "sample_matmul": Row(SAMPLE | {"matmul": "fp8_row"}, "both say from what"),
-    "sample_compile": Row(SAMPLE | {"compile": True}, "the number of the step"),
-    "sample_n_gpu": Row(SAMPLE | {"n_gpu": 2}, "DataParallel's replicas"),
-    "sample_engine": Row(SAMPLE | {"engine": "deepspeed", "zero": ZERO2}, "it was not tried"),
+    "sample_compile": Row(WHOLE_LAYERS | {"compile": True}, "the number of the step"),
+    "sample_n_gpu": Row(WHOLE_LAYERS | {"n_gpu": 2}, "DataParallel's replicas"),
+    "sample_engine": Row(WHOLE_LAYERS | {"engine": "deepspeed", "zero": ZERO2}, "it was not tried"),
     "sample_rest": Row(SAMPLE | STEPPING | {"fields": {"lowmem_weights": "int8_sr"}}, "weights at rest make"),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
@@ -185,7 +186,7 @@ def test_a_rule_says_the_same_at_every_door(
 ) -> None:
     row = ROWS[rule]
     run = dict(row.run)
-    if rule == "tiers_checkpointing" and door in ("plugin", "launch"):
+    if rule in ("tiers_checkpointing", "sample_checkpointing") and door in ("plugin", "launch"):
         run["engine"] = "fsdp"  # whose plugin is what checkpoints
     with pytest.raises(ValueError) as caught:
         DOORS[door](run, monkeypatch, tmp_path)
