@@ -69,8 +69,8 @@ def draw(norms: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     upto = p.cumsum(0)  # of the c largest, c from 1 on
     index = torch.arange(k, device=norms.device)
     left = (1 - upto[:k] + p[:k]).clamp_min(0)  # for c = 0, 1, ..., k - 1
-    certain = (left / (k - index)).argmin()
-    rest, draws = left[certain], k - certain
+    certain = (left / (k - index)).argmin().view(1)  # a number to index with would be read from the device
+    rest, draws = left.index_select(0, certain), k - certain
     words = paired_bits(seed & ~1, 0, k, norms.device)
     u = (words.bitwise_right_shift(9).bitwise_and(0x7FFFFF).double() + 0.5) * 2.0**-23
     u = (u + total * 4096) % 1.0

@@ -1,6 +1,7 @@
 """Samples of linears' inputs, as a trainer has them: `lowmem_sample`, its field and its place in a training."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -76,4 +77,5 @@ class SamplesRows:
         """One training step of the parent, whose draws are those of its number."""
         if self._samples is not None:
             self._samples.at_step(cast("Trainer", self).state.global_step)
-        return cast("Trainer", super()).training_step(*args, **kwargs)  # type: ignore[arg-type]
+        step = cast("Callable[..., torch.Tensor]", cast("Trainer", super()).training_step)
+        return step(*args, **kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem.activations.linears import linears_of_layers
@@ -60,6 +61,12 @@ def test_rows_of_zeros_are_never_drawn_and_all_zeros_do_no_harm() -> None:
     drawn = torch.zeros(6).index_add_(0, places, weights)
     assert drawn.tolist() == [0, 1, 0, 1, 0, 0]
     assert not draw(torch.zeros(6), 2, 0)[1].any()
+
+
+def test_no_number_is_read_from_the_device() -> None:
+    with FakeTensorMode():
+        places, weights = draw(torch.ones(20), 5, 0)
+    assert places.shape == weights.shape == (5,)
 
 
 def linear(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Linear:
