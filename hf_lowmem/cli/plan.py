@@ -12,16 +12,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from hf_lowmem.cli.parsing import Parser
 from hf_lowmem.cli.pictures import check_picture
 from hf_lowmem.memory.progress import stages
+from hf_lowmem.planner.advice import Advice, parse_tokens, step_law
 from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.methods import METHODS
+from hf_lowmem.planner.models import find_config
 from hf_lowmem.planner.parallel import PARALLEL
 from hf_lowmem.planner.search.explain import NothingFits
 from hf_lowmem.planner.search.fastest import longest, search
@@ -59,6 +61,13 @@ class PlanArguments:
     parallel: str | None = field(
         default=None, metadata={"help": f"How several processes share the work: {', '.join(PARALLEL)}."}
     )
+    advise: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a whole pre-training, such as 20B: say which learning rate and batch the Step law has. "
+            "Not for fine-tuning."
+        },
+    )
     implementation: str | None = field(
         default=None,
         metadata={
@@ -84,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
             asked, args, model_args = _parse(arguments)
             if asked.plot is not None:
                 check_picture("--plot", Path(asked.plot))
+            advice = _advice(asked, args, model_args)
             made = _plan(asked, args, model_args, auto)
             if asked.plot is not None:
                 from hf_lowmem.planner.plot import draw
@@ -92,7 +102,10 @@ def run(arguments: Sequence[str]) -> int:
     except (CannotSimulate, TypeError, ValueError) as error:
         print(f"hf-lowmem plan: {error}", file=sys.stderr)
         return 1 if isinstance(error, CannotSimulate | NothingFits) else 2
-    print(json.dumps(made.to_dict()) if asked.json else made)
+    if asked.json:
+        print(json.dumps(made.to_dict() | ({} if advice is None else {"advice": advice.to_dict()})))
+    else:
+        print(made if advice is None else f"{made}\nadvice: {advice}")
     return 0
 
 
@@ -137,6 +150,20 @@ def _budget(asked: PlanArguments, args: Any, auto: bool) -> str | None:
             "only. Leave it unset."
         )
     return budget
+
+
+def _advice(asked: PlanArguments, args: SFTConfig, model_args: ModelConfig) -> Advice | None:
+    if asked.advise is None:
+        return None
+    tokens, model = parse_tokens("--advise", asked.advise), asked.model or model_args.model_name_or_path
+    if asked.method != "sft" or model_args.use_peft or args.max_length is None or model is None:
+        raise ValueError(
+            f"--advise {asked.advise}: the Step law is of pre-training: all parameters, one length of sequences. Give "
+            "--model and --max_length, neither --use_peft nor another --method than sft."
+        )
+    init = cast("dict[str, object] | None", args.model_init_kwargs)
+    config = find_config(model, init, trust_remote_code=getattr(args, "trust_remote_code", False))
+    return step_law(config, tokens, args.max_length)
 
 
 def _plan(asked: PlanArguments, args: Any, model_args: ModelConfig, auto: bool) -> Plan | Found:

@@ -73,6 +73,7 @@ _BODIES = {
         "  --dtype               of the weights: bfloat16, float32\n"
         "  --budget              memory of one device, such as 24GiB: search the fastest settings that fit\n"
         "  --method              the trainer: sft, dpo\n"
+        "  --advise TOKENS       also a learning rate and a batch for pre-training on so many tokens, such as 20B\n"
         "  --device              cuda or cpu\n"
         "  --json, --plot FILE   one JSON object; memory over the step as a PNG\n\n" + _LOWMEM,
         "Every field of the trainer's config is a flag, and --config takes the file that trains",

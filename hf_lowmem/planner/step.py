@@ -266,6 +266,8 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
         "eos_token": None,
         "ref_model_sync_steps": 1,  # what happens now and then happens in each of the two steps
         "lowmem_budget": None,  # this is what a search runs
+        "lowmem_schedule": None,  # of two steps, in which nothing is learned
+        "lr_scheduler_kwargs": None if getattr(args, "lowmem_schedule", None) else args.lr_scheduler_kwargs,
         "lowmem": None if getattr(args, "lowmem", None) == AUTO else getattr(args, "lowmem", None),
         # A projection's refresh is the step's heaviest moment: let it happen when all states are there, too.
         "lowmem_update_gap": 1 if "update_gap" in getattr(ALL_METHODS.get(args.optim), "DEFAULTS", {}) else None,

@@ -34,6 +34,9 @@ class Run:
         tiers, stochastic, chunk, host: `lowmem_activations`, its rounding, tokens that a streamed layer runs on, and
             `lowmem_offload`.
         matmul, matmul_least: `lowmem_matmul`, and `lowmem_matmul_least`.
+        sample: `lowmem_sample`.
+        schedule: `lowmem_schedule`.
+        scheduler: `lr_scheduler_type`, where it is not the default.
         in_backward: whether each weight is stepped in backward.
         budget: `lowmem_budget`, or "auto" for lowmem="auto".
         loop: who trains, where that is no Trainer, such as "LowMemPlugin".
@@ -65,6 +68,9 @@ class Run:
     chunk: int | None = None
     matmul: str | None = None
     matmul_least: int | None = None
+    sample: float | None = None
+    schedule: str | None = None
+    scheduler: str | None = None
     in_backward: bool | None = None
     budget: str | None = None
     loop: str | None = None
@@ -123,6 +129,9 @@ class Run:
             "pieces": "parallelism_config",
             "matmul": "lowmem_matmul",
             "matmul_least": "lowmem_matmul_least",
+            "sample": "lowmem_sample",
+            "schedule": "lowmem_schedule",
+            "scheduler": "lr_scheduler_type",
         }.get(fact, fact)
         return f"{name}={getattr(self, fact)!r}"
 
@@ -134,7 +143,7 @@ class Run:
     def asking(self, other: "Run") -> Self:
         """A copy of this run with the fields, tiers, optimizer and budget of `other`, and nothing else of it."""
         asks = ("optim", "fields", "spec", "tiers", "stochastic", "chunk", "host", "matmul", "matmul_least")
-        asks += ("in_backward", "budget")
+        asks += ("sample", "schedule", "in_backward", "budget")
         said = {name: words for name, words in other.said.items() if name in asks}
         return self.knowing(said, **{name: getattr(other, name) for name in asks})
 
@@ -151,6 +160,8 @@ class Run:
         )
         asked, optim = deepspeed_asked(args), getattr(args, "optim", None)
         automatic = getattr(args, "lowmem", None) == "auto"
+        scheduler = getattr(args, "lr_scheduler_type", None)
+        scheduler = getattr(scheduler, "value", scheduler)
         return cls(
             optim=None if optim is None else str(getattr(optim, "value", optim)),
             fields={name: value for name, value in named.items() if value is not None},
@@ -160,6 +171,9 @@ class Run:
             chunk=getattr(args, "lowmem_stream_chunk", None),
             matmul=getattr(args, "lowmem_matmul", None),
             matmul_least=getattr(args, "lowmem_matmul_least", None),
+            sample=getattr(args, "lowmem_sample", None),
+            schedule=getattr(args, "lowmem_schedule", None),
+            scheduler=None if scheduler in (None, "linear") else str(scheduler),
             in_backward=in_backward,
             budget=getattr(args, "lowmem_budget", None) or ("auto" if automatic else None),
             engine="deepspeed" if asked else None,

@@ -5,7 +5,7 @@ from torch import Size
 from hf_lowmem.optim import ALL_METHODS
 from hf_lowmem.optim.backward import accumulation_refused
 from hf_lowmem.reasons import CLIPPING, INSIDE_CHECKPOINT, NO_CHECKPOINT, NO_CLIPPING, SUMS_SHARDED, flattened
-from hf_lowmem.rules import deepspeed, zeroth
+from hf_lowmem.rules import deepspeed, sample, zeroth
 from hf_lowmem.rules.rule import Rule, apart
 from hf_lowmem.rules.run import Run
 from hf_lowmem.specs import STORES_AT_REST, STREAMED
@@ -95,6 +95,26 @@ WITHOUT_EFFECT = (
         lambda run: run.matmul is None,
         lambda run: f"{run.say('matmul_least')} has no effect without lowmem_matmul",
         "Leave it unset, or set lowmem_matmul='fp8_row'",
+    ),
+    Rule(
+        "schedule_loop",
+        ("loop", "schedule"),
+        lambda run: True,
+        lambda run: f"{run.say('schedule')} has no effect in {run.loop}, which makes no scheduler",
+        "Leave it unset, and make one where you make schedulers: hf_lowmem.optim.schedules.get_power_schedule",
+    ),
+    apart(
+        "scheduler",
+        "schedule",
+        "both say what the learning rate of a step is",
+        "Leave one of them unset",
+    ),
+    Rule(
+        "schedule_zero",
+        ("schedule", "zero"),
+        lambda run: bool(run.zero and run.zero.get("scheduler")),
+        lambda run: f"{run.say('schedule')} has no effect: DeepSpeed's settings have a scheduler, which is used",
+        "Take 'scheduler' out of them, or leave lowmem_schedule unset",
     ),
     Rule(
         "passed",
@@ -325,7 +345,7 @@ BUDGET = (
     apart("n_gpu", "budget", "DataParallel cannot be planned", ONE_GPU, when=lambda run: (run.n_gpu or 0) > 1),
 )
 
-RULES = (*WITHOUT_EFFECT, *zeroth.RULES, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
+RULES = (*WITHOUT_EFFECT, *zeroth.RULES, *sample.RULES, *ENGINES, *TIERS, *STREAMS, *IN_BACKWARD, *AT_REST, *BUDGET)
 
 
 def check(run: Run, label: str = "") -> None:

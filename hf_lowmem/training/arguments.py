@@ -41,6 +41,8 @@ from hf_lowmem.training.matmul_fields import MatmulArguments
 from hf_lowmem.training.named import NamedFields
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS, assigned, open_fields, own_defaults, settle, take_section
 from hf_lowmem.training.presets import AUTO, PRESETS, WEIGHTS, fill, is_about, said
+from hf_lowmem.training.sampling import SampleArguments
+from hf_lowmem.training.schedule_fields import ScheduleArguments
 
 DEFAULT_OPTIM = str(OptimizerNames(TrainingArguments.__dataclass_fields__["optim"].default).value)
 
@@ -49,7 +51,7 @@ SECTION_FIELDS = ("learning_rate", "weight_decay", "optim_args", "optim_target_m
 
 
 @dataclass
-class LowMemArguments(MatmulArguments, HostArguments, NamedFields):
+class LowMemArguments(ScheduleArguments, SampleArguments, MatmulArguments, HostArguments, NamedFields):
     """Fields that make a training step fit in less memory; mix in before a TrainingArguments class.
 
     ```python
@@ -236,9 +238,8 @@ class LowMemArguments(MatmulArguments, HostArguments, NamedFields):
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
         if self.lowmem_accumulation is not None:
             check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)
-        self.lowmem_offloaded()
-        self.lowmem_activation_spec()
-        self.lowmem_matmul_spec()
+        for part in ("offloaded", "activation_spec", "matmul_spec", "power_spec", "sample_share"):
+            getattr(self, f"lowmem_{part}")()
         if self.lowmem_budget is not None:
             parse_bytes("lowmem_budget", self.lowmem_budget)
         if self.lowmem_max_skipped_steps is not None:

@@ -27,6 +27,7 @@ from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
 from hf_lowmem.training.multiplying import MultipliesIn8Bits
 from hf_lowmem.training.presets import take_weights
 from hf_lowmem.training.resting import RestingWeights
+from hf_lowmem.training.scheduling import Schedules
 from hf_lowmem.training.zeroth import ForwardSteps
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
+class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights, Schedules):
     """Put before a Trainer class: `class LowMemGRPOTrainer(LowMemTrainerMixin, trl.GRPOTrainer): ...`.
 
     With arguments of the plain class, or with an `optim` of HuggingFace's, the trainer does what its parent does.
@@ -339,9 +340,8 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does; PEFT's card then names no folder of this machine as its base model."""
         cast("Trainer", super()).save_model(output_dir, _internal_call)
-        folder, saves = output_dir or self.args.output_dir, self.args.should_save
-        if saves and isinstance(self.args, LowMemArguments):
-            mend_metadata(Path(folder))
+        if self.args.should_save and isinstance(self.args, LowMemArguments):
+            mend_metadata(Path(output_dir or str(cast("Trainer", self).args.output_dir)))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the parent's card with what the training takes; a README.md that no trainer has made stays as it is."""

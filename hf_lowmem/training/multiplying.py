@@ -12,6 +12,7 @@ from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.matmul import OwnedProducts, ProductReport, code_frozen, products_of
 from hf_lowmem.matmul.spec import MatmulSpec
 from hf_lowmem.training.matmul_fields import MatmulArguments
+from hf_lowmem.training.sampling import SamplesRows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,8 +37,8 @@ def whole_under(accelerator: Accelerator) -> str | None:
     return None if engine is None else f"frozen, and {engine} reads it"
 
 
-class MultipliesIn8Bits:
-    """The part of LowMemTrainerMixin that concerns `lowmem_matmul`.
+class MultipliesIn8Bits(SamplesRows):
+    """The part of LowMemTrainerMixin that concerns `lowmem_matmul`, and `lowmem_sample`.
 
     Products stand below the forwards of tiers, whichever of the two is put on first.
     """
@@ -54,6 +55,7 @@ class MultipliesIn8Bits:
 
     def _rehearse_products(self) -> None:
         """Say now which products will be made in 8 bits, or why none can. The model stays as it is."""
+        self._rehearse_samples()
         spec = self._matmul_spec()
         if spec is not None and self.model is not None:
             linears = linears_of_layers(self.model)
@@ -69,6 +71,7 @@ class MultipliesIn8Bits:
 
     def _put_products(self) -> None:
         """Put products on the model. Again is nothing, on the same model."""
+        self._put_samples()
         if self.model is None or self._multiplied is self.model or not isinstance(self.args, MatmulArguments):
             return
         self._take_products()
@@ -77,6 +80,10 @@ class MultipliesIn8Bits:
             self.products, self._multiplied = self._products.report, self.model
 
     def _take_products(self) -> None:
+        self._take_samples()
+        self._drop_products()
+
+    def _drop_products(self) -> None:
         if self._products is not None:
             self._products.take_off()
             self._products = self._multiplied = None

@@ -306,6 +306,21 @@ def targets() -> list[str]:
     return table(["target", "kernels and shapes compiled", "of them with spilled registers"], lines)
 
 
+def sample() -> list[str]:
+    """Errors of gradients from a share of the rows, and what is kept."""
+    rows, lines = records("sample.jsonl"), []
+    kept = {row["share"]: f"{row['saved_bytes'] / 2**20:,.0f}" for row in rows if row["part"] == "kept"}
+    found = {(row["share"], row["by"]): row for row in rows if row["part"] == "error"}
+    for share in sorted({share for share, by in found if by != "codes"}, reverse=True):
+        errors = [f"{100 * found[share, by]['one_draw']:.0f}" for by in ("x", "uniform", "x g")]
+        many = found[share, "x"].get("mean_of_draws")
+        lines.append([f"{share:.0%}", *errors, "" if many is None else f"{100 * many:.0f}", kept.get(share, "")])
+    codes = f"all, in E4M3: {100 * found[1.0, 'codes']['one_draw']:.1f}"
+    lines.append(["all", codes, "", "", "", kept[1.0]])
+    heads = ["rows kept", "error, %: drawn by the input", "uniformly", "by input and gradient", "mean of 25 draws"]
+    return table([*heads, "kept, MiB"], lines)
+
+
 def products(part: str) -> Rows:
     return of_part(records("products.jsonl"), part)
 
@@ -333,6 +348,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "accumulation_loss": accumulation_loss,
     "targets": targets,
     "cpu_layers": cpu_layers,
+    "sample": sample,
     "products_error": lambda: multiplied.errors(products("error")),
     "products_loss": lambda: multiplied.losses(products("loss")),
     "products_cost": lambda: multiplied.costs(products("cost")),

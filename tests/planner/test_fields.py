@@ -25,7 +25,7 @@ from tests.planner.real import arguments, measure, small_config
 # processes talk. No tensor of a step is larger or smaller for them.
 OF_NO_WEIGHT = set(
     """
-    lowmem_max_skipped_steps lowmem
+    lowmem_max_skipped_steps lowmem lowmem_schedule
     output_dir do_train do_eval do_predict num_train_epochs max_steps seed data_seed run_name report_to project
     disable_tqdm log_level log_level_replica log_on_each_node logging_strategy logging_first_step logging_steps
     logging_nan_inf_filter include_num_input_tokens_seen save_strategy save_steps save_total_limit save_only_model
@@ -85,6 +85,7 @@ BOTH: dict[str, list[Any]] = {
     "lowmem_stream_chunk": [256],
     "lowmem_matmul": ["fp8_row", "int8_row"],
     "lowmem_matmul_least": [0],
+    "lowmem_sample": [0.3],
     "lowmem_activations_stochastic": [True],
     "lowmem_offload": ["inputs"],
     "lowmem_state": ["8bit"],
@@ -134,6 +135,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lowmem_activations_stochastic": {"lowmem_activations": "fp8"},
     "lowmem_offload": {"lowmem_activations": "checkpoint_fp8"},
     "lowmem_matmul": {"lowmem_matmul_least": 0},
+    "lowmem_sample": {"gradient_checkpointing": False},
     "lowmem_matmul_least": {"lowmem_matmul": "fp8_row"},
     "lowmem_stream_chunk": {"lowmem_activations": "stream"},
     "lowmem_state": {"optim": "adamw"},
@@ -303,6 +305,10 @@ WEIGHED: dict[str, tuple[Any, dict[str, Any]]] = {
     "products in 8 bits under a tier": (
         LowMemSFTConfig,
         {"lowmem_matmul": "fp8_row", "lowmem_matmul_least": 0, "max_length": 192, "lowmem_activations": "fp8"},
+    ),
+    "a sample of linears' inputs": (
+        LowMemSFTConfig,
+        {"lowmem_sample": 0.3, "max_length": 192, "gradient_checkpointing": False},
     ),
     "smoothed labels": (LowMemSFTConfig, {"label_smoothing_factor": 0.1}),
     "noise on embeddings": (LowMemSFTConfig, {"neftune_noise_alpha": 5.0, "max_length": 128}),

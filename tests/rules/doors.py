@@ -43,6 +43,8 @@ OURS = {
     "matmul": "lowmem_matmul",
     "matmul_least": "lowmem_matmul_least",
     "in_backward": "lowmem_step_in_backward",
+    "schedule": "lowmem_schedule",
+    "sample": "lowmem_sample",
     "budget": "lowmem_budget",
 }
 
@@ -82,6 +84,8 @@ class Patched:
 def fields(run: dict[str, Any]) -> dict[str, Any]:
     """Of training arguments."""
     found = ours(run)
+    found |= {"lr_scheduler_kwargs": {"tokens_per_step": 64}} if "schedule" in run else {}
+    found |= {"lr_scheduler_type": run["scheduler"]} if "scheduler" in run else {}
     found |= {run["precision"]: True} if run.get("precision") in ("fp16", "bf16") else {}
     found |= {"parallelism_config": ParallelismConfig(**run["pieces"])} if "pieces" in run else {}
     found |= {"gradient_checkpointing_kwargs": {"use_reentrant": True}} if run.get("reentrant") else {}

@@ -21,6 +21,9 @@ class Row(NamedTuple):
 
 ADAMW = {"optim": "adamw"}
 STEPPING = ADAMW | {"in_backward": True}
+POWER = {"schedule": "power"}
+SAMPLE = {"sample": 0.3}
+WHOLE_LAYERS = SAMPLE | {"checkpointing": False}  # which TRL checkpoints unless it is told
 MEZO = {"optim": "mezo"}
 HOSTED = {"host": "weights"}
 FP8 = {"tiers": "fp8"}
@@ -32,6 +35,21 @@ ROWS = {
     "offload_nothing": Row({"host": "inputs"}, "has no effect without"),
     "least_nothing": Row({"matmul_least": 0}, "has no effect without"),
     "chunk_nothing": Row({"chunk": 256}, "has no effect without"),
+    "schedule_loop": Row(POWER, "has no effect in"),
+    "schedule_scheduler": Row(POWER | {"scheduler": "cosine"}, "both say what"),
+    "schedule_zero": Row(
+        POWER | {"engine": "deepspeed", "zero": ZERO2 | {"scheduler": {"type": "WarmupLR"}}},
+        "DeepSpeed's settings have",
+    ),
+    "sample_loop": Row(SAMPLE, "has no effect in"),
+    "sample_zeroth": Row(MEZO | SAMPLE, "cannot be combined with lowmem_sample=0.3: nothing is kept"),
+    "sample_tiers": Row(FP8 | SAMPLE, "a linear's input, of"),
+    "sample_checkpointing": Row(SAMPLE | {"checkpointing": True}, "a linear's input, of"),
+    "sample_matmul": Row(SAMPLE | {"matmul": "fp8_row"}, "both say from what"),
+    "sample_compile": Row(WHOLE_LAYERS | {"compile": True}, "the number of the step"),
+    "sample_n_gpu": Row(WHOLE_LAYERS | {"n_gpu": 2}, "DataParallel's replicas"),
+    "sample_engine": Row(WHOLE_LAYERS | {"engine": "deepspeed", "zero": ZERO2}, "it was not tried"),
+    "sample_rest": Row(SAMPLE | STEPPING | {"fields": {"lowmem_weights": "int8_sr"}}, "weights at rest make"),
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
     "zeroth_backward": Row(MEZO | {"tiers": "fp8"}, "cannot be combined with optim='mezo': nothing is kept"),
@@ -115,6 +133,8 @@ ROWS = {
     "budget_n_gpu": Row({"budget": "1GiB", "n_gpu": 2}, "DataParallel cannot be planned"),
 }
 
+OF_OPTIMIZERS = ("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2")
+OF_OPTIMIZERS += ("schedule", "sample", "weights")
 NO_OPTIMIZER = "it is told of tiers alone: the optimizer is whoever's"
 ARGUMENTS_NONE = "an optimizer is passed to a trainer or a loop, after the arguments were made"
 NO_REPLICAS = "accelerate starts a process a GPU; DataParallel is the Trainer's, where it does not"
@@ -126,6 +146,13 @@ BLIND = {
     **{(rule, door): ARGUMENTS_NONE for rule in ("passed", "budget_passed") for door in ("arguments", "replace")},
     **{(rule, door): "nothing is passed there" for rule in ("passed", "budget_passed")
        for door in ("launch", "planner", "axolotl")},
+    **{("sample_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
+    **{(rule, d): "a sample is refused there in any case, by another rule" for rule in ROWS
+       if rule.startswith("sample_") and rule != "sample_loop" for d in ("plugin", "axolotl")},
+    **{("schedule_loop", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
+    **{(f"schedule_{rule}", d): "a schedule is refused there in any case, by another rule"
+       for rule in ("scheduler", "zero") for d in ("plugin", "axolotl")},
+    ("schedule_scheduler", "launch"): "accelerate has no such option",
     **{("loop_budget", d): A_LOOP for d in DOORS if d not in ("plugin", "axolotl")},
     **{(rule, d): NO_BUDGET for rule in ROWS if rule.startswith("budget") for d in ("plugin", "axolotl")},
     **{("in_backward_clips", d): NO_HOST for d in DOORS if d != "axolotl"},
@@ -135,7 +162,7 @@ BLIND = {
        for rule in ("zeroth_whole", "zeroth_window", "zeroth_budget", "weights_processes")
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("zeroth", "weights", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith(OF_OPTIMIZERS)},
     **{(rule, "axolotl"): "the step in backward that such weights need is refused there in any case"
        for rule in ("rest_sharded", "rest_offloaded", "rest_budget")},
     ("rest_budget", "plugin"): NO_BUDGET,
@@ -174,7 +201,7 @@ def test_a_rule_says_the_same_at_every_door(
 ) -> None:
     row = ROWS[rule]
     run = dict(row.run)
-    if rule == "tiers_checkpointing" and door in ("plugin", "launch"):
+    if rule in ("tiers_checkpointing", "sample_checkpointing") and door in ("plugin", "launch"):
         run["engine"] = "fsdp"  # whose plugin is what checkpoints
     with pytest.raises(ValueError) as caught:
         DOORS[door](run, monkeypatch, tmp_path)

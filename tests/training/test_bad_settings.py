@@ -254,6 +254,16 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     # the end of a diverged run
     ("no skipped steps at all", args(**OURS, lowmem_max_skipped_steps=0), ValueError, ("lowmem_max_skipped_steps=0", "at least 1")),
     ("skipped steps as text", args(**OURS, lowmem_max_skipped_steps="3"), TypeError, ("lowmem_max_skipped_steps='3'", "integer")),
+    ("a sample of all rows", args(lowmem_sample=1.0), ValueError, ("lowmem_sample=1.0", "(0, 1)")),
+    ("a sample of none", args(lowmem_sample=0), ValueError, ("lowmem_sample=0", "(0, 1)")),
+    ("a sample as text", args(lowmem_sample="0.3"), TypeError, ("lowmem_sample='0.3'", "number")),
+    ("a sample beside a tier", args(lowmem_sample=0.3, lowmem_activations="fp8"), ValueError, ("lowmem_activations='fp8'", "lowmem_sample=0.3", "unset")),
+    ("a sample under TRL's checkpointing", args(LowMemSFTConfig, lowmem_sample=0.3), ValueError, ("gradient_checkpointing=True", "gradient_checkpointing=False")),
+    ("a sample in a loop", lambda: LowMemPlugin(optim="adamw", lowmem_sample=0.3), ValueError, ("lowmem_sample=0.3", "LowMemPlugin", "unset")),
+    ("unknown schedule", args(lowmem_schedule="cosine"), ValueError, ("lowmem_schedule='cosine'", "power")),
+    ("power without tokens", args(lowmem_schedule="power"), ValueError, ("lowmem_schedule='power'", "tokens_per_step", "packing=True")),
+    ("two schedules", args(lowmem_schedule="power", lr_scheduler_type="cosine", lr_scheduler_kwargs={"tokens_per_step": 8}), ValueError, ("lr_scheduler_type='cosine'", "lowmem_schedule='power'", "Leave one")),
+    ("schedule of a loop", lambda: LowMemPlugin(optim="adamw", lowmem_schedule="power"), ValueError, ("lowmem_schedule='power'", "LowMemPlugin", "get_power_schedule")),
     ("skipped steps without us", args(lowmem_max_skipped_steps=3), ValueError, ("lowmem_max_skipped_steps=3", "no effect")),
     # a loop of one's own
     ("checkpointing of a loop", lambda: LowMemPlugin(gradient_checkpointing=True), ValueError, ("gradient_checkpointing=True", "gradient_checkpointing_enable()")),
