@@ -96,6 +96,8 @@ def _train(
     parser: Parser, trainer_class: Callable[..., Trainer], arguments: Sequence[str] | None, *, save: bool
 ) -> None:
     script_args, training_args, model_args, *stages = parser.read(arguments)
+    asked = training_args.resume_from_checkpoint  # whose words for a switch no parser knows
+    training_args.resume_from_checkpoint = {"true": True, "false": None}.get(str(asked).lower(), asked)
     with answered_in_words():
         given = _loaded(script_args, training_args, model_args)
     with answered_in_words(begun=True):
