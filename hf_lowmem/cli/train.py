@@ -116,9 +116,19 @@ def _train(
 
 
 def _made(trainer_class: Callable[..., Trainer], given: Given) -> Trainer:
-    """The trainer. Raises ValueError for data without a column that it reads."""
+    """The trainer. Raises ValueError for data without a column that it reads, or conversations without a template."""
     try:
         return trainer_class(**given, callbacks=[LowMemCallback()])
+    except ValueError as error:
+        if "chat_template is not set" not in str(error):
+            raise
+        field = hasattr(given["args"], "chat_template_path")
+        raise ValueError(
+            f"the data are conversations, and the tokenizer of {given['model']} has no chat template: it is a base "
+            "model's. Take its instruct variant"
+            + (", or another model's template by --chat_template_path MODEL" if field else "")
+            + f", or data of plain text ({'text, or prompt and completion' if field else 'prompt, chosen, rejected'})."
+        ) from error
     except KeyError as error:
         columns = getattr(given["train_dataset"], "column_names", None) or []
         if not error.args or error.args[0] in columns:
