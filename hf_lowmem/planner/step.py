@@ -277,8 +277,8 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
 
 
 def _some_of(parts: Sequence[Any]) -> list[Any]:
-    """The first two and the last two parts of a long parameter: those between are as large, so they take as much."""
-    return [*parts[:2], *parts[2:][-2:]]
+    """The first two and the last part of a long parameter: those between are as large, so they take as much."""
+    return [*parts[:2], *parts[2:][-1:]]
 
 
 # By what accelerate and torch know that there are other processes, or an engine.
