@@ -9,6 +9,8 @@ from hf_lowmem.optim import chunked
 from hf_lowmem.planner import plan, step
 from tests.planner.real import arguments, small_config
 
+pytestmark = pytest.mark.train
+
 PARTS = {"PART": 1 << 10, "CHUNK": 1 << 11}  # of which the small model's embedding has many
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunks of values": {"optim": "adamw", "lowmem_state": "int4", "lowmem_weights": "bf16_sr"},
@@ -25,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_few_parts_take_what_all_take(settings: dict[str, Any], tmp_path: Any, monkeypatch: Any) -> None:
+def test_a_few_parts_take_what_all_take(settings: dict[str, Any], monkeypatch: Any) -> None:
     for name, size in PARTS.items():
         monkeypatch.setattr(chunked, name, size)
     made, seen = [], []
@@ -36,7 +38,7 @@ def test_a_few_parts_take_what_all_take(settings: dict[str, Any], tmp_path: Any,
             return some(parts)
 
         with mock.patch.object(step, "_some_of", counted):
-            args = arguments(tmp_path, max_length=16, **settings)
+            args = arguments(max_length=16, **settings)
             made.append(plan(small_config(num_hidden_layers=1), args, dtype="bfloat16").to_dict() | {"seconds": 0})
     assert made[0] == made[1]
     assert any(few < many for many, few in seen), "nothing was left out"
