@@ -59,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
         raise WrongCommand(f"--steps {options.steps}: expected at least 1.")
     if options.plot is not None:
         check_picture("--plot", options.plot)
+    if any(word.split("=")[0].replace("-", "_") == "__max_steps" for word in flags):
+        print(f"--max_steps is not looked at here: each run takes --steps, {options.steps}.", file=sys.stderr)
     flags = [*flags, *QUIET.split(), "--max_steps", str(options.steps)]
     folder = options.output_dir or Path(tempfile.mkdtemp(prefix="hf_lowmem_"))
     reports: dict[str, dict[str, object]] = {}

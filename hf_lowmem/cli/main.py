@@ -18,6 +18,9 @@ from hf_lowmem.cli.wrong import WrongCommand
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` (default: the process's) and run the subcommand; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Waiting OpenMP threads sleep instead of spinning: on a machine with other work, two spinning threads on two
+    # cores make a step five to ten times slower. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     own = bool(arguments) and arguments[0] in SCREENS  # whose own parser takes what follows
     # Of what follows a script of `launch` nothing is ours.
     asked = arguments[1:2] if arguments[:1] == ["launch"] else arguments[1:]
@@ -200,9 +203,6 @@ def _demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     model = getattr(options, "model", None)
     if model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, which is below
-    # Waiting OpenMP threads sleep instead of spinning: on a machine with other work, two spinning threads on two
-    # cores make a step five to ten times slower. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if options.smallest:
         from hf_lowmem.demo.smallest import run_smallest as run_demo
     else:

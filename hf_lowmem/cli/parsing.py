@@ -4,16 +4,20 @@ Beyond TRL's parser:
 
     --FIELD null, --FIELD ""   as if neither flag nor file had set it; `none` too, where the default is None
     FIELD: null                in a file, the same
+    FIELD: value               in a file, is read and checked as a flag's word would be: a number of a wrong kind and a
+                               name that is not among the choices are refused, and YAML's `no`, which is false, is "no"
     --loss_type L              with a file of another loss: the file's loss options were its loss's, and are left out
     a wrong flag or key        is named with the nearest that there is, in place of the usage of 400 flags
 """
 
+import argparse
 import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -24,6 +28,7 @@ __all__ = ["Parser"]
 
 UNSET = ("null", "")
 MEANT = ("lowmem_reference", "report_to")  # of which "none" is a value
+SWITCHES = ("fsdp", "resume_from_checkpoint")  # which HuggingFace takes as true or false beside words
 FLAG = re.compile(r"--[A-Za-z]\w*(?:-\w+)*")
 # What TRL and transformers say of words that no field has taken.
 UNKNOWN = re.compile(r"(?:not used by the HfArgumentParser|Unknown arguments from config file): (\[.*?\])(?:$|\. )")
@@ -40,6 +45,9 @@ class Parser(TrlParser):
         self.defaults = {f.name: _default_of(f) for made in self.dataclass_types for f in fields(made) if f.init}
         dashed = {f"--{name.replace('_', '-')}": name for name in self.defaults}
         self.flags = dashed | {f"--{name}": name for name in self.defaults}
+        self.hints = {
+            name: _kinds(hint) for made in self.dataclass_types for name, hint in get_type_hints(made).items()
+        }
         self.unset: set[str] = set()
         self.losses: list[str] | None = None
 
@@ -90,7 +98,48 @@ class Parser(TrlParser):
                     f"{', '.join(left)} is left out; each loss has its own default. A flag sets it.",
                     file=sys.stderr,
                 )
-        return super().set_defaults_with_config(**values)
+        return super().set_defaults_with_config(**{name: self._as_a_flag(name, v) for name, v in values.items()})
+
+    def _as_a_flag(self, name: str, value: object) -> object:
+        """A file's value as the same flag would have given it; mappings, and lists where one word is expected, as they
+        are.
+
+        Raises:
+            WrongCommand: where the flag would refuse it.
+        """
+        action = self._option_string_actions.get(f"--{name}")
+        if action is None or name in SWITCHES or name not in self.hints:
+            return value
+        if isinstance(value, dict | list) and not (isinstance(value, list) and action.nargs == "+"):
+            if type(value) not in {get_origin(hint) or hint for hint in self.hints[name]}:
+                raise WrongCommand(f"--config: {name}={value!r}: expected one value, not a {type(value).__name__}.")
+            return value
+        if isinstance(value, list):
+            return [self._as_a_word(action, name, each) for each in value]
+        word = self._as_a_word(action, name, value)
+        return [word] if action.nargs == "+" else word
+
+    def _as_a_word(self, action: argparse.Action, name: str, value: object) -> object:
+        hints = self.hints[name]
+        if isinstance(value, bool) and bool not in hints:
+            if value or "no" not in (action.choices or ()):
+                raise WrongCommand(
+                    f"--config: {name} is {value}, which YAML makes of a bare yes, no, on or off; it is no switch. "
+                    f"If the word is meant, put it in quotes; null leaves the field unset. {self._more}"
+                )
+            value = "no"
+        elif not isinstance(value, str) and str in hints and bool not in hints and not {int, float} & hints:
+            value = str(value)
+        elif isinstance(value, float) and value.is_integer() and float not in hints:
+            value = int(value)
+        if action.type is str and not isinstance(value, str):
+            return value
+        try:
+            made = self._get_value(action, str(value))
+            self._check_value(action, made)
+        except argparse.ArgumentError as error:
+            raise WrongCommand(f"--config: {name}={value!r}: {error.message.rstrip('.')}. {self._more}") from error
+        return made
 
     def _without_unset(self, given: list[str]) -> list[str]:
         """The arguments without flags that unset a field, and without those before that set it; their names in
@@ -128,6 +177,12 @@ def _default_of(field: Field[object]) -> object:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return None if field.default is MISSING else field.default
+
+
+def _kinds(hint: object) -> set[object]:
+    """The plain types of a hint."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {str if get_origin(part) is Literal else part for part in parts}
 
 
 def _values_of(given: list[str], flag: str) -> list[str] | None:

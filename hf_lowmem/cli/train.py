@@ -96,6 +96,8 @@ def _train(
     parser: Parser, trainer_class: Callable[..., Trainer], arguments: Sequence[str] | None, *, save: bool
 ) -> None:
     script_args, training_args, model_args, *stages = parser.read(arguments)
+    asked = training_args.resume_from_checkpoint  # whose words for a switch no parser knows
+    training_args.resume_from_checkpoint = {"true": True, "false": None}.get(str(asked).lower(), asked)
     with answered_in_words():
         given = _loaded(script_args, training_args, model_args)
     with answered_in_words(begun=True):
@@ -114,9 +116,19 @@ def _train(
 
 
 def _made(trainer_class: Callable[..., Trainer], given: Given) -> Trainer:
-    """The trainer. Raises ValueError for data without a column that it reads."""
+    """The trainer. Raises ValueError for data without a column that it reads, or conversations without a template."""
     try:
         return trainer_class(**given, callbacks=[LowMemCallback()])
+    except ValueError as error:
+        if "chat_template is not set" not in str(error):
+            raise
+        field = hasattr(given["args"], "chat_template_path")
+        raise ValueError(
+            f"the data are conversations, and the tokenizer of {given['model']} has no chat template: it is a base "
+            "model's. Take its instruct variant"
+            + (", or another model's template by --chat_template_path MODEL" if field else "")
+            + f", or data of plain text ({'text, or prompt and completion' if field else 'prompt, chosen, rejected'})."
+        ) from error
     except KeyError as error:
         columns = getattr(given["train_dataset"], "column_names", None) or []
         if not error.args or error.args[0] in columns:

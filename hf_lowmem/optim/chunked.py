@@ -17,7 +17,8 @@ rows and columns, bf16 and int4 states, and devices without Triton.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "allocate",
     "can_chunk",
     "can_cut",
+    "each_of",
     "has_rows",
     "rows_at_once",
     "rows_of",
@@ -47,6 +49,8 @@ __all__ = [
 
 CHUNK = 1 << 24  # values; 64 MiB in fp32: small beside a model, and large beside the launch of a kernel
 PART = 1 << 22  # values of whole rows; no kernel makes their step, and its temporaries are several times 16 MiB
+
+Part = TypeVar("Part")
 
 
 def can_chunk(p: Tensor, slot: Slot) -> bool:
@@ -93,25 +97,29 @@ def step_chunks(method: Method, p: Tensor, slot: Slot, group: Group, skips: Skip
     """
     assert p.grad is not None
     allocate(p, slot)
-    chunks = list((_chunks_of if slot.elementwise else _blocks_of)(p, slot))
-    finite = torch.stack([is_finite_gradient(grad.to(torch.float32)) for _, grad, _ in chunks]).all()
+    cuts = list((_chunks_of if slot.elementwise else _blocks_of)(p, slot))
+    grads = p.grad.view(-1) if slot.elementwise else p.grad
+    finite = torch.stack([is_finite_gradient(grads[first:last].to(torch.float32)) for first, last in cuts]).all()
     taken = finite
     if not (slot.syncs and not finite):
         columns = column_norms(p.grad) if slot.reach == "column" else None
-        for weights, grad, part in chunks:
+        for first, last in each_of(cuts):
+            weights, part = (values_of_part if slot.elementwise else rows_of)(p, slot, first, last)
             part.columns = columns
-            taken = taken & keep_or_take(method, weights, grad.to(torch.float32), finite, part, group)
+            taken = taken & keep_or_take(method, weights, grads[first:last].to(torch.float32), finite, part, group)
     skips.add(taken, syncs=slot.syncs)
 
 
-def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
-    """(weights, gradient, slot) of one chunk after the other; all are views, but a state's numbers are copies."""
-    assert p.grad is not None
-    grad = p.grad.view(-1)
+def each_of(parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts of a parameter that are updated, one after the other: all of them. A plan, in which there are sizes and
+    no values, has a few in the place of those that are alike (hf_lowmem/planner/step.py)."""
+    return parts
+
+
+def _chunks_of(p: Tensor, slot: Slot) -> Iterator[tuple[int, int]]:
+    """First and last value of one chunk after the other."""
     for start in range(0, p.numel(), CHUNK):
-        stop = min(start + CHUNK, p.numel())
-        weights, part = values_of_part(p, slot, start, stop)
-        yield weights, grad[start:stop], part
+        yield start, min(start + CHUNK, p.numel())
 
 
 def values_of_part(p: Tensor, slot: Slot, start: int, stop: int) -> tuple[Tensor, Slot]:
@@ -120,13 +128,11 @@ def values_of_part(p: Tensor, slot: Slot, start: int, stop: int) -> tuple[Tensor
     return _stored(p, slot).view(-1)[start:stop], slot.chunk(raw, start, stop)
 
 
-def _blocks_of(p: Tensor, slot: Slot) -> Iterator[tuple[Tensor, Tensor, Slot]]:
-    """The same of one block of rows after the other."""
-    assert p.grad is not None
+def _blocks_of(p: Tensor, slot: Slot) -> Iterator[tuple[int, int]]:
+    """First and last row of one block of rows after the other."""
     each = rows_at_once(p, slot)
     for first in range(0, len(p), each):
-        weights, part = rows_of(p, slot, first, min(first + each, len(p)))
-        yield weights, p.grad[first : first + each], part
+        yield first, min(first + each, len(p))
 
 
 def rows_of(p: Tensor, slot: Slot, first: int, last: int) -> tuple[Tensor, Slot]:

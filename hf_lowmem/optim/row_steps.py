@@ -99,10 +99,13 @@ class RowStep:
                 f"multiple of {self._unit}."
             )
         self._next = last
-        for low in range(0, len(grad), self._each):
+        lows = range(0, len(grad), self._each)
+        stepped = chunked.each_of(lows)
+        for low in lows:
             part = grad[low : low + self._each].to(self.p.dtype)  # as it would lie in `.grad`
             self._norms.append(linalg.vector_norm(part, dtype=torch.float32))
-            self._step(first + low, part)
+            if low in stepped:
+                self._step(first + low, part)
 
     def _step(self, first: int, grad: Tensor) -> None:
         if not self.slot.syncs:

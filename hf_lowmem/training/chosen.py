@@ -61,7 +61,7 @@ def kept_choice(args: Asked, asked: Values) -> tuple[str, Values] | None:
     """(the checkpoint, the fields that were chosen) of the run that `args` would go on with; None where there is none
     that was asked the same. `asked`: see `asked_of`."""
     folder: str | Path | None = args.resume_from_checkpoint
-    if folder is None or not Path(folder).is_dir():
+    if not isinstance(folder, str) or not Path(folder).is_dir():  # True, "auto", or None
         run = Path(args.output_dir or "")
         folder = checkpoints.last_complete(run)[0] if run.is_dir() else None
     stored = None if folder is None else _stored(folder)

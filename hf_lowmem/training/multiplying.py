@@ -74,7 +74,7 @@ class MultipliesIn8Bits(SamplesRows):
         self._put_samples()
         if self.model is None or self._multiplied is self.model or not isinstance(self.args, MatmulArguments):
             return
-        self._take_products()
+        self._drop_products()
         self._products = put_products(self.args, self.model, self.accelerator)
         if self._products is not None:
             self.products, self._multiplied = self._products.report, self.model

@@ -46,8 +46,10 @@ def test_two_runs_differ_in_our_fields_alone(
     monkeypatch.setattr(against, "_train", here)
     as_text(flags[3])
     out = tmp_path / "both"
-    assert main(["compare", "--against", "baseline", *flags, *FIELDS, "--output_dir", str(out)]) == 0
-    shown = capsys.readouterr().out
+    long = ["--max_steps", "500"]  # as the user's own command has it
+    assert main(["compare", "--against", "baseline", *flags, *long, *FIELDS, "--output_dir", str(out)]) == 0
+    shown, told = capsys.readouterr()
+    assert "--max_steps is not looked at here: each run takes --steps, 2." in told
     said = next(line for line in shown.splitlines() if line.startswith("With hf_lowmem beside the baseline: peak "))
     assert re.search(r"optimizer state \S+ KiB beside \S+ KiB \(-\d+ %\)", said)
     assert re.search(r"last loss \d\.\d+ beside \d\.\d+", said)

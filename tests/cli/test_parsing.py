@@ -7,7 +7,9 @@ import pytest
 from trl import ModelConfig
 
 from hf_lowmem import LowMemDPOConfig, LowMemSFTConfig
+from hf_lowmem.cli import train
 from hf_lowmem.cli.parsing import Parser
+from hf_lowmem.cli.sft import run
 from hf_lowmem.cli.wrong import WrongCommand
 
 ASFT = "loss_type: [asft]\nasft_lambda: 2.0\nbeta: 0.1\noptim: adamw\nlowmem_state: 8bit\nlearning_rate: 1.0e-6\n"
@@ -84,3 +86,55 @@ def test_what_a_config_refuses_is_a_wrong_command(file: str) -> None:
         read(LowMemDPOConfig, "--config", file, "--lowmem_rank", "3")
     with pytest.raises(WrongCommand, match="did you mean --lowmem_rank"):
         read(LowMemDPOConfig, f"--config={file}", "--lowmem_rnk=3")
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("save_strategy: no", "no"),  # which YAML makes False of
+        ("eval_strategy: off", "no"),
+        ("max_steps: 3.0", 3),
+        ("max_steps: '3'", 3),
+        ("learning_rate: 1e-5", 1e-5),  # a string to YAML
+        ("packing: 1", True),
+        ("run_name: 2024", "2024"),
+        ("pad_to_multiple_of: 8", 8),
+        ("resume_from_checkpoint: true", True),
+        ("model_init_kwargs: {use_cache: false}", {"use_cache": False}),
+    ],
+)
+def test_a_file_s_value_is_what_a_flag_s_word_would_be(line: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(line)
+    found = getattr(read(LowMemSFTConfig, "--config", str(tmp_path / "a.yaml")), line.split(":")[0])
+    assert (found, type(value)) == (value, type(getattr(found, "value", found)))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("report_to: no", ("report_to is False", "put it in quotes", "null leaves")),
+        ("lowmem: off", ("lowmem is False", "null leaves")),
+        ("learning_rate: yes", ("learning_rate is True",)),
+        ("max_steps: 3.5", ("max_steps=3.5", "int")),
+        ("packing: 2", ("packing=2", "true/false")),
+        # Which transformers would take, and shuffle as if nothing had been said.
+        ("train_sampling_strategy: group_by_lenght", ("'group_by_lenght'", "'group_by_length'")),
+        ("dtype: [bf16]", ("dtype", "bf16")),
+    ],
+)
+def test_a_file_s_value_that_a_flag_would_refuse_is_refused(line: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(line)
+    with pytest.raises(WrongCommand) as refused:
+        read(LowMemSFTConfig, "--config", str(tmp_path / "a.yaml"))
+    assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("True", True), ("true", True), ("False", None), ("auto", "auto")])
+def test_the_words_of_a_resume_reach_the_trainer(word: str, meant: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        train, "_loaded", lambda script, args, model: asked.append(args.resume_from_checkpoint) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        run(["--output_dir", "out", "--use_cpu", "--resume_from_checkpoint", word])
+    assert asked == [meant]

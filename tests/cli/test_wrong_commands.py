@@ -66,6 +66,8 @@ WRONG: list[tuple[list[str], tuple[str, ...]]] = [
     ([*SFT, "--dataset_name", "gone"], ("dataset_name='gone'", "a name on the hub, or a folder")),
     ([*SFT, "--dataset_train_split", "trian"], ("'trian'", "train", "Set --dataset_train_split")),
     ([*DPO, "--dataset_name", "texts"], ("no column 'chosen'", "chosen and rejected")),
+    ([*SFT, "--dataset_name", "chats"], ("no chat template", "--chat_template_path MODEL", "instruct")),
+    ([*DPO, "--dataset_name", "chats"], ("no chat template", "instruct", "prompt, chosen, rejected")),
     # files
     (["sft", "--config"], ("--config", "one file")),
     (["sft", "--config", "gone.yaml"], ("--config gone.yaml", "No such file")),
@@ -107,6 +109,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
         row = {"prompt": "w1 w2", "chosen": " w3", "rejected": " w4"}
         (root / folder / "train.jsonl").write_text("\n".join(json.dumps(row) for _ in range(4)))
     as_text(str(root / "texts"))
+    said = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
+    (root / "chats").mkdir()
+    (root / "chats" / "train.jsonl").write_text(
+        "\n".join(json.dumps({"messages": said[0], "chosen": said[0], "rejected": said[1]}) for _ in range(4))
+    )
     for name, text in YAML.items():
         (root / name).write_text(text)
     return root
