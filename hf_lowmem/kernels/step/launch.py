@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS, TILE
 from hf_lowmem.kernels.codecs.triton import all_state_keys, state_keys, tables_of
-from hf_lowmem.kernels.exact import all_seed_keys, seed_keys
+from hf_lowmem.kernels.exact import GROUP, all_seed_keys, seed_keys
 from hf_lowmem.kernels.step import triton as jit
 from hf_lowmem.kernels.step.flags import fresh_flag
 from hf_lowmem.kernels.step.reference import States
@@ -110,9 +110,18 @@ def run_steps(
 
     def step(flag: Tensor, i: int) -> None:
         grid = (parts_of(sizes[i], TILE),)
-        even = sizes[i] % TILE == 0
+        even, aligned = sizes[i] % TILE == 0, first_value % GROUP == 0
         jit.step_kernel[grid](
-            flag, *tensors[i], *shared, sizes[i], *numbers[i], *keys[i], first_value, EVEN=even, **fixed
+            flag,
+            *tensors[i],
+            *shared,
+            sizes[i],
+            *numbers[i],
+            *keys[i],
+            first_value,
+            EVEN=even,
+            ALIGNED=aligned,
+            **fixed,
         )
 
     if count == 1:
