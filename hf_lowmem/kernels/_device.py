@@ -157,6 +157,16 @@ def third_byte(x):
 
 
 @triton.jit
+def negative(x):
+    """-x, which costs an `fma` nothing. (Triton 3.6 writes 0 - x, an operation of its own.)"""
+    if INTERPRETED or cuda_arch() == 0:
+        y = -x
+    else:
+        y = tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def floor(x):
     """The integer below, as fp32. (Triton's own flushes denormals first, which no check of its code could tell from
     what must not.)"""

@@ -18,6 +18,7 @@ from hf_lowmem.kernels._device import (
     load_four,
     load_fp32,
     magnitude,
+    negative,
     reciprocal,
     round_bf16_up,
     share,
@@ -249,7 +250,7 @@ def _softsign_codes(x, inverse, noise, DITHER: tl.constexpr):
     y = FARTHEST - reciprocal(b)
     if DITHER:
         t = y - floor(y)
-        y = fma(-b, fma(-t, t, t), y)
+        y = fma(negative(b), fma(negative(t), t, t), y)
         y = from_bits(bits_of(y) | (bits_of(x) & 0x80000000))
         codes = third_byte(code_at(y + ORIGIN, noise))
     else:

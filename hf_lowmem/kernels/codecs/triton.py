@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem.kernels._device import load_fp32, grouped_word
+from hf_lowmem.kernels._device import grouped_word, load_fp32
 from hf_lowmem.kernels.codecs import tables
 from hf_lowmem.kernels.codecs.dither import even
 from hf_lowmem.kernels.codecs.tiles import (

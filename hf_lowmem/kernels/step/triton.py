@@ -34,6 +34,7 @@ from hf_lowmem.kernels._device import (
     grouped_words,
     load_fp32,
     magnitude,
+    negative,
     reciprocal,
     root_of,
     round_to,
@@ -155,7 +156,7 @@ def inverse_root(v, eps):
 def adamw_coded(w, m, v, g, x0, x1, x3, decay, step, eps, HEAVY: tl.constexpr):
     """`adamw` where a moment is stored in fewer bits. Reference: `adamw_coded_`. step, eps: `coded_pace`."""
     m = fma(m - g, x1, g) if HEAVY else fma(g - m, x0, m)
-    v = fma(fma(g, g, -v), x3, v)
+    v = fma(fma(g, g, negative(v)), x3, v)
     if step != 0:  # else no rate: nothing is moved
         w = fma(m, reciprocal(fma(root_of(tl.maximum(v, LEAST_SQUARE)), step, eps)), w * decay)
     return w, m, v
