@@ -76,6 +76,19 @@ def tile_offsets():
 
 
 @triton.jit
+def store_tile(ptr, x, mask):
+    """Store a tile that begins at `ptr`. A row of 16-bit values in two halves of 16 bytes, the widest store there is:
+    to move them between threads, so that neighbours write side by side, takes more instructions than all of this."""
+    if mask is None and x.dtype.primitive_bitwidth == 16:
+        half = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH // 2)[None, :]
+        first, second = tl.split(tl.trans(tl.reshape(x, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
+        tl.store(ptr + half, first)
+        tl.store(ptr + half + WIDTH // 2, second)
+    else:
+        tl.store(ptr + tile_offsets(), x, mask=mask)
+
+
+@triton.jit
 def inverse(scale):
     """1 / scale; a denormal beyond 2**126. Reference: `inverse` of reference.py."""
     return reciprocal(scale * 0.00390625) * 0.00390625  # 2**-8
@@ -213,9 +226,7 @@ def encode_tile(
                 tl.store(scale_ptr + block, scale, mask=heads)
                 tl.store(power_ptr + block, power.to(tl.uint8), mask=heads)
             bits = bits_of(size).to(tl.int32, bitcast=True)
-            if CODEC == EXPAND and DITHER and SIGNED:
-                codes = third_byte((codes & 0x7FFFFF) | ((bits_of(x) >> 8) & 0x800000))
-            elif CODEC == EXPAND and DITHER:
+            if CODEC == EXPAND and DITHER:
                 codes = third_byte(codes)
             elif CODEC == EXPAND or not SIGNED:
                 codes = tl.maximum(codes, tl.minimum(bits, 1))
@@ -271,7 +282,7 @@ def _power(a, b, table, SIGNED: tl.constexpr):
 
 @triton.jit
 def _expand_codes(q, x, power, table, cells, rows, noise, SIGNED: tl.constexpr, DITHER: tl.constexpr):
-    """The last 7 bits of the codes; with DITHER in bits 16 to 22. Reference: `expand_encode`."""
+    """The last 7 bits of the codes; with DITHER whole, in bits 16 to 23. Reference: `expand_encode`."""
     rows += power * 3
     shift, first, offset = tl.load(rows)[:, None], tl.load(rows + 1)[:, None], tl.load(rows + 2)
     bits = tl.maximum(bits_of(q).to(tl.int32, bitcast=True), first)
@@ -279,9 +290,10 @@ def _expand_codes(q, x, power, table, cells, rows, noise, SIGNED: tl.constexpr, 
         start, slope, bend, anchor = load_four((cells + offset * 4)[:, None], bits >> shift)
         d = q - anchor
         codes = bits_of(fma(tl.minimum(d, 0.0), bend, fma(d, slope, start)))
-        if not SIGNED:
-            codes *= tl.minimum(bits_of(x).to(tl.int32, bitcast=True), 1).to(tl.uint32, bitcast=True)
-        codes += noise
+        if SIGNED:
+            codes = ((codes + noise) & 0x7FFFFF) | ((bits_of(x) >> 8) & 0x800000)
+        else:
+            codes = codes * tl.minimum(bits_of(x).to(tl.int32, bitcast=True), 1).to(tl.uint32, bitcast=True) + noise
     else:
         codes = _find((table + offset)[:, None], bits >> shift, bits, shift)
     return codes

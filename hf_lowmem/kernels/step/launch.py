@@ -110,19 +110,9 @@ def run_steps(
 
     def step(flag: Tensor, i: int) -> None:
         grid = (parts_of(sizes[i], TILE),)
-        even, aligned = sizes[i] % TILE == 0, first_value % GROUP == 0
-        jit.step_kernel[grid](
-            flag,
-            *tensors[i],
-            *shared,
-            sizes[i],
-            *numbers[i],
-            *keys[i],
-            first_value,
-            EVEN=even,
-            ALIGNED=aligned,
-            **fixed,
-        )
+        even = {"EVEN": sizes[i] % TILE == 0, "ALIGNED": first_value % GROUP == 0}
+        numbered = (*numbers[i], *keys[i], first_value)
+        jit.step_kernel[grid](flag, *tensors[i], *shared, sizes[i], *numbered, **even, **fixed)
 
     if count == 1:
         step(_checked(grads[0], skipped, norm), 0)
@@ -153,9 +143,15 @@ def _checked(grad: Tensor, skipped: Tensor, norm: Tensor | None) -> Tensor:
     """The flag of a gradient; a bad one is counted."""
     flag = fresh_flag(grad.device)
     jit.check_one_kernel[(_check_programs(grad.numel()),)](
-        grad, flag, skipped, flag if norm is None else norm, grad.numel(),
-        NORM=norm is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+        grad,
+        flag,
+        skipped,
+        flag if norm is None else norm,
+        grad.numel(),
+        NORM=norm is not None,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return flag
 
 

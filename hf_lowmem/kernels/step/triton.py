@@ -49,6 +49,7 @@ from hf_lowmem.kernels.codecs.tiles import (
     WIDTH,
     decode_tile,
     encode_tile,
+    store_tile,
     tile_offsets,
 )
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
@@ -109,7 +110,7 @@ def save_weight(ptr, correction_ptr, w, word, mask, STORE: tl.constexpr):
 
 @triton.jit
 def rounded_weight(ptr, correction_ptr, w, word, mask, STORE: tl.constexpr):
-    """What `save_weight` writes at `ptr`; what belongs to it beside is written."""
+    """The value that `save_weight` is to write at `ptr`; a correction is written here."""
     if STORE == BF16_SR:
         rounded = as_bf16(from_bits(bits_of(w) + (word & 0xFFFF)))
     elif STORE == BF16_ECC:
@@ -121,19 +122,6 @@ def rounded_weight(ptr, correction_ptr, w, word, mask, STORE: tl.constexpr):
     else:
         rounded = round_to(ptr, w)
     return rounded
-
-
-@triton.jit
-def _store_tile(ptr, x, mask):
-    """Store a tile that begins at `ptr`. A row of 16-bit values in two halves of 16 bytes, the widest store there is:
-    to move them between threads, so that neighbours write side by side, takes more instructions than all of this."""
-    if mask is None and x.dtype.primitive_bitwidth == 16:
-        half = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH // 2)[None, :]
-        first, second = tl.split(tl.trans(tl.reshape(x, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
-        tl.store(ptr + half, first)
-        tl.store(ptr + half + WIDTH // 2, second)
-    else:
-        tl.store(ptr + tile_offsets(), x, mask=mask)
 
 
 @triton.jit
@@ -220,7 +208,7 @@ def step_tile(
             w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED)
     # The weights first: their registers are free while a state is encoded, where most are needed.
     word = grouped_words(place, k0, k1, 0, ROWS, WIDTH, ALIGNED) if STORE != KEEP else local.to(tl.uint32)
-    _store_tile(param + start, rounded_weight(param, correction + start + local, w, word, mask, STORE), mask)
+    store_tile(param + start, rounded_weight(param, correction + start + local, w, word, mask, STORE), mask)
     word = grouped_words(place, h0, h1, flip.to(tl.uint32), ROWS, WIDTH, ALIGNED) if CODED else word
     m_tables = m_table, m_places, m_powers, m_rows
     encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
@@ -299,32 +287,11 @@ def steps_kernel(
 
 @triton.jit
 def moments_kernel(
-    table,
-    finite_ptr,
-    projected,
-    direction,
-    m_values,
-    m_table,
-    m_places,
-    m_powers,
-    m_rows,
-    v_values,
-    v_table,
-    v_places,
-    v_powers,
-    v_rows,
-    n,
-    x0,
-    x1,
-    x2,
-    x3,
-    eps,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    WRITE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    table, finite_ptr, projected, direction,
+    m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
+    n, x0, x1, x2, x3, eps,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, WRITE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """Program (j, i): the j-th tile of the i-th projected gradient, of n values, and its encoded moments.
 
     WRITE: the moments are moved, where the flag is set; else the direction is written, and the flag cleared where they
