@@ -36,7 +36,7 @@ from numba import types
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic as numba_intrinsic
 
-from hf_lowmem.kernels.exact import HASH_A, HASH_B
+from hf_lowmem.kernels.exact import FACTOR, FACTOR_STEP, GROUP, HASH_A, HASH_B
 from hf_lowmem.kernels.proof import cache_folder, source_hash
 
 TILE = 1024
@@ -131,22 +131,6 @@ from_bits = _bitcast(types.uint32, types.float32, ir.FloatType())
 
 
 @intrinsic
-def lower_half(context, pair):
-    """The first of two fp32 in an int64."""
-    return types.float32(types.int64), lambda _, builder, __, args: builder.bitcast(
-        builder.trunc(args[0], ir.IntType(32)), ir.FloatType()
-    )
-
-
-@intrinsic
-def upper_half(context, pair):
-    """The second of two fp32 in an int64."""
-    return types.float32(types.int64), lambda _, builder, __, args: builder.bitcast(
-        builder.trunc(builder.lshr(args[0], ir.IntType(64)(32)), ir.IntType(32)), ir.FloatType()
-    )
-
-
-@intrinsic
 def fma(context, x, y, z):
     """x * y + z in fp32, rounded once."""
     if not x == y == z == types.float32:
@@ -208,13 +192,6 @@ def halves_at(address, count):
 
 
 @inlined
-def clamp(x, low, high):
-    """An int32 within the bounds."""
-    x = low if x < low else x
-    return high if x > high else x
-
-
-@inlined
 def size_of(x):
     """fp32 -> the bits of |x|, uint32. Finite values are below 0x7F800000, an inf is that, a nan is above."""
     return both(bits_of(x), uint32(0x7FFFFFFF))
@@ -236,6 +213,7 @@ def to_bf16(x):
 
 
 _HASH_A, _HASH_B = uint32(HASH_A), uint32(HASH_B)
+_FACTOR, _FACTOR_STEP = uint32(FACTOR), uint32(FACTOR_STEP)
 
 
 @inlined
@@ -255,18 +233,23 @@ def _hash(index, k0, k1):
 
 @inlined
 def random_words(first, k0, k1, flip, words):
-    """32 random bits for each of TILE indices from `first` on. Reference: `paired_bits`; `flip`: of `Dither.words`."""
-    pair = uint32(first >> 1)
-    if first & 1:
+    """32 random bits for each of TILE indices from `first` on. Reference: `grouped_bits`; `flip`: of `Dither.words`."""
+    group, inside = uint32(first // GROUP), first % GROUP
+    if inside:
         for i in range(TILE):
-            place = plus(uint32(i), uint32(1))
-            h = differ(_hash(plus(pair, right(place, uint32(1))), k0, k1), flip)
-            words[i] = rotate_half(h) if both(place, uint32(1)) else h
+            place = inside + i
+            pair = uint32(place // 2 % (GROUP // 2))
+            h = _hash(plus(group, uint32(place // GROUP)), k0, k1)
+            word = differ(times(h, plus(_FACTOR, times(_FACTOR_STEP, pair))), flip)
+            words[i] = rotate_half(word) if place % 2 else word
     else:
-        for i in range(TILE // 2):
-            h = differ(_hash(plus(pair, uint32(i)), k0, k1), flip)
-            words[2 * i] = h
-            words[2 * i + 1] = rotate_half(h)
+        for i in range(TILE // GROUP):
+            h = _hash(plus(group, uint32(i)), k0, k1)
+            of_group = part(words, i * GROUP, GROUP)
+            for j in range(GROUP // 2):
+                word = differ(times(h, plus(_FACTOR, times(_FACTOR_STEP, uint32(j)))), flip)
+                of_group[2 * j] = word
+                of_group[2 * j + 1] = rotate_half(word)
 
 
 @inlined

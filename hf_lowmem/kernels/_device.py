@@ -26,6 +26,11 @@ import os
 import triton
 import triton.language as tl
 
+from hf_lowmem.kernels import exact
+
+GROUP: tl.constexpr = tl.constexpr(exact.GROUP)
+FACTOR: tl.constexpr = tl.constexpr(exact.FACTOR)
+FACTOR_STEP: tl.constexpr = tl.constexpr(exact.FACTOR_STEP)
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -103,6 +108,75 @@ def root_of(x) -> tl.tensor:
     return s
 
 
+_FOUR: tl.constexpr = tl.constexpr("ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];")
+_SHARE: tl.constexpr = tl.constexpr("mul.rn.sat.f32 $0, $1, $2;")
+
+
+@triton.jit
+def load_four(table, index):
+    """Row `index` of a constant table of four fp32 a row, which begins at a multiple of 16: one load on a GPU."""
+    if INTERPRETED or cuda_arch() == 0:
+        ptr = table + index * 4
+        four = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
+    else:
+        four = tl.inline_asm_elementwise(
+            _FOUR,
+            "=f,=f,=f,=f,l",
+            [table.to(tl.int64) + index.to(tl.int64) * 16],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    return four
+
+
+@triton.jit
+def share(x, y):
+    """x * y, of what is not negative, but 1 where that is more, and 0 for a nan."""
+    if INTERPRETED or cuda_arch() == 0:
+        z = x * y
+        z = tl.where(z >= 0, tl.minimum(z, 1.0), 0.0)
+    else:
+        z = tl.inline_asm_elementwise(_SHARE, "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    return z
+
+
+_BYTES: tl.constexpr = tl.constexpr(
+    "{.reg .b32 a, b; prmt.b32 a, $1, $2, 0x62; prmt.b32 b, $3, $4, 0x62; prmt.b32 $0, a, b, 0x5410;}"
+)
+
+
+@triton.jit
+def third_byte(x):
+    """Bits 16 to 23 of each uint32, uint8: three instructions for four on an NVIDIA GPU."""
+    if INTERPRETED or cuda_arch() == 0:
+        y = ((x >> 16) & 0xFF).to(tl.uint8)
+    else:
+        y = tl.inline_asm_elementwise(_BYTES, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
+    return y
+
+
+@triton.jit
+def negative(x):
+    """-x, which costs an `fma` nothing. (Triton 3.6 writes 0 - x, an operation of its own.)"""
+    if INTERPRETED or cuda_arch() == 0:
+        y = -x
+    else:
+        y = tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def floor(x):
+    """The integer below, as fp32. (Triton's own flushes denormals first, which no check of its code could tell from
+    what must not.)"""
+    if INTERPRETED or cuda_arch() == 0:
+        y = tl.floor(x)
+    else:
+        y = tl.inline_asm_elementwise("cvt.rmi.f32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
 @triton.jit
 def clip(x, top):
     """x within [-top, top]; a nan stays one."""
@@ -153,10 +227,17 @@ def store_rounded(ptr, x, mask):
     To bf16 by the device's own conversion, one instruction for two values where `round_bf16` takes six for one; the
     interpreter's is wrong.
     """
+    tl.store(ptr, round_to(ptr, x), mask=mask)
+
+
+@triton.jit
+def round_to(ptr, x):
+    """fp32 in the pointer's float dtype, as `store_rounded` writes it."""
     if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(ptr, as_bf16(round_bf16(x)), mask=mask)
+        y = as_bf16(round_bf16(x))
     else:
-        tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+        y = x.to(ptr.dtype.element_ty)
+    return y
 
 
 @triton.jit
@@ -185,18 +266,31 @@ def rotate_half(word):
 
 
 @triton.jit
-def paired_word(index, pairs, k0, k1):
-    """32 random bits of each index (int64) + 2 * pairs, 16 of them its own. Reference: `paired_bits` of exact.py."""
-    word = random_word((index >> 1).to(tl.uint32) + pairs, k0, k1)
+def grouped_word(index, groups, k0, k1):
+    """32 random bits of each index (int64) + GROUP * groups. Reference: `grouped_bits` of exact.py."""
+    pair = ((index >> 1) & (GROUP // 2 - 1)).to(tl.uint32)
+    word = random_word((index // GROUP).to(tl.uint32) + groups, k0, k1) * (pair * FACTOR_STEP + FACTOR)
     return tl.where((index & 1) != 0, rotate_half(word), word)
 
 
 @triton.jit
-def paired_words(start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """`paired_word` of (ROWS, WIDTH) values that lie one after another from `start` on, an even number, xor `flip`."""
-    pair = tl.arange(0, ROWS)[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
-    word = random_word((start >> 1).to(tl.uint32) + pair.to(tl.uint32), k0, k1) ^ flip
-    return tl.reshape(tl.join(word, rotate_half(word)), (ROWS, WIDTH))
+def grouped_words(start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """`grouped_word` of (ROWS, WIDTH) values that lie one after another from `start` on, xor `flip`, 0 or all ones.
+
+    ALIGNED: start is a multiple of GROUP, so that those of a row share a hash. WIDTH: a divisor of GROUP.
+    """
+    if ALIGNED:
+        row = tl.arange(0, ROWS) * WIDTH
+        group = (start // GROUP).to(tl.uint32) + (row // GROUP).to(tl.uint32)
+        # The complement of a product is the product of the negative, less one.
+        hashed = (random_word(group, k0, k1) ^ flip) - flip
+        first = hashed * ((row % GROUP // 2).to(tl.uint32) * FACTOR_STEP + FACTOR) + flip
+        word = hashed[:, None] * (tl.arange(0, WIDTH // 2).to(tl.uint32) * FACTOR_STEP)[None, :] + first[:, None]
+        words = tl.reshape(tl.join(word, rotate_half(word)), (ROWS, WIDTH))
+    else:
+        place = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        words = grouped_word(start + place, 0, k0, k1) ^ flip
+    return words
 
 
 @triton.jit

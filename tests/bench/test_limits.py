@@ -20,8 +20,8 @@ RECORD = ROOT / "scripts" / "bench" / "records" / "limits.jsonl"
 # Instructions a value on sm_90, of what nearly all of a training's time is spent in; and modelled time over the floor
 # that memory sets on an H200. A step's includes the pass that checks the gradient, 1.2 of it.
 CEILINGS = {
-    "adamw int8_softsign,fp8_expand keep": (92, 1.32),
-    "adamw int8_softsign,fp8_expand bf16_sr": (97, 1.40),
+    "adamw int8_softsign,fp8_expand keep": (70, 1.21),
+    "adamw int8_softsign,fp8_expand bf16_sr": (75, 1.21),
     "adamw fp32 keep": (58, 1.10),
     "lion int8_softsign keep": (50, 1.26),
     "quantize e4m3 bf16": (12, 1.0),

@@ -28,7 +28,7 @@ int8_nearest, int8_stochastic = group_functions.int8_nearest, group_functions.in
 clip, load_fp32, store_rounded = device_functions.clip, device_functions.load_fp32, device_functions.store_rounded
 random_word, div, sqrt = device_functions.random_word, device_functions.div, device_functions.sqrt
 reciprocal, root_of, exp_short = device_functions.reciprocal, device_functions.root_of, device_functions.exp_short
-paired_word, paired_words = device_functions.paired_word, device_functions.paired_words
+grouped_word, grouped_words = device_functions.grouped_word, device_functions.grouped_words
 int8_values = group_functions.int8_values
 round_bf16_up, from_bits, magnitude = (
     device_functions.round_bf16_up,
@@ -89,11 +89,13 @@ def short_kernel(x_ptr, out_ptr, WHAT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["start", "k0", "k1", "flip"])
-def paired_kernel(tile_ptr, each_ptr, start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def grouped_kernel(
+    tile_ptr, each_ptr, start, k0, k1, flip, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+):
     at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     start = start.to(tl.int64)
-    tl.store(tile_ptr + at, paired_words(start, k0, k1, flip.to(tl.uint32), ROWS, WIDTH).to(tl.int32))
-    tl.store(each_ptr + at, paired_word(start + at, flip.to(tl.uint32) * 0, k0, k1).to(tl.int32))
+    tl.store(tile_ptr + at, grouped_words(start, k0, k1, flip.to(tl.uint32), ROWS, WIDTH, ALIGNED).to(tl.int32))
+    tl.store(each_ptr + at, grouped_word(start + at, flip.to(tl.uint32) * 0, k0, k1).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
@@ -265,18 +267,18 @@ def test_integers_of_a_byte_are_exact() -> None:
     assert torch.equal(short("int8", codes), codes.float())
 
 
-@pytest.mark.parametrize("start", [0, 2**31 - 64, 2**33 - 64, 2**40 + 6])
+@pytest.mark.parametrize("start", [0, 2**31 - 64, 2**37 - 64, 2**40 + 6])
 @pytest.mark.parametrize("flip", [0, -1])
-def test_two_values_share_a_word(start: int, flip: int) -> None:
-    tile, each = (torch.zeros(8, 16, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    paired_kernel[(1,)](tile, each, start, *exact.seed_keys(5), flip, ROWS=8, WIDTH=16)
-    want = exact.paired_bits(5, start, start + 128, DEVICE)
+@pytest.mark.parametrize("width", [16, 32])
+def test_neighbours_share_a_hash(start: int, flip: int, width: int) -> None:
+    tile, each = (torch.zeros(8, width, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    aligned = start % exact.GROUP == 0
+    grouped_kernel[(1,)](tile, each, start, *exact.seed_keys(5), flip, ROWS=8, WIDTH=width, ALIGNED=aligned)
+    want = exact.grouped_bits(5, start, start + 8 * width, DEVICE)
     assert torch.equal(tile.view(-1), want ^ flip)
     assert torch.equal(each.view(-1), want)
-    assert torch.equal(exact.paired_bits(5, start + 3, start + 8, DEVICE), want[3:8])
-    words = exact.random_bits(5, start >> 1, (start >> 1) + 64, DEVICE)
-    assert torch.equal(want[::2], words)
-    assert torch.equal(want[1::2], exact.rotate_half(words))
+    assert torch.equal(exact.grouped_bits(5, start + 3, start + 8, DEVICE), want[3:8])
+    assert torch.equal(want[1::2], exact.rotate_half(want[::2]))
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**62 + 12345])

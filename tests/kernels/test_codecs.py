@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.codecs import CODECS, Dither, KernelCodec
-from hf_lowmem.kernels import use_kernels
+from hf_lowmem.kernels import exact, use_kernels
 from hf_lowmem.kernels.codecs import DECODE_STATE, ENCODE_STATE, reference, tables, through_op
 from hf_lowmem.kernels.codecs.weights import round_stochastic
 from hf_lowmem.kernels.exact import E4M3_MAX
@@ -92,20 +92,56 @@ def test_the_operators_in_one_compiled_graph(name: str, signed: bool, dither: Di
     assert torch.equal(got, CODECS[name].decode(want_enc, x.shape) + 1)
 
 
-@pytest.mark.parametrize("nearest", [True, False])
-def test_expanding_finds_the_code_at_every_threshold_of_every_power(nearest: bool) -> None:
-    """And one unit in the last place below and above, and at both ends of what is clamped."""
-    thresholds = tables.expanding_thresholds(nearest)  # (256, 126)
-    ends = torch.tensor([0, 1, tables.LARGEST_BITS, tables.LARGEST_BITS + 1, 0x7F800000, 0x7FC00000])
-    bits = torch.cat([(thresholds[:, :, None] + torch.arange(-1, 2)).view(256, -1), ends.expand(256, -1)], 1)
-    shift, first, offset = tables.expanding_rows(nearest, signed=True).long().unsqueeze(-1).unbind(1)
+def where_in_rows(bits: torch.Tensor, nearest: bool, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry of each of the bits, (256, any), one row a power, and the bits clamped; `count`: of all entries."""
+    shift, first, offset = tables.expanding_rows(nearest).long().unsqueeze(-1).unbind(1)
     clamped = torch.maximum(bits, first).clamp_(max=tables.LARGEST_BITS)
     place = (clamped >> shift) + offset
-    last = torch.cat([(first >> shift)[1:] + offset[1:], torch.tensor([[tables.expanding_table(nearest).numel()]])])
+    last = torch.cat([(first >> shift)[1:] + offset[1:], torch.tensor([[count]])])
     assert (place >= (first >> shift) + offset).all()
     assert (place < last).all(), "a row ends where the next one begins"
-    got = (tables.expanding_table(nearest).long()[place] + clamped) >> shift
+    return place, clamped
+
+
+def around(thresholds: torch.Tensor) -> torch.Tensor:
+    """Each, one unit in the last place below and above, and both ends of what is clamped."""
+    ends = torch.tensor([0, 1, tables.LARGEST_BITS, tables.LARGEST_BITS + 1, 0x7F800000, 0x7FC00000])
+    return torch.cat([(thresholds[:, :, None] + torch.arange(-1, 2)).view(256, -1), ends.expand(256, -1)], 1)
+
+
+def test_expanding_finds_the_code_at_every_threshold_of_every_power() -> None:
+    thresholds, table = tables.expanding_thresholds(nearest=True), tables.expanding_table().long()
+    bits = around(thresholds)  # (256, 126)
+    place, clamped = where_in_rows(bits, True, table.numel())
+    got = (table[place] + clamped) >> tables.expanding_rows(nearest=True).long()[:, :1]
     assert torch.equal(got, torch.searchsorted(thresholds, bits, right=True))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_cell_gives_the_place_of_every_value_of_every_power(signed: bool) -> None:
+    """At each code's value its code, and beside it nothing else; between two of them linear, or nearly a logarithm."""
+    thresholds, cells = tables.expanding_thresholds(nearest=False), tables.expanding_cells(signed)
+    values = thresholds.int().view(torch.float32).double()
+    part = torch.rand(256, 125, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    between = (values[:, :-1, None] + part * values.diff(dim=1)[:, :, None]).flatten(1)
+    for bits in (thresholds, around(thresholds)[:, :-4], tables.bits_of(between)):
+        where, _ = where_in_rows(bits, False, len(cells))
+        start, slope, bend, anchor = cells[where].unbind(-1)
+        q = bits.int().view(torch.float32)
+        d = q - anchor
+        place = exact.fma(d.clamp(max=0.0), bend, exact.fma(d, slope, start)).double() - tables.CELL_ORIGIN
+        code = torch.searchsorted(thresholds, bits.contiguous(), right=True)
+        low, high = values.gather(1, (code - 1).clamp(min=0)), values.gather(1, code.clamp(max=125))
+        x, least = q.double(), 0.0 if signed else 1.0
+        part = (x - low) / (high - low) if signed else (x / low).log() / (high / low).log()
+        want = torch.where(code == 0, x / high if signed else least, code + torch.where(code < 126, part, 0.0))
+        # A chord of the logarithm leaves it by an eighth of the gap's width at most.
+        off = 0.0 if signed else (high / low).log() / 8
+        assert ((place - want).abs() <= off + 2.0**-15).all()
+        assert (place >= least).all()
+        assert (place <= 126).all()
+        if bits is thresholds:
+            assert ((place - want).abs() <= (0.0 if signed else 2.0**-16)).all(), "a code's own value is that code"
 
 
 @pytest.mark.parametrize("power", [0, 37, tables.POWER_OF_ONE, 200, 255])
@@ -146,7 +182,7 @@ def test_the_second_moment_of_a_softsign_takes_the_nearest_step() -> None:
 
 def test_packed_tables_have_room_for_one_threshold_an_interval() -> None:
     for nearest in (True, False):
-        rows = tables.expanding_rows(nearest, signed=True).long()
+        rows = tables.expanding_rows(nearest).long()
         assert (tables.expanding_thresholds(nearest).diff(dim=1) >= 1 << rows[:, :1]).all()
         reached = (torch.arange(1, 256, dtype=torch.float64) - 0.5 * nearest) / 255
         assert (tables.bits_of(tables.softsign_inverse(reached).square()).diff() >= 1 << 16).all()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from hf_lowmem.kernels.adamw.reference import corrected_lr
+from hf_lowmem.kernels.adamw.reference import coded_pace, corrected_lr
 from hf_lowmem.kernels.step.cpu import run_steps
 from hf_lowmem.kernels.step.reference import States
 
@@ -39,9 +39,11 @@ def adamw_step(
         if rule == "adamw":
             # torch's lerp takes the complement of the weight in fp32.
             averages = weight, 1 - weight, beta2, 1 - beta2
-            root = math.sqrt(1 - beta2**step)
-            factor = root if coded else 1.0
-            pace = 1 - lr * weight_decay, -lr * factor / (1 - beta1**step), eps * factor, root
+            if coded:
+                pace = *coded_pace(lr, (beta1, beta2), eps, step), 1.0
+            else:
+                pace = -lr / (1 - beta1**step), eps, math.sqrt(1 - beta2**step)
+            pace = 1 - lr * weight_decay, *pace
         else:
             averages = weight, beta1, beta2, 1 - beta2
             pace = -lr * weight_decay, -corrected_lr(lr, (beta1, beta2), step), eps, 1.0

@@ -12,23 +12,26 @@ AVX-512 and an AVX2 CPU, and the Triton kernel does the same:
 One is not correctly rounded: a CPU's `sqrt` is off by a unit in the last place for every sixth value. See `root`.
 
 **Coded states.** Where a moment is stored in few bits there is no bit of torch's to keep, and the same formula is
-written so that it costs a device one root and one reciprocal in place of one root and two divisions. Its root is of
-LEAST_SQUARE at least, 2**-100, from where on a kernel's short root is correctly rounded. At the usual eps of 1e-8 that
-moves an update by less than a part in 10**5 where a second moment is below it, and by nothing anywhere else.
+written so that it costs a device least: one root and one reciprocal in place of one root and two divisions, the rate
+inside of the reciprocal (`coded_pace`). Its root is of LEAST_SQUARE at least, 2**-100, from where on a kernel's short
+root is correctly rounded. At the usual eps of 1e-8 that moves an update by less than a part in 10**5 where a second
+moment is below it, and by nothing anywhere else.
 """
 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.exact import sqrt, sqrt_wide
+from hf_lowmem.kernels.exact import fma, sqrt, sqrt_wide
 from hf_lowmem.kernels.registry import current_impl
 from hf_lowmem.kernels.step.reference import States, each_finite, on_the_cpu
 
 RULES = ("adamw", "family")
 
 LEAST_SQUARE = 2.0**-100
+LEAST_RATE = 2.0**-60
 
 
 def root(x: Tensor) -> Tensor:
@@ -59,21 +62,39 @@ def adamw_(
     `coded`: whether a moment is stored in fewer bits than fp32.
     """
     beta1, beta2 = betas
-    p.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    corrected = math.sqrt(1 - beta2**step)
     if coded:
-        p.addcmul_(exp_avg, inverse_root(exp_avg_sq, eps * corrected), value=-lr * corrected / (1 - beta1**step))
-    else:
-        p.addcdiv_(exp_avg, root(exp_avg_sq).div_(corrected).add_(eps), value=-lr / (1 - beta1**step))
+        exp_avg_sq.add_(fma(grad, grad, -exp_avg_sq), alpha=1 - beta2)
+        pace, shift = coded_pace(lr, betas, eps, step)
+        if pace:
+            inverse = safe_root(exp_avg_sq)
+            inverse = torch.add(torch.full_like(inverse, shift), inverse, alpha=pace).reciprocal_()
+            p.mul_(1 - lr * weight_decay).addcmul_(exp_avg, inverse)
+        return
+    p.mul_(1 - lr * weight_decay)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    p.addcdiv_(exp_avg, root(exp_avg_sq).div_(math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
+
+
+def coded_pace(lr: float, betas: tuple[float, float], eps: float, step: int) -> tuple[float, float]:
+    """a and b of an update m / (sqrt(v) * a + b); `step` counts from 1. Zeros where the rate is below 2**-60.
+
+    Such a rate, as that of a warm-up's first step, moves nothing: the reciprocal is not for numbers above 2**125.
+    """
+    corrected = math.sqrt(1 - betas[1] ** step)
+    rate = -lr * corrected / (1 - betas[0] ** step)
+    return (1 / rate, eps * corrected / rate) if abs(rate) >= LEAST_RATE else (0.0, 0.0)
+
+
+def safe_root(x: Tensor) -> Tensor:
+    """sqrt(x), a fresh tensor; correctly rounded, and of LEAST_SQUARE at least."""
+    y = x.clamp(min=LEAST_SQUARE)
+    return y.copy_(sqrt_wide(y)) if x.device.type == "cpu" else y.sqrt_()
 
 
 def inverse_root(x: Tensor, eps: float) -> Tensor:
-    """1 / (sqrt(x) + eps), a fresh tensor; the root is correctly rounded, and of LEAST_SQUARE at least."""
-    y = x.clamp(min=LEAST_SQUARE)
-    y = y.copy_(sqrt_wide(y)) if x.device.type == "cpu" else y.sqrt_()
-    return y.add_(eps).reciprocal_()
+    """1 / (sqrt(x) + eps), a fresh tensor, of `safe_root`."""
+    return safe_root(x).add_(eps).reciprocal_()
 
 
 def adam_moments_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float]) -> None:

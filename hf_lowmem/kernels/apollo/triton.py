@@ -20,12 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem.kernels._device import (
+    FACTOR,
+    FACTOR_STEP,
+    GROUP,
     div,
     fma,
     from_bits,
+    grouped_word,
     load_fp32,
     magnitude,
-    paired_word,
     random_word,
     rotate_half,
     sqrt,
@@ -162,16 +165,17 @@ def growth_kernel(table, finite_ptr, parts, factors, norms, count, each, reach, 
 def _words(first, row, column, n, k0, k1, EVEN: tl.constexpr):
     """Random bits of a tile of the values from `first` on, that of these rows and the columns from `column` on.
 
-    Values of one pair are neighbours in a row where rows are EVEN, and share a hash.
+    EVEN: rows, and what is before them, are whole groups, and of two neighbours' words one is the other's, rotated.
     """
     if EVEN:
         half = column // 2 + tl.arange(0, COLUMNS // 2)
-        pair = (first >> 1).to(tl.uint32) + row.to(tl.uint32)[:, None] * (n // 2)  # modulo 2**32
-        word = random_word(pair + half.to(tl.uint32)[None, :], k0, k1)
+        group = (first // GROUP).to(tl.uint32) + row.to(tl.uint32)[:, None] * (n // GROUP)  # modulo 2**32
+        word = random_word(group + (half // (GROUP // 2)).to(tl.uint32)[None, :], k0, k1)
+        word *= ((half % (GROUP // 2)).to(tl.uint32) * FACTOR_STEP + FACTOR)[None, :]
         words = tl.reshape(tl.join(word, rotate_half(word)), (ROWS, COLUMNS))
     else:
         place = column + tl.arange(0, COLUMNS)
-        words = paired_word(first + row.to(tl.int64)[:, None] * n + place[None, :], 0, k0, k1)
+        words = grouped_word(first + row.to(tl.int64)[:, None] * n + place[None, :], 0, k0, k1)
     return words
 
 
@@ -183,7 +187,7 @@ def apollo_kernel(
 ):  # fmt: skip
     """One tile of one matrix: w -= ... as in reference.apollo_step, whose operations are these one by one.
 
-    EVEN: a row has an even number of values.
+    EVEN: a row is whole groups of 32 values.
     """
     b = tl.program_id(1)
     i = b // each
@@ -295,7 +299,7 @@ def apollo_step(
     apollo_kernel[(tiles, each * len(params))](
         table, finite, skipped, s, factors, norms, m, n, each, math.sqrt(scale), -lr * weight_decay,
         WEIGHT=dtype_of(params[0].dtype), GRADIENT=dtype_of(grads[0].dtype), ALIGNED=aligned,
-        **_axes(shape, s.shape[-2:].numel() > 1), STORE=WEIGHT_STORES.index(store), EVEN=n % 2 == 0,
+        **_axes(shape, s.shape[-2:].numel() > 1), STORE=WEIGHT_STORES.index(store), EVEN=n % GROUP.value == 0,
         num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 

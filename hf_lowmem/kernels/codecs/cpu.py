@@ -66,10 +66,10 @@ def tables_of(codec: str, signed: bool, dither: bool) -> tuple[np.ndarray, ...]:
         values, codes = tables.SOFTSIGN_VALUES[signed], tables.SOFTSIGN_CODES[nearest]
         places = tables.SOFTSIGN_PLACES
     elif codec == "fp8_expand":
-        values, codes = tables.EXPANDED_VALUES, tables.EXPANDING_TABLE[nearest]
-        places = tables.EXPANDING_PLACES[signed]
-    found = values, codes, places, tables.POWERS[signed], tables.EXPANDING_ROWS[nearest, signed]
-    return tuple(table.on(cpu).numpy() for table in found)
+        values, codes, places = tables.EXPANDED_VALUES, tables.EXPANDING_TABLE, tables.EXPANDING_CELLS[signed]
+    found = (table.on(cpu).numpy() for table in (values, codes, places, tables.POWERS[signed]))
+    values, codes, places, powers = (table.reshape(-1) for table in found)
+    return values, codes, places, powers, tables.EXPANDING_ROWS[nearest].on(cpu).numpy()
 
 
 def addresses(parts: list[Tensor]) -> tuple[int, int, int]:

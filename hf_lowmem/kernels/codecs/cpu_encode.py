@@ -12,29 +12,27 @@ from hf_lowmem.kernels._cpu import (
     both,
     bytes_at,
     called,
-    clamp,
     either,
     float32,
     floats_at,
+    fma,
     from_bits,
     halves_at,
     inlined,
     int32,
+    left,
     look_up,
-    lower_half,
     minus,
     part,
     plus,
     put_back,
     right,
-    rotate_half,
     shift_right,
     size_of,
     subtract,
     uint8,
     uint16,
     uint32,
-    upper_half,
 )
 from hf_lowmem.kernels.codecs import reference, tables
 from hf_lowmem.kernels.codecs.blocks import NO_VALUE
@@ -52,7 +50,8 @@ _SMALLEST_SCALE, _SMALLEST_A, _SMALLEST_B = (
 _BF16_MAX, _FLOAT_MAX, _INF = _bits(BF16_MAX), _bits(FLOAT_MAX), _bits(float("inf"))
 _SLOPE, _OFFSET, _FARTHEST = (float32(x) for x in (reference.SLOPE, reference.OFFSET, reference.FARTHEST))
 _MAGIC = float32(1.5 * 2.0**23)  # a float that is added to it has no binary places left
-_LARGEST_BITS, _POWER_OF_ONE, _NO_VALUE = int32(tables.LARGEST_BITS), tables.POWER_OF_ONE, uint32(NO_VALUE)
+_ORIGIN, _LOWEST = float32(tables.ORIGIN), float32(tables.LOWEST)
+_POWER_OF_ONE, _NO_VALUE = tables.POWER_OF_ONE, uint32(NO_VALUE)
 
 
 @inlined
@@ -70,20 +69,23 @@ def inverse(scale):
 
 
 @inlined
-def _up_signed(q, codes, places, words):
-    for j in range(len(q)):
-        place = look_up(places, codes[j])
-        up = (q[j] - lower_half(place)) * upper_half(place) > float32(int32(words[j]))
-        codes[j] = add(codes[j], int32(1) if up else int32(0))
+def _noise(word, signed):
+    """The bits of a word that a state's encoder takes. Reference: `Dither.of_state`, the upper half."""
+    return right(word, uint32(16)) if signed else both(word, uint32(0xFFFF))
 
 
 @inlined
-def _up_unsigned(q, codes, places, words):
-    for j in range(len(q)):
-        place = look_up(places, codes[j])
-        middle = lower_half(place)
-        level = float32(int32(rotate_half(words[j]))) * (q[j] + middle)
-        codes[j] = add(codes[j], int32(1) if (q[j] - middle) * upper_half(place) > level else int32(0))
+def code_at(place, noise):
+    """Reference: `code_at` of dither.py."""
+    return int32(both(right(plus(left(bits_of(place), uint32(2)), noise), uint32(16)), uint32(0xFF)))
+
+
+@inlined
+def _entry(table, row):
+    """The four floats of a row."""
+    at = int32(left(uint32(row), uint32(2)))
+    one, two, three = add(at, int32(1)), add(at, int32(2)), add(at, int32(3))
+    return look_up(table, at), look_up(table, one), look_up(table, two), look_up(table, three)
 
 
 @inlined
@@ -92,10 +94,10 @@ def round_up(q, codes, places, words, signed):
 
     In a loop of its own: two gathers of which one needs the other's result cost half as much again in one.
     """
-    if signed:
-        _up_signed(q, codes, places, words)
-    else:
-        _up_unsigned(q, codes, places, words)
+    for j in range(len(q)):
+        start, slope, square, middle = _entry(places, codes[j])
+        d = q[j] - middle
+        codes[j] = code_at(fma(d, fma(d, square, slope), start), _noise(words[j], signed))
 
 
 @inlined
@@ -134,22 +136,22 @@ def int8_codes(x, scale, table, signed, q, codes):
         code = shift_right(add(look_up(table, place), int32(both(bits, uint32(0xFFFF)))), int32(16))
         if signed and bits > uint32(0x7FFFFFFF):
             code = subtract(int32(-1), code)
-        q[j] = y
+        q[j] = y if y > _LOWEST else _LOWEST
         codes[j] = int32(both(uint32(code), uint32(0xFF)))
 
 
 @inlined
 def _softsign_place(x, slope):
-    """b and y of the reference's `softsign_encode`, and y rounded. No table: a division is cheaper than a gather."""
-    b = from_bits(size_of(x)) * slope + _OFFSET
-    y = -(float32(1.0) / b) + _FARTHEST
-    return b, y, (y + _MAGIC) - _MAGIC
+    """b and y of the reference's `softsign_encode`. No table: a division is cheaper than a gather."""
+    b = fma(from_bits(size_of(x)), slope, _OFFSET)
+    return b, -(float32(1.0) / b) + _FARTHEST
 
 
 @inlined
 def softsign_nearest(x, slope, codes):
     for j in range(SOFTSIGN_BLOCK):
-        _, _, near = _softsign_place(x[j], slope)
+        _, y = _softsign_place(x[j], slope)
+        near = (y + _MAGIC) - _MAGIC
         code = int32(float32(127.0) if near > float32(127.0) else near)
         codes[j] = subtract(int32(0), code) if bits_of(x[j]) > uint32(0x7FFFFFFF) else code
 
@@ -157,12 +159,11 @@ def softsign_nearest(x, slope, codes):
 @inlined
 def softsign_random(x, slope, words, codes):
     for j in range(SOFTSIGN_BLOCK):
-        b, y, near = _softsign_place(x[j], slope)
-        t = np.abs(near - y)
-        y -= b * ((float32(1.0) - t) * t)
+        b, y = _softsign_place(x[j], slope)
+        t = y - np.floor(y)
+        y = fma(-b, fma(-t, t, t), y)
         y = from_bits(either(size_of(y), both(bits_of(x[j]), uint32(0x80000000))))
-        place = plus(bits_of(y + float32(384.0)), right(words[j], uint32(17)))
-        codes[j] = int32(right(plus(place, uint32(128 << 15)), uint32(15)))
+        codes[j] = code_at(y + _ORIGIN, _noise(words[j], True))
 
 
 @inlined
@@ -212,29 +213,34 @@ def powers_of(largest, least, powers, signed, scales, stored, factors):
 
 
 @inlined
-def expand_codes(x, factor, table, of_power, row, q, codes):
+def _share(x, factor, first):
+    """|x| as a share of its block's largest, 1 at most, and its bits, `first` at least."""
+    y = from_bits(size_of(x)) * factor
+    y = y if y < float32(1.0) else float32(1.0)
+    bits = int32(bits_of(y))
+    return y, first if bits < first else bits
+
+
+@inlined
+def expand_nearest(x, factor, table, of_power, codes):
     shift, first, offset = of_power[0], of_power[1], of_power[2]
     for j in range(EXPAND_BLOCK):
-        y = from_bits(size_of(x[j])) * factor
-        bits = clamp(int32(bits_of(y)), first, _LARGEST_BITS)
-        place = add(shift_right(bits, shift), offset)
-        q[j] = y
-        codes[j] = add(shift_right(add(look_up(table, place), bits), shift), row)
+        _, bits = _share(x[j], factor, first)
+        codes[j] = shift_right(add(look_up(table, add(shift_right(bits, shift), offset)), bits), shift)
 
 
 @inlined
-def limit_signed(codes):
-    """The 7 bits of codes that were counted from their row on."""
-    for j in range(len(codes)):
-        codes[j] = int32(both(uint32(codes[j]), uint32(0x7F)))
-
-
-@inlined
-def limit_unsigned(x, codes):
-    """The same of an unsigned state: 0 for 0 alone."""
-    for j in range(len(x)):
-        code, bits = int32(both(uint32(codes[j]), uint32(0x7F))), int32(bits_of(x[j]))
-        codes[j] = bits if bits < code else code
+def expand_random(x, factor, cells, of_power, words, signed, codes):
+    shift, first, offset = of_power[0], of_power[1], of_power[2]
+    for j in range(EXPAND_BLOCK):
+        y, bits = _share(x[j], factor, first)
+        start, slope, bend, anchor = _entry(cells, add(shift_right(bits, shift), offset))
+        d = y - anchor
+        place = fma(d if d < float32(0.0) else float32(0.0), bend, fma(d, slope, start))
+        place = bits_of(place)
+        if not signed:
+            place = place if bits_of(x[j]) > uint32(0) else uint32(0)
+        codes[j] = int32(both(right(plus(place, _noise(words[j], signed)), uint32(16)), uint32(0xFF)))
 
 
 @inlined
@@ -328,15 +334,12 @@ def _expand_tile(x, words, how, address, start, blocks, tables, room):
         largest[b], least[b] = largest_and_least(part(x, b * EXPAND_BLOCK, EXPAND_BLOCK))
     powers_of(largest, least, powers, signed, scales, stored, factors)
     for b in range(blocks):
-        here, q, codes, words_here = _parts(x, room[0], room[1], words, b, EXPAND_BLOCK)
+        here, _, codes, words_here = _parts(x, room[0], room[1], words, b, EXPAND_BLOCK)
         power = int(stored[b])
-        expand_codes(here, factors[b], table, rows[power], int32(power * 128) if dither else int32(0), q, codes)
         if dither:
-            round_up(q, codes, places, words_here, signed)
-            if signed:
-                limit_signed(codes)
-            else:
-                limit_unsigned(here, codes)
+            expand_random(here, factors[b], places, rows[power], words_here, signed, codes)
+        else:
+            expand_nearest(here, factors[b], table, rows[power], codes)
 
 
 @called

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.exact import paired_bits, rotate_half
+from hf_lowmem.kernels.exact import fma, grouped_bits, rotate_half
 
 
 def even(seed: int) -> int:
@@ -56,7 +56,7 @@ class Dither(NamedTuple):
 
     def words(self, start: int, stop: int, device: torch.device) -> Tensor:
         """32 random bits for each of the values from `start` to `stop`, int32; 16 of them are its own."""
-        words = paired_bits(even(self.seed), self.offset + start, self.offset + stop, device)
+        words = grouped_bits(even(self.seed), self.offset + start, self.offset + stop, device)
         return words.bitwise_not() if self.seed & 1 else words
 
     def of_state(self, start: int, stop: int, signed: bool, device: torch.device) -> Tensor:
@@ -75,33 +75,46 @@ def thresholds(words: Tensor) -> Tensor:
     return words.bitwise_right_shift(9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
-def round_up(q: Tensor, code: Tensor, places: Tensor, words: Tensor, signed: bool) -> Tensor:
-    """The code of the value below q, or the next one, at random: what `code` counts up to.
+def round_up(q: Tensor, code: Tensor, places: Tensor, words: Tensor) -> Tensor:
+    """The code of the value below q, or the next one, at random.
 
     ```python
-    up = q - low > u * (high - low)                                  # signed: E[value] = q
-    up = log(q / low) > u * log(high / low)                          # unsigned: E[log(value)] = log(q)
+    p = (q - low) / (high - low)                                     # signed: E[value] = q
+    p = log(q / low) / log(high / low)                               # unsigned: E[log(value)] = log(q)
     ```
-    `places` says for each code (middle, rate) of the gap above it, so that with s = u - 1/2, which a word is as a
-    signed integer, no more is left than
-
-    ```python
-    up = (q - middle) * rate > s                                     # middle = (low + high) / 2
-    up = (q - middle) * rate > s * (q + middle)                      # middle = sqrt(low * high)
-    ```
-    The logarithms are taken as log(b / a) = 2 (b - a) / (b + a) from the middle, off by (b / a - 1)**3 / 12 of at most
-    half the gap, of no account between two codes of 8 bits.
+    p, and the code that it is added to, are one polynomial of the second degree, an entry of `places`. The logarithm's
+    is off by less than (high / low - 1)**3 / 100 of the gap, below the middle upwards and above it downwards: of no
+    account between two codes of 8 bits.
 
     Args:
         q: fp32, in units of the scale.
-        code: int32, the code whose value is the last that is not above q; it is overwritten.
-        places: of tables.py: int64, the bits of two fp32.
+        code: int32, the entry: of the code whose value is the last that is not above q.
+        places: of tables.py.
+        words: of `Dither.of_state`.
     """
-    middle, rate = places.index_select(0, code.view(-1)).view(torch.float32).view(*q.shape, 2).unbind(-1)
-    level = words.float()
-    if not signed:
-        level = level.mul_(q + middle)
-    return code.add_((q - middle).mul_(rate) > level)
+    start, slope, square, middle = places.index_select(0, code.view(-1)).view(*q.shape, 4).unbind(-1)
+    d = q - middle
+    return code_at(fma(d, fma(d, square, slope), start), words)
+
+
+def code_at(place: Tensor, words: Tensor) -> Tensor:
+    """The code below a place, or the next one, by the upper 16 bits of each word: int32.
+
+    As a float from 512 to 1024 a place has 14 binary places, which are rounded to the nearest; the code is then up in
+    exactly that many cases of 2**14.
+    """
+    return _third_byte(place.view(torch.int32).bitwise_left_shift(2), words)
+
+
+def cell_code_at(place: Tensor, words: Tensor, nonzero: Tensor | None) -> Tensor:
+    """`code_at` of a float from 128 to 256, with 16 binary places; 0 where `nonzero`, int32, is."""
+    bits = place.view(torch.int32)
+    return _third_byte(bits.clone() if nonzero is None else bits * nonzero, words)
+
+
+def _third_byte(bits: Tensor, words: Tensor) -> Tensor:
+    noise = words.bitwise_right_shift(16).bitwise_and_(0xFFFF)
+    return bits.add_(noise).bitwise_right_shift_(16).bitwise_and_(0xFF)
 
 
 def round_between(

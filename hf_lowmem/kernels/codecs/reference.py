@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from hf_lowmem.kernels.codecs.blocks import decode_blocks, encode_blocks, mark_nonzero, smallest_nonzero
-from hf_lowmem.kernels.codecs.dither import Dither, round_up
+from hf_lowmem.kernels.codecs.dither import Dither, cell_code_at, code_at, round_up
 from hf_lowmem.kernels.codecs.tables import (
     DYNAMIC_CODES,
     DYNAMIC_PLACES,
     EXPANDED_VALUES,
-    EXPANDING_PLACES,
+    EXPANDING_CELLS,
     EXPANDING_ROWS,
     EXPANDING_TABLE,
     LARGEST_BITS,
+    LOWEST,
     MAPS,
+    ORIGIN,
     POWER_OF_ONE,
     POWERS,
     SOFTNESS,
@@ -32,7 +34,7 @@ from hf_lowmem.kernels.codecs.tables import (
     STEPS,
     DeviceTable,
 )
-from hf_lowmem.kernels.exact import BF16_MAX, FLOAT_MAX, round_bf16_up
+from hf_lowmem.kernels.exact import BF16_MAX, FLOAT_MAX, fma, round_bf16_up
 
 # The smallest codes stand for 3.25e-7 (int8), 1.0e-3 and 2.6e-7 (softsign): times this still a normal fp32.
 SMALLEST_SCALE = 2.0**-104
@@ -82,7 +84,7 @@ def int8_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor, 
         found.bitwise_xor_(bits.bitwise_right_shift(31)).bitwise_and_(0xFF)
     found = found.view_as(x)
     if words is not None:
-        found = round_up(q, found, DYNAMIC_PLACES[signed].on(x.device), words, signed)
+        found = round_up(q.clamp_(min=LOWEST), found, DYNAMIC_PLACES[signed].on(x.device), words)
     codes = found.to(torch.uint8)
     return codes if signed else torch.maximum(codes, mark_nonzero(x)), scale
 
@@ -101,17 +103,13 @@ def softsign_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tens
         scale = round_bf16_up(largest.clamp(SMALLEST_SCALE, BF16_MAX))
         # At random what is beyond bf16's range counts as 1: a code too many would be another sign.
         slope = inverse(scale if words is None else torch.maximum(scale, largest)).mul_(SLOPE)
-        b = size.mul_(slope).add_(OFFSET)
+        b = fma(size, slope, size.new_tensor(OFFSET))
         y = b.reciprocal().neg_().add_(FARTHEST)
-        near = y.round()
         if words is None:
-            return near.clamp_(max=STEPS[True]).copysign_(x).to(torch.int8).view(torch.uint8), scale
-        t = near.sub_(y).abs_()  # or 1 - t
-        y.sub_(b.mul_((1 - t).mul_(t))).copysign_(x)
-        # As an integer and 15 binary places, to which the random ones are added.
-        place = y.add_(384.0).view(torch.int32)
-        place.add_(words.bitwise_right_shift(17).bitwise_and_(0x7FFF)).add_(128 << 15)
-        return place.bitwise_right_shift_(15).to(torch.uint8), scale
+            return y.round_().clamp_(max=STEPS[True]).copysign_(x).to(torch.int8).view(torch.uint8), scale
+        t = y - y.floor()
+        y = fma(b.neg_(), fma(-t, t, t), y).copysign_(x)
+        return code_at(y.add_(ORIGIN), words).to(torch.uint8), scale
     scale = x.amax(1).clamp_(SMALLEST_SCALE, FLOAT_MAX)
     q = x.mul(inverse(scale))
     bits = q.view(torch.int32).view(-1)
@@ -119,7 +117,7 @@ def softsign_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tens
     found = table.index_select(0, bits.bitwise_right_shift(16).bitwise_and_(0x7FFF))
     found = found.add_(bits.bitwise_and(0xFFFF)).bitwise_right_shift_(16).view_as(x)
     if words is not None:
-        found = round_up(q, found, SOFTSIGN_PLACES.on(x.device), words, signed)
+        found = round_up(q, found, SOFTSIGN_PLACES.on(x.device), words)
     return torch.maximum(found.to(torch.uint8), mark_nonzero(x)), scale
 
 
@@ -137,19 +135,19 @@ def expand_encode(x: Tensor, signed: bool, words: Tensor | None) -> tuple[Tensor
     if signed:
         power.clamp_(min=POWER_OF_ONE)
     nearest = words is None
-    shift, first, offset = EXPANDING_ROWS[nearest, signed].on(x.device).index_select(0, power).unsqueeze(-1).unbind(1)
+    shift, first, offset = EXPANDING_ROWS[nearest].on(x.device).index_select(0, power).unsqueeze(-1).unbind(1)
     q = magnitude.mul(inverse(a))
-    bits = q.view(torch.int32)
-    bits = torch.maximum(bits, first).clamp_(max=LARGEST_BITS)
-    where = bits.bitwise_right_shift(shift).add_(offset)
-    found = EXPANDING_TABLE[nearest].on(x.device).index_select(0, where.view(-1)).view(x.shape)
-    found.add_(bits).bitwise_right_shift_(shift)
-    if words is not None:
-        # A row of a power begins at 128 times it: so many codes from there.
-        of_row = EXPANDING_PLACES[signed].on(x.device)
-        found = round_up(q, found.add_(power[:, None] * 128), of_row, words, signed).bitwise_and_(0x7F)
-        if not signed:
-            found = torch.minimum(found, x.view(torch.int32))  # of the first code at least, but 0 for 0
+    bits = torch.maximum(q.view(torch.int32), first).clamp_(max=LARGEST_BITS)
+    where = bits.bitwise_right_shift(shift).add_(offset).view(-1)
+    if words is None:
+        found = EXPANDING_TABLE.on(x.device).index_select(0, where).view(x.shape)
+        found.add_(bits).bitwise_right_shift_(shift)
+    else:
+        cells = EXPANDING_CELLS[signed].on(x.device).index_select(0, where)
+        start, slope, bend, anchor = cells.view(*x.shape, 4).unbind(-1)
+        d = q.sub_(anchor)
+        place = fma(d.clamp(max=0.0), bend, fma(d, slope, start))
+        found = cell_code_at(place, words, None if signed else x.view(torch.int32).clamp(max=1))
     codes = found.to(torch.uint8)
     if nearest:
         codes = torch.maximum(codes, mark_nonzero(magnitude))
@@ -202,9 +200,9 @@ CODECS: dict[str, RowCodec] = {
         lambda signed: (
             EXPANDED_VALUES,
             POWERS[signed],
-            EXPANDING_PLACES[signed],
-            *(EXPANDING_ROWS[nearest, signed] for nearest in (True, False)),
-            *EXPANDING_TABLE.values(),
+            EXPANDING_CELLS[signed],
+            EXPANDING_TABLE,
+            *EXPANDING_ROWS.values(),
         ),
     ),
 }

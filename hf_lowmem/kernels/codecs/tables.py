@@ -27,6 +27,9 @@ E4M3_MIN = 2.0**-9  # the smallest subnormal
 
 DECADES = 7  # of the dynamic map
 
+ORIGIN = 768  # a float from 512 to 1024 has 14 binary places, and the 8 bits above them are a code
+CELL_ORIGIN = 128  # a float from 128 to 256 has 16, and where codes are 7 bits, the byte above them is one
+
 SOFTNESS = 0.15  # c of the softsign
 STEPS = {True: 127, False: 255}  # its codes from 0 to 1, for signed and unsigned states
 
@@ -98,21 +101,43 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def places(values: Tensor, signed: bool) -> Tensor:
-    """Middle and rate of the gap above each of `values` (fp32, ascending along the last axis): int64 of their shape.
+    """The polynomial of the gap above each of `values` (fp32, ascending along the last axis): fp32 (their number, 4).
 
-    A rate is in steps of a random word, 2**32 of them a gap. Above the last value nothing is ever up, and above a zero
-    of an unsigned state everything is.
+    A value q of the gap above code j belongs at ORIGIN + j + p, where p is the probability of the next code:
+
+    ```python
+    d = q - middle
+    place = d * (d * square + slope) + start                         # start = ORIGIN + j + 1/2
+    ```
+    Of a signed state p rises evenly; of an unsigned one as log(q), whose polynomial is exact at both ends and where
+    p = 1/2, and nowhere falls. No value is above the last one, and what is above a zero of an unsigned state has a
+    code of its own: they are constants.
+
+    Returns:
+        start, slope, square, middle.
     """
     low, high = values[..., :-1].double(), values[..., 1:].double()
-    middle = ((low + high) / 2 if signed else (low * high).sqrt()).float()
-    wide = middle.double()
-    rate = 1 / (high - low) if signed else (high + wide) / (high - wide) / 2
-    rate = torch.where(low == 0, 2.0, rate) if not signed else rate
-    # q is 1 at most: q - 2 is negative, so the last rate leads below the least word.
-    last = torch.tensor([2.0 if signed else 0.0, 2.0 if signed else -2.0], dtype=torch.float64)
-    pairs = torch.stack((wide, rate), -1)
-    pairs = torch.cat((pairs, last.expand(*pairs.shape[:-2], 1, 2)), -2)
-    return (pairs * torch.tensor([1.0, 2.0**32], dtype=torch.float64)).float().view(torch.int64).squeeze(-1)
+    code = torch.arange(values.shape[-1], dtype=torch.float64) + ORIGIN
+    middle = ((low + high) / 2 if signed else (low * high).sqrt()).float().double()
+    below, above = middle - low, high - middle
+    rise, fall = 0.5 / below, 0.5 / above  # slopes of the two chords
+    square = (fall - rise) / (high - low)
+    slope = rise + square * below
+    start = code[:-1] + 0.5
+    # Where the parabola would turn before its end, the one that turns there: 1 - (1 - t)**2.
+    turns = slope + 2 * square * above < 0
+    part = below / (high - low)
+    start = torch.where(turns, code[:-1] + part * (2 - part), start)
+    slope = torch.where(turns, 2 * (1 - part) / (high - low), slope)
+    square = torch.where(turns, -1 / (high - low) ** 2, square)
+    if not signed:
+        flat = low == 0
+        start = torch.where(flat, code[:-1], start)
+        slope, square, middle = (x.masked_fill(flat, 0.0) for x in (slope, square, middle))
+    rows = torch.stack((start.expand_as(low), slope, square, middle), -1)
+    last = torch.zeros(*rows.shape[:-2], 1, 4, dtype=torch.float64)
+    last[..., 0] = code[-1]
+    return torch.cat((rows, last), -2).float().view(-1, 4)
 
 
 def dynamic_table(signed: bool, nearest: bool) -> Tensor:
@@ -141,6 +166,7 @@ def dynamic_table(signed: bool, nearest: bool) -> Tensor:
     return torch.cat([positive, negative.int()])
 
 
+LOWEST = dynamic_map(True)[0].item()  # -0.993: nearer to zero than the highest value, 1
 MAPS = {signed: DeviceTable(functools.partial(dynamic_map, signed)) for signed in (True, False)}
 DYNAMIC_CODES = {
     (signed, nearest): DeviceTable(functools.partial(dynamic_table, signed, nearest))
@@ -209,48 +235,88 @@ def expanding_thresholds(nearest: bool) -> Tensor:
     return bits_of((reached / E4M3_MAX) ** (1 / exponents()[:, None]))
 
 
-def expanding_places(signed: bool) -> Tensor:
-    """`places` of every power, int64 (256 * 128,), row by power; the last code of a row, 0x7F, is never asked for."""
-    rows = places(expanded_values().view(256, 256)[:, : LARGEST_CODE + 1], signed)
-    return torch.nn.functional.pad(rows, (0, 1)).view(-1)
-
-
-def expanding_rows(nearest: bool, signed: bool) -> Tensor:
-    """Rows that locate |x| / a in `expanding_table`, int32 (256, 3), one a power: shift, first bits, offset.
+def expanding_rows(nearest: bool) -> Tensor:
+    """Rows that locate |x| / a in `expanding_table`, or `expanding_cells`, int32 (256, 3), one a power: shift, first
+    bits, offset.
 
     ```python
     bits = clamp(bits(abs(x) / a), first, LARGEST_BITS)
     code = (table[(bits >> shift) + offset] + bits) >> shift
     ```
     The narrowest interval that the widest gap allows would be the same number of bits for all powers; with as many as
-    each needs, the row of a power is 250 to 600 entries, and a group, which has one power, stays in 2 KiB of the table.
-
-    The first bits are those of the interval before the first threshold; of an unsigned state that is rounded at random
-    those of the threshold itself, as it has no code 0.
+    each needs, the row of a power is 250 to 600 entries, and a group, which has one power, stays in few KiB of the
+    table. The first bits are those of the interval before the first threshold.
     """
     thresholds = expanding_thresholds(nearest)
     # At the end of a binade, 14.5 to 15.5: the narrowest gap in proportion, 6.9 % / k.
     gap = thresholds.diff(dim=1).amin(1)
     shift = gap.double().log2().floor().long()
-    first = (thresholds[:, 0] - 1) >> shift << shift
+    first = ((thresholds[:, 0] - 1) >> shift << shift) if nearest else ((thresholds[:, 0] >> shift) - 1) << shift
     count = ((LARGEST_BITS - first) >> shift) + 1
     offset = count.cumsum(0) - count - (first >> shift)
-    if not nearest and not signed:
-        first = thresholds[:, 0]
     return torch.stack([shift, first, offset], 1).int()
 
 
-def expanding_table(nearest: bool) -> Tensor:
-    """The rows of all powers one after another, int32 (about 110 000,).
+def expanding_table() -> Tensor:
+    """The rows of all powers one after another, int32 (about 110 000,), to round to the nearest.
 
     The upper bits, which tell the place, are taken off each entry: the whole bits can be added, not the lower ones.
     """
-    thresholds = expanding_thresholds(nearest)
+    thresholds = expanding_thresholds(nearest=True)
     rows = []
-    for power, (shift, first, _) in enumerate(expanding_rows(nearest, signed=True).tolist()):
+    for power, (shift, first, _) in enumerate(expanding_rows(nearest=True).tolist()):
         count = ((LARGEST_BITS - first) >> shift) + 1
         rows.append(packed(thresholds[power], first, shift, count) - (first + (torch.arange(count) << shift)))
     return torch.cat(rows).int()
+
+
+def expanding_cells(signed: bool) -> Tensor:
+    """The place among the codes of each |x| / a, to round at random: fp32 (about 110 000, 4), rows as above.
+
+    ```python
+    start, slope, bend, anchor = cells[(bits >> shift) + offset]
+    d = abs(x) / a - anchor
+    place = min(d, 0) * bend + (d * slope + start)                   # start = CELL_ORIGIN + j + ...
+    ```
+    A cell is no wider than a gap between two codes, so it holds the value of one at most. That is then its anchor,
+    and slopes differ on both sides. Between codes a signed state's place is linear, which this is exactly; an unsigned
+    one's is a logarithm, of which a cell has the chord: off by less than an eighth of the square of its width.
+
+    What is below the value of code 1 is in the first cell, whatever its size, unclamped: of a signed state it lies
+    between codes 0 and 1, of an unsigned one it counts as 1; its zeros are seen to elsewhere.
+    """
+    thresholds = expanding_thresholds(nearest=False)
+    cells = []
+    for power, (shift, first, _) in enumerate(expanding_rows(nearest=False).tolist()):
+        at = thresholds[power].int().view(torch.float32).double()
+        count = ((LARGEST_BITS - first) >> shift) + 1
+        edges = (first + (torch.arange(count + 1) << shift)).int()
+        low, high = edges[:-1], edges[1:]
+        code = torch.searchsorted(thresholds[power], high.long(), right=False)  # whose value is the last below `high`
+        anchor = at[(code - 1).clamp(min=0)]
+        low, high = (x.view(torch.float32).double() for x in (low, high))
+        inside = anchor >= low
+        anchor = torch.where(inside, anchor, low)
+        of_anchor, of_low, of_high = (_place(x, at, signed) for x in (anchor, low, high))
+        slope = (of_high - of_anchor) / (high - anchor)
+        before = (of_anchor - of_low) / (anchor - low)
+        bend = torch.where(anchor > low, before - slope, 0.0)
+        cells.append(torch.stack((of_anchor + CELL_ORIGIN, slope, bend, anchor), 1))
+        rest = (0.0, 1 / at[0].item(), 0.0, 0.0) if signed else (1.0, 0.0, 0.0, 0.0)
+        cells[-1][0] = torch.tensor(rest, dtype=torch.float64)
+        cells[-1][0, 0] += CELL_ORIGIN
+        if not signed:
+            cells[-1][1, 0] += 2.0**-16  # however its sums are rounded, no place is below that of code 1
+    return torch.cat(cells).float()
+
+
+def _place(q: Tensor, at: Tensor, signed: bool) -> Tensor:
+    """The place among the codes of quotients, fp64; `at`: the values of codes 1, 2, ..."""
+    code = torch.searchsorted(at, q, right=True)
+    low, high = at[(code - 1).clamp(min=0)], at[code.clamp(max=len(at) - 1)]
+    part = (q - low) / (high - low) if signed else (q / low).log() / (high / low).log()
+    below = q / at[0] if signed else torch.ones_like(q)
+    return torch.where(code == 0, below, code + torch.where(code < len(at), part, 0.0))
 
 
 def power_thresholds(signed: bool) -> Tensor:
@@ -270,11 +336,7 @@ def power_table(signed: bool) -> Tensor:
 
 
 EXPANDED_VALUES = DeviceTable(expanded_values)
-EXPANDING_ROWS = {
-    (nearest, signed): DeviceTable(functools.partial(expanding_rows, nearest, signed))
-    for nearest in (True, False)
-    for signed in (True, False)
-}
-EXPANDING_TABLE = {nearest: DeviceTable(functools.partial(expanding_table, nearest)) for nearest in (True, False)}
-EXPANDING_PLACES = {signed: DeviceTable(functools.partial(expanding_places, signed)) for signed in (True, False)}
+EXPANDING_ROWS = {nearest: DeviceTable(functools.partial(expanding_rows, nearest)) for nearest in (True, False)}
+EXPANDING_TABLE = DeviceTable(expanding_table)
+EXPANDING_CELLS = {signed: DeviceTable(functools.partial(expanding_cells, signed)) for signed in (True, False)}
 POWERS = {signed: DeviceTable(functools.partial(power_table, signed)) for signed in (True, False)}

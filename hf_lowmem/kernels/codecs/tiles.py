@@ -12,12 +12,17 @@ import triton.language as tl
 
 from hf_lowmem.kernels._device import (
     bits_of,
+    floor,
+    fma,
     from_bits,
+    load_four,
     load_fp32,
     magnitude,
+    negative,
     reciprocal,
-    rotate_half,
     round_bf16_up,
+    share,
+    third_byte,
 )
 from hf_lowmem.kernels.codecs import reference, tables
 from hf_lowmem.kernels.exact import FLOAT_MAX as LARGEST_FLOAT
@@ -42,7 +47,8 @@ FARTHEST: tl.constexpr = tl.constexpr(reference.FARTHEST)
 BF16_MAX: tl.constexpr = tl.constexpr(reference.BF16_MAX)
 FLOAT_MAX: tl.constexpr = tl.constexpr(LARGEST_FLOAT)
 POWER_OF_ONE: tl.constexpr = tl.constexpr(tables.POWER_OF_ONE)
-LARGEST_BITS: tl.constexpr = tl.constexpr(tables.LARGEST_BITS)
+LOWEST: tl.constexpr = tl.constexpr(tables.LOWEST)
+ORIGIN: tl.constexpr = tl.constexpr(float(tables.ORIGIN))
 NO_VALUE: tl.constexpr = tl.constexpr(0x7F7FFFFE)
 
 
@@ -67,6 +73,19 @@ def _beside(of_blocks, GROUP: tl.constexpr):
 def tile_offsets():
     """Place of each value in a tile, int32 (ROWS, WIDTH)."""
     return tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def store_tile(ptr, x, mask):
+    """Store a tile that begins at `ptr`. A row of 16-bit values in two halves of 16 bytes, the widest store there is:
+    to move them between threads, so that neighbours write side by side, takes more instructions than all of this."""
+    if mask is None and x.dtype.primitive_bitwidth == 16:
+        half = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH // 2)[None, :]
+        first, second = tl.split(tl.trans(tl.reshape(x, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
+        tl.store(ptr + half, first)
+        tl.store(ptr + half + WIDTH // 2, second)
+    else:
+        tl.store(ptr + tile_offsets(), x, mask=mask)
 
 
 @triton.jit
@@ -127,21 +146,23 @@ def _find(table_ptr, place, bits, shift):
 
 
 @triton.jit
-def state_word(word, SIGNED: tl.constexpr):
-    """The bits that a state's encoder takes, int32. Reference: `Dither.of_state`."""
-    return (word if SIGNED else rotate_half(word)).to(tl.int32, bitcast=True)
+def state_noise(word, SIGNED: tl.constexpr):
+    """The 16 bits of each word that a state's encoder takes. Reference: `Dither.of_state`, the upper half."""
+    return word >> 16 if SIGNED else word & 0xFFFF
 
 
 @triton.jit
-def round_up(q, code, places, word, SIGNED: tl.constexpr):
-    """The code whose value is below q, or the next one, at random. Reference: dither.py. `places`: of each code's."""
-    pair = tl.load(places)  # int64: two fp32
-    middle = from_bits((pair & 0xFFFFFFFF).to(tl.uint32))
-    rate = from_bits((pair >> 32).to(tl.uint32))
-    level = word.to(tl.float32)
-    if not SIGNED:
-        level = level * (q + middle)
-    return code + ((q - middle) * rate > level).to(tl.int32)
+def code_at(place, noise):
+    """The code below a place, or the next one, at random: in bits 16 to 23. Reference: `code_at` of dither.py."""
+    return (bits_of(place) << 2) + noise
+
+
+@triton.jit
+def round_up(q, places, index, noise):
+    """`code_at` of the place of q, by the polynomial `places[index]`. Reference: `round_up` of dither.py."""
+    start, slope, square, middle = load_four(places, index)
+    d = q - middle
+    return code_at(fma(d, fma(d, square, slope), start), noise)
 
 
 @triton.jit
@@ -176,16 +197,16 @@ def encode_tile(
         # One row writes for its block.
         heads = row % GROUP == 0 if EVEN else (row % GROUP == 0) & (row * WIDTH < left)
         block = start // (GROUP * WIDTH) + row // GROUP
-        word = state_word(word, SIGNED)
+        noise = state_noise(word, SIGNED)
         if CODEC == INT8:
-            codes, scale = _int8_codes(x, codes_table, places_table, word, GROUP, SIGNED, DITHER)
+            codes, scale = _int8_codes(x, codes_table, places_table, noise, GROUP, SIGNED, DITHER)
             tl.store(scale_ptr + block, scale, mask=heads)
         else:
             size = tl.abs(x) if SIGNED else x
             top = largest(size, GROUP)
             if CODEC == SOFTSIGN and SIGNED:
                 scale = round_bf16_up(tl.minimum(tl.maximum(top, SMALLEST_SCALE), BF16_MAX))
-                codes = _softsign_codes(x, inverse(tl.maximum(scale, top) if DITHER else scale), word, DITHER)
+                codes = _softsign_codes(x, inverse(tl.maximum(scale, top) if DITHER else scale), noise, DITHER)
                 half = (bits_of(scale) >> 16).to(tl.uint16)
                 tl.store((scale_ptr + block).to(tl.pointer_type(tl.uint16), bitcast=True), half, mask=heads)
             elif CODEC == SOFTSIGN:
@@ -194,30 +215,28 @@ def encode_tile(
                 bits = bits_of(q).to(tl.int32, bitcast=True)
                 codes = _find(codes_table, (bits >> 16) & 0x7FFF, bits & 0xFFFF, 16)
                 if DITHER:
-                    codes = round_up(q, codes, places_table + codes, word, SIGNED)
+                    codes = third_byte(round_up(q, places_table, codes, noise)).to(tl.int32)
                 tl.store(scale_ptr + block, scale, mask=heads)
             else:
                 scale = tl.minimum(tl.maximum(top, SMALLEST_A), FLOAT_MAX)
                 least = tl.minimum(smallest(bits_of(size) - 1, GROUP), NO_VALUE) + 1  # 0 less 1 is the largest
                 power = _power(scale, from_bits(least), powers_table, SIGNED)
-                q = size * inverse(scale)[:, None]
-                codes = _expand_codes(q, power, codes_table, rows_table)
-                if DITHER:
-                    codes = round_up(q, codes, (places_table + power * 128)[:, None] + codes, word, SIGNED)
+                q = share(size, inverse(scale)[:, None])
+                codes = _expand_codes(q, x, power, codes_table, places_table, rows_table, noise, SIGNED, DITHER)
                 tl.store(scale_ptr + block, scale, mask=heads)
                 tl.store(power_ptr + block, power.to(tl.uint8), mask=heads)
             bits = bits_of(size).to(tl.int32, bitcast=True)
-            if CODEC == EXPAND and DITHER and not SIGNED:
-                codes = tl.minimum(codes, bits)
-            elif (CODEC == EXPAND and not DITHER) or not SIGNED:
+            if CODEC == EXPAND and DITHER:
+                codes = third_byte(codes)
+            elif CODEC == EXPAND or not SIGNED:
                 codes = tl.maximum(codes, tl.minimum(bits, 1))
-            if CODEC == EXPAND and SIGNED:
-                codes |= (bits_of(x) >> 24).to(tl.int32) & 0x80
+                if SIGNED:
+                    codes |= (bits_of(x) >> 24).to(tl.int32) & 0x80
         tl.store(codes_ptr + start + local, codes.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _int8_codes(x, table, places, word, GROUP: tl.constexpr, SIGNED: tl.constexpr, DITHER: tl.constexpr):
+def _int8_codes(x, table, places, noise, GROUP: tl.constexpr, SIGNED: tl.constexpr, DITHER: tl.constexpr):
     high = largest(x, GROUP)
     scale = tl.maximum(high, SMALLEST_SCALE)
     if SIGNED:
@@ -229,25 +248,24 @@ def _int8_codes(x, table, places, word, GROUP: tl.constexpr, SIGNED: tl.constexp
     if SIGNED:
         codes = (codes ^ (bits.to(tl.int32, bitcast=True) >> 31)) & 0xFF
     if DITHER:
-        codes = round_up(q, codes, places + codes, word, SIGNED)
+        codes = third_byte(round_up(tl.maximum(q, LOWEST), places, codes, noise)).to(tl.int32)
     if not SIGNED:
         codes = tl.maximum(codes, tl.minimum(magnitude(x), 1))
     return codes, scale
 
 
 @triton.jit
-def _softsign_codes(x, inverse, word, DITHER: tl.constexpr):
+def _softsign_codes(x, inverse, noise, DITHER: tl.constexpr):
     """Codes of a signed state. Reference: `softsign_encode`."""
-    b = tl.abs(x) * (inverse * SLOPE)[:, None] + OFFSET
+    b = fma(tl.abs(x), (inverse * SLOPE)[:, None], OFFSET)
     y = FARTHEST - reciprocal(b)
-    near = (y + 12582912.0) - 12582912.0  # 1.5 * 2**23
     if DITHER:
-        t = tl.abs(near - y)
-        y = y - b * ((1.0 - t) * t)
+        t = y - floor(y)
+        y = fma(negative(b), fma(negative(t), t, t), y)
         y = from_bits(bits_of(y) | (bits_of(x) & 0x80000000))
-        codes = (bits_of(y + 384.0) + (word.to(tl.uint32, bitcast=True) >> 17) + 0x400000) >> 15
+        codes = third_byte(code_at(y + ORIGIN, noise))
     else:
-        codes = tl.minimum(near, 127.0).to(tl.int32)
+        codes = tl.minimum((y + 12582912.0) - 12582912.0, 127.0).to(tl.int32)  # 1.5 * 2**23
         codes = tl.where(x < 0, -codes, codes)
     return codes
 
@@ -263,9 +281,19 @@ def _power(a, b, table, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _expand_codes(q, power, table, rows):
+def _expand_codes(q, x, power, table, cells, rows, noise, SIGNED: tl.constexpr, DITHER: tl.constexpr):
+    """The last 7 bits of the codes; with DITHER whole, in bits 16 to 23. Reference: `expand_encode`."""
     rows += power * 3
     shift, first, offset = tl.load(rows)[:, None], tl.load(rows + 1)[:, None], tl.load(rows + 2)
-    bits = bits_of(q).to(tl.int32, bitcast=True)
-    bits = tl.minimum(tl.maximum(bits, first), LARGEST_BITS)
-    return _find((table + offset)[:, None], bits >> shift, bits, shift)
+    bits = tl.maximum(bits_of(q).to(tl.int32, bitcast=True), first)
+    if DITHER:
+        start, slope, bend, anchor = load_four((cells + offset * 4)[:, None], bits >> shift)
+        d = q - anchor
+        codes = bits_of(fma(tl.minimum(d, 0.0), bend, fma(d, slope, start)))
+        if SIGNED:
+            codes = ((codes + noise) & 0x7FFFFF) | ((bits_of(x) >> 8) & 0x800000)
+        else:
+            codes = codes * tl.minimum(bits_of(x).to(tl.int32, bitcast=True), 1).to(tl.uint32, bitcast=True) + noise
+    else:
+        codes = _find((table + offset)[:, None], bits >> shift, bits, shift)
+    return codes

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem.kernels._device import load_fp32, paired_word
+from hf_lowmem.kernels._device import grouped_word, load_fp32
 from hf_lowmem.kernels.codecs import tables
 from hf_lowmem.kernels.codecs.dither import even
 from hf_lowmem.kernels.codecs.tiles import (
@@ -23,12 +23,12 @@ from hf_lowmem.kernels.codecs.tiles import (
     encode_tile,
     tile_offsets,
 )
-from hf_lowmem.kernels.exact import all_seed_keys, seed_keys
+from hf_lowmem.kernels.exact import GROUP, all_seed_keys, seed_keys
 
 LAUNCH: dict[str, object] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "flip", "pairs", "odd"])
+@triton.jit(do_not_specialize=["k0", "k1", "flip", "groups", "inside"])
 def _encode(
     x_ptr,
     codes_ptr,
@@ -42,19 +42,19 @@ def _encode(
     k0,
     k1,
     flip,
-    pairs,
-    odd,
+    groups,
+    inside,
     CODEC: tl.constexpr,
     SIGNED: tl.constexpr,
     DITHER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """pairs, odd: the index of the first value, 2 * pairs + odd."""
+    """groups, inside: the index of the first value, GROUP * groups + inside."""
     start = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
     left = tl.minimum(n - start, ROWS * WIDTH).to(tl.int32)
     local = tile_offsets()
     x = load_fp32(x_ptr + start + local, None if EVEN else local < left)
-    word = paired_word(start + local + odd, pairs.to(tl.uint32), k0, k1) ^ flip.to(tl.uint32)
+    word = grouped_word(start + local + inside, groups.to(tl.uint32), k0, k1) ^ flip.to(tl.uint32)
     encode_tile(
         x,
         word,
@@ -120,9 +120,9 @@ def tables_of(codec: str, signed: bool, dither: bool, device: torch.device) -> t
         values, places = tables.SOFTSIGN_VALUES[signed].on(device), tables.SOFTSIGN_PLACES.on(device)
         codes = tables.SOFTSIGN_CODES[not dither].on(device)
         return values, codes, places, codes, codes
-    values, places = tables.EXPANDED_VALUES.on(device), tables.EXPANDING_PLACES[signed].on(device)
-    codes, rows = tables.EXPANDING_TABLE[not dither].on(device), tables.EXPANDING_ROWS[not dither, signed].on(device)
-    return values, codes, places, tables.POWERS[signed].on(device), rows
+    values, powers = tables.EXPANDED_VALUES.on(device), tables.POWERS[signed].on(device)
+    codes, places = tables.EXPANDING_TABLE.on(device), tables.EXPANDING_CELLS[signed].on(device)
+    return values, codes, places, powers, tables.EXPANDING_ROWS[not dither].on(device)
 
 
 def encode_state(
@@ -139,8 +139,8 @@ def encode_state(
         *found,
         value.numel(),
         *state_keys(seed or 0),
-        as_int32(offset >> 1),
-        offset & 1,
+        as_int32(offset // GROUP),
+        offset % GROUP,
         NUMBERS[codec],
         signed,
         seed is not None,
@@ -179,8 +179,8 @@ def compile_cases() -> list[tuple[str, object, dict[str, str], dict[str, object]
             constants: dict[str, object] = {"CODEC": number, "SIGNED": signed, "EVEN": True}
             label = f"{codec} {'signed' if signed else 'unsigned'}"
             state = {"codes_ptr": "*u8", "scale_ptr": scale, "power_ptr": power}
-            found = {"codes_table": "*i32", "places_table": "*i64", "powers_table": "*i32", "rows_table": "*i32"}
-            keys = {"n": "i32:16"} | dict.fromkeys(("k0", "k1", "flip", "pairs", "odd"), "i32")
+            found = {"codes_table": "*i32", "places_table": "*fp32", "powers_table": "*i32", "rows_table": "*i32"}
+            keys = {"n": "i32:16"} | dict.fromkeys(("k0", "k1", "flip", "groups", "inside"), "i32")
             for dither, how in ((False, "nearest"), (True, "at random")):
                 signature, fixed = {"x_ptr": "*fp32"} | state | found | keys, constants | {"DITHER": dither}
                 cases.append((f"encode {label} {how}", _encode, signature, fixed, NUM_WARPS))

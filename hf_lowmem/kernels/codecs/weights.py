@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_lowmem.kernels.exact import paired_bits
+from hf_lowmem.kernels.exact import grouped_bits
 from hf_lowmem.kernels.spans import spans
 
 
@@ -16,7 +16,7 @@ def round_stochastic(x: Tensor, seed: int, offset: int = 0) -> Tensor:
     """fp32 -> bf16, up or down at random, so that the expectation is `x`.
 
     ```python
-    bits = x.view(int32) + (paired_bits(seed, 0, x.numel()) & 0xFFFF)   # carries with the remainder's probability
+    bits = x.view(int32) + (grouped_bits(seed, 0, x.numel()) & 0xFFFF)   # carries with the remainder's probability
     return (bits & 0xFFFF0000).view(float32).bfloat16()
     ```
 
@@ -26,7 +26,7 @@ def round_stochastic(x: Tensor, seed: int, offset: int = 0) -> Tensor:
         offset: index of the first value, where `x` is a part of something longer.
     """
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    round_by_(lambda start, stop, device: paired_bits(seed, offset + start, offset + stop, device), x, out)
+    round_by_(lambda start, stop, device: grouped_bits(seed, offset + start, offset + stop, device), x, out)
     return out
 
 
@@ -53,7 +53,7 @@ def split_24(x: Tensor, seed: int | None = None, offset: int = 0) -> tuple[Tenso
     if seed is None:
         upper = bits + (1 << 7)
     else:
-        upper = paired_bits(seed, offset, offset + x.numel(), x.device).bitwise_and_(0xFF).view(x.shape).add_(bits)
+        upper = grouped_bits(seed, offset, offset + x.numel(), x.device).bitwise_and_(0xFF).view(x.shape).add_(bits)
     upper.bitwise_right_shift_(8)  # 24 bits; the sign is kept
     coarse = (upper + (1 << 7)).bitwise_right_shift_(8)
     correction = upper.sub_(coarse.bitwise_left_shift(8)).to(torch.int8)

@@ -21,7 +21,7 @@ __all__ = ["check_cases", "moments_cases", "step_cases"]
 
 _Case = tuple[str, Any, dict[str, str], dict[str, Any], int]  # label, function, signature, constants, warps
 
-_TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*i64", "powers": "*i32", "rows": "*i32"}
+_TABLE_TYPES = {"values": "*fp32", "table": "*i32", "places": "*fp32", "powers": "*i32", "rows": "*i32"}
 
 
 def check_cases() -> list[_Case]:
@@ -56,7 +56,7 @@ def step_cases(rule: str, pairs: Sequence[tuple[str, str]], shared: Sequence[tup
             weights = {"param": "*bf16", "grad": "*bf16", "correction": "*i8" if store == "bf16_ecc" else "*bf16"}
             one = {"finite_ptr": "*i32"} | weights | state | values | {"n": "i32:16"} | floats
             keys = dict.fromkeys(("k0", "k1", "h0", "h1", "flip", "first_value"), "i32")
-            cases.append((label, step_kernel, one | keys, fixed | {"EVEN": True}, warps(*pair)))
+            cases.append((label, step_kernel, one | keys, fixed | {"EVEN": True, "ALIGNED": True}, warps(*pair)))
             kinds = {"WEIGHT": tl.bfloat16, "GRADIENT": tl.bfloat16, "ALIGNED": True, "WHOLE": True}
             many = {"table": "*i64", "finite_ptr": "*i32"} | values
             if pair in shared:

@@ -122,11 +122,13 @@ def inverse_root(v, eps):
 
 @inlined
 def adamw_coded(w, m, v, g, x, heavy):
-    """`adamw` where a moment is stored in fewer bits: x has step and eps multiplied by its root."""
+    """`adamw` where a moment is stored in fewer bits: step and eps are those of `coded_pace`."""
     for j in range(TILE):
         mean = fma(m[j] - g[j], x[1], g[j]) if heavy else fma(g[j] - m[j], x[0], m[j])
-        square = fma(g[j] * x[3], g[j], v[j] * x[2])
-        w[j] = fma(mean * x[5], inverse_root(square, x[6]), w[j] * x[4])
+        square = fma(fma(g[j], g[j], -v[j]), x[3], v[j])
+        size = np.sqrt(_LEAST_SQUARE if square < _LEAST_SQUARE else square)
+        moved = fma(mean, float32(1.0) / fma(size, x[5], x[6]), w[j] * x[4])
+        w[j] = moved if x[5] != float32(0.0) else w[j]
         m[j], v[j] = mean, square
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowmem.kernels.codecs.tiles import NUM_WARPS, NUMBERS, TILE
 from hf_lowmem.kernels.codecs.triton import all_state_keys, state_keys, tables_of
-from hf_lowmem.kernels.exact import all_seed_keys, seed_keys
+from hf_lowmem.kernels.exact import GROUP, all_seed_keys, seed_keys
 from hf_lowmem.kernels.step import triton as jit
 from hf_lowmem.kernels.step.flags import fresh_flag
 from hf_lowmem.kernels.step.reference import States
@@ -110,10 +110,9 @@ def run_steps(
 
     def step(flag: Tensor, i: int) -> None:
         grid = (parts_of(sizes[i], TILE),)
-        even = sizes[i] % TILE == 0
-        jit.step_kernel[grid](
-            flag, *tensors[i], *shared, sizes[i], *numbers[i], *keys[i], first_value, EVEN=even, **fixed
-        )
+        even = {"EVEN": sizes[i] % TILE == 0, "ALIGNED": first_value % GROUP == 0}
+        numbered = (*numbers[i], *keys[i], first_value)
+        jit.step_kernel[grid](flag, *tensors[i], *shared, sizes[i], *numbered, **even, **fixed)
 
     if count == 1:
         step(_checked(grads[0], skipped, norm), 0)
@@ -144,9 +143,15 @@ def _checked(grad: Tensor, skipped: Tensor, norm: Tensor | None) -> Tensor:
     """The flag of a gradient; a bad one is counted."""
     flag = fresh_flag(grad.device)
     jit.check_one_kernel[(_check_programs(grad.numel()),)](
-        grad, flag, skipped, flag if norm is None else norm, grad.numel(),
-        NORM=norm is not None, num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+        grad,
+        flag,
+        skipped,
+        flag if norm is None else norm,
+        grad.numel(),
+        NORM=norm is not None,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return flag
 
 

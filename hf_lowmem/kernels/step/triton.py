@@ -31,13 +31,14 @@ from hf_lowmem.kernels._device import (
     div,
     fma,
     from_bits,
+    grouped_words,
     load_fp32,
     magnitude,
-    paired_words,
+    negative,
     reciprocal,
     root_of,
+    round_to,
     sqrt,
-    store_rounded,
     widen,
 )
 from hf_lowmem.kernels.codecs.tiles import (
@@ -48,6 +49,7 @@ from hf_lowmem.kernels.codecs.tiles import (
     WIDTH,
     decode_tile,
     encode_tile,
+    store_tile,
     tile_offsets,
 )
 from hf_lowmem.kernels.step.reference import LARGEST_GRADIENT
@@ -103,17 +105,23 @@ def load_weight(ptr, correction_ptr, mask, STORE: tl.constexpr):
 @triton.jit
 def save_weight(ptr, correction_ptr, w, word, mask, STORE: tl.constexpr):
     """Write a weight; `word`: random bits of each, where the store draws. Reference: `save_weight`."""
+    tl.store(ptr, rounded_weight(ptr, correction_ptr, w, word, mask, STORE), mask=mask)
+
+
+@triton.jit
+def rounded_weight(ptr, correction_ptr, w, word, mask, STORE: tl.constexpr):
+    """The value that `save_weight` is to write at `ptr`; a correction is written here."""
     if STORE == BF16_SR:
-        bits = bits_of(w) + (word & 0xFFFF)
-        tl.store(ptr, as_bf16(from_bits(bits)), mask=mask)
+        rounded = as_bf16(from_bits(bits_of(w) + (word & 0xFFFF)))
     elif STORE == BF16_ECC:
         noise = (word & 0xFF).to(tl.int32)
         upper = (bits_of(w).to(tl.int32, bitcast=True) + noise) >> 8
         coarse = (upper + 128) >> 8
         tl.store(correction_ptr, (upper - coarse * 256).to(tl.int8), mask=mask)
-        tl.store(ptr, as_bf16((coarse * 65536).to(tl.float32, bitcast=True)), mask=mask)
+        rounded = as_bf16((coarse * 65536).to(tl.float32, bitcast=True))
     else:
-        store_rounded(ptr, w, mask)
+        rounded = round_to(ptr, w)
+    return rounded
 
 
 @triton.jit
@@ -133,11 +141,12 @@ def inverse_root(v, eps):
 
 
 @triton.jit
-def adamw_coded(w, m, v, g, x0, x1, x2, x3, decay, step, eps, HEAVY: tl.constexpr):
-    """`adamw` where a moment is stored in fewer bits: step and eps are multiplied by its root."""
+def adamw_coded(w, m, v, g, x0, x1, x3, decay, step, eps, HEAVY: tl.constexpr):
+    """`adamw` where a moment is stored in fewer bits. Reference: `adamw_coded_`. step, eps: `coded_pace`."""
     m = fma(m - g, x1, g) if HEAVY else fma(g - m, x0, m)
-    v = fma(g * x3, g, v * x2)
-    w = fma(m * step, inverse_root(v, eps), w * decay)
+    v = fma(fma(g, g, negative(v)), x3, v)
+    if step != 0:  # else no rate: nothing is moved
+        w = fma(m, reciprocal(fma(root_of(tl.maximum(v, LEAST_SQUARE)), step, eps)), w * decay)
     return w, m, v
 
 
@@ -174,12 +183,12 @@ def step_tile(
     m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
     start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, place,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The whole step of the tile that begins at value `start` (int64) and has `left` values or more.
 
     k0, k1: keys of the weights' random numbers; h0, h1, flip: of the states'; place: of the tile's first value in the
-    whole parameter (int64, even), by which it draws them. EVEN: it is a whole tile.
+    whole parameter (int64), by which it draws them; ALIGNED: a multiple of 32. EVEN: it is a whole tile.
     """
     CODED: tl.constexpr = FIRST != FP32 or SECOND != FP32
     local = tile_offsets()
@@ -192,15 +201,15 @@ def step_tile(
     else:
         v = decode_tile(v_codes, v_scale, v_power, v_values, start, left, SECOND, False, EVEN)
         if RULE == ADAMW and CODED:
-            w, m, v = adamw_coded(w, m, v, g, x0, x1, x2, x3, decay, step, eps, HEAVY)
+            w, m, v = adamw_coded(w, m, v, g, x0, x1, x3, decay, step, eps, HEAVY)
         elif RULE == ADAMW:
             w, m, v = adamw(w, m, v, g, x0, x1, x2, x3, decay, step, eps, root, HEAVY)
         else:
             w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED)
     # The weights first: their registers are free while a state is encoded, where most are needed.
-    word = paired_words(place, k0, k1, 0, ROWS, WIDTH) if STORE != KEEP else local.to(tl.uint32)
-    save_weight(param + start + local, correction + start + local, w, word, mask, STORE)
-    word = paired_words(place, h0, h1, flip.to(tl.uint32), ROWS, WIDTH) if CODED else word
+    word = grouped_words(place, k0, k1, 0, ROWS, WIDTH, ALIGNED) if STORE != KEEP else local.to(tl.uint32)
+    store_tile(param + start, rounded_weight(param, correction + start + local, w, word, mask, STORE), mask)
+    word = grouped_words(place, h0, h1, flip.to(tl.uint32), ROWS, WIDTH, ALIGNED) if CODED else word
     m_tables = m_table, m_places, m_powers, m_rows
     encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
     if RULE != LION:
@@ -214,7 +223,7 @@ def step_kernel(
     m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
     n, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, first_value,
     RULE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STORE: tl.constexpr, HEAVY: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One parameter of n values, or a part of one that begins at its value `first_value`."""
     if tl.load(finite_ptr) != 0:
@@ -224,7 +233,7 @@ def step_kernel(
             param, grad, correction, m_codes, m_scale, m_power, v_codes, v_scale, v_power,
             m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
             start, left, x0, x1, x2, x3, decay, step, eps, root, k0, k1, h0, h1, flip, start + first_value,
-            RULE, FIRST, SECOND, STORE, HEAVY, EVEN,
+            RULE, FIRST, SECOND, STORE, HEAVY, EVEN, ALIGNED,
         )  # fmt: skip
 
 
@@ -272,38 +281,17 @@ def steps_kernel(
             tl.load(row + _KEYS).to(tl.int32), tl.load(row + _KEYS + 1).to(tl.int32),
             tl.load(row + _KEYS + 2).to(tl.int32), tl.load(row + _KEYS + 3).to(tl.int32),
             tl.load(row + _KEYS + 4).to(tl.int32), start,
-            RULE, FIRST, SECOND, STORE, HEAVY, False,
+            RULE, FIRST, SECOND, STORE, HEAVY, False, True,
         )  # fmt: skip
 
 
 @triton.jit
 def moments_kernel(
-    table,
-    finite_ptr,
-    projected,
-    direction,
-    m_values,
-    m_table,
-    m_places,
-    m_powers,
-    m_rows,
-    v_values,
-    v_table,
-    v_places,
-    v_powers,
-    v_rows,
-    n,
-    x0,
-    x1,
-    x2,
-    x3,
-    eps,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    WRITE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    table, finite_ptr, projected, direction,
+    m_values, m_table, m_places, m_powers, m_rows, v_values, v_table, v_places, v_powers, v_rows,
+    n, x0, x1, x2, x3, eps,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, WRITE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """Program (j, i): the j-th tile of the i-th projected gradient, of n values, and its encoded moments.
 
     WRITE: the moments are moved, where the flag is set; else the direction is written, and the flag cleared where they
@@ -334,7 +322,7 @@ def moments_kernel(
         if WRITE:
             k0, k1 = tl.load(row + _MOMENTS_KEYS).to(tl.int32), tl.load(row + _MOMENTS_KEYS + 1).to(tl.int32)
             flip = tl.load(row + _MOMENTS_KEYS + 2).to(tl.uint32)
-            word = paired_words(start, k0, k1, flip, ROWS, WIDTH) if CODED else local.to(tl.uint32)
+            word = grouped_words(start, k0, k1, flip, ROWS, WIDTH, True) if CODED else local.to(tl.uint32)
             m_tables = m_table, m_places, m_powers, m_rows
             v_tables = v_table, v_places, v_powers, v_rows
             encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
