@@ -208,7 +208,11 @@ def step_tile(
             w, m, v = adam_family(w, m, v, g, x0, x1, x2, x3, decay, step, eps, CODED)
     # The weights first: their registers are free while a state is encoded, where most are needed.
     word = grouped_words(place, k0, k1, 0, ROWS, WIDTH, ALIGNED) if STORE != KEEP else local.to(tl.uint32)
-    store_tile(param + start, rounded_weight(param, correction + start + local, w, word, mask, STORE), mask)
+    rounded = rounded_weight(param, correction + start + local, w, word, mask, STORE)
+    if CODED:
+        store_tile(param + start, rounded, mask)
+    else:  # fewer values a thread, which is no row of a tile
+        tl.store(param + start + local, rounded, mask=mask)
     word = grouped_words(place, h0, h1, flip.to(tl.uint32), ROWS, WIDTH, ALIGNED) if CODED else word
     m_tables = m_table, m_places, m_powers, m_rows
     encode_tile(m, word, m_codes, m_scale, m_power, *m_tables, start, left, FIRST, True, True, EVEN)
