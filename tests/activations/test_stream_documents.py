@@ -123,9 +123,7 @@ def test_rows_of_different_documents(standin: Standin) -> None:
 
 
 @pytest.mark.parametrize("case", ["fp32", "padding", "dropout"])
-def test_where_the_kernel_cannot_a_mask_is_made(
-    case: str, standin: Standin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_kernel_cannot_a_mask_is_made(case: str, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = model_of("mistral"), laid_out("right" if case == "padding" else "packed")
     if case == "fp32":
         monkeypatch.setattr(attention, "halves", lambda dtype: dtype in (torch.bfloat16, torch.float16))
