@@ -6,12 +6,13 @@ document begins, and behind each piece its keys from the first that it sees on, 
 several lengths takes (`torch.nn.attention.varlen`), whose causality is from the lower right: the last query of a piece
 sees its last key. Nothing of chunk x keys is made, and keys of other documents are not read.
 
-A mask is a function of (row, head, query, key), and nobody says what it means. So a meaning is guessed from a few of its
-values, and then compared with all of them, by blocks, once a forward pass. Where one value differs, there is none.
+A mask is a function of (row, head, query, key), and nobody says what it means. So a meaning is guessed from a few of
+its values, and then compared with all of them, by blocks, once a forward pass. Where one value differs, there is none.
 """
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class Documents:
 
 
 def _longest(ends: list[int]) -> int:
-    return max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return max(b - a for a, b in pairwise(ends))
 
 
 def found_in(sees: Sees, rows: int, tokens: int, device: torch.device) -> Documents | None:
