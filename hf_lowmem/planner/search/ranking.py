@@ -359,7 +359,7 @@ class Search:
         while too_long - fits > 1:
             guess = (fits + too_long) // 2
             if 1 < len(seen) < BY_LINES:
-                guess = _on_the_line(*seen[-2:], self.budget, guess)
+                guess = _on_the_line(seen[-2], seen[-1], self.budget, guess)
             elif len(seen) < BY_LINES:
                 low, high = fits, too_long
                 while high - low > 1:  # by the estimates
