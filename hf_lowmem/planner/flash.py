@@ -7,8 +7,8 @@ step: twice tokens x hidden.
 """
 
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor
-from torch.nn.attention import varlen  # registers its operators
 
 __all__ = ["BACKWARD", "OF_DOCUMENTS", "backward_in_steps", "backward_of_documents"]
 

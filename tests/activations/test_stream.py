@@ -50,13 +50,35 @@ def test_those_of_every_other_family_are(family: str, layout: str) -> None:
     is_huggingfaces(family, layout)
 
 
-@pytest.mark.parametrize(("layout", "chunk"), [("plain", 8), ("left", 7), ("packed", 8), ("plain", TOKENS)])
-def test_stream_fp8_is_checkpoint_fp8(layout: str, chunk: int) -> None:
-    model, inputs = model_of("llama"), laid_out(layout)
+def is_checkpoint_fp8(family: str, layout: str, chunk: int) -> None:
+    """The same loss to the last bit, and its gradients: to 1e-6 where a model computes in float32 inside."""
+    model, inputs = model_of(family), laid_out(layout)
     loss, grads = loss_and_gradients(twin(model, lambda m: convert(m, "checkpoint_fp8")), inputs)
     ours, found = loss_and_gradients(streamed(model, chunk, "stream_fp8"), inputs)
     assert torch.equal(ours, loss)
-    assert distance(found, grads) <= 1e-12
+    assert distance(found, grads) <= (1e-12 if family in ("llama", "mistral") else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "chunk"),
+    [
+        ("llama", "plain", 8),
+        ("llama", "left", 7),
+        ("llama", "packed", 8),
+        ("llama", "plain", TOKENS),
+        ("mistral", "right", 7),
+        ("gemma3", "packed", 8),
+    ],
+)
+def test_stream_fp8_is_checkpoint_fp8(family: str, layout: str, chunk: int) -> None:
+    is_checkpoint_fp8(family, layout, chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stream_fp8_is_checkpoint_fp8_in_every_family(family: str, layout: str) -> None:
+    is_checkpoint_fp8(family, layout, 7)
 
 
 def test_tiers_go_together_layer_by_layer() -> None:

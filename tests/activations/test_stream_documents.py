@@ -1,4 +1,4 @@
-"""Packed rows and windows without a mask: the kernel for sequences of several lengths, by a stand-in of its signature."""
+"""Packed rows and windows without a mask: the kernel for several lengths, by a stand-in of its signature."""
 
 import inspect
 from typing import Any
@@ -37,11 +37,13 @@ class Standin:
     ) -> Tensor:
         assert all(t.ndim == 3 and t.stride(-1) == 1 and t.shape[-1] % 8 == 0 for t in (query, key, value))
         assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (cu_seq_q, cu_seq_k))
-        assert query.shape[1] % key.shape[1] == 0 and more.keys() <= {"enable_gqa"}
+        assert query.shape[1] % key.shape[1] == 0
+        assert more.keys() <= {"enable_gqa"}
         q_ends, k_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
         assert (q_ends[0], k_ends[0], q_ends[-1], k_ends[-1]) == (0, 0, len(query), len(key))
         left, right = window_size
-        assert right == 0 and scale is not None
+        assert right == 0
+        assert scale is not None
         self.calls.append((len(q_ends) - 1, len(query), len(key)))
         outs, longest = [], [0, 0]
         for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
@@ -123,9 +125,7 @@ def test_rows_of_different_documents(standin: Standin) -> None:
 
 
 @pytest.mark.parametrize("case", ["fp32", "padding", "dropout"])
-def test_where_the_kernel_cannot_a_mask_is_made(
-    case: str, standin: Standin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_kernel_cannot_a_mask_is_made(case: str, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = model_of("mistral"), laid_out("right" if case == "padding" else "packed")
     if case == "fp32":
         monkeypatch.setattr(attention, "halves", lambda dtype: dtype in (torch.bfloat16, torch.float16))

@@ -318,16 +318,22 @@ def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tmp_path: Path
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("tier", ["fp8", "stream_fp8", "stream_fp8/2"])
+@pytest.mark.parametrize(
+    ("tier", "offload"),
+    [("fp8", None), ("stream_fp8", None), ("stream_fp8/2", None), ("stream", "inputs"), ("checkpoint_fp8", "inputs")],
+)
 def test_the_command_line_searches_for_the_longest_sequence(
-    tier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tier: str, offload: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     CONFIG.save_pretrained(tmp_path)
     given = ["--optim", "lion", "--lowmem_state", "8bit", "--lowmem_weights", "bf16_sr", "--device", "cpu"]
     given += ["--lowmem_activations", tier, "--per_device_train_batch_size", "2"]
-    flags = ["plan", "--model", str(tmp_path), "--dtype", "bfloat16", *given, "--json"]
     settings = {"optim": "lion", "lowmem_state": "8bit", "lowmem_weights": "bf16_sr", "lowmem_activations": tier}
+    if offload is not None:
+        settings["lowmem_offload"] = offload
+        given += ["--lowmem_offload", offload]
     args = arguments(**settings, per_device_train_batch_size=2, max_length=128)
+    flags = ["plan", "--model", str(tmp_path), "--dtype", "bfloat16", *given, "--json"]
     budget = plan(CONFIG, args, dtype="bfloat16", device="cpu").reserved_bytes
     assert main([*flags, "--max_length", "auto", "--budget", f"{budget / 2**20 + 0.01:.2f}MiB"]) == 0
     made = json.loads(capsys.readouterr().out)
@@ -403,6 +409,20 @@ def test_the_longest_sequence_is_the_last_that_fits() -> None:
     assert again.reserved_bytes <= found.budget == 20 * 2**20
     with pytest.raises(NothingFits):
         search(CONFIG, arguments(**settings, max_length=length + 64), budget="20MiB", dtype="bfloat16", device="cpu")
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("offload", [None, "inputs"])
+def test_the_longest_streamed_sequence_is_found_by_few_plans(offload: str | None) -> None:
+    """Though it is many chunks long, and estimates are made of one or two."""
+    config = small_config(num_hidden_layers=1, hidden_size=64, intermediate_size=2048, max_position_embeddings=65536)
+    settings = {"lowmem_activations": "stream_fp8", "lowmem_stream_chunk": 1024, "lowmem_offload": offload}
+    given = {"optim": "lion", "lowmem_state": "8bit", "lowmem_weights": "bf16_sr"} | settings
+    there = plan(config, arguments(**given, max_length=24576), dtype="bfloat16")
+    found = longest(config, arguments(**given), budget=there.reserved_bytes, dtype="bfloat16")
+    assert found.args.max_length == 24576
+    assert found.plan.reserved_bytes == there.reserved_bytes
+    assert (found.plan.host_bytes > 0) == (offload is not None)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a mask means, where it means documents and a window: which keys a chunk's queries see, without a mask.
+"""Documents and windows, where a mask means those: which keys a chunk's queries see, without a mask.
 
 A packed row is several documents, of which each sees itself alone, and a sliding window lets a query see the last W
 keys. In both, what a query sees are the keys from some place on up to itself. So the queries of a chunk, cut where a
@@ -6,12 +6,13 @@ document begins, and behind each piece its keys from the first that it sees on, 
 several lengths takes (`torch.nn.attention.varlen`), whose causality is from the lower right: the last query of a piece
 sees its last key. Nothing of chunk x keys is made, and keys of other documents are not read.
 
-A mask is a function of (row, head, query, key), and nobody says what it means. So a meaning is guessed from a few of its
-values, and then compared with all of them, by blocks, once a forward pass. Where one value differs, there is none.
+A mask is a function of (row, head, query, key), and nobody says what it means. So a meaning is guessed from a few of
+its values, and then compared with all of them, by blocks, once a forward pass. Where one value differs, there is none.
 """
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from hf_lowmem.activations.checkpoint import Kwargs
+
 __all__ = ["Documents", "Piece", "attend", "found_in"]
 
 BLOCK = 2**25  # values of a mask that are compared at once
 # Heads may share keys in every version; later ones want it said.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: Kwargs = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -55,7 +58,7 @@ class Documents:
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
 
     def pieces(self, start: int, end: int) -> list[Piece]:
-        """Those of each row for the queries [start, end)."""
+        """Pieces of each row for the queries [start, end)."""
         if (start, end) not in self._pieces:
             self._pieces[start, end] = [self._piece(begins, start, end) for begins in self.begins]
         return self._pieces[start, end]
@@ -65,16 +68,16 @@ class Documents:
         document = max(at for at in begins if at <= start)
         first = document if self.window is None else max(document, start - self.window + 1)
         of_queries, of_keys = [at - start for at in cuts], [0, *(at - first for at in cuts[1:])]
-        tensors = (torch.tensor(ends, dtype=torch.int32, device=self.device) for ends in (of_queries, of_keys))
-        return Piece(first, *tensors, _longest(of_queries), _longest(of_keys))
+        queries, keys = (torch.tensor(ends, dtype=torch.int32, device=self.device) for ends in (of_queries, of_keys))
+        return Piece(first, queries, keys, _longest(of_queries), _longest(of_keys))
 
 
 def _longest(ends: list[int]) -> int:
-    return max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return max(b - a for a, b in pairwise(ends))
 
 
 def found_in(sees: Sees, rows: int, tokens: int, device: torch.device) -> Documents | None:
-    """What a mask means; None where it is something else than documents and a window.
+    """Meaning of a mask; None where it is something else than documents and a window.
 
     Args:
         sees: the mask, as a function of tensors (rows, 1, queries, keys) that are broadcast: of rows, queries, keys.

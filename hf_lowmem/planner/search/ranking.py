@@ -19,6 +19,7 @@ from hf_lowmem.specs import STORES_AT_REST
 __all__ = ["STEP", "Found", "Search"]
 
 MOST_PLANS = 3  # of one length; the answer itself is planned in any case
+BY_LINES = 10  # lengths that are planned before they are halved instead
 # An estimate is at most so far from its plan, and so far once a plan of its kind has corrected it: what is further
 # above the budget is not planned to make sure.
 NEAR, CORRECTED = 0.03, 0.005
@@ -354,17 +355,28 @@ class Search:
             return min(pool, key=lambda c: (self.need(c, tokens), c.departure, repr(c)))
 
         fits, too_long = 0, limit // STEP + 1
+        seen: list[tuple[int, int]] = []
         while too_long - fits > 1:
-            low, high = fits, too_long
-            while high - low > 1:  # by the estimates
-                middle = (low + high) // 2
-                inside = self.need(smallest(middle * STEP), middle * STEP) <= self.budget
-                low, high = (middle, high) if inside else (low, middle)
-            guess = max(low, fits + 1)
-            if self.really(smallest(guess * STEP), guess * STEP) <= self.budget:
-                fits = guess
-            else:
-                too_long = guess
+            guess = (fits + too_long) // 2
+            if 1 < len(seen) < BY_LINES:
+                guess = _on_the_line(seen[-2], seen[-1], self.budget, guess)
+            elif len(seen) < BY_LINES:
+                low, high = fits, too_long
+                while high - low > 1:  # by the estimates
+                    middle = (low + high) // 2
+                    inside = self.need(smallest(middle * STEP), middle * STEP) <= self.budget
+                    low, high = (middle, high) if inside else (low, middle)
+                guess = low
+            guess = min(max(guess, fits + 1), too_long - 1)
+            seen.append((guess, self.really(smallest(guess * STEP), guess * STEP)))
+            fits, too_long = (guess, too_long) if seen[-1][1] <= self.budget else (fits, guess)
         if not fits:
             raise self.nothing(smallest(STEP), STEP)
         return fits * STEP
+
+
+def _on_the_line(one: tuple[int, int], other: tuple[int, int], budget: int, otherwise: int) -> int:
+    """The last length within a budget on the line through two lengths and what they really need. Estimates are made
+    of short sequences, of which a streamed layer is one chunk; they rise by too much for a token of a long one."""
+    slope = (other[1] - one[1]) / (other[0] - one[0])
+    return int(other[0] + (budget - other[1]) // slope) if slope > 0 else otherwise
