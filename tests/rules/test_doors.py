@@ -129,7 +129,9 @@ BLIND = {
        for rule in ("zeroth_whole", "zeroth_window", "zeroth_budget", "weights_processes")
        for d in ("plugin", "axolotl")},
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
-       if rule.startswith(("zeroth", "weights", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"))},
+       if rule.startswith((
+           "zeroth", "weights", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2"
+       ))},
     ("rest_sharded", "axolotl"): "the step in backward that such weights need is refused there in any case",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",
     ("offload_nothing", "callback"): "a spec of tiers has checked what it keeps in host memory",
