@@ -140,7 +140,9 @@ def extrapolate(measured: dict[int, list[Moment]], depth: int, period: int = 1) 
         layer = first.layer if first.layer is None or key[1].startswith("first") else depth - low + first.layer
         made[key] = replace(first, layer=layer, values=first.values + steps * slope)
     between: dict[tuple[int, int | None], Moment] = {
-        (m.mark, m.layer): m for m in measured[high] if m.layer is not None and edge <= m.layer < high - edge
+        (m.mark, m.layer): m  # the highest, of passes that take turns in a layer
+        for m in sorted(measured[high], key=lambda m: m.total)
+        if m.layer is not None and edge <= m.layer < high - edge
     }
     for moment in _filled(kinds[high], period):
         real = between.get((moment.mark, moment.layer))

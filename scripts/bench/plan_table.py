@@ -61,8 +61,8 @@ def row(name: str, shape: dict[str, Any], tokens: int) -> dict[str, Any]:
     return {"setting": name} | planned(SETTINGS[name], shape, tokens)
 
 
-def planned(settings: Row, shape: Row, tokens: int) -> Row:
-    """A plan's figures."""
+def planned(settings: Row, shape: Row, tokens: int, config: Any = None) -> Row:
+    """A plan's figures. `config`: what the shape is made into; None: Llama's."""
     from transformers import LlamaConfig
 
     from hf_lowmem import LowMemSFTConfig
@@ -78,7 +78,7 @@ def planned(settings: Row, shape: Row, tokens: int) -> Row:
             per_device_train_batch_size=1,
             **settings,
         )
-        made = plan(LlamaConfig(**shape), args, dtype="bfloat16")
+        made = plan((config or LlamaConfig)(**shape), args, dtype="bfloat16")
     return {
         "fields": settings,
         "tokens": tokens,

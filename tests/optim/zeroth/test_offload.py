@@ -163,8 +163,8 @@ def peak(*, offload: bool, layers: int) -> int:
 
 
 def test_the_device_has_two_layers_and_what_passes_make_of_one() -> None:
-    """Counted in a trace of allocations, without the memory that was there before. Beside two layers it is the perturbed
-    embedding and the hidden states of the pass that waits."""
+    """Counted in a trace of allocations, without the memory that was there before. Beside two layers it is the
+    perturbed embedding and the hidden states of the pass that waits."""
     layer = 4 * (2 * 16 * 1024 + 16 + 1024)
     few, many = peak(offload=True, layers=3), peak(offload=True, layers=9)
     assert few == many
