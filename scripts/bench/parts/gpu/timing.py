@@ -77,7 +77,7 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> float:
 
 
 def free(device: torch.device) -> None:
-    """Give memory back, so that the next case begins with none of this one's. Nothing on a CPU, where no peak is read."""
+    """Give memory back, so that the next case has none of this one's. Nothing on a CPU, where no peak is read."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
