@@ -173,7 +173,7 @@ def check_guard() -> None:
     model = shard(llama())
     make("adamw", model)
     p = model.model.layers[0].mlp.up_proj.weight
-    before = [t.clone() for t in at_rest(p).stored()]
+    before = [t.clone() for t in resting(model)["model.layers.0.mlp.up_proj.weight"].stored()]
     for name, read in READS.items():
         with pytest.raises(
             RuntimeError, match=rf"{NAME if 'other d' not in name else ''} is at rest in int8.*weights\.wake"
@@ -188,7 +188,8 @@ def check_guard() -> None:
     first = step(model, optimizer)
     assert model.to("cpu").to(BF16) is model
     assert len(resting(model)) == RESTING
-    assert torch.zeros_like(model.model.embed_tokens.weight).full_tensor().eq(0).all()
+    zeros: Any = torch.zeros_like(model.model.embed_tokens.weight)
+    assert zeros.full_tensor().eq(0).all()
     assert step(model, optimizer) < first
 
 
