@@ -24,7 +24,7 @@ no rule for a codec's operations on bits.
 # torch's stubs do not say what torch.linalg and torch.distributed return, and call two names deprecated that torch 2.11
 # needs.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportDeprecated=false
+# pyright: reportDeprecated=false, reportPrivateUsage=false
 
 import math
 from collections.abc import Sequence

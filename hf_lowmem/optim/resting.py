@@ -124,8 +124,8 @@ def check_rests(spec: OptimSpec, model: nn.Module) -> Chosen:
 
 
 SHARDED = (
-    "codes are gathered among all processes that share a weight, on their devices. Set reshard_after_forward to True or "
-    "False and offload nothing, or set lowmem_weights='bf16_sr'"
+    "codes are gathered among all processes that share a weight, on their devices. Set reshard_after_forward to True "
+    "or False and offload nothing, or set lowmem_weights='bf16_sr'"
 )
 
 

@@ -296,8 +296,8 @@ AT_REST = (
         ("fields", "engine", "precision", "optim"),
         lambda run: _rests(run) and run.engine == "fsdp" and run.precision not in (None, "no"),
         lambda run: (
-            f"{_at_rest(run)} cannot be combined with {run.say('precision')} under FSDP2, where accelerate makes fp32 of "
-            "all trained weights then"
+            f"{_at_rest(run)} cannot be combined with {run.say('precision')} under FSDP2, where accelerate makes fp32 "
+            "of all trained weights then"
         ),
         "Set bf16=False (accelerate: mixed_precision: 'no'): a model that is loaded in bfloat16 computes in it",
     ),
@@ -306,8 +306,8 @@ AT_REST = (
         ("fields", "cpu_offload", "optim"),
         lambda run: _rests(run) and bool(run.cpu_offload),
         lambda run: (
-            f"{_at_rest(run)} cannot be combined with {run.say('cpu_offload')}: codes are gathered from the devices that "
-            "share a weight, where each keeps its part of them"
+            f"{_at_rest(run)} cannot be combined with {run.say('cpu_offload')}: codes are gathered from the devices "
+            "that share a weight, where each keeps its part of them"
         ),
         "Offload nothing, or set lowmem_weights='bf16_sr'",
     ),
@@ -316,8 +316,8 @@ AT_REST = (
         ("fields", "engine", "budget", "optim"),
         lambda run: _rests(run) and run.engine == "fsdp" and run.budget is not None,
         lambda run: (
-            f"{_at_rest(run)} cannot be combined with {run.say('budget')} under FSDP2: the search estimates such weights "
-            "for one process alone"
+            f"{_at_rest(run)} cannot be combined with {run.say('budget')} under FSDP2: the search estimates such "
+            "weights for one process alone"
         ),
         f"Set lowmem_weights='bf16_sr', {BY_HAND}",
     ),

@@ -36,7 +36,7 @@ from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, sectio
 from hf_lowmem.training.multiplying import put_products
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.training.presets import take_weights
-from hf_lowmem.training.resting import keep_scales
+from hf_lowmem.training.resting import LoadState, keep_scales
 from hf_lowmem.weights import resting
 
 TRAINER_FIELDS = ("gradient_checkpointing", FIELD)  # which mean nothing to a loop of one's own
@@ -119,7 +119,7 @@ class LowMemPlugin(LowMemArguments):
         self.products: ProductReport | None = None
         self.stepping: StepInBackward | None = None
         self._put_on: list[OwnedTiers | OwnedProducts | StepInBackward] = []
-        self._state_hooks: list[RemovableHandle] = []
+        self._state_hooks: list[RemovableHandle | LoadState] = []
         self._undo_clipping: Callable[[], Any] = lambda: None
         if rules.Run.from_fields(self).asked is not None:
             _waiting[id(self)] = self

@@ -18,7 +18,7 @@ from hf_lowmem.weights import expect_scales, resting, write_scales
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["RestingWeights", "keep_scales"]
+__all__ = ["LoadState", "RestingWeights", "keep_scales"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class RestingWeights:
     """The part of LowMemTrainerMixin that concerns `lowmem_weights="int8_sr"`.
 
     Weights go to rest before the model is moved to a device, and where it is there already when the optimizer is made;
-    shards, when accelerate has put FSDP2 on the model. They stay so when the training ends. On the device there may be no room for them in bf16.
+    shards, when accelerate has put FSDP2 on the model. They stay so when the training ends. On the device there may be
+    no room for them in bf16.
     """
 
     args: object

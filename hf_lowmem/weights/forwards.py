@@ -113,7 +113,7 @@ class RestingForward(ForwardPatch):
 
     def kept(self) -> tuple[Tensor, AtRest]:
         """The parameter, and what is kept of it."""
-        p = self.module.weight
+        p = self.module._parameters["weight"]
         found = at_rest(p)
         if found is None:
             raise RuntimeError(

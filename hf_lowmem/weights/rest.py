@@ -208,10 +208,8 @@ class EmptyParameter(nn.Parameter):
                 return p
         said, owner = getattr(func, "__name__", str(func)), getattr(func, "__self__", None)
         name = getattr(owner, "__name__", said)  # of the attribute that is read or set
-        refuse(
-            next(_in((args, kwargs))).lowmem_at_rest,
-            f".{name}" if said.startswith("__") and owner is not None else said,
-        )
+        said = f".{name}" if said.startswith("__") and owner is not None else said
+        return refuse(next(_in((args, kwargs))).lowmem_at_rest, said)
 
     def __repr__(self) -> str:
         return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)}, {self.lowmem_at_rest.said}"

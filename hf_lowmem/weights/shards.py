@@ -63,8 +63,7 @@ class ShardAtRest(Tensor):
             kept = shard.lowmem_at_rest
             plain = torch.empty((), dtype=shard.dtype, device=shard.device).expand(shard.shape)
             if func in VIEWS:
-                shape = torch.empty(shard.shape, device="meta").view(*others).shape if others else shard.shape
-                return ShardAtRest(kept, shape)
+                return ShardAtRest(kept, func(torch.empty(shard.shape, device="meta"), *others).shape)
             if func in LIKE:
                 return func(plain, *others, **(kwargs or {}))
             if func is aten.copy_.default and isinstance(values := others[0], Tensor):
@@ -73,7 +72,7 @@ class ShardAtRest(Tensor):
                 if at_rest(values) is None:
                     load(kept, shard, values)
                     return shard
-        refuse(next(_in((args, kwargs))), str(func), WAKE)
+        return refuse(next(_in((args, kwargs))), str(func), WAKE)
 
     def data_ptr(self) -> int:
         """An address of its own: accelerate tells parameters by it, those of a model that it has prepared before."""

@@ -173,13 +173,12 @@ def check_guard() -> None:
     model = shard(llama())
     make("adamw", model)
     p = model.model.layers[0].mlp.up_proj.weight
-    before = [t.clone() for t in at_rest(p).stored()]
+    before = [t.clone() for t in resting(model)["model.layers.0.mlp.up_proj.weight"].stored()]
     for name, read in READS.items():
         with pytest.raises(
             RuntimeError, match=rf"{NAME if 'other d' not in name else ''} is at rest in int8.*weights\.wake"
         ):
             read(p, model)
-            pytest.fail(f"{name} was answered")
         p.grad = None
     kept = at_rest(model.model.layers[0].mlp.up_proj.weight)
     assert kept is not None
@@ -189,7 +188,8 @@ def check_guard() -> None:
     first = step(model, optimizer)
     assert model.to("cpu").to(BF16) is model
     assert len(resting(model)) == RESTING
-    assert torch.zeros_like(model.model.embed_tokens.weight).full_tensor().eq(0).all()
+    zeros: Any = torch.zeros_like(model.model.embed_tokens.weight)
+    assert zeros.full_tensor().eq(0).all()
     assert step(model, optimizer) < first
 
 
@@ -227,9 +227,9 @@ def check_settings() -> None:
     ):
         with pytest.raises(ValueError, match=rf"weights='int8_sr' cannot be combined with {said}.*of FSDP2"):
             make("adamw", shard(llama(), **settings))
+    alone = llama()
+    make("adamw", alone)
     with pytest.raises(RuntimeError, match=r"model.embed_tokens.weight is at rest in int8"):
-        alone = llama()
-        make("adamw", alone)
         shard(alone)
 
 
@@ -273,12 +273,13 @@ def wrap(model: Any, name: str, value: Tensor) -> Tensor:
 
 
 def train(folder: Path, form: str, resume: str | None = None, **settings: Any) -> Any:
+    settings = FIELDS | {"optim": "adamw"} | settings
     args = LowMemTrainingArguments(
         output_dir=str(folder), use_cpu=True, max_steps=6, save_steps=3, logging_steps=1, report_to=[],
         per_device_train_batch_size=2, learning_rate=1e-3, lowmem_state="8bit", disable_tqdm=True, eval_on_start=True,
         eval_strategy="steps", eval_steps=6, fsdp=True,  # type: ignore[arg-type]
         fsdp_config={"state_dict_type": form, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-        **FIELDS | {"optim": "adamw"} | settings,
+        **settings,
     )  # fmt: skip
     trainer = LowMemTrainer(model=llama(), args=args, train_dataset=data(), eval_dataset=data()[:4])  # type: ignore[arg-type]
     assert not resting(trainer.model)
@@ -299,7 +300,7 @@ def check_trainer(folder: Path, form: str) -> None:
     assert (folder / "checkpoint-6" / SIDE_FILE).is_file()
     if form == "FULL_STATE_DICT":
         plain = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-6", dtype=BF16)
-        same({k: v for k, v in plain.state_dict().items()}, end)
+        same(plain.state_dict(), end)
 
 
 def check_loop(folder: Path, form: str) -> None:
