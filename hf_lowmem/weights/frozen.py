@@ -43,7 +43,9 @@ class FrozenCodes(AtRest):
 
     def _check(self, scale: Tensor) -> None:
         if not simulated(scale) and not bool(scale.isfinite().all()):
-            raise ValueError(f"{self.name}: a NaN or an Inf in a frozen weight has no 8-bit code. Leave lowmem_matmul unset.")
+            raise ValueError(
+                f"{self.name}: a NaN or an Inf in a frozen weight has no 8-bit code. Leave lowmem_matmul unset."
+            )
 
     def decode(self) -> Tensor:
         """What the codes stand for, in the weight's own dtype."""
