@@ -15,6 +15,7 @@ from functools import partial
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem.kernels.operands import FLOATS
@@ -26,7 +27,6 @@ __all__ = ["agree", "keep_codes", "why_whole"]
 
 # Modules of PEFT around a linear that ask for its product alone, and never for its weight.
 ASK_FOR_PRODUCTS = ("peft.tuners.lora.layer", "peft.tuners.ia3.layer", "peft.utils.other")
-IGNORED = "_ddp_params_and_buffers_to_ignore"  # torch's name, on a model, for what DDP shall not read
 
 
 def why_whole(model: nn.Module, linears: Mapping[str, nn.Module], recipe: str) -> dict[str, str | None]:
@@ -80,7 +80,8 @@ def keep_codes(model: nn.Module, linears: Mapping[str, nn.Module], recipe: str) 
             assert isinstance(weight, nn.Parameter)
             leave(weight, FrozenCodes(f"{name}.weight", weight.detach(), **coding), [module])
     save_adapter_alone(model)
-    vars(model)[IGNORED] = sorted({f"{name}.weight" for name in linears} | set(getattr(model, IGNORED, ())))
+    ignored = [f"{name}.weight" for name in linears]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 def agree(linears: Mapping[str, nn.Module]) -> None:

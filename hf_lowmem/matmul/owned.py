@@ -97,7 +97,7 @@ def products_of(
         handled = {name: linears[name] for name in report.handled}
         found = why_whole(model, handled, spec.recipe)
         report.frozen = {name: why or whole for name, why in found.items()}
-        alone = [handled[name].weight for name, why in report.frozen.items() if why is None]
+        alone = [handled[name].get_parameter("weight") for name, why in report.frozen.items() if why is None]
         rows = [1 if RECIPES[spec.recipe].whole else p.shape[0] for p in alone]
         report.frozen_bytes = (
             sum(p.numel() * p.element_size() for p in alone),

@@ -1,7 +1,7 @@
 """Products in 8 bits, as a trainer has them: said early, put on for the training, taken off at its end."""
 
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +45,6 @@ class MultipliesIn8Bits(SamplesRows):
 
     args: object
     model: nn.Module | None
-    accelerator: Any
     products: ProductReport | None = None  # what is multiplied in 8 bits while the model is trained
     _products: OwnedProducts | None = None
     _multiplied: nn.Module | None = None  # the model that has them
@@ -59,14 +58,14 @@ class MultipliesIn8Bits(SamplesRows):
         spec = self._matmul_spec()
         if spec is not None and self.model is not None:
             linears = linears_of_layers(self.model)
-            self.products = products_of(linears, spec, self.model, whole=whole_under(self.accelerator))
+            self.products = products_of(linears, spec, self.model, whole=whole_under(cast("Trainer", self).accelerator))
             logger.info("lowmem_matmul=%r:\n%s", spec.recipe, self.products)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Make codes of frozen weights first, where they are elsewhere: the device needs no room for the weights."""
         spec = self._matmul_spec()
         if spec is not None and any(p.device.type != torch.device(device).type for p in model.parameters()):
-            code_frozen(linears_of_layers(model), spec, model, whole=whole_under(self.accelerator))
+            code_frozen(linears_of_layers(model), spec, model, whole=whole_under(cast("Trainer", self).accelerator))
         cast("Trainer", super())._move_model_to_device(model, device)
 
     def _put_products(self) -> None:
@@ -75,7 +74,7 @@ class MultipliesIn8Bits(SamplesRows):
         if self.model is None or self._multiplied is self.model or not isinstance(self.args, MatmulArguments):
             return
         self._drop_products()
-        self._products = put_products(self.args, self.model, self.accelerator)
+        self._products = put_products(self.args, self.model, cast("Trainer", self).accelerator)
         if self._products is not None:
             self.products, self._multiplied = self._products.report, self.model
 

@@ -48,7 +48,7 @@ class FrozenCodes(AtRest):
             )
 
     def decode(self) -> Tensor:
-        """What the codes stand for, in the weight's own dtype."""
+        """Values that the codes stand for, in the weight's own dtype."""
         rows, columns = self.shape
         # Of a scale for each row all groups of that row have it; it has the bits of a bf16.
         scales = self.scale.to(torch.bfloat16).view(-1, 1).expand(rows, -(-columns // GROUPS[self.fmt].group))

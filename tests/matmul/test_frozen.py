@@ -229,7 +229,7 @@ def test_compiled_it_is_one_graph_with_the_same_bits(recipe: str) -> None:
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = get_peft_model(nn.Sequential(nn.Linear(64, 32, dtype=BF16)), LoraConfig(r=4, target_modules=["0"]))
+        model: Any = get_peft_model(nn.Sequential(nn.Linear(64, 32, dtype=BF16)), LoraConfig(r=4, target_modules=["0"]))
         layer = model.base_model.model[0].base_layer
         OwnedProducts({"base_model.model.0.base_layer": layer}, spec(recipe), model)
         assert at_rest(layer.weight) is not None

@@ -6,31 +6,33 @@ backward, is the same for all ways. torchao's recipes are for torch.compile, whi
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from importlib import import_module
 
 import torch
+from transformers import LlamaForCausalLM
 
 from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.matmul import OwnedProducts
 from hf_lowmem.matmul.spec import MatmulSpec
 from parts.gpu.steps import Case
 from parts.gpu.training import EIGHT_BIT, head, whole
+from parts.record import Row
 from parts.shapes import LLAMA_8B, TOY_SHAPE
 
 WAYS = ("bf16", "fp8_row", "fp8_tensor", "int8_row")
 THEIRS = ("torchao rowwise", "torchao tensorwise")
 
 
-def multiply(model: Any, way: str) -> None:
+def multiply(model: LlamaForCausalLM, way: str) -> None:
     """Let the linears of a model's layers multiply as `way` says."""
     if way.startswith("torchao"):
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore
-
+        float8 = import_module("torchao.float8")
         emulate = model.device.type == "cpu"
-        config = dataclasses.replace(Float8LinearConfig.from_recipe_name(way.split()[1]), emulate=emulate)
+        config = dataclasses.replace(float8.Float8LinearConfig.from_recipe_name(way.split()[1]), emulate=emulate)
         for layer in model.model.layers:
-            convert_to_float8_training(layer, config=config)
-            layer.compile()
+            float8.convert_to_float8_training(layer, config=config)
+            if not emulate:
+                layer.compile()
     elif way != "bf16":
         OwnedProducts(linears_of_layers(model), MatmulSpec(recipe=way, least=0))
 
@@ -41,10 +43,10 @@ def cases(device: torch.device, toy: bool, theirs: bool = False) -> Iterator[Cas
     for tokens in (32, 48) if toy else (2048, 8192, 16384):
         for way in THEIRS if theirs else WAYS:
             what = {"case": f"{layers} layers, 1 x {tokens} tokens", "way": way, "head": head()}
-            spec = {"way": "HuggingFace", "ours": {"name": "adamw", **EIGHT_BIT}, "in_backward": True}
+            spec: Row = {"way": "HuggingFace", "ours": {"name": "adamw", **EIGHT_BIT}, "in_backward": True}
             spec["multiply"] = lambda model, way=way: multiply(model, way)
 
-            def measure(spec: dict[str, Any] = spec, tokens: int = tokens) -> dict[str, Any]:
+            def measure(spec: Row = spec, tokens: int = tokens) -> Row:
                 try:
                     return whole(spec, shape, layers, tokens, device, repeats)
                 finally:
