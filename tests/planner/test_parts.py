@@ -11,7 +11,7 @@ from tests.planner.real import arguments, small_config
 
 pytestmark = pytest.mark.train
 
-PARTS = {"PART": 1 << 10, "CHUNK": 1 << 11}  # of which the small model's embedding has many
+PARTS = {"PART": 1 << 15, "CHUNK": 1 << 15}  # of which the small model's embedding has many
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunks of values": {"optim": "adamw", "lowmem_state": "int4", "lowmem_weights": "bf16_sr"},
     "rows, of columns' norms": {"optim": "scale", "lowmem_state": "8bit"},
