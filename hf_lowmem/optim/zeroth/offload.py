@@ -65,11 +65,11 @@ class Guarded(dict[str, nn.Parameter | None]):
         self.block.settle()
         return super().__getitem__(name)
 
-    def items(self) -> ItemsView[str, nn.Parameter | None]:  # type: ignore[override]
+    def items(self) -> ItemsView[str, nn.Parameter | None]:
         self.block.settle()
         return super().items()
 
-    def values(self) -> ValuesView[nn.Parameter | None]:  # type: ignore[override]
+    def values(self) -> ValuesView[nn.Parameter | None]:
         self.block.settle()
         return super().values()
 
@@ -247,11 +247,11 @@ class Stay:
         self.module, self.block = module, block
 
     def __reduce__(self) -> tuple[object, tuple[object, nn.Module]]:
-        return functools.partial, (type(self.module)._apply, self.module)
+        return functools.partial, (apply_of(self.module), self.module)
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         ours = {place.leaf: place.p for place in self.block.places if place.owner is self.module}
-        held = vars(self.module)["_parameters"]
+        held: dict[str, nn.Parameter | None] = vars(self.module)["_parameters"]
         for p in ours.values():
             dtype = fn(torch.empty(0, dtype=p.dtype)).dtype
             if dtype != p.dtype:
@@ -260,7 +260,7 @@ class Stay:
         others = {name: p for name, p in dict.items(held) if name not in ours}
         vars(self.module)["_parameters"] = others
         try:
-            type(self.module)._apply(self.module, fn, recurse)
+            apply_of(self.module)(self.module, fn, recurse)
         finally:
             vars(self.module)["_parameters"] = held
             held.update(others)
@@ -278,9 +278,15 @@ class ZeroGrad:
 
     def __call__(self, set_to_none: bool = True) -> None:
         for module in self.model.modules():
-            for p in dict.values(vars(module)["_parameters"]):
+            held: dict[str, nn.Parameter | None] = vars(module)["_parameters"]
+            for p in dict.values(held):
                 if p is not None and p.grad is not None:
                     p.grad = None if set_to_none else p.grad.zero_()
+
+
+def apply_of(module: nn.Module) -> Callable[..., nn.Module]:
+    """How a module of this class moves itself."""
+    return getattr(type(module), "_apply")  # noqa: B009
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:

@@ -56,6 +56,7 @@ class Pass(Generic[T]):
         self.waits_for: Block | None = None
         self.entered: set[Block] = set()
         self.results: list[T] = []
+        self._made: dict[int, Tensor] = {}  # of the weights outside, by the id of a parameter
         self._error: BaseException | None = None
         self._stopped = False
         self._turn, self._others = Semaphore(0), Semaphore(0)
@@ -85,8 +86,7 @@ class Pass(Generic[T]):
         self._turn.acquire()
         try:
             with around(), torch.no_grad():
-                made = {id(p): self.make(p) for p in {id(place.p): place.p for place in self.outside}.values()}
-                self._mine = lambda p: made[id(p)]
+                self._made = {id(p): self.make(p) for p in {id(place.p): place.p for place in self.outside}.values()}
                 self.rng.restore()
                 with self._around:
                     self._around.enter_context(in_place_of(self.outside, self._mine))
@@ -97,6 +97,9 @@ class Pass(Generic[T]):
         except BaseException as error:  # raised again by who waits for it
             self._error = error
         self._others.release()
+
+    def _mine(self, p: nn.Parameter) -> Tensor:
+        return self._made[id(p)]
 
     @contextlib.contextmanager
     def at(self, block: Block) -> Generator[None]:
@@ -125,13 +128,11 @@ class Together(Substitution):
         store: the layers.
     """
 
-    store: HostLayers
-
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter], store: HostLayers) -> None:
         params = list(params)
         super().__init__(model, params)
         wanted = {id(p) for p in params}
-        self.store, self.devices = store, {store.device}
+        self.store, self.layers_there, self.devices = store, store, {store.device}
         self.trained = {block: [p for p in block.places if id(p.p) in wanted] for block in store.blocks}
         inside = {id(place.p) for places in self.trained.values() for place in places}
         self.outside = list(places_of(model.modules(), wanted - inside))
@@ -143,7 +144,7 @@ class Together(Substitution):
             for each in passes:
                 each.go()
             while (block := next((each.waits_for for each in passes if each.waits_for is not None), None)) is not None:
-                with self.store.visit(block, self.store.after[block]):
+                with self.layers_there.visit(block, self.layers_there.after[block]):
                     for each in passes:
                         if each.waits_for is block:
                             each.go()
