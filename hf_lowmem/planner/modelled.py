@@ -67,8 +67,8 @@ def check_modelled(args: Any, *, parallel: str | None = None) -> None:
     if parallel == "fsdp2" and getattr(args, "lowmem_weights", None) in STORES_AT_REST:
         raise ValueError(
             f"lowmem_weights={args.lowmem_weights!r} with parallel='fsdp2' cannot be planned: what FSDP2 gathers of "
-            "codes is not modelled. Plan with lowmem_weights='bf16_sr', which takes more: at rest it is a byte less for "
-            "each weight of a shard."
+            "codes is not modelled. Plan with lowmem_weights='bf16_sr', which takes more: at rest it is a byte less "
+            "for each weight of a shard."
         )
     if (getattr(args, "model_init_kwargs", None) or {}).get("use_kernels"):
         raise ValueError(
