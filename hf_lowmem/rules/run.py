@@ -351,7 +351,7 @@ def _fsdp_version(args: Any) -> tuple[int | str, str]:
     return version, f"fsdp_config['version']={version!r}"
 
 
-def _offloads(args: Any, sharded: Mapping[str, object]) -> str | None:
+def _offloads(args: object, sharded: Mapping[str, object]) -> str | None:
     """The setting by which FSDP keeps shards in host memory, as it was written; None where none does."""
     if getattr(args, "fsdp", None):
         return "fsdp_config['cpu_offload']=True" if _true(sharded.get("cpu_offload")) else None

@@ -117,14 +117,16 @@ class LoadState:
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self.accelerator, self.model = accelerator, model
 
-    def __call__(self, input_dir: str | None = None, *args: object, **kwargs: object) -> None:
+    def __call__(
+        self, input_dir: str | None = None, load_kwargs: dict[str, object] | None = None, **kwargs: object
+    ) -> None:
         settings = self.accelerator.project_configuration
         if input_dir is not None:
             expect_scales(self.model, Path(input_dir).expanduser())
         elif settings.automatic_checkpoint_naming:  # accelerate takes the last, by the number at the end of its name
             folders = list((Path(settings.project_dir or ".") / "checkpoints").iterdir())
             expect_scales(self.model, max(folders, key=lambda folder: int(folder.name.rpartition("_")[2])))
-        Accelerator.load_state(self.accelerator, input_dir, *args, **kwargs)  # type: ignore[arg-type]
+        Accelerator.load_state(self.accelerator, input_dir, load_kwargs, **kwargs)
 
     def remove(self) -> None:
         """Leave the Accelerator as it was."""

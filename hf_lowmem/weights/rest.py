@@ -65,7 +65,7 @@ class AtRest:
             self.expected = self.home.rows(scale.view(rows, -1)).reshape(-1)
 
     def scales(self) -> Tensor:
-        """Those of the whole weight: a collective call where it is cut."""
+        """Scales of the whole weight: a collective call where it is cut."""
         if self.home is None:
             return self.scale
         return self.home.gather(self.scale.view(self.shape[0], -1), self.home.size[0]).view(-1)

@@ -48,6 +48,8 @@ class ShardAtRest(Tensor):
             cls, kept.shape if shape is None else shape, dtype=kept.dtype, device=kept.codes.device, storage_size=0
         )
         made.lowmem_at_rest = kept
+        # An address of its own: accelerate tells parameters by it, those of a model that it has prepared before.
+        vars(made)["data_ptr"] = kept.codes.data_ptr
         return made
 
     @classmethod
@@ -74,10 +76,6 @@ class ShardAtRest(Tensor):
                     return shard
         return refuse(next(_in((args, kwargs))), str(func), WAKE)
 
-    def data_ptr(self) -> int:
-        """An address of its own: accelerate tells parameters by it, those of a model that it has prepared before."""
-        return self.lowmem_at_rest.codes.data_ptr()
-
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{self.lowmem_at_rest.name}: {self.dtype} {tuple(self.shape)} of this process, at rest in int8"
 
@@ -95,7 +93,7 @@ class ShardAtRest(Tensor):
         module: nn.Module,
         mp_policy: object,
     ) -> tuple[tuple[Tensor, ...], None]:
-        """What FSDP2 sends: codes and scales, a row of each for a row of the weight."""
+        """Hand FSDP2 what it sends: codes and scales, a row of each for a row of the weight."""
         kept = self.lowmem_at_rest
         sent = kept.codes.view(len(self), -1), kept.scale.view(len(self), -1)
         if mesh.size() == 1:  # where nothing is sent, FSDP2 hands on one tensor alone
@@ -106,7 +104,7 @@ class ShardAtRest(Tensor):
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], metadata: object, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor]] | None:
-        """What FSDP2 makes of what all have sent: the weight, which it frees and fills again from then on."""
+        """Make of what all have sent the weight, which it frees and fills again from then on."""
         kept = self.lowmem_at_rest
         codes, scale = gathered if len(gathered) == 2 else gathered[0].tensor_split([kept.shape[1]], dim=1)
         codes, scale = codes.contiguous(), scale.contiguous().view(torch.float32)
@@ -127,7 +125,7 @@ class ShardAtRest(Tensor):
 
 
 def _in(value: object) -> Iterator[AtRest]:
-    """What is at rest among the arguments of a call, however deep."""
+    """Find what is at rest among the arguments of a call, however deep."""
     if isinstance(value, ShardAtRest):
         yield value.lowmem_at_rest
     elif isinstance(value, dict | list | tuple):
@@ -136,16 +134,15 @@ def _in(value: object) -> Iterator[AtRest]:
 
 
 def managed(model: nn.Module) -> "dict[int, FSDPParam]":
-    """What FSDP2 knows of each of its parameters, by `id` of the sharded one; whole ones are given back first."""
+    """Records that FSDP2 keeps of its parameters, by `id` of the sharded one; whole ones are given back first."""
     found: dict[int, FSDPParam] = {}
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
         module.reshard()
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # since torch 2.13
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            found |= {id(known.sharded_param): known for known in (group.fsdp_params if group else ())}
+        for value in vars(module._get_fsdp_state()).values():  # a group of parameters; since torch 2.13 a list of such
+            for group in value if isinstance(value, list) else [value]:
+                found |= {id(known.sharded_param): known for known in getattr(group, "fsdp_params", ())}
     return found
 
 
@@ -165,7 +162,7 @@ def why_whole(p: nn.Parameter, known: "FSDPParam | None") -> str | None:
 
 
 def refused_setting(known: "FSDPParam") -> str | None:
-    """What of FSDP2's settings does not go with codes, as its user knows it; None: nothing."""
+    """Setting of FSDP2 that does not go with codes, as its user knows it; None: there is none."""
     if known.offload_to_cpu:
         return "CPUOffloadPolicy (cpu_offload)"
     after = known.post_forward_mesh_info
