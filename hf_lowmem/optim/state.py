@@ -12,11 +12,13 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import (
-    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]  # torch has no public way out of a dispatch mode
-)
+
+# torch has no public way out of a dispatch mode, nor to know which are on.
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack  # pyright: ignore[reportPrivateUsage]
 
 from hf_lowmem.codecs import CODECS, StateCodec
+
+dispatch_modes = _get_current_dispatch_mode_stack  # those that this thread is in
 
 Shape = torch.Size
 Group = dict[str, Any]

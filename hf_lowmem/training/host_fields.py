@@ -21,7 +21,7 @@ class HostArguments:
     )
 
     def lowmem_offloaded(self) -> str | None:
-        """What waits in host memory, checked; None for nothing."""
+        """The name of what waits in host memory, checked; None for nothing."""
         if self.lowmem_offload is not None:
             check_choice("lowmem_offload", self.lowmem_offload, OFFLOADS)
         return self.lowmem_offload

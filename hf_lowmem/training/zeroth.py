@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from hf_lowmem.optim import ZEROTH, ZerothOrder
 from hf_lowmem.optim.zeroth import put_in_host
@@ -96,10 +97,10 @@ class ForwardSteps:
             )
         put_in_host(model, device)
 
-    def train(self, *args: object, **kwargs: object) -> object:
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
         """Train as the parent does; at the end no weight has an update that waits for its layer."""
         try:
-            return cast("Callable[..., object]", super().train)(*args, **kwargs)  # type: ignore[misc]
+            return cast("Callable[..., TrainOutput]", cast("Trainer", super()).train)(*args, **kwargs)
         finally:
             if (optimizer := self._forward_only()) is not None:
                 optimizer.settle()

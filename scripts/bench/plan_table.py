@@ -92,7 +92,7 @@ def planned(settings: Row, shape: Row, tokens: int, config: Any = None) -> Row:
     }
 
 
-def loss_costs(settings: dict[str, Any]) -> str:
+def loss_costs(settings: Row) -> str:
     """What was measured of a setting's cost: per cent of held-out loss, mean and standard error over three seeds."""
     scored = measured.scores()
     costs = []
@@ -122,7 +122,7 @@ def loss_costs(settings: dict[str, Any]) -> str:
     return ", ".join(costs)
 
 
-def fields(settings: dict[str, Any]) -> str:
+def fields(settings: Row) -> str:
     return " ".join(f"`{name}={value}`" for name, value in settings.items())
 
 

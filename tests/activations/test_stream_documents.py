@@ -145,7 +145,7 @@ def test_a_layer_that_changes_its_mask_gets_one(standin: Standin) -> None:
     for layer in ours.model.layers:
         inner = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, inner=inner, attention_mask=None, **kwargs: inner(
-            *args, attention_mask=attention_mask.clone(), **kwargs
+            *args, attention_mask=torch.clone(attention_mask), **kwargs
         )
     found, of_weights = loss_and_gradients(ours, inputs)
     assert torch.equal(found, loss)

@@ -43,7 +43,7 @@ def of_adapters(kind: str) -> list[torch.Tensor]:
     OwnedProducts(linears, spec, None if kind == "alone" else adapted, whole=whole)
     if kind == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in adapted.base_model.model.model.layers:
+        for layer in adapted.get_submodule("base_model.model.model.layers").children():
             fully_shard(layer, mesh=mesh)
         fully_shard(adapted, mesh=mesh)
     run = DistributedDataParallel(adapted.train()) if kind == "ddp" else adapted.train()

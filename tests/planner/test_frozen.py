@@ -28,6 +28,8 @@ def test_a_plan_is_that_of_a_real_run(recipe: str) -> None:
     whole = plan(
         config, arguments(gradient_checkpointing=False, max_length=96), dtype=BF16, device="cpu", peft_config=lora()
     )
+    assert config.num_key_value_heads is not None
+    assert config.head_dim is not None
     keys = config.num_key_value_heads * config.head_dim
     linears = 2 * config.hidden_size * (2 * config.hidden_size + 2 * keys + 3 * config.intermediate_size)
     saved = whole.parts["weights"] - made.parts["weights"]

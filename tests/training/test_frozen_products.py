@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -107,7 +107,7 @@ def test_evaluated_the_best_had_back_saved_and_merged_into_the_model_as_it_was(t
     assert equal(adapters(loaded), adapters(trainer.model))
     assert torch.equal(loaded.merge_and_unload().model.layers[0].mlp.up_proj.weight, weight)  # as it was: no adapter
     ids = torch.tensor([[3, 4, 5]])
-    trainer.model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    cast(Any, trainer.model).generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     # A second training of the same model goes on from its codes, one without products from what they decode to.
     trainer.train()
     trainer.args.lowmem_matmul = trainer.args.lowmem_matmul_least = None
@@ -120,7 +120,8 @@ def test_evaluated_the_best_had_back_saved_and_merged_into_the_model_as_it_was(t
 def test_a_table_of_a_reference_is_not_that_of_another_base(tmp_path: Path, tokenizer: Any) -> None:
     """Precomputed log-probabilities are of the base that is there: with and without its weights they are two tables."""
     identities = set()
-    for matmul in ({}, {"lowmem_matmul": None, "lowmem_matmul_least": None}):
+    fields: list[dict[str, Any]] = [{}, {"lowmem_matmul": None, "lowmem_matmul_least": None}]
+    for matmul in fields:
         args = LowMemDPOConfig(
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1,
             per_device_train_batch_size=2, gradient_checkpointing=False, lowmem_reference="precomputed",

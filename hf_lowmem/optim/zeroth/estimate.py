@@ -16,7 +16,7 @@ Here the estimate of a part of a parameter is made, applied and dropped.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,8 @@ class ZerothOrder(LowMemOptimizer):
 
     def _store(self) -> HostLayers | None:
         """The layers of the model that are in host memory."""
-        return None if self._substitution is None else self._substitution.store
+        store = None if self._substitution is None else self._substitution.store
+        return store if isinstance(store, HostLayers) else None
 
     def _block(self, p: Tensor) -> Block | None:
         store = self._store()
@@ -307,12 +308,12 @@ class ZerothOrder(LowMemOptimizer):
         if (store := self._store()) is not None:
             store.settle()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The state as in torch, after all updates."""
         self.settle()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Load a state as in torch; updates that wait are made before that."""
         self.settle()
         super().load_state_dict(state_dict)

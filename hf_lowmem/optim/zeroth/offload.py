@@ -19,8 +19,10 @@ training has ended: the device may have no room for it. `bring_back` ends it.
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, ItemsView, Iterator, ValuesView
+from _collections_abc import dict_items, dict_values
+from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
+from operator import attrgetter
 from typing import Protocol
 
 import torch
@@ -65,11 +67,11 @@ class Guarded(dict[str, nn.Parameter | None]):
         self.block.settle()
         return super().__getitem__(name)
 
-    def items(self) -> ItemsView[str, nn.Parameter | None]:
+    def items(self) -> dict_items[str, nn.Parameter | None]:
         self.block.settle()
         return super().items()
 
-    def values(self) -> ValuesView[nn.Parameter | None]:
+    def values(self) -> dict_values[str, nn.Parameter | None]:
         self.block.settle()
         return super().values()
 
@@ -234,7 +236,7 @@ class HostLayer(ForwardPatch):
 
 
 class Passed(ForwardPatch):
-    """What a copy of a model has in the place of `HostLayer`: nothing more than the forward."""
+    """A layer's plain forward, which a copy of a model has in the place of `HostLayer`."""
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.original(*args, **kwargs)
@@ -257,7 +259,7 @@ class Stay:
             if dtype != p.dtype:
                 self.block.settle()
                 p.data = moved(p.detach().to(dtype), self.block.store.device)
-        others = {name: p for name, p in dict.items(held) if name not in ours}
+        others = {name: p for name, p in dict[str, nn.Parameter | None].items(held) if name not in ours}
         vars(self.module)["_parameters"] = others
         try:
             apply_of(self.module)(self.module, fn, recurse)
@@ -279,14 +281,14 @@ class ZeroGrad:
     def __call__(self, set_to_none: bool = True) -> None:
         for module in self.model.modules():
             held: dict[str, nn.Parameter | None] = vars(module)["_parameters"]
-            for p in dict.values(held):
+            for p in dict[str, nn.Parameter | None].values(held):
                 if p is not None and p.grad is not None:
                     p.grad = None if set_to_none else p.grad.zero_()
 
 
 def apply_of(module: nn.Module) -> Callable[..., nn.Module]:
-    """How a module of this class moves itself."""
-    return getattr(type(module), "_apply")  # noqa: B009
+    """A module's way of moving itself, by its class."""
+    return attrgetter("_apply")(type(module))
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:

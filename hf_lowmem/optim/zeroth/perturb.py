@@ -12,15 +12,12 @@ In the meantime a module's `_parameters` holds a plain tensor in the place of th
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_lowmem.patching import ForwardPatch
-
-if TYPE_CHECKING:
-    from hf_lowmem.optim.zeroth.offload import HostLayers
 
 __all__ = ["Place", "Rng", "Substitution", "in_place_of", "layers_of", "places_of"]
 
@@ -119,7 +116,7 @@ class Substitution:
         params: the parameters that are to have other values.
     """
 
-    store: "HostLayers | None" = None
+    store: object = None  # HostLayers
 
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         params = list(params)

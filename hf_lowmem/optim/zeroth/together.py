@@ -19,8 +19,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from hf_lowmem.optim.state import dispatch_modes
 from hf_lowmem.optim.zeroth.offload import FIELD, PASS, Block, HostLayers
 from hf_lowmem.optim.zeroth.perturb import Place, Rng, Substitution, in_place_of, places_of
 
@@ -53,7 +53,7 @@ class Pass(Generic[T]):
         rng: Rng,
     ) -> None:
         self.function, self.make, self.outside, self.trained, self.rng = function, make, outside, trained, rng
-        self.waits_for: Block | None = None
+        self.awaited: Block | None = None
         self.entered: set[Block] = set()
         self.results: list[T] = []
         self._made: dict[int, Tensor] = {}  # of the weights outside, by the id of a parameter
@@ -66,7 +66,7 @@ class Pass(Generic[T]):
 
     def go(self) -> None:
         """Run to the next layer, or to the end."""
-        self.waits_for = None
+        self.awaited = None
         if self._thread.ident is None:
             self._thread.start()
         self._turn.release()
@@ -106,7 +106,7 @@ class Pass(Generic[T]):
         """See `Entering`."""
         self._around.close()
         rng = Rng(self.rng.devices)
-        self.waits_for = block
+        self.awaited = block
         self._others.release()
         self._turn.acquire()
         if self._stopped:
@@ -143,10 +143,10 @@ class Together(Substitution):
         try:
             for each in passes:
                 each.go()
-            while (block := next((each.waits_for for each in passes if each.waits_for is not None), None)) is not None:
+            while (block := next((each.awaited for each in passes if each.awaited is not None), None)) is not None:
                 with self.layers_there.visit(block, self.layers_there.after[block]):
                     for each in passes:
-                        if each.waits_for is block:
+                        if each.awaited is block:
                             each.go()
         finally:
             for each in passes:
@@ -178,7 +178,7 @@ def around_here(devices: set[torch.device]) -> Callable[[], contextlib.AbstractC
         for device in devices
         if device.type == "cuda"
     ]
-    enter += [lambda mode=mode: mode for mode in _get_current_dispatch_mode_stack()]
+    enter += [lambda mode=mode: mode for mode in dispatch_modes()]
     if (default := torch.get_default_device()).type != "cpu":
         enter.append(lambda: default)
 
