@@ -142,11 +142,12 @@ def test_a_layer_that_changes_its_mask_gets_one(standin: Standin) -> None:
     model, inputs = model_of("llama"), laid_out("packed")
     loss, grads = loss_and_gradients(model, inputs)
     ours = streamed(model, 8)
+
+    def changing(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, attention_mask, **kwargs: inner(*args, attention_mask=attention_mask.clone(), **kwargs)
+
     for layer in ours.model.layers:
-        inner = layer.self_attn.forward
-        layer.self_attn.forward = lambda *args, inner=inner, attention_mask=None, **kwargs: inner(
-            *args, attention_mask=torch.clone(attention_mask), **kwargs
-        )
+        layer.self_attn.forward = changing(layer.self_attn.forward)
     found, of_weights = loss_and_gradients(ours, inputs)
     assert torch.equal(found, loss)
     assert distance(of_weights, grads) <= 1e-12

@@ -114,7 +114,7 @@ def test_evaluated_the_best_had_back_saved_and_merged_into_the_model_as_it_was(t
     trainer.train()
     with pytest.raises(RuntimeError, match=r"codes alone.*weights\.wake\(model\)"):
         copy.copy(trainer.model).merge_and_unload()
-    wake(trainer.model).merge_and_unload()
+    cast(Any, wake(trainer.model)).merge_and_unload()
 
 
 def test_a_table_of_a_reference_is_not_that_of_another_base(tmp_path: Path, tokenizer: Any) -> None:
