@@ -33,7 +33,7 @@ from hf_lowmem.weights import SIDE_FILE, at_rest, expect_scales, resting, wake, 
 from tests.cli.launch.cases import fresh_engine
 from tests.conftest import tiny_llama
 from tests.dist import fsdp_on_cpu
-from tests.dist.launch import BETWEEN
+from tests.dist.launch import BETWEEN, ROOT
 from tests.dist.net import apart
 from tests.dist.trainer_worker import data
 from tests.dist.worker import report
@@ -121,6 +121,7 @@ def bf16_values(least: int) -> list[tuple[int, ...]]:
 
 def check_memory() -> str:
     """Codes and scales are all that is there of a weight between two steps, and what is gathered."""
+    sys.path.insert(0, str(ROOT / "scripts" / "bench"))
     from wire import counted
 
     sent, kept = {}, 0
