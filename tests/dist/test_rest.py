@@ -24,8 +24,8 @@ def test_every_method_has_one_process_s_loss() -> None:
 
 
 @pytest.mark.slow
-def test_rows_of_three_processes() -> None:
-    launch(3, "settings", module=WORKER)
+def test_a_number_of_processes_to_keep_weights_whole_is_refused() -> None:
+    launch(4, "number", module=WORKER)
 
 
 @pytest.mark.slow
