@@ -276,7 +276,7 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
     return args
 
 
-def _some_of(parts: Sequence[Any]) -> list[Any]:
+def _some_of(parts: Sequence[chunked.Part]) -> list[chunked.Part]:
     """The first two and the last part of a long parameter: those between are as large, so they take as much."""
     return [*parts[:2], *parts[2:][-1:]]
 
