@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -41,6 +41,7 @@ class Parser(TrlParser):
     """TRL's parser, whose errors are WrongCommand."""
 
     def __init__(self, classes: Iterable[Any], **options: str | None) -> None:
+        self.actions: dict[str, argparse.Action] = {}
         super().__init__(classes, **options)
         self.defaults = {f.name: _default_of(f) for made in self.dataclass_types for f in fields(made) if f.init}
         dashed = {f"--{name.replace('_', '-')}": name for name in self.defaults}
@@ -50,6 +51,12 @@ class Parser(TrlParser):
         }
         self.unset: set[str] = set()
         self.losses: list[str] | None = None
+
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        """As argparse's; the first flag of a field is kept in `actions`."""
+        made = super().add_argument(*names, **cast("dict[str, Any]", options))
+        self.actions.setdefault(made.dest, made)
+        return made
 
     def error(self, message: str) -> NoReturn:
         """Raise, where argparse prints the usage and exits."""
@@ -107,7 +114,7 @@ class Parser(TrlParser):
         Raises:
             WrongCommand: where the flag would refuse it.
         """
-        action = self._option_string_actions.get(f"--{name}")
+        action = self.actions.get(name)
         if action is None or name in SWITCHES or name not in self.hints:
             return value
         if isinstance(value, dict | list) and not (isinstance(value, list) and action.nargs == "+"):
@@ -135,10 +142,15 @@ class Parser(TrlParser):
         if action.type is str and not isinstance(value, str):
             return value
         try:
-            made = self._get_value(action, str(value))
-            self._check_value(action, made)
-        except argparse.ArgumentError as error:
-            raise WrongCommand(f"--config: {name}={value!r}: {error.message.rstrip('.')}. {self._more}") from error
+            made = action.type(str(value)) if callable(action.type) else value
+        except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
+            kind = getattr(action.type, "__name__", "")
+            said = str(error) if isinstance(error, argparse.ArgumentTypeError) else f"this is no {kind}"
+            raise WrongCommand(f"--config: {name}={value!r}: {said.rstrip('.')}. {self._more}") from error
+        if action.choices is not None and made not in action.choices:
+            raise WrongCommand(
+                f"--config: {name}={value!r}: choose from {', '.join(map(str, action.choices))}. {self._more}"
+            )
         return made
 
     def _without_unset(self, given: list[str]) -> list[str]:

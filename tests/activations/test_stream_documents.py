@@ -1,6 +1,7 @@
 """Packed rows and windows without a mask: the kernel for several lengths, by a stand-in of its signature."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest

@@ -118,7 +118,7 @@ def test_a_file_s_value_is_what_a_flag_s_word_would_be(line: str, value: object,
         ("max_steps: 3.5", ("max_steps=3.5", "int")),
         ("packing: 2", ("packing=2", "true/false")),
         # Which transformers would take, and shuffle as if nothing had been said.
-        ("train_sampling_strategy: group_by_lenght", ("'group_by_lenght'", "'group_by_length'")),
+        ("train_sampling_strategy: group_by_lenght", ("'group_by_lenght'", "group_by_length,")),
         ("dtype: [bf16]", ("dtype", "bf16")),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_file_s_value_that_a_flag_would_refuse_is_refused(line: str, words: tu
 
 @pytest.mark.parametrize(("word", "meant"), [("True", True), ("true", True), ("False", None), ("auto", "auto")])
 def test_the_words_of_a_resume_reach_the_trainer(word: str, meant: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    asked: list[object] = []
     monkeypatch.setattr(
         train, "_loaded", lambda script, args, model: asked.append(args.resume_from_checkpoint) or 1 / 0
     )

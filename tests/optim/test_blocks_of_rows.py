@@ -81,8 +81,9 @@ def test_blocks_give_the_bits_of_one_and_a_bad_gradient_leaves_all_of_them(
         before = bits(*other)
         monkeypatch.setattr(chunked, "PART", 32 * 64)
         step(*other, number, bad)
-        assert len(blocks) > 1
-        assert sum(blocks) == len(other[0])
+        left_out = syncs and bad is not None  # known before the first block is cut
+        assert len(blocks) > 1 or left_out
+        assert sum(blocks) == (0 if left_out else len(other[0]))
         blocks.clear()
         after = bits(*other)
         assert_same(after, bits(*one))

@@ -1,5 +1,6 @@
 """A plan steps a few parts of a long parameter in the place of all that are alike: its answer is the same."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -27,13 +28,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_few_parts_take_what_all_take(settings: dict[str, Any], monkeypatch: Any) -> None:
+def test_a_few_parts_take_what_all_take(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in PARTS.items():
         monkeypatch.setattr(chunked, name, size)
     made, seen = [], []
     for some in (step._some_of, list):
 
-        def counted(parts: Any, some: Any = some) -> list[Any]:
+        def counted(parts: Sequence[int], some: Callable[[Sequence[int]], list[int]] = some) -> list[int]:
             seen.append((len(parts), len(some(parts))))
             return some(parts)
 
