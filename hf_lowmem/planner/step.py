@@ -281,11 +281,7 @@ def weighed_args(args: Any, folder: str, steps: int = STEPS) -> Any:
     return args
 
 
-<<<<<<< HEAD
-def _some_of(parts: Sequence[object]) -> list[object]:
-=======
 def _some_of(parts: Sequence[chunked.Part]) -> list[chunked.Part]:
->>>>>>> r21
     """The first two and the last part of a long parameter: those between are as large, so they take as much."""
     return [*parts[:2], *parts[2:][-1:]]
 

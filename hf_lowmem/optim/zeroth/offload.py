@@ -67,11 +67,11 @@ class Guarded(dict[str, nn.Parameter | None]):
         self.block.settle()
         return super().__getitem__(name)
 
-    def items(self) -> dict_items[str, nn.Parameter | None]:
+    def items(self) -> "dict_items[str, nn.Parameter | None]":
         self.block.settle()
         return super().items()
 
-    def values(self) -> dict_values[str, nn.Parameter | None]:
+    def values(self) -> "dict_values[str, nn.Parameter | None]":
         self.block.settle()
         return super().values()
 
