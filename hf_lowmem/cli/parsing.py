@@ -53,7 +53,12 @@ class Parser(TrlParser):
         self.losses: list[str] | None = None
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        """As argparse's; the first flag of a field is kept in `actions`."""
+        """As argparse's; the first flag of a field is kept in `actions`.
+
+        Args:
+            names: its flags.
+            options: as for argparse.
+        """
         made = super().add_argument(*names, **cast("dict[str, Any]", options))
         self.actions.setdefault(made.dest, made)
         return made
