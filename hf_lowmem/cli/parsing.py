@@ -53,7 +53,7 @@ class Parser(TrlParser):
         self.losses: list[str] | None = None
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        """As argparse's; the first flag of a field is kept in `actions`.
+        """Add a flag, as argparse does; the first of a field is kept in `actions`.
 
         Args:
             names: its flags.

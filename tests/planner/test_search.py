@@ -27,7 +27,7 @@ from hf_lowmem.planner.models import Shape, token_maker
 from hf_lowmem.planner.search.cost import EIGHT, Work, cost_a_token
 from hf_lowmem.planner.search.estimate import Estimator
 from hf_lowmem.planner.search.fastest import NothingFits, longest, prepare, search
-from hf_lowmem.planner.search.ranking import Search
+from hf_lowmem.planner.search.ranking import CORRECTED, Found, Search
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, candidates, layers_by_tier
 from hf_lowmem.training.sft import LowMemSFTConfig, LowMemSFTTrainer
 from tests.planner.real import arguments, small_config
@@ -247,6 +247,14 @@ def test_a_no_says_what_would_fit(asked: Search) -> None:
     assert "max_grad_norm" not in again.chosen
 
 
+def assert_passed_over(found: Found) -> None:
+    """The nearest of what was preferred does not fit: planned, or further off than a corrected estimate can be."""
+    assert found.next is not None
+    need = found.next["reserved_bytes"]
+    assert need > found.budget
+    assert found.next["planned"] or need > (1 + CORRECTED) * found.budget
+
+
 @pytest.mark.slow
 def test_a_mixture_is_chosen_between_two_tiers() -> None:
     """All but the policy is given, and activations are most of what is left."""
@@ -259,9 +267,7 @@ def test_a_mixture_is_chosen_between_two_tiers() -> None:
     needs = {c.activations: asked.estimate(c, 256) or 0 for c in asked.found}
     found = asked.for_budget("budget", (needs["exact"] + needs["fp8"]) // 2).answer(256)
     assert found.args.lowmem_activations in {"fp8:0-1,exact:2-", "fp8:0-2,exact:3-"}
-    assert found.next is not None
-    assert found.next["planned"]
-    assert found.next["reserved_bytes"] > found.budget
+    assert_passed_over(found)
 
 
 GIVEN: dict[str, Any] = {
@@ -435,6 +441,4 @@ def test_llama_3_8b_in_24_gib() -> None:
     assert found.plan.parts["weights"] == pytest.approx(2 * PARAMETERS, rel=1e-4)
     assert "optim='adamw' was preferred, but needs at least" in found.why
     assert plan(LLAMA_3_8B, found.args, dtype="bfloat16").reserved_bytes == found.plan.reserved_bytes <= 24 * 2**30
-    assert found.next is not None
-    assert found.next["planned"]
-    assert found.next["reserved_bytes"] > 24 * 2**30
+    assert_passed_over(found)
