@@ -108,7 +108,7 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights, Schedu
         asked = next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None)
         if asked is None or rules.Run.from_fields(asked).budget is None or self.predicted is not None:
             return args, kwargs
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        given = inspect.signature(super(Schedules, self).__init__).bind_partial(*args, **kwargs).arguments
         # The planner runs this very trainer, and so stands above it.
         from hf_lowmem.planner.search.budget import within_budget
 

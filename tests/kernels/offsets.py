@@ -139,7 +139,7 @@ TWICE = 2**33  # values of a parameter, of a state
 ROW = {"n": 4096, "per_row": 32, "x_stride": 3 * 4096, "residual_stride": 3 * 4096}
 MATRIX = {"m": 2**18, "n": 2**14}
 PARAMETERS = 64  # in a shared launch; of small ones there may be many more
-KEYS = ("k0", "k1", "h0", "h1", "flip", "pairs", "odd", "gate_k0", "gate_k1", "up_k0", "up_k1")
+KEYS = ("k0", "k1", "h0", "h1", "flip", "pairs", "odd", "groups", "inside", "gate_k0", "gate_k1", "up_k0", "up_k1")
 
 
 def sizes_of(kernel: str, function: str, constants: dict[str, Any]) -> tuple[dict[str, int], tuple[int, ...]]:

@@ -13,6 +13,7 @@ from hf_lowmem import LowMemSFTConfig, LowMemTrainingArguments
 from hf_lowmem.matmul.linear import Linear8
 from hf_lowmem.patching import forwards_of
 from hf_lowmem.training.plugin import LowMemPlugin
+from hf_lowmem.weights import at_rest, wake
 from tests.activations.models import batch, build
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import same_bits
@@ -81,20 +82,22 @@ def test_a_loop_of_ones_own_has_products_until_remove() -> None:
 
 def test_adapters_on_a_frozen_model_are_trained() -> None:
     model = get_peft_model(tiny_llama().train(), LoraConfig(r=4, target_modules="all-linear"))
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     plugin = LowMemPlugin(optim="adamw", learning_rate=1e-2, **EIGHT)
     accelerator = Accelerator(cpu=True)
     model, optimizer = plugin.prepare(accelerator, model)
+    frozen = {kept.name: (kept, kept.codes.clone()) for p in model.parameters() if (kept := at_rest(p)) is not None}
     for _ in range(2):
         ids = torch.arange(64).view(2, 32)
         accelerator.backward(model(input_ids=ids, labels=ids).loss)
         optimizer.step()
         optimizer.zero_grad()
     plugin.remove()
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed
-    assert all("lora_" in n for n in changed)
-    merged = model.merge_and_unload()  # of weights that have stayed as they were
+    assert frozen
+    assert all(torch.equal(kept.codes, codes) for kept, codes in frozen.values())
+    assert all("lora_" in n for n in before)
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    merged = wake(model).merge_and_unload()  # of what the codes stand for
     assert merged.model.layers[0].mlp.up_proj.weight.isfinite().all()
 
 
