@@ -44,8 +44,8 @@ def stream_time() -> list[str]:
     rows = {row["setting"]: row for row in part("long_sequences.jsonl", "time")}
     plain, coded = rows["stream"], rows["stream_fp8"]
     return [
-        f"a step of {plain['tokens']:,} tokens with the same loss: {plain['ratio']:.2f} times (`stream_fp8`: "
-        f"{coded['ratio']:.2f} times) HuggingFace's checkpointing"
+        f"a step of {plain['tokens']:,} tokens with the same loss: {plain['ratio']:.3f} times (`stream_fp8`: "
+        f"{coded['ratio']:.3f} times) HuggingFace's checkpointing"
     ]
 
 

@@ -3,8 +3,9 @@
 A pass is the host's own code, from its batch to its loss, and knows nothing of the others. So each runs in a thread of
 its own, and at any time one of them alone: it stops where it enters a layer, and goes on when that layer is on the
 device and its turn has come. What is the thread's own in torch (autocast, modes, the current stream) is taken over from
-the caller; what is the process's and differs between passes is exchanged at each stop: random numbers, and the weights
-outside of the layers. A pass's result is that of the pass alone, bit for bit.
+the caller; what is the process's and differs between passes is exchanged at each stop: random numbers, the weights
+outside of the layers, and which adapters are on, which a loss with a reference switches. A pass's result is that of the
+pass alone, bit for bit.
 
 Why not both in one batch of twice the size, as ZO2 has it: embedding, norms and head have other weights in each pass,
 too, and a loss is whatever its trainer makes of the batch. Every model would have to be written again.
@@ -29,6 +30,21 @@ __all__ = ["Together"]
 T = TypeVar("T")
 
 
+SWITCHES = ("_disable_adapters", "_active_adapter")  # of PEFT's layers
+
+
+class Switches:
+    """Settings of modules by which PEFT's adapters are on or off, and which of them, as they are now."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.found = [(module, name, getattr(module, name)) for module in modules for name in SWITCHES]
+
+    def restore(self) -> None:
+        """Set them as they were."""
+        for module, name, value in self.found:
+            vars(module)[name] = value
+
+
 class Stopped(BaseException):
     """Ends a pass whose result nobody will ask for."""
 
@@ -42,6 +58,7 @@ class Pass(Generic[T]):
         outside: places of the weights that lie outside of the layers.
         trained: of each block, those places whose weights `make` makes.
         rng: random numbers that it begins with.
+        adapters: modules that have SWITCHES.
     """
 
     def __init__(
@@ -51,8 +68,10 @@ class Pass(Generic[T]):
         outside: list[Place],
         trained: dict[Block, list[Place]],
         rng: Rng,
+        adapters: list[nn.Module],
     ) -> None:
         self.function, self.make, self.outside, self.trained, self.rng = function, make, outside, trained, rng
+        self.adapters, self._switches = adapters, Switches(adapters)
         self.awaited: Block | None = None
         self.entered: set[Block] = set()
         self.results: list[T] = []
@@ -88,6 +107,7 @@ class Pass(Generic[T]):
             with around(), torch.no_grad():
                 self._made = {id(p): self.make(p) for p in {id(place.p): place.p for place in self.outside}.values()}
                 self.rng.restore()
+                self._switches.restore()
                 with self._around:
                     self._around.enter_context(in_place_of(self.outside, self._mine))
                     self.results.append(self.function())
@@ -105,7 +125,7 @@ class Pass(Generic[T]):
     def at(self, block: Block) -> Generator[None]:
         """See `Entering`."""
         self._around.close()
-        rng = Rng(self.rng.devices)
+        rng, switches = Rng(self.rng.devices), Switches(self.adapters)
         self.awaited = block
         self._others.release()
         self._turn.acquire()
@@ -113,6 +133,7 @@ class Pass(Generic[T]):
             raise Stopped
         self.entered.add(block)
         rng.restore()
+        switches.restore()
         self._around.enter_context(in_place_of(self.outside, self._mine))
         ours = {id(place.p) for place in self.trained[block]}
         with in_place_of(block.places, lambda p: self.make(p) if id(p) in ours else block.near[id(p)]):
@@ -136,10 +157,11 @@ class Together(Substitution):
         self.trained = {block: [p for p in block.places if id(p.p) in wanted] for block in store.blocks}
         inside = {id(place.p) for places in self.trained.values() for place in places}
         self.outside = list(places_of(model.modules(), wanted - inside))
+        self.adapters = [m for m in model.modules() if all(hasattr(m, name) for name in SWITCHES)]
 
     def run_each(self, function: Callable[[], T], makes: Iterable[Callable[[nn.Parameter], Tensor]]) -> list[T]:
-        rng = Rng(self.devices)
-        passes = [Pass(function, make, self.outside, self.trained, rng) for make in makes]
+        rng, switches = Rng(self.devices), Switches(self.adapters)
+        passes = [Pass(function, make, self.outside, self.trained, rng, self.adapters) for make in makes]
         try:
             for each in passes:
                 each.go()
@@ -151,6 +173,7 @@ class Together(Substitution):
         finally:
             for each in passes:
                 each.stop()
+            switches.restore()
         for each in passes:
             self._check_entered(each.entered)
         return [result for each in passes for result in each.results]
