@@ -97,7 +97,8 @@ def test_adapters_on_a_frozen_model_are_trained() -> None:
     assert all(torch.equal(kept.codes, codes) for kept, codes in frozen.values())
     assert all("lora_" in n for n in before)
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    merged = wake(model).merge_and_unload()  # of what the codes stand for
+    woken: Any = wake(model)
+    merged = woken.merge_and_unload()  # of what the codes stand for
     assert merged.model.layers[0].mlp.up_proj.weight.isfinite().all()
 
 
