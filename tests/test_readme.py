@@ -37,11 +37,11 @@ TABLES = {
     "hf_lowmem/optim/README.md": [
         "codecs", "long_run", "long_steps", "update_errors", "quality", "states", "speed", "weight_stores",
     ],
-    "hf_lowmem/optim/zeroth/README.md": ["zeroth"],
+    "hf_lowmem/optim/zeroth/README.md": ["zeroth_offload", "zeroth"],
     "hf_lowmem/planner/README.md": ["plan_vs_cpu", "plan_table", "plan_fields", "budget"],
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
     "hf_lowmem/training/README.md": ["presets", "wire"],
-    "hf_lowmem/weights/README.md": ["weights_peers", "weights_drift"],
+    "hf_lowmem/weights/README.md": ["weights", "weights_peers", "weights_drift"],
     "scripts/bench/README.md": [
         "demo", "demo_smallest", "bases", "embeddings", "arithmetic", "accumulation", "accumulation_loss",
     ],

@@ -51,14 +51,16 @@ class ProductReport:
             before, after = map(human_bytes, self.frozen_bytes)
             lines.append(f"codes alone: {coded} frozen weights, {after} in the place of {before}")
         kept = {name: why for name, why in self.frozen.items() if why is not None}
-        for what, some in (("weights and codes", kept), ("left", self.left)):
-            reasons: dict[str, list[str]] = {}
-            for name, why in some.items():
-                reasons.setdefault(why, []).append(name)
-            for why, names in reasons.items():
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                lines.append(f"{what}: {names[0]}{more}: {why}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *by_reason("weights and codes", kept), *by_reason("left", self.left)])
+
+
+def by_reason(what: str, found: Mapping[str, str]) -> list[str]:
+    """A line for each reason among name → reason, with the first name that has it."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.items():
+        reasons.setdefault(why, []).append(name)
+    more = {why: f" and {len(names) - 1} more" if len(names) > 1 else "" for why, names in reasons.items()}
+    return [f"{what}: {names[0]}{more[why]}: {why}" for why, names in reasons.items()]
 
 
 def products_of(

@@ -11,9 +11,9 @@ y, dX and the bias's gradient are those of the plain layer, bit for bit; dW is u
 where g, which is not known before backward, is that of the last epoch's same example; here |x_t| alone decides, so that
 nothing is kept from one epoch to the next. Draws are stratified, one in each of k - c equal parts of what is left.
 
-One draw serves all linears that read the same x (q, k, v; gate, up), which keep its rows once. What a fused attention
-returns, it keeps itself, so the linear after it does as ever. It is a function of the
+One draw serves all linears that read the same x (q, k, v; gate, up), which keep its rows once. It is a function of the
 run's seed, the linear's name, the step and x: a resumed run draws the same, and torch's generators are left alone.
+What a fused attention returns, it keeps itself, so the linear after it does as ever.
 
 What it costs, relative error of dW in one draw (see the table in hf_lowmem/matmul/README.md): about as much as leaving
 the other rows out of the batch. Where a few tokens carry the gradient, |x| does not find them. fp8 codes of x, by
@@ -37,6 +37,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem.kernels.exact import paired_bits
+from hf_lowmem.matmul.owned import by_reason
 from hf_lowmem.patching import ForwardPatch, forwards_of, in_transform
 
 __all__ = ["OwnedSamples", "SampleReport", "Sampled", "draw", "samples_of"]
@@ -212,12 +213,8 @@ class SampleReport:
     left: dict[str, str] = field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
-        lines = [f"{len(self.handled)} linears keep {self.share:.1%} of their input's rows"]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.left.items():
-            reasons.setdefault(why, []).append(name)
-        lines += [f"left: {names[0]} and {len(names) - 1} more: {why}" for why, names in reasons.items()]
-        return "\n".join(lines)
+        first = f"{len(self.handled)} linears keep {self.share:.1%} of their input's rows"
+        return "\n".join([first, *by_reason("left", self.left)])
 
 
 def why_not(module: nn.Module) -> str | None:

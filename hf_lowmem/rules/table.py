@@ -292,9 +292,14 @@ AT_REST = (
         "Set lowmem_activations='checkpoint_fp8', or lowmem_weights='bf16_sr'",
     ),
     Rule(
-        "rest_sharded",
+        "store_sharded",
         ("fields", "engine", "precision", "optim"),
-        lambda run: _rests(run) and run.engine == "fsdp" and run.precision not in (None, "no"),
+        lambda run: (
+            run.ours
+            and (run.fields or {}).get("lowmem_weights", "keep") != "keep"
+            and run.engine == "fsdp"
+            and run.precision not in (None, "no")
+        ),
         lambda run: (
             f"{_at_rest(run)} cannot be combined with {run.say('precision')} under FSDP2, where accelerate makes fp32 "
             "of all trained weights then"

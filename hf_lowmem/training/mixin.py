@@ -25,7 +25,7 @@ from hf_lowmem.training import section
 from hf_lowmem.training.arguments import LowMemArguments, inherited_default
 from hf_lowmem.training.chosen import CHOSEN, KEY, check_kept
 from hf_lowmem.training.multiplying import MultipliesIn8Bits
-from hf_lowmem.training.presets import take_weights
+from hf_lowmem.training.presets import fp32_by, take_weights
 from hf_lowmem.training.resting import RestingWeights
 from hf_lowmem.training.scheduling import Schedules
 from hf_lowmem.training.zeroth import ForwardSteps
@@ -71,8 +71,8 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights, Schedu
         self._check_rules()
         self._rehearse_products()
         self._rehearse_tiers()
-        if (spec := self._resting_spec()) is not None:
-            self._rehearse_rest(spec)
+        self._rehearse_rest(self._resting_spec())
+        self._check_schedule()
         self._check_budget()
         if isinstance(self.args, LowMemArguments) and self.args.lowmem_max_skipped_steps is not None:
             self.add_callback(StopWhenSkipped(self.args.lowmem_max_skipped_steps))  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights, Schedu
         asked = next((a for a in (*args, *kwargs.values()) if isinstance(a, LowMemArguments)), None)
         if asked is None or rules.Run.from_fields(asked).budget is None or self.predicted is not None:
             return args, kwargs
-        given = inspect.signature(super(Schedules, self).__init__).bind_partial(*args, **kwargs).arguments
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         # The planner runs this very trainer, and so stands above it.
         from hf_lowmem.planner.search.budget import within_budget
 
@@ -204,7 +204,7 @@ class LowMemTrainerMixin(ForwardSteps, MultipliesIn8Bits, RestingWeights, Schedu
         opt_model = self.model if model is None else model
         decay = self.get_decay_parameter_names(opt_model)  # type: ignore[attr-defined]
         flat = getattr(self, "is_deepspeed_enabled", False)
-        take_weights(self.args, opt_model, flat=flat)
+        take_weights(self.args, opt_model, fp32=fp32_by(self.accelerator))
         spec = self.args.lowmem_optim_spec()
         self._put_to_rest(spec, opt_model)
         optimizer = from_spec(spec, opt_model, decay=set(decay), flat=flat, later=self._later(opt_model))

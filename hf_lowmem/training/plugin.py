@@ -35,7 +35,7 @@ from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
 from hf_lowmem.training.multiplying import put_products
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
-from hf_lowmem.training.presets import take_weights
+from hf_lowmem.training.presets import fp32_by, take_weights
 from hf_lowmem.training.resting import LoadState, keep_scales
 from hf_lowmem.weights import resting
 
@@ -120,6 +120,7 @@ class LowMemPlugin(LowMemArguments):
         self.stepping: StepInBackward | None = None
         self._put_on: list[OwnedTiers | OwnedProducts | StepInBackward] = []
         self._state_hooks: list[RemovableHandle | LoadState] = []
+        self._fp32 = False  # whether an engine updates fp32 weights, as far as `prepare` knows
         self._undo_clipping: Callable[[], Any] = lambda: None
         if rules.Run.from_fields(self).asked is not None:
             _waiting[id(self)] = self
@@ -158,7 +159,7 @@ class LowMemPlugin(LowMemArguments):
                 "pass it: plugin.prepare(accelerator, model, ..., optimizer=yours)."
             )
         self._taken()
-        take_weights(self, model, flat=flat)
+        take_weights(self, model, fp32=flat or self._fp32)
         return from_spec(self.lowmem_optim_spec(), model, flat=flat, later=later)
 
     def _taken(self) -> None:
@@ -208,7 +209,7 @@ class LowMemPlugin(LowMemArguments):
             tiers = OwnedTiers(model, spec, f"lowmem_activations={spec.tiers!r} of LowMemPlugin")
             self._put_on.append(tiers)
             self.activations = tiers.report
-        flat = accelerator.distributed_type is DistributedType.DEEPSPEED
+        flat, self._fp32 = accelerator.distributed_type is DistributedType.DEEPSPEED, fp32_by(accelerator)
         later = accelerator.distributed_type is DistributedType.FSDP and not any(map(is_sharded, model.parameters()))
         used = self.make_optimizer(model, flat=flat, later=later) if optimizer is None else optimizer
         schedule = [] if scheduler is None else [scheduler(used)]

@@ -2,7 +2,7 @@
 
 A preset fills fields that have their default, as far as a config has them (`lowmem_reference` is DPO's alone); whatever
 is set beside it keeps its value. `lowmem_weights` waits for
-the model: `bf16_sr` where weights are bf16, nothing where they are not, or where DeepSpeed writes them.
+the model: `bf16_sr` where weights are bf16, nothing where they are not, or where an engine updates them in fp32.
 
 `auto` is no preset: what it fills in is searched when a trainer knows the model and the memory
 (hf_lowmem/planner/search/budget.py). Here it leaves all fields open.
@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from hf_lowmem.specs import check_choice
 
 Settings = Mapping[str, object]
 
-__all__ = ["AUTO", "PRESETS", "WEIGHTS", "fill", "is_about", "said", "take_weights"]
+__all__ = ["AUTO", "PRESETS", "WEIGHTS", "fill", "fp32_by", "is_about", "said", "take_weights"]
 
 _SMALL = {"lowmem_state": "8bit", "lowmem_activations": "checkpoint_fp8", "lowmem_reference": "auto"}
 PRESETS: dict[str, Settings] = {
@@ -78,12 +79,19 @@ def is_about(filled: Settings, error: ValueError) -> bool:
     return any(name in str(error) for name in names)
 
 
-def take_weights(args: Fields, model: nn.Module, *, flat: bool) -> None:
+def fp32_by(accelerator: Accelerator) -> bool:
+    """Whether fp32 weights are updated, whatever a model's are: DeepSpeed's copies, or FSDP2's in mixed precision."""
+    engine = accelerator.distributed_type
+    mixed = accelerator.mixed_precision != "no"
+    return engine is DistributedType.DEEPSPEED or (engine is DistributedType.FSDP and mixed)
+
+
+def take_weights(args: Fields, model: nn.Module, *, fp32: bool) -> None:
     """Have updated weights written as a preset wants it, now that the model is known.
 
     Args:
-        flat: whether DeepSpeed keeps the weights in vectors of its own.
+        fp32: whether an engine updates fp32 weights, so that there is nothing to round.
     """
-    wanted = args.lowmem is not None and args.lowmem_weights is None and not flat
+    wanted = args.lowmem is not None and args.lowmem_weights is None and not fp32
     if wanted and any(p.dtype is torch.bfloat16 for p in model.parameters() if p.requires_grad):
         args.lowmem_weights = WEIGHTS

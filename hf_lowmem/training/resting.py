@@ -44,9 +44,9 @@ class RestingWeights:
         """Whether weights go to rest when accelerate has put FSDP2 on the model, and not before."""
         return bool(getattr(self, "is_fsdp_enabled", False)) and not any(map(is_sharded, model.parameters()))
 
-    def _rehearse_rest(self, spec: OptimSpec) -> None:
+    def _rehearse_rest(self, spec: OptimSpec | None) -> None:
         """Say now which weights will be at rest, or why none can. The model stays as it is."""
-        if spec.weights not in STORES_AT_REST or self.model is None:
+        if spec is None or spec.weights not in STORES_AT_REST or self.model is None:
             return
         if getattr(self.args, "sync_ref_model", False):
             raise ValueError(

@@ -20,8 +20,8 @@ class Schedules:
 
     args: object
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
+    def _check_schedule(self) -> None:
+        """Raise for a scheduler that was passed beside the field."""
         passed = cast("Trainer", self).lr_scheduler
         if self._power_spec() is not None and passed is not None:
             raise ValueError(
@@ -40,9 +40,8 @@ class Schedules:
         if spec is None or trainer.lr_scheduler is not None:
             return cast("Trainer", super()).create_scheduler(num_training_steps, optimizer)
         args = cast("TrainingArguments", self.args)
-        if TOKENS not in (
-            args.lr_scheduler_kwargs or {}
-        ):  # packed: the batch may be another by now, and more processes
+        given = args.lr_scheduler_kwargs or {}
+        if TOKENS not in given:  # packed: the batch may be another by now, and more processes
             rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             spec = dataclasses.replace(spec, tokens_per_step=rows * (cast("SFTConfig", args).max_length or 0))
         warmup = args.get_warmup_steps(num_training_steps)

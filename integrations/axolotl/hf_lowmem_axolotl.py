@@ -67,14 +67,14 @@ def facts(cfg: Any, plugin: LowMemPlugin) -> rules.Run:
     version = get("fsdp_version") or sharded.get("fsdp_version") or default_fsdp_version()
     if isinstance(zero, str):
         zero = deepspeed.from_yaml("hf_lowmem", {"deepspeed_config": {"deepspeed_config_file": zero}})
-    names = ("gradient_checkpointing", "gradient_accumulation_steps", "max_grad_norm", "torch_compile", "fp16")
+    names = ("gradient_checkpointing", "gradient_accumulation_steps", "max_grad_norm", "torch_compile", "fp16", "bf16")
     said = {name: f"{name}={get(name)!r}" for name in names}
     return rules.Run.from_arguments(plugin).knowing(
         {
             "engine": f"deepspeed={get('deepspeed')!r}",
             "fsdp_version": f"fsdp_version={version!r}",
             "processes": f"WORLD_SIZE={processes}",
-            "precision": said["fp16"],
+            "precision": said["fp16" if get("fp16") else "bf16"],
             "accumulation": said["gradient_accumulation_steps"],
             "compile": said["torch_compile"],
             "checkpointing": said["gradient_checkpointing"],
@@ -88,7 +88,7 @@ def facts(cfg: Any, plugin: LowMemPlugin) -> rules.Run:
         zero=zero or None,
         processes=processes,
         pieces={"cp_size": pieces} if (pieces := get("context_parallel_size") or 1) > 1 else None,
-        precision="fp16" if get("fp16") else None,
+        precision="fp16" if get("fp16") else "bf16" if get("bf16") else None,
         accumulation=get("gradient_accumulation_steps"),
         compile=bool(get("torch_compile")),
         checkpointing=bool(get("gradient_checkpointing")),

@@ -21,8 +21,10 @@ import arithmetic as added
 import embeddings as embedding_rules
 import long_sequences
 import plan_table as plans
+import weights as stores
 import weights_peers as peers
 import wire as sent
+import zeroth_offload
 from _readme_optim import OPTIM, difference, one, records, scores, single_figures, table
 from hf_lowmem.specs import TIERS
 from hf_lowmem.training.presets import PRESETS, WEIGHTS
@@ -336,6 +338,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "activations": activations,
     "demo": demo,
     "demo_smallest": demo_smallest,
+    "weights": lambda: stores.table(records("weights.jsonl")).splitlines(),
     "weights_peers": weights_peers,
     "weights_drift": weights_drift,
     "arithmetic": arithmetic,
@@ -349,6 +352,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "targets": targets,
     "cpu_layers": cpu_layers,
     "sample": sample,
+    "zeroth_offload": lambda: zeroth_offload.table(records("zeroth_offload.jsonl")),
     "products_error": lambda: multiplied.errors(products("error")),
     "products_loss": lambda: multiplied.losses(products("loss")),
     "products_cost": lambda: multiplied.costs(products("cost")),

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowmem.activations import OwnedTiers, convert, ends
+from hf_lowmem.activations.linears import linears_of_layers
+from hf_lowmem.matmul.sampled import OwnedSamples
 from hf_lowmem.specs import STREAMED, ActivationSpec
 from tests.activations.models import batch, build
 
@@ -54,8 +56,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def check(wrap: str, when: str, tier: str) -> None:
-    if tier == LONG:
-        check_long(wrap)
+    if tier in (LONG, SAMPLE):
+        (check_long if tier == LONG else check_sample)(wrap)
         return
     plain, ours, wrappers = build("llama"), build("llama"), WRAPPERS
     expected = gradients(wrappers[wrap](copy.deepcopy(plain)))
@@ -101,7 +103,26 @@ def check_long(wrap: str) -> None:
             assert torch.equal(found[1][name], grad), name
 
 
+SAMPLE = "a sample of the rows"
+
+
+def check_sample(wrap: str) -> None:
+    """Each process draws rows of its own input, as it would alone; gradients are averaged as ever."""
+    alone, ours, plain = build("llama"), build("llama"), build("llama")
+    for model in (alone, ours):
+        OwnedSamples(linears_of_layers(model), 0.5, seed=0)
+    found, exact = gradients(WRAPPERS[wrap](ours)), gradients(WRAPPERS[wrap](plain))
+    expected = gradients(alone)
+    for grad in expected.values():
+        dist.all_reduce(grad)
+    assert found.keys() == expected.keys()
+    assert max(((found[n] - g / 2).norm() / g.norm()).item() for n, g in expected.items()) < 1e-6
+    assert not all(torch.equal(found[n], g) for n, g in exact.items())
+
+
 CASES = [
+    ("ddp", "before", SAMPLE),
+    ("fsdp2", "before", SAMPLE),
     ("ddp", "before", "exact"),
     ("ddp", "before", "fp8"),
     ("ddp", "before", "checkpoint_fp8"),

@@ -1,4 +1,5 @@
-"""scripts/bench/zeroth.py at toy size: a row a method, whose peak has no gradients where there is no backward pass."""
+"""scripts/bench/zeroth.py at toy size: a row a method, whose peak has no gradients where there is no backward pass; and
+the plans of layers in host memory."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 import zeroth
+import zeroth_offload
 from parts.record import read_rows
 from tests.conftest import tiny_llama, word_tokenizer
 
@@ -31,3 +33,10 @@ def test_every_method_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert row["forward_passes"] == row["steps"] * zeroth.PASSES.get(name, 1)
     assert rows["adamw"]["peak_bytes"] - rows["adamw"]["state_bytes"] > 2 * weights
     assert rows["mezo"]["peak_bytes"] < 2 * weights
+
+
+def test_plans_of_layers_in_host_memory_are_rows_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = zeroth_offload.rows(zeroth_offload.TOY, 16, None)
+    assert 0 < row["peak_bytes"] < row["to_have_free"]
+    assert row["host_bytes"] > 0
+    assert capsys.readouterr().out.splitlines() == zeroth_offload.table([row])[2:]

@@ -1,9 +1,10 @@
 """Start a worker module on several gloo processes, as torchrun does: see start.py."""
 
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +39,17 @@ def launch_jobs(
                 found.append([])
     assert len(found) == len(jobs) + 1, done.stdout[-2000:] + done.stderr[-6000:]
     return found[:-1]
+
+
+def run_jobs(main: Callable[..., None]) -> None:
+    """Run what `launch_jobs` has asked of a worker, in each of its processes: `main` with the words of each job."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for _, job in itertools.groupby(sys.argv[1:], key=lambda word: word == BETWEEN):
+        if (words := list(job)) != [BETWEEN]:
+            main(*words)
+    dist.barrier()
+    dist.destroy_process_group()

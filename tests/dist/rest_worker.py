@@ -7,7 +7,6 @@ there the layers decode for themselves, here FSDP2 gathers codes.
 import copy
 import gc
 import io
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ from hf_lowmem.weights import SIDE_FILE, at_rest, expect_scales, resting, wake, 
 from tests.cli.launch.cases import fresh_engine
 from tests.conftest import tiny_llama
 from tests.dist import fsdp_on_cpu
-from tests.dist.launch import BETWEEN, ROOT
+from tests.dist.launch import ROOT, run_jobs
 from tests.dist.net import apart
 from tests.dist.trainer_worker import data
 from tests.dist.worker import ELEMENTWISE, report
@@ -373,10 +372,4 @@ def main(task: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    for _, job in itertools.groupby(sys.argv[1:], key=lambda word: word == BETWEEN):
-        if (words := list(job)) != [BETWEEN]:
-            main(*words)
-    dist.barrier()
-    dist.destroy_process_group()
+    run_jobs(main)

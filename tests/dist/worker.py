@@ -1,10 +1,8 @@
 """What runs on each of several gloo processes: `python -m tests.dist.start 2 tests.dist.worker TASK WORDS ...`."""
 
 import copy
-import itertools
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import StepInBackward
 from hf_lowmem.optim.slot import SMALLEST_COMPRESSED
 from hf_lowmem.optim.state import values_of
-from tests.dist.launch import BETWEEN
+from tests.dist.launch import run_jobs
 from tests.dist.net import (
     Net,
     apart,
@@ -382,10 +380,4 @@ def main(task: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    for _, job in itertools.groupby(sys.argv[1:], key=lambda word: word == BETWEEN):
-        if (words := list(job)) != [BETWEEN]:
-            main(*words)
-    dist.barrier()
-    dist.destroy_process_group()
+    run_jobs(main)

@@ -62,11 +62,6 @@ FORWARD: dict[str, tuple[str, dict[str, Any]]] = {
         name: ("float32", {"optim": name, "max_grad_norm": 0, "lowmem_state": "8bit"})
         for name in ("zo_momentum", "zo_adam", "zo_adamm")
     },
-    # On a CPU host and device are one memory, so the plan's peak has both.
-    "layers in host memory": (
-        "bfloat16",
-        {"optim": "mezo", "max_grad_norm": 0, "lowmem_weights": "bf16_sr", "lowmem_offload": "weights"},
-    ),
 }
 
 

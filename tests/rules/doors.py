@@ -217,6 +217,7 @@ def by_axolotl(run: dict[str, Any], patch: pytest.MonkeyPatch, folder: Path) -> 
     cfg = SimpleNamespace(
         hf_lowmem=ours(run),
         fp16=run.get("precision") == "fp16",
+        bf16=run.get("precision") == "bf16",
         gradient_accumulation_steps=run.get("accumulation", 1),
         torch_compile=run.get("compile"),
         gradient_checkpointing=run.get("checkpointing"),

@@ -113,8 +113,8 @@ ROWS = {
     "rest_in_backward": Row(
         ADAMW | {"fields": {"lowmem_weights": "int8_sr"}, "in_backward": False}, "needs lowmem_step"
     ),
-    "rest_sharded": Row(
-        STEPPING | {"fields": {"lowmem_weights": "int8_sr"}, "engine": "fsdp", "fsdp_version": 2, "precision": "bf16"},
+    "store_sharded": Row(
+        ADAMW | {"fields": {"lowmem_weights": "bf16_sr"}, "engine": "fsdp", "fsdp_version": 2, "precision": "bf16"},
         "makes fp32 of all trained weights",
     ),
     "rest_offloaded": Row(
@@ -134,7 +134,7 @@ ROWS = {
 }
 
 OF_OPTIMIZERS = ("zeroth", "in_backward", "rest", "sums", "budget", "zero", "passed", "fields", "fsdp2")
-OF_OPTIMIZERS += ("schedule", "sample", "weights")
+OF_OPTIMIZERS += ("schedule", "sample", "weights", "store")
 NO_OPTIMIZER = "it is told of tiers alone: the optimizer is whoever's"
 ARGUMENTS_NONE = "an optimizer is passed to a trainer or a loop, after the arguments were made"
 NO_REPLICAS = "accelerate starts a process a GPU; DataParallel is the Trainer's, where it does not"
@@ -164,7 +164,7 @@ BLIND = {
     **{(rule, "callback"): NO_OPTIMIZER for rule in ROWS
        if rule.startswith(OF_OPTIMIZERS)},
     **{(rule, "axolotl"): "the step in backward that such weights need is refused there in any case"
-       for rule in ("rest_sharded", "rest_offloaded", "rest_budget")},
+       for rule in ("rest_offloaded", "rest_budget")},
     ("rest_budget", "plugin"): NO_BUDGET,
     ("rest_offloaded", "planner"): "a plan is told of processes alone; the trainer says it",
     ("stochastic_nothing", "callback"): "a spec of tiers has checked its own rounding",

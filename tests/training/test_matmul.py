@@ -17,7 +17,7 @@ from hf_lowmem.weights import at_rest, wake
 from tests.activations.models import batch, build
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import same_bits
-from tests.training.test_resume import make
+from tests.training.test_resume import check_step_in_backward, make
 
 pytestmark = pytest.mark.train
 
@@ -57,15 +57,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
 
 
 def test_a_step_in_backward_trains_the_same(tmp_path: Path, tokenizer: Any) -> None:
-    fields = EIGHT | {"optim": "adamw", "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}
-    found = []
-    for stepping in (False, True):
-        trainer = make(
-            "Trainer", tmp_path / str(stepping), torch.float32, tokenizer, lowmem_step_in_backward=stepping, **fields
-        )
-        trainer.train()
-        found.append(weights(trainer))
-    assert all(map(torch.equal, *found))
+    check_step_in_backward(tmp_path, tokenizer, EIGHT)
 
 
 def test_a_loop_of_ones_own_has_products_until_remove() -> None:

@@ -47,6 +47,18 @@ def make(kind: str, folder: Path, dtype: torch.dtype, tokenizer: Any, **kwargs: 
     return trainer_class(model, args=args, train_dataset=data, **extra)
 
 
+def check_step_in_backward(folder: Path, tokenizer: Any, fields: dict[str, Any]) -> None:
+    """A training with a step in backward ends in the weights of one without."""
+    fields = fields | {"optim": "adamw", "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}
+    found = []
+    for stepping in (False, True):
+        own = fields | {"lowmem_step_in_backward": stepping}
+        trainer = make("Trainer", folder / str(stepping), torch.float32, tokenizer, **own)
+        trainer.train()
+        found.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 BF16 = torch.bfloat16
 # Dtype of the weights, and how they are stored.
 STORES = ((torch.float32, "keep"), (BF16, "keep"), (BF16, "bf16_sr"), (BF16, "bf16_ecc"))

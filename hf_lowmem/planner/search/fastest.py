@@ -154,8 +154,9 @@ def prepare(
             config, chosen, dtype=weights, quantization_config=quantization_config, device=device, **told, **more
         )
 
-    # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model.
-    stores = weights is torch.bfloat16 and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
+    # Of the trained ones: PEFT keeps adapters in fp32 beside a bf16 model, accelerate mixed precision's shards.
+    mixed = parallel == "fsdp2" and (args.bf16 or args.fp16)
+    stores = weights is torch.bfloat16 and not mixed and any(s.trained and s.itemsize == 2 for s in estimator.shapes)
     rests = stores and parallel is None and estimator.updates.can_rest()
     parted = {"world_size": world_size, "parallel": parallel}
     found = candidates(args, depth=estimator.depth, bf16_weights=stores, can_rest=rests, **parted)
