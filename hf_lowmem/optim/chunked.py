@@ -78,7 +78,7 @@ def has_rows(p: Tensor, slot: Slot) -> bool:
 
 def unit_of(p: Tensor, slot: Slot) -> int:
     """Rows of which a block must have a multiple, or all that are left: so that codes are cut at whole blocks, and the
-    pairs of neighbours that share a random number are whole."""
+    pairs of neighbours, which are rounded by the halves of one word, are whole."""
     blocks = [s.codec.block for s in slot.states.values() if isinstance(s.codec, BlockCodec)]
     whole = math.lcm(2, *blocks)
     return whole // math.gcd(whole, p.shape[1:].numel())

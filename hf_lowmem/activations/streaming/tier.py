@@ -43,9 +43,8 @@ __all__ = ["Streamed", "chunk_of", "wrap_streamed"]
 ROOM = 2**30  # bytes that a chunk's graph may take
 MASK_ROOM = 2**28  # and its mask, where attention needs one
 STEP = 256  # tokens; a chunk is a multiple of it
-CPU_STEP = (
-    512  # keys that torch's kernel on a CPU takes at once: in whole ones, sums are those of a whole layer to the bit
-)
+# Keys that torch's kernel on a CPU takes at once: in whole ones, sums are those of a whole layer to the bit.
+CPU_STEP = 512
 
 
 def chunk_of(hidden: Tensor, widest: int) -> int:
