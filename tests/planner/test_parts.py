@@ -27,7 +27,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(fields, id=name, marks=[pytest.mark.slow] if "head" in name else [])
+        for name, fields in SETTINGS.items()
+    ],
+)
 def test_a_few_parts_take_what_all_take(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in PARTS.items():
         monkeypatch.setattr(chunked, name, size)

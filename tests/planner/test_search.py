@@ -326,8 +326,14 @@ def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tmp_path: Path
 @pytest.mark.train
 @pytest.mark.parametrize(
     ("tier", "offload"),
-    [("fp8", None), ("stream_fp8", None), ("stream_fp8/2", None), ("stream", "inputs"), ("checkpoint_fp8", "inputs")],
-)
+    [
+        ("fp8", None),
+        ("stream", "inputs"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+            ("stream_fp8", None), ("stream_fp8/2", None), ("checkpoint_fp8", "inputs"),
+        ]),
+    ],
+)  # fmt: skip
 def test_the_command_line_searches_for_the_longest_sequence(
     tier: str, offload: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,7 +424,7 @@ def test_the_longest_sequence_is_the_last_that_fits() -> None:
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("offload", [None, "inputs"])
+@pytest.mark.parametrize("offload", [pytest.param(None, marks=pytest.mark.slow), "inputs"])
 def test_the_longest_streamed_sequence_is_found_by_few_plans(offload: str | None) -> None:
     """Though it is many chunks long, and estimates are made of one or two."""
     config = small_config(num_hidden_layers=1, hidden_size=64, intermediate_size=2048, max_position_embeddings=65536)
