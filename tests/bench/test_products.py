@@ -26,6 +26,11 @@ def test_every_part_runs_and_loss_goes_on(tmp_path: Path, capsys: pytest.Capture
     assert len(of_part(rows, "error")) == 4 * len(WAYS)
     assert all(row["heldout_loss"] > 0 and row["commit"] for row in losses)
     assert "| `fp8_row` |" in capsys.readouterr().out
+    assert products.main([*common, "--part", "long", "--ways", "bf16", "fp8_row", "--part", "report"]) == 0
+    long = of_part(read_rows(tmp_path / "products.jsonl"), "long")
+    assert [len(row["heldout_loss"]) for row in long] == [2, 2]
+    assert [len(row["train_loss"]) for row in long] == [4, 4]
+    assert len(of_part(read_rows(tmp_path / "products.jsonl"), "error")) == 4 * len(WAYS)
 
 
 def test_ours_are_no_worse_than_torchaos_recipes() -> None:

@@ -7,8 +7,8 @@ from parts.record import Rows, of_part
 
 
 def tables(rows: Rows) -> Iterator[str]:
-    """Errors, cost and loss, of parts that have rows."""
-    for part, table in (("error", errors), ("cost", costs), ("loss", losses)):
+    """Errors, cost and losses, of parts that have rows."""
+    for part, table in (("error", errors), ("cost", costs), ("loss", losses), ("finetune", losses), ("long", drift)):
         if found := of_part(rows, part):
             yield "\n".join(table(found))
 
@@ -42,4 +42,24 @@ def losses(rows: Rows) -> list[str]:
             mean = "" if way == "bf16" else f"{statistics.fmean(gaps):+.2f}"
             loss = statistics.fmean(of[way, s] for s in seeds)
             lines.append(f"| {case} | `{way}` | {loss:.4f} | {mean} | {ends} | {len(seeds)} |")
+    return lines
+
+
+def drift(rows: Rows) -> list[str]:
+    """Loss of the long run after each half, and against bf16 then, in percent: held out, and of the last twentieth."""
+    by = {row["way"]: row for row in rows}
+    head = "| run | products | held-out loss after half, all | against bf16, %: after half, all |"
+    lines = [f"{head} training loss against bf16, %: up to half, all |"]
+    lines += ["|---|---|---|---|---|"]
+    for way, row in by.items():
+        held, trained = row["heldout_loss"], row["train_loss"]
+        against = ["", ""]
+        if way != "bf16":
+            base = by["bf16"]
+            half = len(trained) // 2
+            pairs = [(held, base["heldout_loss"], (0, 1)), (trained, base["train_loss"], (half - 1, -1))]
+            against = [
+                ", ".join(f"{100 * (ours[i] / theirs[i] - 1):+.2f}" for i in ends) for ours, theirs, ends in pairs
+            ]
+        lines.append(f"| {row['case']} | `{way}` | {held[0]:.4f}, {held[1]:.4f} | {against[0]} | {against[1]} |")
     return lines
