@@ -9,7 +9,6 @@ fake tensor fails half-way and damages the heap.
 from typing import Any
 
 from hf_lowmem.optim import ALL_METHODS
-from hf_lowmem.specs import STORES_AT_REST
 
 __all__ = ["check_modelled"]
 
@@ -63,12 +62,6 @@ def check_modelled(args: Any, *, parallel: str | None = None) -> None:
         raise ValueError(
             f"fsdp={args.fsdp!r} with parallel={parallel!r}: FSDP is planned for several processes. Set world_size to "
             "their number and parallel='fsdp2', or leave fsdp unset."
-        )
-    if parallel == "fsdp2" and getattr(args, "lowmem_weights", None) in STORES_AT_REST:
-        raise ValueError(
-            f"lowmem_weights={args.lowmem_weights!r} with parallel='fsdp2' cannot be planned: what FSDP2 gathers of "
-            "codes is not modelled. Plan with lowmem_weights='bf16_sr', which takes more: at rest it is a byte less "
-            "for each weight of a shard."
         )
     if (getattr(args, "model_init_kwargs", None) or {}).get("use_kernels"):
         raise ValueError(

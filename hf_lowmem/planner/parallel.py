@@ -11,6 +11,8 @@ fsdp2   `fully_shard` on every decoder layer and on the rest, as accelerate does
         - Weights, gradients and states are cut along the first dimension: ceil(rows / N) rows of each.
         - Under bf16=True or fp16=True accelerate keeps the shards of trained weights, their gradients and states in
           fp32, and gathers layers in the compute dtype. Without, all have the model's dtype.
+        - Shards of weights at rest in int8 are codes and scales, where N divides their rows. A layer's codes are
+          gathered twice over, flat and cut into weights, which is what two layers in bf16 are; bf16 is what it gets.
         - What does not belong to a layer (embeddings, head, last norm) is gathered in the first forward pass and stays
           so until its backward has ended; TRL's fused head gathers the head's weight once more.
         - In a layer two layers are gathered: it and the next one, which is prefetched.
@@ -39,14 +41,21 @@ BUFFERS = PARTS.index("communication")
 
 
 def spread(
-    moments: Sequence[Moment], shapes: Sequence[Shape], *, world: int, parallel: str, mixed: bool, accumulates: bool
+    moments: Sequence[Moment],
+    shapes: Sequence[Shape],
+    *,
+    world: int,
+    parallel: str,
+    mixed: bool,
+    accumulates: bool,
+    kept: Sequence[Shape] = (),
 ) -> list[Moment]:
     """The moments of one of `world` processes. `mixed`: whether bf16 or fp16 is on; `accumulates`: whether a step has
-    several micro-batches."""
+    several micro-batches; `kept`: the parameters as FSDP2's shards keep them, where that is another form."""
     check_choice("parallel", parallel, PARALLEL)
     check_integer("world_size", world, low=1)
     if parallel == "fsdp2":
-        sharding = _Sharding(shapes, world, mixed, accumulates)
+        sharding = _Sharding(shapes, world, mixed, accumulates, kept)
         return [sharding(moment) for moment in moments]
     buckets = sum(s.nbytes for s in shapes if s.trained) if world > 1 else 0
     made = []
@@ -60,7 +69,9 @@ def spread(
 class _Sharding:
     """FSDP2, as a function of a moment. Called with the moments in the order of the step."""
 
-    def __init__(self, shapes: Sequence[Shape], world: int, mixed: bool, accumulates: bool) -> None:
+    def __init__(
+        self, shapes: Sequence[Shape], world: int, mixed: bool, accumulates: bool, forms: Sequence[Shape] = ()
+    ) -> None:
         trained = [s for s in shapes if s.trained]
         layers = 1 + max((s.layer for s in shapes if s.layer is not None), default=0)
         self.accumulates = accumulates
@@ -69,7 +80,7 @@ class _Sharding:
         self.outside = sum(s.nbytes for s in shapes if s.layer is None)
         self.trained_outside = sum(s.nbytes for s in trained if s.layer is None)
         self.head = max((s.nbytes for s in shapes if s.layer is None), default=0)
-        kept = sum(s.shard(world) * (4 if mixed and s.trained else s.itemsize) for s in shapes)
+        kept = sum(_shard(s, form, world, mixed) for s, form in zip(shapes, forms or shapes, strict=True))
         self.weights = kept - sum(s.nbytes for s in shapes)
         whole = sum(s.nbytes for s in trained)
         shards = sum(s.shard(world) * (4 if mixed else s.itemsize) for s in trained)
@@ -109,3 +120,11 @@ class _Sharding:
             self.head_gradient = min(whole, self.trained_outside)
             return self.head_gradient
         return 2 * self.trained_outside
+
+
+def _shard(shape: Shape, form: Shape, world: int, mixed: bool) -> float:
+    """Bytes of the largest shard of a parameter that is kept as `form`."""
+    if form is shape or form.itemsize == shape.itemsize or shape.shape[0] % world:
+        return shape.shard(world) * (4 if mixed and shape.trained else shape.itemsize)
+    # Beside codes a parameter at rest has one value that is shown, which a shard has not.
+    return (form.nbytes - shape.itemsize) / world

@@ -182,12 +182,13 @@ class _Job:
         self.shapes = whole
         return made, stack, depths
 
-    def whole_shapes(self, stack: str) -> list[Shape]:
+    def whole_shapes(self, stack: str, args: Any = None) -> list[Shape]:
         """The parameters of the whole model, which a model on the meta device has without weighing anything."""
-        matmul = None if self.gathered else self.args.lowmem_matmul_spec()
+        args = args or self.args
+        matmul = None if self.gathered else args.lowmem_matmul_spec()
         model = meta_model(self.config, self.dtype, self.peft_config, self.quantization, matmul)
-        if self.args.lowmem_weights in STORES_AT_REST:
-            rest(self.args.lowmem_optim_spec(), model)
+        if args.lowmem_weights in STORES_AT_REST:
+            rest(args.lowmem_optim_spec(), model)
         return shapes_of(model, stack)
 
 
@@ -248,9 +249,10 @@ def plan(
             "and leave parallel='fsdp2' unset."
         )
     check_modelled(args, parallel=parallel)
+    rests = parallel == "fsdp2" and args.lowmem_weights in STORES_AT_REST
     job = _Job(
         config=config,
-        args=args,
+        args=_awake(args) if rests else args,
         method=method,
         dtype=weights,
         attention=init.get("attn_implementation"),
@@ -276,6 +278,7 @@ def plan(
             parallel=parallel,
             mixed=mixed,
             accumulates=args.gradient_accumulation_steps > 1,
+            kept=job.whole_shapes(stack, args) if rests else (),
         )
     moments = [_with_prefetched(m, method.shape(args), args.gradient_accumulation_steps) for m in moments]
     top = highest(moments)
@@ -295,6 +298,13 @@ def plan(
         seconds=time.perf_counter() - began,
         host_bytes=job.host_bytes,
     )
+
+
+def _awake(args: Any) -> Any:
+    """The same settings with plain bf16 weights: as layers run, and an update rounds, whose weights FSDP2 gathers."""
+    plain = copy.copy(args)
+    plain.lowmem_weights = "bf16_sr"
+    return plain
 
 
 def config_and_dtype(

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from hf_lowmem.planner import plan
 from hf_lowmem.planner.models import Shape
 from hf_lowmem.planner.moments import Moment
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS
+from hf_lowmem.weights.int8 import group_of
 from tests.planner.real import arguments, small_config
 
 # An embedding that four processes cut unevenly (10 rows: 3, 3, 3, 1), and two layers of 64 values; bf16.
@@ -71,3 +74,31 @@ def test_fsdp2_reduces_a_layer_s_gradients_from_a_second_copy() -> None:
 def test_fsdp2_keeps_whole_gradients_while_it_accumulates() -> None:
     (made,) = fsdp2(moment("forward", 0, gradients=WHOLE), accumulates=True)
     assert made["gradients"] == WHOLE + 2 * SHARDS
+
+
+@pytest.mark.train
+def test_fsdp2_keeps_codes_of_weights_at_rest() -> None:
+    """By hand what tests/dist/rest_worker.py finds in two processes: a byte and a scale a group in place of two bytes,
+    of all but the head and norms; uneven rows stay; all else is what plain weights take."""
+    config = small_config(num_hidden_layers=2)
+    settings = {"optim": "adamw", "lowmem_state": "8bit", "lowmem_step_in_backward": True, "max_grad_norm": 0.0}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "lm_head" not in n]
+    for world in (2, 3):
+        plain, codes = (
+            plan(
+                config,
+                arguments(lowmem_weights=store, **settings),
+                dtype="bfloat16",
+                world_size=world,
+                parallel="fsdp2",
+            )
+            for store in ("bf16_sr", "int8_sr")
+        )
+        rests = [p for p in matrices if len(p) % world == 0]
+        saved = sum(p.numel() * (2 - 1 - 4 / (group_of(p.shape) or 1)) for p in rests) / world
+        assert (saved > 0) == (world == 2)  # 3 divides no number of rows
+        assert plain.parts["weights"] - codes.parts["weights"] == pytest.approx(saved, abs=1)
+        assert plain.peak_bytes - codes.peak_bytes == plain.parts["weights"] - codes.parts["weights"]
+        assert codes.settings["lowmem"]["lowmem_weights"] == "int8_sr"
