@@ -36,7 +36,7 @@ __all__ = ["TABLES", "difference", "one", "readmes", "records", "rewritten", "sc
 
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 # Front page: (budget, record, sequences) of one line each.
-WHICH = (("24GiB", "1B", 8), ("24GiB", "8B", 1), ("48GiB", "8B", 1), ("80GiB", "8B", 1))
+WHICH = (("16GiB", "8B", 1), ("24GiB", "1B", 8), ("24GiB", "8B", 1), ("48GiB", "8B", 1), ("80GiB", "8B", 1))
 BUDGETS = {"8B": "budget.jsonl", "1B": "budget_1b.jsonl"}
 CHOICES = ["`optim`", "`lowmem_state`", "`lowmem_weights`", "`lowmem_activations`", "`lowmem_step_in_backward`"]
 MEMORY = {
@@ -44,6 +44,7 @@ MEMORY = {
     "ours: AdamW, checkpointing": "`adamw` with `8bit` states, checkpointing",
     "ours: APOLLO, checkpoint_fp8": "`apollo` with `8bit` states, `checkpoint_fp8`",
     "ours: APOLLO, checkpoint_fp8, step in backward": "the same, step in backward",
+    "ours: APOLLO-Mini, scale, int8 weights, in backward": "`apollo_mini`, `scale` for the head, `int8_sr`, as above",
 }
 
 
@@ -74,7 +75,7 @@ def asked(row: dict[str, Any]) -> str:
 
 
 def which() -> list[str]:
-    """Four cards and models, the settings that `lowmem_budget` chooses for them, and what they need."""
+    """Five cards and models, the settings that `lowmem_budget` chooses for them, and what they need."""
     lines = []
     for budget, model, batch in WHICH:
         row = one(records(BUDGETS[model]), budget=budget, per_device_train_batch_size=batch, max_length=2048)
@@ -146,7 +147,8 @@ def plan_fields() -> list[str]:
     common = plans.EIGHT_BIT
     lines = []
     for name, values in fields.items():
-        of_all = {} if not name.startswith("ours") else {k: v for k, v in common.items() if k != "optim"}
+        own = {"optim", *(("lowmem_weights",) if "int8 weights" in name else ())}
+        of_all = {} if not name.startswith("ours") else {k: v for k, v in common.items() if k not in own}
         assert values.items() >= of_all.items(), name
         implied = {*of_all, "max_grad_norm"}
         lines.append([name, " ".join(f"`{k}={v}`" for k, v in values.items() if k not in implied)])

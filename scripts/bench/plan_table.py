@@ -1,12 +1,13 @@
 """What full fine-tuning of Llama-3-8B takes, from HuggingFace's default to the least of ours: README's table.
 
     python scripts/bench/plan_table.py          # five minutes on one core; writes records/plan_table.jsonl
+    python scripts/bench/plan_table.py --only "HF AdamW, fused"     # these rows; the record keeps the others
     python scripts/bench/plan_table.py --toy    # a tiny model, two settings; nothing is written
 
 Every cell is the peak that `hf_lowmem.planner.plan` predicts: one sequence, all weights trained, bf16 weights,
 computed with in bf16. Nothing ran on a GPU. Beside it stands what the setting costs in loss, as far as it was measured:
 on small Llamas from nothing, one change at a time (`optimizers.jsonl`: stored states against fp32 ones, bf16 weights
-against fp32 masters; `activations.jsonl`: tiers against HuggingFace's activations). Costs of several changes were not
+against fp32 masters, `weights.jsonl` int8 ones; `activations.jsonl`: tiers against HuggingFace's activations). Costs of several changes were not
 measured together, nor one method against another.
 
 max_position_embeddings is Llama 3.1's at every length, because Llama 3's 8,192 would end before the longest; memory
@@ -23,6 +24,8 @@ from typing import Any
 
 import _readme_optim as measured
 import embeddings as lookups
+from hf_lowmem.specs import STORES_AT_REST
+from parts.optimizers.report import Scores
 from parts.optimizers.settings import STORE_RATE_FACTOR, Setting
 from parts.record import RECORDS, Row, of_part, provenance, read_rows, write_rows
 from parts.shapes import LLAMA_8B, TOY_SHAPE
@@ -53,6 +56,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours: APOLLO-Mini, scale, in backward": EIGHT_BIT
     | SMALLEST
     | {"optim": "apollo_mini", "lowmem_embeddings": "scale"},
+    "ours: APOLLO-Mini, scale, int8 weights, in backward": EIGHT_BIT
+    | SMALLEST
+    | {"optim": "apollo_mini", "lowmem_embeddings": "scale", "lowmem_weights": "int8_sr"},
 }
 
 
@@ -96,10 +102,7 @@ def loss_costs(settings: Row) -> str:
     """What was measured of a setting's cost: per cent of held-out loss, mean and standard error over three seeds."""
     scored = measured.scores()
     costs = []
-    masters = Setting("adamw", weights="masters", rate_factor=STORE_RATE_FACTOR)
-    store = settings.get("lowmem_weights", "keep")
-    stored = Setting("adamw", weights=store, rate_factor=STORE_RATE_FACTOR)
-    costs.append("weights {:+.2f} ± {:.2f}".format(*measured.difference(scored, stored, masters)))
+    costs.append("weights {:+.2f} ± {:.2f}".format(*_of_store(scored, settings.get("lowmem_weights", "keep"))))
     if "lowmem_state" in settings:
         method = settings["optim"]
         found = measured.difference(scored, Setting(method, settings["lowmem_state"]), Setting(method))
@@ -120,6 +123,18 @@ def loss_costs(settings: Row) -> str:
         )
         costs.append(f"activations {statistics.fmean(100 * (ours[s] / theirs[s] - 1) for s in theirs):+.2f}")
     return ", ".join(costs)
+
+
+def _of_store(scored: Scores, store: str) -> tuple[float, float]:
+    """AdamW's loss with a store of weights against fp32 masters; of stores at rest `weights.jsonl` has it."""
+    if store not in STORES_AT_REST:
+        masters, stored = (Setting("adamw", weights=w, rate_factor=STORE_RATE_FACTOR) for w in ("masters", store))
+        return measured.difference(scored, stored, masters)
+    rows = [r for r in read_rows(RECORDS / "weights.jsonl") if (r["kind"], r["method"]) == ("nothing", "adamw")]
+    found, theirs = ({r["seed"]: r["heldout_loss"] for r in rows if r["store"] == w} for w in (store, "masters"))
+    assert len(found) == 3, store
+    gaps = [100 * (found[seed] / theirs[seed] - 1) for seed in theirs]
+    return statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
 
 
 def fields(settings: Row) -> str:
@@ -144,21 +159,25 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a tiny model, two settings, one length; nothing is written")
+    parser.add_argument(
+        "--only", nargs="+", choices=SETTINGS, metavar="SETTING", help="settings to plan: " + "; ".join(SETTINGS)
+    )
     parser.add_argument("--record", type=Path, default=None, help=f"default: {RECORD.relative_to(RECORDS.parent)}")
     options = parser.parse_args(arguments)
     common = {
         "command": "python scripts/bench/plan_table.py",
         **provenance(PACKAGES),
     }
-    names = [*SETTINGS][:: len(SETTINGS) - 1] if options.toy else [*SETTINGS]
+    names = options.only or ([*SETTINGS][:: len(SETTINGS) - 1] if options.toy else [*SETTINGS])
     path = options.record or (None if options.toy else RECORD)
-    rows: list[dict[str, Any]] = []
+    kept = read_rows(path) if options.only and path is not None else []
+    rows: list[dict[str, Any]] = [row for row in kept if row["setting"] not in names]
     for name in names:
         for tokens in (32,) if options.toy else LENGTHS:
             rows.append(row(name, TOY if options.toy else MODEL, tokens) | common)
             print(f"{name:<52} {tokens:>6} tokens {rows[-1]['peak_bytes'] / 2**30:8.2f} GiB", file=sys.stderr)
             if path is not None:
-                write_rows(path, rows)
+                write_rows(path, sorted(rows, key=lambda row: [*SETTINGS].index(row["setting"])))
     print("\n".join(markdown(read_rows(path) if path is not None else rows)))
     return 0
 
