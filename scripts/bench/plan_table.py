@@ -7,8 +7,8 @@
 Every cell is the peak that `hf_lowmem.planner.plan` predicts: one sequence, all weights trained, bf16 weights,
 computed with in bf16. Nothing ran on a GPU. Beside it stands what the setting costs in loss, as far as it was measured:
 on small Llamas from nothing, one change at a time (`optimizers.jsonl`: stored states against fp32 ones, bf16 weights
-against fp32 masters, `weights.jsonl` int8 ones; `activations.jsonl`: tiers against HuggingFace's activations). Costs of several changes were not
-measured together, nor one method against another.
+against fp32 masters, `weights.jsonl`: int8 weights against them; `activations.jsonl`: tiers against HuggingFace's
+activations). Costs of several changes were not measured together, nor one method against another.
 
 max_position_embeddings is Llama 3.1's at every length, because Llama 3's 8,192 would end before the longest; memory
 does not depend on it. What bitsandbytes' CUDA code has of temporaries is not measured, and not in its rows.
