@@ -44,7 +44,7 @@ MEMORY = {
     "ours: AdamW, checkpointing": "`adamw` with `8bit` states, checkpointing",
     "ours: APOLLO, checkpoint_fp8": "`apollo` with `8bit` states, `checkpoint_fp8`",
     "ours: APOLLO, checkpoint_fp8, step in backward": "the same, step in backward",
-    "ours: APOLLO-Mini, scale, int8 weights, in backward": "`apollo_mini`, `scale` at both ends, `int8_sr`, in backward",
+    "ours: APOLLO-Mini, scale, int8 weights, in backward": "`apollo_mini`, ends by `scale`, `int8_sr`, in backward",
 }
 
 
