@@ -10,14 +10,11 @@ from torch import nn
 from hf_lowmem.matmul.frozen import agree, keep_codes, why_whole
 from hf_lowmem.matmul.linear import Linear8, why_not
 from hf_lowmem.matmul.products import RECIPES
-from hf_lowmem.matmul.spec import LEAST, MatmulSpec
+from hf_lowmem.matmul.spec import CAPABILITY, LEAST, MatmulSpec
 from hf_lowmem.memory import human_bytes
 from hf_lowmem.patching import forwards_of
 
 __all__ = ["OwnedProducts", "ProductReport", "code_frozen", "products_of"]
-
-# Compute capability of NVIDIA's GPUs from which there are 8-bit products, by format.
-CAPABILITY = {"e4m3": (8, 9), "int8": (7, 5)}
 
 
 @dataclass
@@ -84,7 +81,7 @@ def products_of(
         why = why_not(module, spec.recipe, least)
         sizes[name] = math.prod(getattr(module, f, 0) for f in ("in_features", "out_features"))
         if why is None:
-            _check_device(module, said, RECIPES[spec.recipe].fmt)
+            _check_device(module, said, spec.recipe)
             report.handled.append(name)
         else:
             report.left[name] = why
@@ -108,17 +105,17 @@ def products_of(
     return report
 
 
-def _check_device(module: nn.Module, said: str, fmt: str) -> None:
+def _check_device(module: nn.Module, said: str, recipe: str) -> None:
     device = next(module.parameters()).device
     if device.type != "cuda" or torch._C._len_torch_dispatch_stack() or not torch.cuda.is_available():
         return  # a CPU has the reference, and a simulated device no capability
     found = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and found < CAPABILITY[fmt]:
-        other = "int8_row" if fmt == "e4m3" and found >= CAPABILITY["int8"] else None
+    if torch.version.hip is None and found < CAPABILITY[recipe]:
+        other = next((name for name, least in CAPABILITY.items() if found >= least), None)
         remedy = f"Set lowmem_matmul={other!r}, or leave it unset" if other else "Leave it unset"
         raise ValueError(
             f"{said}: {torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and such "
-            f"products need {CAPABILITY[fmt][0]}.{CAPABILITY[fmt][1]}. {remedy}."
+            f"products need {CAPABILITY[recipe][0]}.{CAPABILITY[recipe][1]}. {remedy}."
         )
 
 

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from hf_lowmem.specs import check_choice, check_integer
 
-__all__ = ["LEAST", "MATMULS", "MatmulSpec"]
+__all__ = ["CAPABILITY", "LEAST", "MATMULS", "MatmulSpec"]
 
-MATMULS = ("fp8_row", "fp8_tensor", "int8_row")
+# Compute capability of NVIDIA's GPUs from which there are such products.
+CAPABILITY = {"fp8_row": (8, 9), "fp8_tensor": (8, 9), "int8_row": (7, 5)}
+MATMULS = tuple(CAPABILITY)
 # Tokens and width below which codes cost more than 8-bit products save. Modelled: see hf_lowmem/matmul/README.md.
 LEAST = 2048
 

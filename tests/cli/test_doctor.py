@@ -166,6 +166,7 @@ def test_on_a_cpu_its_own_kernels_are_compared(
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["settings"]["on a CPU runs"] == "kernels compiled by numba"
+    assert found["settings"]["lowmem_matmul"] == "runs on a CPU by references, slower than plain products"
     rows = found["kernels"]["rows"]
     assert {row["kernel"] for row in rows} == {name for name, kernel in KERNELS.items() if kernel.cpu}
     assert all(row["cases"] > 0 and not row["wrong"] for row in rows)
@@ -204,3 +205,20 @@ def test_every_kernel_has_a_size_at_which_it_is_timed() -> None:
     adamw = found["adamw_step", "8bit, bf16_sr"](CPU)
     n = 128 * 256  # a gradient, and weight, codes and scalars twice: 2 + 2 * (2 + 2 + bytes of scalars)
     assert 10 * n < bytes_moved(KERNELS["adamw_step"], adamw, None) < 10.5 * n
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [
+        ([(9, 0)], "fp8_row, fp8_tensor, int8_row"),
+        ([(8, 9), (8, 0)], "int8_row"),
+        ([(7, 0)], "no GPU here has such products"),
+    ],
+)
+def test_products_in_8_bits_are_those_of_the_least_device(
+    capabilities: list[tuple[int, int]], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    assert surroundings.products() == said

@@ -12,6 +12,7 @@ import hf_lowmem
 from hf_lowmem.kernels.choice import VARIABLE
 from hf_lowmem.kernels.proof import cache_folder, driver_version
 from hf_lowmem.kernels.registry import INSTALL, has_numba
+from hf_lowmem.matmul.spec import CAPABILITY
 from hf_lowmem.memory.free import free_and_total
 
 # Distribution → what a user does without who does without it. In the order in which they are missed.
@@ -51,10 +52,21 @@ def surroundings() -> dict[str, Any]:
         "settings": {
             VARIABLE: os.environ.get(VARIABLE, "auto"),
             "on a CPU runs": "kernels compiled by numba" if has_numba() else f"the reference ({INSTALL} for kernels)",
+            "lowmem_matmul": products(),
             "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "0"),
             "kernels proved, remembered in": remembered_in(),
         },
     }
+
+
+def products() -> str:
+    """Products in 8 bits that every GPU here has, in words."""
+    if not torch.cuda.is_available():
+        return "runs on a CPU by references, slower than plain products"
+    if torch.version.hip is not None:
+        return "not known of AMD's GPUs before it is tried"
+    found = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(name for name, least in CAPABILITY.items() if found >= least) or "no GPU here has such products"
 
 
 def devices() -> list[dict[str, Any]]:
