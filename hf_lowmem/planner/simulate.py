@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,9 +34,11 @@ from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
 from hf_lowmem.planner.step import EVALUATION, IMPLEMENTATIONS, MICRO_BATCHES, STEPS, simulate_step
 from hf_lowmem.planner.words import assumed, in_words
-from hf_lowmem.specs import STORES_AT_REST, check_choice, check_integer
+from hf_lowmem.specs import STORES_AT_REST, OptimSpec, check_choice, check_integer
 
 __all__ = ["CUDA_CONTEXT", "Plan", "Point", "config_and_dtype", "plan"]
+
+T = TypeVar("T")
 
 # What a process takes of a GPU before its first tensor: driver, kernels, cuBLAS's workspaces. Not measured: a round
 # number for today's cards. It lies outside of the allocator, and so of `peak_bytes`.
@@ -182,13 +184,15 @@ class _Job:
         self.shapes = whole
         return made, stack, depths
 
-    def whole_shapes(self, stack: str, args: Any = None) -> list[Shape]:
-        """The parameters of the whole model, which a model on the meta device has without weighing anything."""
-        args = args or self.args
-        matmul = None if self.gathered else args.lowmem_matmul_spec()
+    def whole_shapes(self, stack: str, spec: OptimSpec | None = None) -> list[Shape]:
+        """The parameters of the whole model, which a model on the meta device has without weighing anything; `spec`:
+        of an optimizer that puts them to rest, if not the simulated one does."""
+        matmul = None if self.gathered else self.args.lowmem_matmul_spec()
         model = meta_model(self.config, self.dtype, self.peft_config, self.quantization, matmul)
-        if args.lowmem_weights in STORES_AT_REST:
-            rest(args.lowmem_optim_spec(), model)
+        if spec is None and self.args.lowmem_weights in STORES_AT_REST:
+            spec = self.args.lowmem_optim_spec()
+        if spec is not None:
+            rest(spec, model)
         return shapes_of(model, stack)
 
 
@@ -270,15 +274,14 @@ def plan(
     except NotLinear:
         moments, stack, depths = job.in_full()
     if parallel is not None:
-        mixed = args.bf16 or args.fp16
         moments = spread(
             moments,
             job.shapes,
             world=world_size,
             parallel=parallel,
-            mixed=mixed,
+            mixed=args.bf16 or args.fp16,
             accumulates=args.gradient_accumulation_steps > 1,
-            kept=job.whole_shapes(stack, args) if rests else (),
+            kept=job.whole_shapes(stack, args.lowmem_optim_spec()) if rests else (),
         )
     moments = [_with_prefetched(m, method.shape(args), args.gradient_accumulation_steps) for m in moments]
     top = highest(moments)
@@ -300,10 +303,10 @@ def plan(
     )
 
 
-def _awake(args: Any) -> Any:
+def _awake(args: T) -> T:
     """The same settings with plain bf16 weights: as layers run, and an update rounds, whose weights FSDP2 gathers."""
     plain = copy.copy(args)
-    plain.lowmem_weights = "bf16_sr"
+    vars(plain)["lowmem_weights"] = "bf16_sr"
     return plain
 
 

@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours: APOLLO-Mini, scale, in backward": EIGHT_BIT
     | SMALLEST
     | {"optim": "apollo_mini", "lowmem_embeddings": "scale"},
-    "ours: APOLLO-Mini, scale, int8 weights, in backward": EIGHT_BIT
+    "ours: APOLLO-Mini, scale, int8, in backward": EIGHT_BIT
     | SMALLEST
     | {"optim": "apollo_mini", "lowmem_embeddings": "scale", "lowmem_weights": "int8_sr"},
 }
