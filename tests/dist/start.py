@@ -6,6 +6,7 @@ processes meet is made after the fork, by the parent, at a port that is free, as
 """
 
 import gc
+import importlib
 import os
 import runpy
 import sys
@@ -51,13 +52,16 @@ def start(processes: int, module: str, words: list[str]) -> int:
     return failed
 
 
-def main() -> int:
-    import importlib
-
+def preload() -> None:
+    """Import once what every process needs."""
     for name in PRELOAD:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the end of each training collects, and would walk through all that was imported
+
+
+def main() -> int:
+    preload()
     return start(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
 
 

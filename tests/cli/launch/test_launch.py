@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from hf_lowmem.cli.main import main
 from hf_lowmem.training import section
 
 ROOT = Path(__file__).parents[3]
+COMMAND = ("hf_lowmem.cli.main", "launch")
 WORKER = ["-m", "hf_lowmem.cli.worker"]
 WITHOUT_A_FILE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 FILES = sorted((ROOT / "integrations" / "accelerate").glob("*.yaml"))
@@ -34,10 +36,12 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 """
 
 
-def run(*arguments: str, seconds: int = 3600, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, command: Sequence[str] = COMMAND, seconds: int = 3600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [sys.executable, "-m", "hf_lowmem.cli.main", "launch", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
+    words = [sys.executable, "-m", *command, *arguments]
+    return subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
