@@ -5,14 +5,13 @@ one process imports them and forks, before anything has been computed. The varia
 processes meet is made after the fork, by the parent, at a port that is free, as torchrun's agent does it.
 """
 
-import gc
-import importlib
 import os
 import runpy
 import sys
 from datetime import timedelta
 
-PRELOAD = ("torch", "torch.distributed.tensor", "transformers.trainer", "accelerate", "trl", "datasets")
+from tests.dist.imported import preload
+
 SECONDS = 3600
 
 
@@ -50,14 +49,6 @@ def start(processes: int, module: str, words: list[str]) -> int:
             for other in ranks:
                 os.kill(other, 15)
     return failed
-
-
-def preload() -> None:
-    """Import once what every process needs."""
-    for name in PRELOAD:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # the end of each training collects, and would walk through all that was imported
 
 
 def main() -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed.run
 
 from hf_lowmem.cli.main import main
-from tests.dist.start import preload, start
+from tests.dist.imported import preload
+from tests.dist.start import start
 
 
 def fork(options: Any) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +15,9 @@ from accelerate.commands import launch as accelerate_launch
 
 from hf_lowmem.cli.main import main
 from hf_lowmem.training import section
+from tests.dist.imported import run_module
 
 ROOT = Path(__file__).parents[3]
-COMMAND = ("hf_lowmem.cli.main", "launch")
 WORKER = ["-m", "hf_lowmem.cli.worker"]
 WITHOUT_A_FILE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 FILES = sorted((ROOT / "integrations" / "accelerate").glob("*.yaml"))
@@ -37,11 +36,13 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 
 
 def run(
-    *arguments: str, command: Sequence[str] = COMMAND, seconds: int = 3600, **environment: str
+    *arguments: str, forked: bool = False, seconds: int = 3600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    words = [sys.executable, "-m", *command, *arguments]
-    return subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
+    if forked:
+        return run_module("tests.cli.launch.forked", arguments, env, seconds)
+    command = [sys.executable, "-m", "hf_lowmem.cli.main", "launch", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

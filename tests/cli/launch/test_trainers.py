@@ -10,7 +10,7 @@ FSDP2 on a CPU takes a patch of accelerate, tests/dist/fsdp_on_cpu.py, inside th
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from tests.cli.launch.cases import (
     save_rows,
     train,
 )
-from tests.cli.launch.test_launch import COMMAND, ROOT, run
+from tests.cli.launch.test_launch import ROOT, run
 from tests.dist.net import apart
 
 FILES = {"ddp": "cpu.yaml", "fsdp2": "fsdp2.yaml"}
@@ -71,7 +71,7 @@ def alone(base: Path, tokenizer: Any) -> Alone:
     return trained
 
 
-def launched(base: Path, label: str, file: Path, cases: list[Case], command: Sequence[str] = COMMAND) -> Path:
+def launched(base: Path, label: str, file: Path, cases: list[Case], forked: bool = False) -> Path:
     """The folder of what two processes made of the cases."""
     folder = base / label
     folder.mkdir()
@@ -86,7 +86,7 @@ def launched(base: Path, label: str, file: Path, cases: list[Case], command: Seq
         "--flag",
         "of it",
     ]
-    done = run("--config_file", str(file), "--main_process_port", "0", *script, command=command)
+    done = run("--config_file", str(file), "--main_process_port", "0", *script, forked=forked)
     # gloo may complain when the processes end, after everything has passed: the files say what counts.
     missing = [case.name for case in cases if not (folder / f"{case.name}.pt").exists()]
     assert not missing, (missing, done.stderr[-6000:])
@@ -120,8 +120,7 @@ def check(case: Case, folder: Path, alone: Alone) -> None:
 def test_two_launched_processes_train_as_one(engine: str, base: Path, alone: Alone) -> None:
     """The section of the file is in each process, too, and decides where nothing else is set."""
     cases = [Case.named(name) for name in CASES]
-    command = ("tests.cli.launch.forked",) if engine == "fsdp2" else COMMAND
-    folder = launched(base, engine, ROOT / "integrations" / "accelerate" / FILES[engine], cases, command)
+    folder = launched(base, engine, ROOT / "integrations" / "accelerate" / FILES[engine], cases, engine == "fsdp2")
     for case in cases:
         check(case, folder, alone)
 
