@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from hf_lowmem.cli.dpo import FirstStage
 from hf_lowmem.cli.main import main
 from hf_lowmem.codecs import codec_pair
 from tests.conftest import tiny_llama
+from tests.dist.imported import run_module
 from tests.training.test_trainers import pair_data
 
 ROOT = Path(__file__).parent.parent
@@ -59,9 +58,7 @@ AS_SCRIPTS = list({script_of(config): config for config in reversed(CONFIGS)}.va
 
 def run(script: str, *flags: str) -> None:
     """A script of ours, in a process of its own."""
-    program = [sys.executable, str(ROOT / "scripts" / script)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*program, *flags], capture_output=True, text=True, check=False, env=env)
+    done = run_module(f"scripts.{script.removesuffix('.py')}", flags, os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,10 +1,7 @@
 """Converted models under DDP and FSDP2, two processes over gloo: gradients are those of the plain model."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +17,7 @@ from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.matmul.sampled import OwnedSamples
 from hf_lowmem.specs import STREAMED, ActivationSpec
 from tests.activations.models import batch, build
-
-ROOT = Path(__file__).parents[2]
+from tests.dist.imported import run_module
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -153,8 +149,7 @@ CASES = [
 @pytest.mark.train
 @pytest.mark.dist
 def test_ddp_and_fsdp2() -> None:
-    command = [sys.executable, "-m", "tests.dist.start", "2", __name__]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, check=False)
+    done = run_module("tests.dist.start", ["2", __name__])
     # gloo may end a process with "terminate called without an active exception" after everything has passed
     assert all(f"passed {' '.join(case)}" in done.stdout for case in CASES), done.stdout + done.stderr[-4000:]
 

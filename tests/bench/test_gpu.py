@@ -198,10 +198,11 @@ def test_every_whole_step_can_be_planned() -> None:
     assert found["apollo_mini 8bit bf16_sr"] < 1
 
 
-@pytest.mark.train
-def test_without_a_device_the_real_sizes_are_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/bench/gpu_once.py", "roof", "--record", str(tmp_path / "gpu.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path))
-    assert done.returncode == 2
-    assert "no CUDA device is visible" in done.stderr
+def test_without_a_device_the_real_sizes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_once.main(["roof", "--record", str(tmp_path / "gpu.jsonl")])
+    assert "no CUDA device is visible" in capsys.readouterr().err
     assert not (tmp_path / "gpu.jsonl").exists()

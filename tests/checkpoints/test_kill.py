@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.dist.imported import run_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,12 +19,10 @@ ROOT = Path(__file__).parents[2]
     [(2, "bf16_sr"), *(pytest.param(20, weights, marks=pytest.mark.slow) for weights in ("bf16_sr", "int8_sr"))],
 )
 def test_a_killed_run_ends_in_the_same_bits(kills: int, weights: str) -> None:
-    command = [sys.executable, "scripts/stress/kill_resume.py", "--kills", str(kills), "--seed", "7"]
-    command += ["--weights", weights]
+    words = ["--kills", str(kills), "--seed", "7", "--weights", weights]
     if kills < 8:
-        command += ["--method", "adamw"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=7200)
+        words += ["--method", "adamw"]
+    done = run_module("scripts.stress.kill_resume", words, os.environ | {"OMP_NUM_THREADS": "1"}, seconds=7200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(
         rf"^{kills} kills, \d+ of them inside a save; \d+ runs, 0 that ended in other bits$", done.stdout, re.M

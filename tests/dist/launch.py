@@ -2,12 +2,11 @@
 
 import itertools
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.dist.imported import run_module
+
 BETWEEN = "--"
 
 
@@ -25,12 +24,12 @@ def launch_jobs(
     gloo may end a process with "terminate called without an active exception" after everything has passed, so the exit
     code says nothing: "passed all" is the last word of each job.
     """
-    several = ["-m", "tests.dist.start", str(processes)]
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    run = [sys.executable, *(several if processes > 1 else ["-m"]), module]
     words = [word for job in jobs for word in (*job, BETWEEN)][:-1]
-    env = os.environ | (alone if processes == 1 else {})
-    done = subprocess.run([*run, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
+    if processes > 1:
+        done = run_module("tests.dist.start", [str(processes), module, *words], seconds=seconds)
+    else:
+        done = run_module(module, words, os.environ | alone, seconds)
     found: list[list[str]] = [[]]
     for line in done.stdout.splitlines():
         if line.startswith("passed "):

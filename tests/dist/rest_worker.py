@@ -32,7 +32,8 @@ from hf_lowmem.weights import SIDE_FILE, at_rest, expect_scales, resting, wake, 
 from tests.cli.launch.cases import fresh_engine
 from tests.conftest import tiny_llama
 from tests.dist import fsdp_on_cpu
-from tests.dist.launch import ROOT, run_jobs
+from tests.dist.imported import ROOT
+from tests.dist.launch import run_jobs
 from tests.dist.net import apart
 from tests.dist.trainer_worker import data
 from tests.dist.worker import ELEMENTWISE, report

@@ -5,13 +5,13 @@ one process imports them and forks, before anything has been computed. The varia
 processes meet is made after the fork, by the parent, at a port that is free, as torchrun's agent does it.
 """
 
-import gc
 import os
 import runpy
 import sys
 from datetime import timedelta
 
-PRELOAD = ("torch", "torch.distributed.tensor", "transformers.trainer", "accelerate", "trl", "datasets")
+from tests.dist.imported import preload
+
 SECONDS = 3600
 
 
@@ -52,12 +52,7 @@ def start(processes: int, module: str, words: list[str]) -> int:
 
 
 def main() -> int:
-    import importlib
-
-    for name in PRELOAD:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # the end of each training collects, and would walk through all that was imported
+    preload()
     return start(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
 
 

@@ -15,6 +15,7 @@ from accelerate.commands import launch as accelerate_launch
 
 from hf_lowmem.cli.main import main
 from hf_lowmem.training import section
+from tests.dist.imported import run_module
 
 ROOT = Path(__file__).parents[3]
 WORKER = ["-m", "hf_lowmem.cli.worker"]
@@ -34,8 +35,12 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 """
 
 
-def run(*arguments: str, seconds: int = 3600, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, forked: bool = False, seconds: int = 3600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    if forked:
+        return run_module("tests.cli.launch.forked", arguments, env, seconds)
     command = [sys.executable, "-m", "hf_lowmem.cli.main", "launch", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
 

@@ -1,8 +1,9 @@
 """SFT, DPO and a plugin's loop under `hf-lowmem launch`: two processes, DDP and FSDP2, train as one process does.
 
 A launch costs more than the trainings in it, so each starts the processes once, for many cases: see train_cases.py. By
-default FSDP2's file runs, with every kind of trainer and every tier; DDP's and the whole product are slow, and DDP
-without this launcher trains in tests/preference/reference/test_distributed.py.
+default FSDP2's file runs, with every kind of trainer and every tier, in processes that are forked where torchrun would
+start them (forked.py); DDP's and the whole product are slow and start them with torchrun, and DDP without this launcher
+trains in tests/preference/reference/test_distributed.py.
 FSDP2 on a CPU takes a patch of accelerate, tests/dist/fsdp_on_cpu.py, inside the processes.
 """
 
@@ -70,7 +71,7 @@ def alone(base: Path, tokenizer: Any) -> Alone:
     return trained
 
 
-def launched(base: Path, label: str, file: Path, cases: list[Case]) -> Path:
+def launched(base: Path, label: str, file: Path, cases: list[Case], forked: bool = False) -> Path:
     """The folder of what two processes made of the cases."""
     folder = base / label
     folder.mkdir()
@@ -85,7 +86,7 @@ def launched(base: Path, label: str, file: Path, cases: list[Case]) -> Path:
         "--flag",
         "of it",
     ]
-    done = run("--config_file", str(file), "--main_process_port", "0", *script)
+    done = run("--config_file", str(file), "--main_process_port", "0", *script, forked=forked)
     # gloo may complain when the processes end, after everything has passed: the files say what counts.
     missing = [case.name for case in cases if not (folder / f"{case.name}.pt").exists()]
     assert not missing, (missing, done.stderr[-6000:])
@@ -119,7 +120,7 @@ def check(case: Case, folder: Path, alone: Alone) -> None:
 def test_two_launched_processes_train_as_one(engine: str, base: Path, alone: Alone) -> None:
     """The section of the file is in each process, too, and decides where nothing else is set."""
     cases = [Case.named(name) for name in CASES]
-    folder = launched(base, engine, ROOT / "integrations" / "accelerate" / FILES[engine], cases)
+    folder = launched(base, engine, ROOT / "integrations" / "accelerate" / FILES[engine], cases, engine == "fsdp2")
     for case in cases:
         check(case, folder, alone)
 

@@ -1,19 +1,15 @@
 """Two processes give the losses of one, whatever the reference is."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.dist.imported import run_module
 from tests.preference.reference.runs import data
 from tests.preference.reference.worker import RUNS, main
 
 pytestmark = [pytest.mark.dist, pytest.mark.train]
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
     for world in ("1", "2"):
         (base / world).mkdir()
     main(base / "1", 4)
-    command = [sys.executable, "-m", "tests.dist.start", "2", "tests.preference.reference.worker", str(base / "2"), "4"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=3600)
+    done = run_module("tests.dist.start", ["2", "tests.preference.reference.worker", str(base / "2"), "4"])
     files = {"1": ["found-0.json"], "2": ["found-0.json", "found-1.json"]}
     # gloo may complain when the processes end, after everything has passed: the files say what counts.
     assert all((base / "2" / name).exists() for name in files["2"]), done.stderr[-3000:]
