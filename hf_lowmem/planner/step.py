@@ -30,10 +30,11 @@ from trl.trainer import dpo_trainer
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
-from hf_lowmem.optim import ALL_METHODS, StepInBackward, chunked
+from hf_lowmem.optim import ALL_METHODS, StepInBackward, base, chunked
 from hf_lowmem.optim.accumulator import CODES, SCALE
 from hf_lowmem.optim.state import WINDOW
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
+from hf_lowmem.planner.again import logged_once
 from hf_lowmem.planner.allocations import INSTEAD, CannotSimulate, Live
 from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
@@ -319,6 +320,7 @@ def simulate_step(
         stack.enter_context(mock.patch.object(dpo_trainer, "create_model_from_path", reference))
         stack.enter_context(mock.patch.object(dpo_trainer, "hash_module", return_value="unknown"))
         stack.enter_context(mock.patch.object(chunked, "each_of", _some_of))
+        stack.enter_context(mock.patch.object(base, "step_by_loop", logged_once(base.step_by_loop, live)))
         if gathered:
             stack.enter_context(mock.patch.object(StepInBackward, "whole_only", return_value=GATHERED))
             stack.enter_context(mock.patch.object(multiplying, "whole_under", return_value="frozen, and sharded"))
