@@ -6,7 +6,6 @@ rule. The first is run and its sequence kept; for the others it is written into 
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 from torch import Tensor
 
@@ -47,5 +46,5 @@ def _kind(method: Method, p: Tensor, slot: Slot, finite: Tensor | None) -> Hasha
     return id(method), type(p), _layout(p), _layout(p.grad), state, of_slot, finite is None
 
 
-def _layout(value: Any) -> Hashable:
+def _layout(value: object) -> Hashable:
     return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else type(value)

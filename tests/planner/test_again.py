@@ -1,7 +1,6 @@
 """Updates that a plan logs once for all that are alike: the log is that of running every one."""
 
 import tempfile
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +13,7 @@ from hf_lowmem.planner.methods import method_of
 from tests.planner.real import small_config
 
 Log = tuple[object, ...]
-SETTINGS: list[Any] = [
+SETTINGS = [
     ("apollo", "8bit", "int8_sr", True),
     ("galore", "int4", "bf16_sr", True),
     ("adamw", "int4", "bf16_ecc", False),
