@@ -181,8 +181,8 @@ class Live(TorchDispatchMode):
         return {row for t in tensors if (row := self.row_of(t)) is not None}
 
     def events(self, first: int, began: int) -> list[tuple[int, int, int]] | None:
-        """Births and deaths since the clock was `began` and there were `first` rows, in order: (bytes, width, -1) for a birth, and
-        (0, 0, row after `first`) for a death. None where a row outlives it, or one of before has died."""
+        """Births and deaths since the clock was `began` and there were `first` rows: (bytes, width, -1) for a
+        birth, and (0, 0, row after `first`) for a death. None where a row outlives it, or one of before has died."""
         rows = range(first, len(self.births))
         found = {self.births[row]: (self.sizes[row], self.widths[row], -1) for row in rows}
         found |= {self.deaths[row]: (0, 0, row - first) for row in rows}
