@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
 from transformers import AutoTokenizer, Trainer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -20,9 +21,13 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 import hf_lowmem
 from hf_lowmem.cli.parsing import Parser
 from hf_lowmem.cli.wrong import WrongCommand
+from hf_lowmem.specs import check_integer, check_number
 from hf_lowmem.training.callbacks import LowMemCallback
 
 Given = dict[str, Any]  # keyword arguments of a trainer
+
+# Which transformers and TRL take as they are, to fail in words of a data loader, or to train on nothing.
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
 
 
 def train(
@@ -78,8 +83,14 @@ def _named(field: str, value: str) -> Iterator[None]:
     """Errors of what loads something begin with the field that asked for it."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()
+    except (
+        OSError,
+        ValueError,
+        StopIteration,
+        DatasetGenerationError,
+    ) as error:  # of no rows, of rows that are no JSON
+        found = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        first = ["it has no rows."] if isinstance(error, StopIteration) else str(found).strip().splitlines()
         raise ValueError(
             f"{field}={value!r}: {first[0] if first else type(error).__name__} Give a name on the hub, or a folder."
         ) from error
@@ -141,6 +152,11 @@ def _made(trainer_class: Callable[..., Trainer], given: Given) -> Trainer:
 
 def _loaded(script_args: ScriptArguments, training_args: Any, model_args: ModelConfig) -> Given:
     """The keyword arguments of a trainer."""
+    for name in COUNTS:
+        if (value := getattr(training_args, name, None)) is not None:
+            check_integer(name, value, low=1)
+    if training_args.max_steps <= 0:
+        check_number("num_train_epochs", training_args.num_train_epochs, low=0.0, low_open=True)
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path is not set: give a model's name on the hub, or its folder: --model_name_or_path MODEL."

@@ -12,6 +12,8 @@ print(search("path/to/config.json", LowMemSFTConfig("out"), budget="24GiB", dtyp
     simulate    plan(): the question, and the answer as a Plan
     step        the real trainer, taking two steps on fake tensors
     allocations the log of every storage: when it is born, when it dies
+    again       updates that are alike, logged once
+    quiet       a simulated run leaves no trace in the process
     parts       what each storage is, and the bytes of each part over time
     moments     the step as a list of moments; deep models from shallow ones
     parallel    several processes, as a formula

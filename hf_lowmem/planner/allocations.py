@@ -180,6 +180,29 @@ class Live(TorchDispatchMode):
     def rows_of(self, tensors: Iterable[Tensor]) -> set[int]:
         return {row for t in tensors if (row := self.row_of(t)) is not None}
 
+    def events(self, first: int, began: int) -> list[tuple[int, int, int]] | None:
+        """Births and deaths since the clock was `began` and there were `first` rows: (bytes, width, -1) for a
+        birth, and (0, 0, row after `first`) for a death. None where a row outlives it, or one of before has died."""
+        rows = range(first, len(self.births))
+        found = {self.births[row]: (self.sizes[row], self.widths[row], -1) for row in rows}
+        found |= {self.deaths[row]: (0, 0, row - first) for row in rows}
+        return [found[at] for at in sorted(found)] if found.keys() == set(range(began + 1, self.clock + 1)) else None
+
+    def repeat(self, events: list[tuple[int, int, int]]) -> None:
+        """The same again, here and now."""
+        first = len(self.births)
+        for size, width, row in events:
+            self.clock += 1
+            if row >= 0:
+                self.deaths[first + row] = self.clock
+                continue
+            for column, value in zip(
+                (self.births, self.deaths, self.sizes, self.owners, self.widths),
+                (self.clock, -1, size, self._place, width),
+                strict=True,
+            ):
+                column.append(value)
+
     def phase(self, name: str) -> None:
         """A new part of the step begins."""
         self.marks.append((self.clock, name))

@@ -12,37 +12,33 @@ would repeat the last.
 
 import contextlib
 import copy
-import logging
-import os
-import random
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
 
-import numpy
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from datasets import Dataset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl.trainer import dpo_trainer
 
 from hf_lowmem.activations.detect import find_stack
 from hf_lowmem.memory.count import tensors_in
-from hf_lowmem.optim import ALL_METHODS, StepInBackward, chunked
+from hf_lowmem.optim import ALL_METHODS, StepInBackward, base, chunked
 from hf_lowmem.optim.accumulator import CODES, SCALE
 from hf_lowmem.optim.state import WINDOW
 from hf_lowmem.planner.accelerator import as_on_accelerator, as_on_cpu, as_with_real_tensors
+from hf_lowmem.planner.again import logged_once
 from hf_lowmem.planner.allocations import INSTEAD, CannotSimulate, Live
 from hf_lowmem.planner.four_bit import state_of
 from hf_lowmem.planner.models import Shape, make_model, shapes_of, token_maker
+from hf_lowmem.planner.quiet import quiet
 from hf_lowmem.preference.sharing import check
 from hf_lowmem.training import multiplying
 from hf_lowmem.training.head import GATHERED
@@ -286,54 +282,6 @@ def _some_of(parts: Sequence[chunked.Part]) -> list[chunked.Part]:
     return [*parts[:2], *parts[2:][-1:]]
 
 
-# By what accelerate and torch know that there are other processes, or an engine.
-LAUNCHED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_DEEPSPEED",
-)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Context that leaves no trace of a simulated run: random streams, singletons of accelerate, warnings, log levels.
-
-    Inside, this is one process, whatever launched it.
-    """
-    states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
-    before = [dict(state) for state in states]
-    randoms = random.getstate(), numpy.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    verbosity = transformers_logging.get_verbosity()
-    ours = logging.getLogger("hf_lowmem")
-    level = ours.level
-    launched = {name: value for name in LAUNCHED if (value := os.environ.pop(name, None)) is not None}
-    try:
-        ours.setLevel(logging.ERROR)
-        for state in states:
-            state.clear()
-        PartialState(cpu=True)
-        transformers_logging.set_verbosity_error()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.environ.update(launched)
-        ours.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        for state, values in zip(states, before, strict=True):
-            state.clear()
-            state.update(values)
-        random.setstate(randoms[0])
-        numpy.random.set_state(randoms[1])  # noqa: NPY002
-        torch.set_rng_state(randoms[2])
-
-
 def simulate_step(
     config: PreTrainedConfig,
     args: Any,
@@ -372,6 +320,7 @@ def simulate_step(
         stack.enter_context(mock.patch.object(dpo_trainer, "create_model_from_path", reference))
         stack.enter_context(mock.patch.object(dpo_trainer, "hash_module", return_value="unknown"))
         stack.enter_context(mock.patch.object(chunked, "each_of", _some_of))
+        stack.enter_context(mock.patch.object(base, "step_by_loop", logged_once(base.step_by_loop, live)))
         if gathered:
             stack.enter_context(mock.patch.object(StepInBackward, "whole_only", return_value=GATHERED))
             stack.enter_context(mock.patch.object(multiplying, "whole_under", return_value="frozen, and sharded"))

@@ -56,6 +56,10 @@ WRONG: list[tuple[list[str], tuple[str, ...]]] = [
     ([*SFT, "--optim", "apollo", "--lowmem_step_in_backward"], ("max_grad_norm=1.0", "Set max_grad_norm=0")),
     ([*SFT, "--lowmem_activations", "fp8:0-9"], ("layers 0 to 0", "fp8:0-")),
     ([*SFT, "--optim", "adamw", "--resume_from_checkpoint", "out/gone"], ("out/gone", "checkpoint-N")),
+    ([*SFT, "--per_device_train_batch_size", "0"], ("per_device_train_batch_size=0", "at least 1")),
+    ([*SFT, "--gradient_accumulation_steps", "-1"], ("gradient_accumulation_steps=-1", "at least 1")),
+    ([*SFT, "--max_length", "0"], ("max_length=0", "at least 1")),
+    ([*SFT, "--num_train_epochs", "-1"], ("num_train_epochs=-1.0", "(0, inf)")),
     # what is to be trained, and on what
     (["sft", "--output_dir", "out"], ("model_name_or_path is not set", "--model_name_or_path MODEL")),
     (["sft", "--model_name_or_path", "model", "--output_dir", "out"], ("dataset_name is not set", "train.jsonl")),
@@ -64,6 +68,8 @@ WRONG: list[tuple[list[str], tuple[str, ...]]] = [
         ("model_name_or_path='gone'", "on the hub, or a folder"),
     ),
     ([*SFT, "--dataset_name", "gone"], ("dataset_name='gone'", "a name on the hub, or a folder")),
+    ([*SFT, "--dataset_name", "nothing"], ("dataset_name='nothing'", "no rows")),
+    ([*SFT, "--dataset_name", "broken"], ("dataset_name='broken'", "JSON")),
     ([*SFT, "--dataset_train_split", "trian"], ("'trian'", "train", "Set --dataset_train_split")),
     ([*DPO, "--dataset_name", "texts"], ("no column 'chosen'", "chosen and rejected")),
     ([*SFT, "--dataset_name", "chats"], ("no chat template", "--chat_template_path MODEL", "instruct")),
@@ -110,7 +116,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
         (root / folder / "train.jsonl").write_text("\n".join(json.dumps(row) for _ in range(4)))
     as_text(str(root / "texts"))
     said = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
-    (root / "chats").mkdir()
+    for folder, text in {"chats": "", "nothing": "", "broken": '{"text": "a"\n'}.items():
+        (root / folder).mkdir()
+        (root / folder / "train.jsonl").write_text(text)
     (root / "chats" / "train.jsonl").write_text(
         "\n".join(json.dumps({"messages": said[0], "chosen": said[0], "rejected": said[1]}) for _ in range(4))
     )

@@ -24,11 +24,11 @@ from hf_lowmem.planner.allocations import CannotSimulate
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import METHODS
 from hf_lowmem.planner.models import meta_model
+from hf_lowmem.planner.quiet import quiet
 from hf_lowmem.planner.search.auto import auto_lines
 from hf_lowmem.planner.search.explain import describe
 from hf_lowmem.planner.search.fastest import search
 from hf_lowmem.planner.simulate import CUDA_CONTEXT, config_and_dtype, plan
-from hf_lowmem.planner.step import quiet
 from hf_lowmem.rules.run import fsdp_asked
 from hf_lowmem.rules.table import BY_HAND
 from hf_lowmem.training.arguments import LowMemArguments

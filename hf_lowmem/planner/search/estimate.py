@@ -36,10 +36,11 @@ from hf_lowmem.planner.models import Shape, layer_count, meta_model, period_of, 
 from hf_lowmem.planner.moments import KEPT, ROUNDING, Moment, outline
 from hf_lowmem.planner.parallel import spread
 from hf_lowmem.planner.parts import PARTS, curve_of
+from hf_lowmem.planner.quiet import quiet
 from hf_lowmem.planner.search.space import AS_IS, CHECKPOINTING, Choice, layers_by_tier, policy_fields
 from hf_lowmem.planner.search.updates import Update, Updates
 from hf_lowmem.planner.simulate import CUDA_CONTEXT
-from hf_lowmem.planner.step import quiet, simulate_step
+from hf_lowmem.planner.step import simulate_step
 from hf_lowmem.specs import OPTIMIZER_FIELDS, STORES_AT_REST
 
 __all__ = ["Estimator"]

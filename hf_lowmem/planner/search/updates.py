@@ -33,9 +33,10 @@ from hf_lowmem.planner.allocations import Live
 from hf_lowmem.planner.models import layer_count, make_model, meta_model, period_of, with_depth
 from hf_lowmem.planner.moments import Moment
 from hf_lowmem.planner.parts import PARTS
+from hf_lowmem.planner.quiet import quiet
 from hf_lowmem.planner.search.rested import Rested, rested
 from hf_lowmem.planner.search.space import AS_IS, Choice, policy_fields
-from hf_lowmem.planner.step import STEPS, quiet
+from hf_lowmem.planner.step import STEPS
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec
 
 __all__ = ["Update", "Updates"]
