@@ -8,7 +8,7 @@ fake tensor fails half-way and damages the heap.
 
 from typing import Any
 
-from hf_lowmem.optim import ALL_METHODS
+from hf_lowmem.optim import ALL_METHODS, ZEROTH
 from hf_lowmem.specs import STORES_AT_REST
 
 __all__ = ["check_modelled"]
@@ -63,6 +63,13 @@ def check_modelled(args: Any, *, parallel: str | None = None) -> None:
         raise ValueError(
             f"fsdp={args.fsdp!r} with parallel={parallel!r}: FSDP is planned for several processes. Set world_size to "
             "their number and parallel='fsdp2', or leave fsdp unset."
+        )
+    whole = args.optim in ZEROTH and (ZEROTH[args.optim].STATES or args.lowmem_weights == "bf16_ecc")
+    if parallel == "fsdp2" and whole:
+        raise ValueError(
+            f"optim={args.optim!r} with parallel='fsdp2' cannot be planned where it keeps states or bits beside the "
+            "weights: an update takes a shard whole then, and a plan knows one process's. Plan one process, or "
+            "optim='mezo' with lowmem_weights='bf16_sr'."
         )
     if parallel == "fsdp2" and getattr(args, "lowmem_weights", None) in STORES_AT_REST:
         raise ValueError(

@@ -19,7 +19,8 @@ fsdp2   `fully_shard` on every decoder layer and on the rest, as accelerate does
           reduced together.
         - With gradient accumulation accelerate does not reduce until the last micro-batch (`no_sync`), so that whole
           gradients are kept: sharding saves nothing of them then.
-        - The optimizer's temporaries are those of shards: 1/N of one process's.
+        - The optimizer's temporaries are those of shards: 1/N of one process's. A method of zeroth order, which steps
+          a span of values at a time, has those of one process at most, and is taken to have them.
 """
 
 from collections.abc import Sequence
@@ -39,14 +40,21 @@ BUFFERS = PARTS.index("communication")
 
 
 def spread(
-    moments: Sequence[Moment], shapes: Sequence[Shape], *, world: int, parallel: str, mixed: bool, accumulates: bool
+    moments: Sequence[Moment],
+    shapes: Sequence[Shape],
+    *,
+    world: int,
+    parallel: str,
+    mixed: bool,
+    accumulates: bool,
+    spans: bool = False,
 ) -> list[Moment]:
     """The moments of one of `world` processes. `mixed`: whether bf16 or fp16 is on; `accumulates`: whether a step has
-    several micro-batches."""
+    several micro-batches; `spans`: whether an update goes through a weight a span at a time, as zeroth order does."""
     check_choice("parallel", parallel, PARALLEL)
     check_integer("world_size", world, low=1)
     if parallel == "fsdp2":
-        sharding = _Sharding(shapes, world, mixed, accumulates)
+        sharding = _Sharding(shapes, world, mixed, accumulates, spans)
         return [sharding(moment) for moment in moments]
     buckets = sum(s.nbytes for s in shapes if s.trained) if world > 1 else 0
     made = []
@@ -60,10 +68,10 @@ def spread(
 class _Sharding:
     """FSDP2, as a function of a moment. Called with the moments in the order of the step."""
 
-    def __init__(self, shapes: Sequence[Shape], world: int, mixed: bool, accumulates: bool) -> None:
+    def __init__(self, shapes: Sequence[Shape], world: int, mixed: bool, accumulates: bool, spans: bool) -> None:
         trained = [s for s in shapes if s.trained]
         layers = 1 + max((s.layer for s in shapes if s.layer is not None), default=0)
-        self.accumulates = accumulates
+        self.accumulates, self.spans = accumulates, spans
         self.of_layer = [sum(s.nbytes for s in shapes if s.layer == i) for i in range(layers)]
         self.trained_of_layer = [sum(s.nbytes for s in trained if s.layer == i) for i in range(layers)]
         self.outside = sum(s.nbytes for s in shapes if s.layer is None)
@@ -82,7 +90,7 @@ class _Sharding:
         values[WEIGHTS] += self.weights
         values[STATES] = round(values[STATES] * self.ratio)
         values[GRADIENTS] = round(whole * self.ratio)
-        if moment.phase == "optimizer":
+        if moment.phase == "optimizer" and not self.spans:
             values[TEMPORARIES] = round(values[TEMPORARIES] * self.ratio)
         elif moment.phase == EVALUATION:
             values[BUFFERS] += self.gathered(moment)

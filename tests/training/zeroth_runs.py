@@ -5,12 +5,19 @@ from typing import Any
 
 import torch
 
+from tests.conftest import tiny_llama
+
 RATES = {"zo_sign": 1e-4, "zo_adam": 1e-4, "zo_adamm": 1e-4, "fzoo": 1e-6}
 
 
 def data() -> Any:
     ids = torch.randint(3, 128, (16, 12), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def model() -> Any:
+    """Of an odd number of embeddings, which two processes cannot share evenly."""
+    return tiny_llama(vocab_size=129).double()
 
 
 def settings(folder: Path, optim: str, *, rows: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.distributed import mean_over_processes
+from hf_lowmem.distributed import is_sharded, local, mean_over_processes
 from hf_lowmem.kernels.spans import spans
 from hf_lowmem.optim import slot as slots
 from hf_lowmem.optim.base import LowMemOptimizer
@@ -31,6 +31,7 @@ from hf_lowmem.optim.options import with_rate
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, stream_key
 from hf_lowmem.optim.zeroth.draws import DIRECTIONS
+from hf_lowmem.optim.zeroth.gathered import Gathered
 from hf_lowmem.optim.zeroth.offload import Block, HostLayers, host_layers_of
 from hf_lowmem.optim.zeroth.perturb import Substitution
 from hf_lowmem.optim.zeroth.together import Together
@@ -165,9 +166,11 @@ class ZerothOrder(LowMemOptimizer):
         if self._substitution is None or self._substitution.store is not store:
             params = [p for _, p, _ in self._trained()]
             self._check_offload(store)
-            self._substitution = (
-                Substitution(self.model, params) if store is None else Together(self.model, params, store)
-            )
+            if store is not None:
+                self._substitution = Together(self.model, params, store)
+            else:
+                kind = Gathered if any(map(is_sharded, params)) else Substitution
+                self._substitution = kind(self.model, params)
         return self._substitution
 
     def _check_offload(self, store: HostLayers | None) -> None:
@@ -206,8 +209,8 @@ class ZerothOrder(LowMemOptimizer):
 
     def _values(self, p: nn.Parameter) -> Tensor:
         """The weights of a parameter where a pass wants them: on the device."""
-        block = self._block(p)
-        return p.detach() if block is None else block.near[id(p)]
+        block, near = self._block(p), {} if self._substitution is None else self._substitution.near
+        return near.get(id(p), p.detach()) if block is None else block.near[id(p)]
 
     def _seeds(self, slot: Slot) -> list[int]:
         """Seeds of a parameter's directions in the update that comes next."""
@@ -240,6 +243,9 @@ class ZerothOrder(LowMemOptimizer):
         """
         loss = None if closure is None else self.probe(closure)
         if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            if self._is_rehearsal():
+                self._update_from([0.0] * self.probes)
+                return None
             raise RuntimeError(
                 f"a backward pass has left gradients, and {self.name} has no use for them: it estimates from losses of "
                 "forward passes. Call optimizer.step(lambda: model(**batch).loss) without loss.backward(), or use a "
@@ -255,6 +261,12 @@ class ZerothOrder(LowMemOptimizer):
         self._update_from(self.differences(losses))
         self._skips.end_step()
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this step is torch's, which makes states before a distributed checkpoint fills them: by zeros."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        rates = [with_rate(group)["lr"] for group in self.param_groups]
+        return self._window is None and not self.state and not any(rates) and not any(local(g).any() for g in grads)
 
     def _agreed(self, losses: list[float]) -> list[float]:
         """The mean of some losses over all processes."""
@@ -288,15 +300,16 @@ class ZerothOrder(LowMemOptimizer):
     def _step_one(self, p: Tensor, slot: Slot, group: Group, terms: list[tuple[float, int]]) -> None:
         """One step of a parameter, whose gradient is taken to be the sum of `terms`."""
         good = torch.ones((), dtype=torch.bool, device=p.device)
-        if not can_cut(p, slot):
-            grad = _sum_of(terms, 0, p.numel(), p.device, self.DIRECTION).view(p.shape)
+        here, first = local(p), slot.first()
+        if not can_cut(here, slot) or (slot.sharded and (slot.states or slot.store.corrected)):
+            grad = _sum_of(terms, first, first + here.numel(), p.device, self.DIRECTION).view(here.shape)
             self._skips.add(keep_or_take(self, p, grad, good, slot, group), syncs=slot.syncs)
             return
         allocate(p, slot)
         taken = good
-        for start, stop in spans(p.numel(), UNIT, p.device):
-            weights, part = values_of_part(p, slot, start, stop)
-            grad = _sum_of(terms, start, stop, p.device, self.DIRECTION)
+        for start, stop in spans(here.numel(), UNIT, p.device):
+            weights, part = values_of_part(here, slot, start, stop)
+            grad = _sum_of(terms, first + start, first + stop, p.device, self.DIRECTION)
             taken = taken & keep_or_take(self, weights, grad, good, part, group)
         self._skips.add(taken, syncs=slot.syncs)
 
