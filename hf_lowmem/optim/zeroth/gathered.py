@@ -85,7 +85,8 @@ class Gathered(Substitution):
         """
         make = partial(self._made, make)
         layers = [LayerAt(layer, places, make) for layer, places in self.layers]
-        units = [[UnitAt(m, partial(self._put, places, make, {})) for m in modules] for modules, places in self.units]
+        puts = [(modules, partial(self._put, places, make, {})) for modules, places in self.units]
+        units = [[UnitAt(module, put) for module in modules] for modules, put in puts]
         patches = [*layers, *(patch for unit in units for patch in unit)]
         try:
             for patch in patches:
