@@ -64,6 +64,11 @@ def check_modelled(args: Any, *, parallel: str | None = None) -> None:
             f"fsdp={args.fsdp!r} with parallel={parallel!r}: FSDP is planned for several processes. Set world_size to "
             "their number and parallel='fsdp2', or leave fsdp unset."
         )
+    if args.optim in ZEROTH and "block_layers" in str(getattr(args, "optim_args", None)):
+        raise ValueError(
+            f"optim_args={args.optim_args!r} cannot be planned: a plan has two steps, and each moves another block. "
+            "Plan without block_layers: with it a step takes as much at most."
+        )
     whole = args.optim in ZEROTH and (ZEROTH[args.optim].STATES or args.lowmem_weights == "bf16_ecc")
     if parallel == "fsdp2" and whole:
         raise ValueError(

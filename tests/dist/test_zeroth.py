@@ -11,10 +11,14 @@ from hf_lowmem.training.mixin import LowMemTrainer
 from tests.dist.launch import launch
 from tests.training.zeroth_runs import data, model, settings
 
+PARTS = "mezo:share=0.5,block_layers=1"
+
 
 @pytest.mark.train
 @pytest.mark.dist
-@pytest.mark.parametrize("methods", [["mezo"], pytest.param(list(ZEROTH), marks=pytest.mark.slow)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    "methods", [["mezo"], pytest.param([*ZEROTH, PARTS], marks=pytest.mark.slow)], ids=["one", "all"]
+)
 def test_two_processes_are_one(methods: list[str], tmp_path: Path) -> None:
     """The processes have the same bits. One process differs by the rounding of a loss of 4.8 in fp32, 2**-22, over a
     perturbation of 1e-3: 2.4e-4 of a slope of 1 a step."""

@@ -62,6 +62,8 @@ def test_zeroth_order_is_planned_under_fsdp2() -> None:
     for more in ({"optim": "zo_adam"}, {"lowmem_weights": "bf16_ecc"}):
         with pytest.raises(ValueError, match="takes a shard whole"):
             plan(config, arguments(**args | more), **two)
+    with pytest.raises(ValueError, match="each moves another block"):
+        plan(config, arguments(**args, optim_args="block_layers=1"), dtype="bfloat16")
 
 
 def test_fsdp2_gathers_the_layer_the_next_one_and_what_belongs_to_none() -> None:

@@ -138,6 +138,15 @@ class Substitution:
                 "was made for: a wrapper has replaced them. Make the optimizer for the model that is trained."
             )
 
+    def blocks(self, layers: int) -> dict[int, int]:
+        """Number of the block that each parameter is in, by id: `layers` layers are one, what is outside the last."""
+        found: dict[int, int] = {}
+        inside = [(i // layers, places) for i, (_, places) in enumerate(self.layers)]
+        for number, places in [*inside, (len(inside), self.outside)]:
+            for place in places:
+                found.setdefault(id(place.p), number)
+        return found
+
     def run_each(self, function: Callable[[], T], makes: Iterable[Callable[[nn.Parameter], Tensor]]) -> list[T]:
         """Results of `function` at the values that each of `makes` makes; each has the same random numbers."""
         rng = Rng(self.devices)
