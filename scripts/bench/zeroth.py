@@ -13,6 +13,7 @@ states that were there before.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def run(name: str, source: str, passes: int) -> Row:
         return model(**batch, labels=batch["input_ids"]).loss
 
     method, *options = name.split()
-    settings = {option: float(v) if "." in v else int(v) for option, v in (o.split("=") for o in options)}
+    settings = {option: json.loads(value) for option, value in (o.split("=") for o in options)}
     optimizer = make_optimizer(method, model, lr=RATES[name], seed=SEED, **settings)
 
     def step() -> None:
