@@ -211,7 +211,7 @@ class ZerothOrder(LowMemOptimizer):
         return near.get(id(p), p.detach()) if block is None else block.near[id(p)]
 
     def _moving(self) -> list[tuple[Group, nn.Parameter, Slot]]:
-        """What the next update moves: all that is trained, or one block of it after the other."""
+        """Entries of what the next update moves: all that is trained, or one block of it after the other."""
         entries = list(self._trained())
         layers = self._agreed_option("block_layers")
         if not entries or layers is None:
