@@ -102,7 +102,7 @@ class ShardedSlot(Slot):
     def first(self, name: str | None = None) -> int:
         """Place in the whole of the first value that is here: rows above times the values of a row."""
         shape = self.shape if name is None else self.rows[name].shape
-        return self.home.span(shape[0])[0] * shape[1:].numel()
+        return self.home.span(shape[0])[0] * shape[1:].numel() + self.start
 
     def correction(self, here: Tensor) -> Tensor:
         if CORRECTION not in self.raw:

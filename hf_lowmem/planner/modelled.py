@@ -8,7 +8,7 @@ fake tensor fails half-way and damages the heap.
 
 from typing import Any
 
-from hf_lowmem.optim import ALL_METHODS
+from hf_lowmem.optim import ALL_METHODS, ZEROTH
 
 __all__ = ["check_modelled"]
 
@@ -62,6 +62,18 @@ def check_modelled(args: Any, *, parallel: str | None = None) -> None:
         raise ValueError(
             f"fsdp={args.fsdp!r} with parallel={parallel!r}: FSDP is planned for several processes. Set world_size to "
             "their number and parallel='fsdp2', or leave fsdp unset."
+        )
+    if args.optim in ZEROTH and "block_layers" in str(getattr(args, "optim_args", None)):
+        raise ValueError(
+            f"optim_args={args.optim_args!r} cannot be planned: a plan has two steps, and each moves another block. "
+            "Plan without block_layers: with it a step takes as much at most."
+        )
+    whole = args.optim in ZEROTH and (ZEROTH[args.optim].STATES or args.lowmem_weights == "bf16_ecc")
+    if parallel == "fsdp2" and whole:
+        raise ValueError(
+            f"optim={args.optim!r} with parallel='fsdp2' cannot be planned where it keeps states or bits beside the "
+            "weights: an update takes a shard whole then, and a plan knows one process's. Plan one process, or "
+            "optim='mezo' with lowmem_weights='bf16_sr'."
         )
     if (getattr(args, "model_init_kwargs", None) or {}).get("use_kernels"):
         raise ValueError(

@@ -21,7 +21,8 @@ fsdp2   `fully_shard` on every decoder layer and on the rest, as accelerate does
           reduced together.
         - With gradient accumulation accelerate does not reduce until the last micro-batch (`no_sync`), so that whole
           gradients are kept: sharding saves nothing of them then.
-        - The optimizer's temporaries are those of shards: 1/N of one process's.
+        - The optimizer's temporaries are those of shards: 1/N of one process's. A method of zeroth order, which steps
+          a span of values at a time, has those of one process at most, and is taken to have them.
 """
 
 from collections.abc import Sequence
@@ -49,13 +50,15 @@ def spread(
     mixed: bool,
     accumulates: bool,
     kept: Sequence[Shape] = (),
+    spans: bool = False,
 ) -> list[Moment]:
     """The moments of one of `world` processes. `mixed`: whether bf16 or fp16 is on; `accumulates`: whether a step has
-    several micro-batches; `kept`: the parameters as FSDP2's shards keep them, where that is another form."""
+    several micro-batches; `kept`: the parameters as FSDP2's shards keep them, where that is another form; `spans`:
+    whether an update goes through a weight a span at a time, as zeroth order does."""
     check_choice("parallel", parallel, PARALLEL)
     check_integer("world_size", world, low=1)
     if parallel == "fsdp2":
-        sharding = _Sharding(shapes, world, mixed, accumulates, kept)
+        sharding = _Sharding(shapes, world, mixed, accumulates, kept or shapes, spans)
         return [sharding(moment) for moment in moments]
     buckets = sum(s.nbytes for s in shapes if s.trained) if world > 1 else 0
     made = []
@@ -70,17 +73,17 @@ class _Sharding:
     """FSDP2, as a function of a moment. Called with the moments in the order of the step."""
 
     def __init__(
-        self, shapes: Sequence[Shape], world: int, mixed: bool, accumulates: bool, forms: Sequence[Shape] = ()
+        self, shapes: Sequence[Shape], world: int, mixed: bool, accumulates: bool, forms: Sequence[Shape], spans: bool
     ) -> None:
         trained = [s for s in shapes if s.trained]
         layers = 1 + max((s.layer for s in shapes if s.layer is not None), default=0)
-        self.accumulates = accumulates
+        self.accumulates, self.spans = accumulates, spans
         self.of_layer = [sum(s.nbytes for s in shapes if s.layer == i) for i in range(layers)]
         self.trained_of_layer = [sum(s.nbytes for s in trained if s.layer == i) for i in range(layers)]
         self.outside = sum(s.nbytes for s in shapes if s.layer is None)
         self.trained_outside = sum(s.nbytes for s in trained if s.layer is None)
         self.head = max((s.nbytes for s in shapes if s.layer is None), default=0)
-        kept = sum(_shard(s, form, world, mixed) for s, form in zip(shapes, forms or shapes, strict=True))
+        kept = sum(_shard(s, form, world, mixed) for s, form in zip(shapes, forms, strict=True))
         self.weights = kept - sum(s.nbytes for s in shapes)
         whole = sum(s.nbytes for s in trained)
         shards = sum(s.shard(world) * (4 if mixed else s.itemsize) for s in trained)
@@ -93,7 +96,7 @@ class _Sharding:
         values[WEIGHTS] += self.weights
         values[STATES] = round(values[STATES] * self.ratio)
         values[GRADIENTS] = round(whole * self.ratio)
-        if moment.phase == "optimizer":
+        if moment.phase == "optimizer" and not self.spans:
             values[TEMPORARIES] = round(values[TEMPORARIES] * self.ratio)
         elif moment.phase == EVALUATION:
             values[BUFFERS] += self.gathered(moment)

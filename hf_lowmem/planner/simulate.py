@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from hf_lowmem import rules
 from hf_lowmem.memory import human_bytes
+from hf_lowmem.optim import ZEROTH
 from hf_lowmem.optim.resting import rest
 from hf_lowmem.planner.four_bit import quantization_of
 from hf_lowmem.planner.methods import Method, method_of
@@ -282,6 +283,7 @@ def plan(
             mixed=args.bf16 or args.fp16,
             accumulates=args.gradient_accumulation_steps > 1,
             kept=job.whole_shapes(stack, args.lowmem_optim_spec()) if rests else (),
+            spans=args.optim in ZEROTH,
         )
     moments = [_with_prefetched(m, method.shape(args), args.gradient_accumulation_steps) for m in moments]
     top = highest(moments)

@@ -30,8 +30,8 @@ def _scaled(run: Run) -> bool:
     return run.precision == "fp16"
 
 
-def _in_parts(run: Run) -> bool:
-    return run.engine in ("fsdp", "deepspeed")
+def _flattened(run: Run) -> bool:
+    return run.engine == "deepspeed" or (run.engine == "fsdp" and str(run.fsdp_version) != "2")
 
 
 def _replicated(run: Run) -> bool:
@@ -51,10 +51,11 @@ NEEDLESS = (
 WHOLE = (
     Needless(
         "engine",
-        "a pass at other weights makes them of whole weights, and here each process has a part",
-        "Use DDP or one process",
-        _in_parts,
+        "a pass at other weights makes them weight by weight, and this engine has them flattened",
+        "Use FSDP2, DDP or one process",
+        _flattened,
     ),
+    Needless("cpu_offload", "an update draws a number for each weight, and would draw them on the host's processor"),
     Needless(
         "n_gpu",
         "DataParallel's replicas would have the weights of the first pass",

@@ -34,8 +34,21 @@ class ForwardSteps:
     optimizer: object
 
     def _check_forwards(self) -> None:
-        """Raise where a batch is more than data: a trainer that makes it itself would make another for each pass."""
-        args = cast("Trainer", self).args
+        """Raise where a batch is more than data, or where torch could not load what a checkpoint would have.
+
+        A trainer that makes batches itself would make another for each pass. And of whole states torch loads none that
+        is only numbers.
+        """
+        trainer = cast("Trainer", self)
+        args, plugin = trainer.args, getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        whole = getattr(getattr(plugin, "state_dict_type", None), "name", None) == "FULL_STATE_DICT"
+        saves = args.save_strategy != "no" and not args.save_only_model
+        if whole and saves and args.optim in ZEROTH and not ZEROTH[args.optim].STATES:
+            raise ValueError(
+                f"fsdp_config['state_dict_type']='FULL_STATE_DICT' cannot be combined with optim={args.optim!r}, whose "
+                "state is a few numbers: torch loads no such checkpoint. Set it to 'SHARDED_STATE_DICT', or set "
+                "save_only_model=True or save_strategy='no'."
+            )
         owner = next(c for c in type(self).__mro__ if "_prepare_inputs" in vars(c))
         if args.optim in ZEROTH and owner is not Trainer:
             raise ValueError(

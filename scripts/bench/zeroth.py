@@ -1,7 +1,7 @@
 """Methods of zeroth order beside AdamW: SmolLM2-135M from its checkpoint, loss, forward passes and bytes at the peak.
 
     python scripts/bench/zeroth.py                 # about four minutes of one core; writes records/zeroth.jsonl
-    python scripts/bench/zeroth.py --passes 6 --only mezo
+    python scripts/bench/zeroth.py --only mezo "mezo share=0.1"     # the others' rows stay
 
 Every step sees the same batch, so that the loss on it after the steps, beside that before, is the method's doing and
 not the data's: a few dozen forward passes move a held-out loss by less than batches differ. All methods of zeroth order
@@ -13,6 +13,7 @@ states that were there before.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from hf_lowmem.demo.model import load, prepare_model
 from hf_lowmem.demo.run import HELD_OUT_PLAYS, public_name
 from hf_lowmem.memory import optimizer_bytes
 from hf_lowmem.optim import ZerothOrder, make_optimizer
-from parts.record import RECORDS, Row, Rows, append_row, provenance
+from parts.record import RECORDS, Row, Rows, append_row, provenance, read_rows, write_rows
 
 RECORD = RECORDS / "zeroth.jsonl"
 TOKENS, BATCH, SEED = 64, 2, 0
@@ -41,6 +42,8 @@ RATES = {
     "zo_sign": 4e-5,
     "zo_momentum": 4e-6,
     "zo_adamm": 1e-5,
+    "mezo share=0.1": 2e-4,
+    "mezo block_layers=6": 6e-5,
 }
 PASSES = {"mezo": 2, "zo_sign": 2, "zo_momentum": 2, "zo_adam": 2, "zo_adamm": 2, "zo_conservative": 5, "fzoo": 9}
 
@@ -77,7 +80,9 @@ def run(name: str, source: str, passes: int) -> Row:
     def loss() -> torch.Tensor:
         return model(**batch, labels=batch["input_ids"]).loss
 
-    optimizer = make_optimizer(name, model, lr=RATES[name], seed=SEED)
+    method, *options = name.split()
+    settings = {option: json.loads(value) for option, value in (o.split("=") for o in options)}
+    optimizer = make_optimizer(method, model, lr=RATES[name], seed=SEED, **settings)
 
     def step() -> None:
         if isinstance(optimizer, ZerothOrder):
@@ -89,7 +94,7 @@ def run(name: str, source: str, passes: int) -> Row:
 
     with torch.no_grad():
         before = loss().item()
-    steps = max(1, passes // PASSES.get(name, 2))
+    steps = max(1, passes // PASSES.get(method, 2))
     for _ in range(steps):
         step()
     with torch.no_grad():
@@ -99,8 +104,8 @@ def run(name: str, source: str, passes: int) -> Row:
         "method": name,
         "learning_rate": RATES[name],
         "steps": steps,
-        "forward_passes": steps * PASSES.get(name, 1),
-        "backward_passes": 0 if name in PASSES else steps,
+        "forward_passes": steps * PASSES.get(method, 1),
+        "backward_passes": 0 if method in PASSES else steps,
         "loss_before": before,
         "loss_after": after,
         "weights_bytes": weights,
@@ -133,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seed": SEED,
         **provenance(),
     }
-    options.record.unlink(missing_ok=True)
+    write_rows(options.record, [row for row in read_rows(options.record) if row["method"] not in options.only])
     rows: Rows = []
     with tempfile.TemporaryDirectory() as cache:
         source = prepare_model(options.model, Path(cache))

@@ -48,6 +48,27 @@ def test_fsdp2_at_the_update_holds_shards_alone(mixed: bool, itemsize: int) -> N
     ]
 
 
+def test_a_span_of_an_update_is_as_large_in_a_shard() -> None:
+    update = moment("optimizer", None, temporaries=WHOLE)
+    (made,) = spread([update], SHAPES, world=4, parallel="fsdp2", mixed=False, accumulates=False, spans=True)
+    assert made.parts() == {"weights": 2 * SHARDS, "temporaries": WHOLE}
+
+
+@pytest.mark.train
+def test_zeroth_order_is_planned_under_fsdp2() -> None:
+    """Where weights alone are kept; of states an update takes whole shards, which one process's plan does not say."""
+    config, two = small_config(num_hidden_layers=2), {"world_size": 2, "parallel": "fsdp2", "dtype": "bfloat16"}
+    args = {"optim": "mezo", "max_grad_norm": 0.0, "gradient_checkpointing": False}
+    one, cut = plan(config, arguments(**args), dtype="bfloat16"), plan(config, arguments(**args), **two)
+    assert 0.5 <= cut.parts["weights"] / one.parts["weights"] < 0.52
+    assert "gradients" not in cut.parts
+    for more in ({"optim": "zo_adam"}, {"lowmem_weights": "bf16_ecc"}):
+        with pytest.raises(ValueError, match="takes a shard whole"):
+            plan(config, arguments(**args | more), **two)
+    with pytest.raises(ValueError, match="each moves another block"):
+        plan(config, arguments(**args, optim_args="block_layers=1"), dtype="bfloat16")
+
+
 def test_fsdp2_gathers_the_layer_the_next_one_and_what_belongs_to_none() -> None:
     first, last, head = fsdp2(
         moment("forward", 0, activations=1000), moment("forward", 1), moment("forward", None, logits=5)

@@ -53,7 +53,7 @@ ROWS = {
     "passed": Row(ADAMW | {"passed": True}, "cannot be combined with"),
     "loop_budget": Row({"budget": "1GiB"}, "has no effect in"),
     "zeroth_backward": Row(MEZO | {"tiers": "fp8"}, "cannot be combined with optim='mezo': nothing is kept"),
-    "zeroth_whole": Row(MEZO | {"engine": "fsdp", "fsdp_version": 2}, "cannot be combined with optim='mezo': a pass"),
+    "zeroth_whole": Row(MEZO | {"engine": "deepspeed", "zero": ZERO2}, "cannot be combined with optim='mezo': a pass"),
     "zeroth_sums": Row(MEZO | {"fields": SUMS}, "losses are added up"),
     "zeroth_rest": Row(MEZO | {"fields": {"lowmem_weights": "int8_sr"}}, "a weight at rest has no values"),
     "weights_first_order": Row(ADAMW | HOSTED, "cannot be combined with optim='adamw': a backward pass needs"),

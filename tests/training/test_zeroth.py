@@ -24,6 +24,7 @@ from hf_lowmem.training.wrap import with_lowmem
 from hf_lowmem.training.zeroth import SLOPE
 from tests.conftest import tiny_llama
 
+PARTS = "share=0.5,block_layers=1"
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
 
 
@@ -60,11 +61,14 @@ def weights(trainer: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("optim", ["mezo", "zo_adam"])
-def test_a_run_goes_on_from_its_checkpoint_to_the_bit(optim: str, tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize(("optim", "options"), [("mezo", None), ("zo_adam", None), ("mezo", PARTS)])
+def test_a_run_goes_on_from_its_checkpoint_to_the_bit(
+    optim: str, options: str | None, tmp_path: Path, tokenizer: Any
+) -> None:
     """Under accumulation and dropout; tokens count once for all passes, and the log has a slope for a norm."""
     changes: dict[str, Any] = {
         "optim": optim,
+        "optim_args": options,
         "save_strategy": "steps",
         "save_steps": 2,
         "gradient_accumulation_steps": 2,
@@ -102,11 +106,15 @@ def test_accumulation_of_four_is_one_batch_of_four(tmp_path: Path, tokenizer: An
 
 
 @pytest.mark.train
-@pytest.mark.parametrize(("loss", "lr"), [("sigmoid", 3e-3), ("asft", 3e-4), ("ipo", 1e-4)])
+@pytest.mark.parametrize(
+    ("loss", "lr", "options"),
+    [("sigmoid", 3e-3, None), ("asft", 3e-4, None), ("ipo", 1e-4, None), ("sigmoid", 3e-3, PARTS)],
+)
 def test_preference_losses_train_and_leave_the_reference_alone(
-    loss: str, lr: float, tmp_path: Path, tokenizer: Any
+    loss: str, lr: float, options: str | None, tmp_path: Path, tokenizer: Any
 ) -> None:
-    args = LowMemDPOConfig(**settings(tmp_path, max_length=16, loss_type=loss, max_steps=12, learning_rate=lr))
+    own: dict[str, Any] = {"max_length": 16, "loss_type": loss, "max_steps": 12, "learning_rate": lr}
+    args = LowMemDPOConfig(**settings(tmp_path, optim_args=options, **own))
     trainer = LowMemDPOTrainer(
         tiny_llama(num_hidden_layers=2), args=args, train_dataset=pairs(), processing_class=tokenizer
     )

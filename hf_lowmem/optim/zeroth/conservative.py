@@ -42,16 +42,19 @@ class ZoConservative(Mezo):
     def _after(self, turn: float, differences: list[float]) -> Callable[[nn.Parameter], Tensor]:
         """Values of the parameters after an update, but for its rounding in a weight store and its decay."""
         found = {
-            id(p): [
-                (-turn * with_rate(group)["lr"] * d / group["perturbation"], seed)
-                for d, seed in zip(differences, self._seeds(slot), strict=True)
-            ]
-            for group, p, slot in self._trained()
+            id(p): (
+                [
+                    (-turn * with_rate(group)["lr"] * d / group["perturbation"], seed)
+                    for d, seed in zip(differences, self._seeds(slot), strict=True)
+                ],
+                self._along(slot, group),
+            )
+            for group, p, slot in self._moving()
         }
 
         def make(p: nn.Parameter) -> Tensor:
             values = self._values(p)
-            return shifted(values, found[id(p)], self.DIRECTION) if turn else values
+            return shifted(values, *found[id(p)]) if turn and id(p) in found else values
 
         return make
 

@@ -10,6 +10,7 @@ Its mean is 0, its variance 1, and no value is beyond 4.3.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from hf_lowmem.kernels.codecs.tables import DeviceTable
 from hf_lowmem.kernels.exact import paired_bits, random_bits
 
-__all__ = ["DIRECTIONS", "normal", "signs"]
+__all__ = ["DIRECTIONS", "Along", "normal", "signs"]
 
 BITS = 16
 
@@ -48,3 +49,29 @@ def signs(seed: int, start: int, stop: int, device: torch.device) -> Tensor:
 
 
 DIRECTIONS = {"normal": normal, "signs": signs}
+
+
+class Along(NamedTuple):
+    """Along what the values of a parameter move.
+
+    Args:
+        direction: one of `DIRECTIONS`.
+        share: of the values that move, each with this chance; None: all of them.
+        seed: of that choice, which stays the same in all steps.
+    """
+
+    direction: str
+    share: float | None = None
+    seed: int = 0
+
+    def sum(self, terms: list[tuple[float, int]], start: int, stop: int, device: torch.device) -> Tensor:
+        """The values from `start` to `stop` of a sum of directions, fp32: of pairs of a factor and a seed."""
+        draw = DIRECTIONS[self.direction]
+        (factor, seed), *others = terms
+        total = draw(seed, start, stop, device).mul_(factor)
+        for factor, seed in others:
+            total.add_(draw(seed, start, stop, device).mul_(factor))
+        if self.share is not None:
+            places = paired_bits(self.seed, start, stop, device).bitwise_right_shift_(BITS)
+            total.mul_(places.bitwise_and_((1 << BITS) - 1) < round(self.share * (1 << BITS)))
+        return total

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.distributed import mean_over_processes
+from hf_lowmem.distributed import is_sharded, local, mean_over_processes
 from hf_lowmem.kernels.spans import spans
 from hf_lowmem.optim import slot as slots
 from hf_lowmem.optim.base import LowMemOptimizer
@@ -30,13 +30,14 @@ from hf_lowmem.optim.guard import keep_or_take
 from hf_lowmem.optim.options import with_rate
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, stream_key
-from hf_lowmem.optim.zeroth.draws import DIRECTIONS
+from hf_lowmem.optim.zeroth.draws import Along
+from hf_lowmem.optim.zeroth.gathered import Gathered
 from hf_lowmem.optim.zeroth.offload import Block, HostLayers, host_layers_of
 from hf_lowmem.optim.zeroth.perturb import Substitution
 from hf_lowmem.optim.zeroth.together import Together
-from hf_lowmem.specs import OptimSpec, check_integer, check_number
+from hf_lowmem.specs import OptimSpec
 
-__all__ = ["Closure", "Point", "ZerothOrder", "check_perturbation", "check_probes", "shifted"]
+__all__ = ["Closure", "Point", "ZerothOrder", "shifted"]
 
 # Of a slope: a direction's values are below 5, and what a method is handed stays below kernels' LARGEST_GRADIENT.
 LARGEST_SLOPE = 1e14
@@ -54,16 +55,6 @@ class Point(NamedTuple):
     factor: float
 
 
-def check_perturbation(label: str, value: object) -> None:
-    """Raise unless a perturbation is a number above 0."""
-    check_number(label, value, low=0.0, low_open=True)
-
-
-def check_probes(label: str, value: object) -> None:
-    """Raise unless there is a direction at least."""
-    check_integer(label, value, low=1)
-
-
 class ZerothOrder(LowMemOptimizer):
     """Base class of methods that need no gradient. A rule says in `update` what it does with an estimate of it.
 
@@ -78,6 +69,10 @@ class ZerothOrder(LowMemOptimizer):
     Args:
         perturbation: eps, how far from the weights a loss is asked for.
         probes: directions of one update, whose estimates are averaged; each costs its forward passes.
+        share: of the weights that move, 0.1 for a tenth: a fixed choice at random, by seed and name, which is made
+            again wherever it is needed. Decay is of all weights.
+        block_layers: so many layers move in a step, and then the next ones; what lies outside of layers is the last
+            block. For methods without states.
         (others): see `LowMemOptimizer`.
 
     Raises:
@@ -92,6 +87,7 @@ class ZerothOrder(LowMemOptimizer):
     slopes: tuple[float, ...] = ()  # of the last update, along each direction
     _window: list[float] | None = None
     _substitution: Substitution | None = None
+    _homes: dict[int, int] | None = None  # blocks of parameters, by id
 
     @classmethod
     def resolve(cls, spec: OptimSpec) -> Group:
@@ -100,11 +96,17 @@ class ZerothOrder(LowMemOptimizer):
                 f"{spec.label('state')}={spec.state!r} has no effect with {spec.label('name')}={cls.name!r}, which "
                 "keeps no state. Leave it unset."
             )
+        if cls.STATES and spec.options.get("block_layers") is not None:
+            raise ValueError(
+                f"{spec.label('options')}: block_layers={spec.options['block_layers']!r} cannot be combined with "
+                f"{spec.label('name')}={cls.name!r}: states of all blocks would be kept, and grow old, for the one "
+                "that moves. Leave it out, or take a method without states, such as 'mezo'."
+            )
         return super().resolve(spec)
 
     def of(self, model: nn.Module) -> "ZerothOrder":
         """The same optimizer, which probes this model; its parameters are the model's."""
-        self.model, self._substitution = model, None
+        self.model, self._substitution, self._homes = model, None, None
         return self
 
     def points(self) -> list[Point]:
@@ -118,10 +120,7 @@ class ZerothOrder(LowMemOptimizer):
     @property
     def probes(self) -> int:
         """Number of directions of an update."""
-        found = {group["probes"] for group in self.param_groups}
-        if len(found) > 1:
-            raise ValueError(f"probes={sorted(found)}: groups differ. A pass perturbs all of them; give one number.")
-        return found.pop()
+        return self._agreed_option("probes") or 1
 
     def probe(self, closure: Closure) -> float:
         """Ask for the loss of a micro-batch at each point; the mean of what was found.
@@ -165,9 +164,11 @@ class ZerothOrder(LowMemOptimizer):
         if self._substitution is None or self._substitution.store is not store:
             params = [p for _, p, _ in self._trained()]
             self._check_offload(store)
-            self._substitution = (
-                Substitution(self.model, params) if store is None else Together(self.model, params, store)
-            )
+            if store is not None:
+                self._substitution = Together(self.model, params, store)
+            else:
+                kind = Gathered if any(map(is_sharded, params)) else Substitution
+                self._substitution = kind(self.model, params)
         return self._substitution
 
     def _check_offload(self, store: HostLayers | None) -> None:
@@ -206,8 +207,32 @@ class ZerothOrder(LowMemOptimizer):
 
     def _values(self, p: nn.Parameter) -> Tensor:
         """The weights of a parameter where a pass wants them: on the device."""
-        block = self._block(p)
-        return p.detach() if block is None else block.near[id(p)]
+        block, near = self._block(p), {} if self._substitution is None else self._substitution.near
+        return near.get(id(p), p.detach()) if block is None else block.near[id(p)]
+
+    def _moving(self) -> list[tuple[Group, nn.Parameter, Slot]]:
+        """Entries of what the next update moves: all that is trained, or one block of it after the other."""
+        entries = list(self._trained())
+        layers = self._agreed_option("block_layers")
+        if not entries or layers is None:
+            return entries
+        if not self._homes or any(id(p) not in self._homes for _, p, _ in entries):
+            self._homes = self._passes().blocks(layers)
+        homes = [self._homes[id(p)] for _, p, _ in entries]
+        order = sorted(set(homes))
+        turn = order[max(slot.step for _, _, slot in entries) % len(order)]
+        return [entry for entry, home in zip(entries, homes, strict=True) if home == turn]
+
+    def _along(self, slot: Slot, group: Group) -> Along:
+        share = group.get("share")
+        return Along(self.DIRECTION, share, 0 if share is None else stream_key(slot.key, "share"))
+
+    def _agreed_option(self, name: str) -> int | None:
+        """An option that all groups must have alike."""
+        found = {group.get(name) for group in self.param_groups}
+        if len(found) > 1:
+            raise ValueError(f"{name}={found}: groups differ. A pass perturbs all of them; give one number.")
+        return found.pop()
 
     def _seeds(self, slot: Slot) -> list[int]:
         """Seeds of a parameter's directions in the update that comes next."""
@@ -215,13 +240,16 @@ class ZerothOrder(LowMemOptimizer):
 
     def _at(self, points: list[Point]) -> list[Callable[[nn.Parameter], Tensor]]:
         """Values of the parameters at each point, as functions."""
-        found = {id(p): (group["perturbation"], self._seeds(slot)) for group, p, slot in self._trained()}
+        found = {
+            id(p): (group["perturbation"], self._seeds(slot), self._along(slot, group))
+            for group, p, slot in self._moving()
+        }
 
         def make(point: Point, p: nn.Parameter) -> Tensor:
-            if point.probe is None:
+            if point.probe is None or id(p) not in found:
                 return self._values(p)
-            perturbation, seeds = found[id(p)]
-            return shifted(self._values(p), [(point.factor * perturbation, seeds[point.probe])], self.DIRECTION)
+            perturbation, seeds, along = found[id(p)]
+            return shifted(self._values(p), [(point.factor * perturbation, seeds[point.probe])], along)
 
         return [partial(make, point) for point in points]
 
@@ -240,6 +268,9 @@ class ZerothOrder(LowMemOptimizer):
         """
         loss = None if closure is None else self.probe(closure)
         if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            if self._is_rehearsal():
+                self._update_from([0.0] * self.probes)
+                return None
             raise RuntimeError(
                 f"a backward pass has left gradients, and {self.name} has no use for them: it estimates from losses of "
                 "forward passes. Call optimizer.step(lambda: model(**batch).loss) without loss.backward(), or use a "
@@ -256,6 +287,12 @@ class ZerothOrder(LowMemOptimizer):
         self._skips.end_step()
         return loss
 
+    def _is_rehearsal(self) -> bool:
+        """Whether this step is torch's, which makes states before a distributed checkpoint fills them: by zeros."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        rates = [with_rate(group)["lr"] for group in self.param_groups]
+        return self._window is None and not self.state and not any(rates) and not any(local(g).any() for g in grads)
+
     def _agreed(self, losses: list[float]) -> list[float]:
         """The mean of some losses over all processes."""
         return mean_over_processes(losses, self.param_groups[0]["params"][0].device)
@@ -264,7 +301,12 @@ class ZerothOrder(LowMemOptimizer):
         """One step of all parameters."""
         if (store := self._store()) is not None:
             store.catch_up()  # before a step is counted, from which updates take their random numbers
-        entries = list(self._trained())
+        entries = self._moving()
+        moving = {id(p) for _, p, _ in entries}
+        for _, p, slot in self._trained():
+            if id(p) not in moving:  # its turn comes by the number of the step
+                slot.count_step()
+                allocate(local(p), slot)
         smallest = min((group["perturbation"] for group in self.param_groups), default=1.0)
         self.slopes = tuple(d / smallest for d in differences)
         good = all(math.isfinite(slope) and abs(slope) < LARGEST_SLOPE for slope in self.slopes)
@@ -288,15 +330,16 @@ class ZerothOrder(LowMemOptimizer):
     def _step_one(self, p: Tensor, slot: Slot, group: Group, terms: list[tuple[float, int]]) -> None:
         """One step of a parameter, whose gradient is taken to be the sum of `terms`."""
         good = torch.ones((), dtype=torch.bool, device=p.device)
-        if not can_cut(p, slot):
-            grad = _sum_of(terms, 0, p.numel(), p.device, self.DIRECTION).view(p.shape)
+        here, first, along = local(p), slot.first(), self._along(slot, group)
+        if not can_cut(here, slot) or (slot.sharded and (slot.states or slot.store.corrected)):
+            grad = along.sum(terms, first, first + here.numel(), p.device).view(here.shape)
             self._skips.add(keep_or_take(self, p, grad, good, slot, group), syncs=slot.syncs)
             return
         allocate(p, slot)
         taken = good
-        for start, stop in spans(p.numel(), UNIT, p.device):
-            weights, part = values_of_part(p, slot, start, stop)
-            grad = _sum_of(terms, start, stop, p.device, self.DIRECTION)
+        for start, stop in spans(here.numel(), UNIT, p.device):
+            weights, part = values_of_part(here, slot, start, stop)
+            grad = along.sum(terms, first + start, first + stop, p.device)
             taken = taken & keep_or_take(self, weights, grad, good, part, group)
         self._skips.add(taken, syncs=slot.syncs)
 
@@ -324,7 +367,7 @@ class ZerothOrder(LowMemOptimizer):
         super().zero_grad(set_to_none)
 
 
-def shifted(p: Tensor, terms: list[tuple[float, int]], direction: str) -> Tensor:
+def shifted(p: Tensor, terms: list[tuple[float, int]], along: Along) -> Tensor:
     """p + sum(factor * direction(seed) for factor, seed in terms), rounded once, as a tensor of its own.
 
     Its arithmetic is fp32 (fp64 for such a parameter), a span at a time.
@@ -334,16 +377,6 @@ def shifted(p: Tensor, terms: list[tuple[float, int]], direction: str) -> Tensor
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
     here, flat = p.reshape(-1), out.view(-1)
     for start, stop in spans(p.numel(), 1, p.device):
-        moved = _sum_of(terms, start, stop, p.device, direction).to(wide)
+        moved = along.sum(terms, start, stop, p.device).to(wide)
         flat[start:stop] = moved.add_(here[start:stop])
     return out
-
-
-def _sum_of(terms: list[tuple[float, int]], start: int, stop: int, device: torch.device, direction: str) -> Tensor:
-    """The values from `start` to `stop` of a sum of directions, fp32."""
-    draw = DIRECTIONS[direction]
-    (factor, seed), *others = terms
-    total = draw(seed, start, stop, device).mul_(factor)
-    for factor, seed in others:
-        total.add_(draw(seed, start, stop, device).mul_(factor))
-    return total

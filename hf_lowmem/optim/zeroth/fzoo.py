@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
-from hf_lowmem.optim.zeroth.estimate import Point, ZerothOrder, check_perturbation
-from hf_lowmem.optim.zeroth.rules import PROBING
+from hf_lowmem.optim.zeroth.estimate import Point, ZerothOrder
+from hf_lowmem.optim.zeroth.settings import COMMON, PROBING
 from hf_lowmem.specs import check_integer
 
 __all__ = ["Fzoo"]
@@ -44,8 +44,8 @@ class Fzoo(ZerothOrder):
     name = "fzoo"
     DIRECTION = "signs"
     STATES: ClassVar[dict[str, StateDecl]] = {}
-    DEFAULTS: ClassVar[Group] = {"perturbation": 1e-3, "probes": 8}
-    CHECKS = PROBING | {"perturbation": check_perturbation, "probes": check_several}
+    DEFAULTS: ClassVar[Group] = COMMON | {"probes": 8}
+    CHECKS = PROBING | {"probes": check_several}
 
     def points(self) -> list[Point]:
         return [Point(None, 0.0), *(Point(probe, 1.0) for probe in range(self.probes))]

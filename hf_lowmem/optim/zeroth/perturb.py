@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_lowmem.patching import ForwardPatch
 
-__all__ = ["Place", "Rng", "Substitution", "in_place_of", "layers_of", "places_of"]
+__all__ = ["LayerAt", "Place", "Rng", "Substitution", "held_by", "in_place_of", "layers_of", "places_of"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _held_by(module: nn.Module) -> dict[str, Tensor | None]:
+def held_by(module: nn.Module) -> dict[str, Tensor | None]:
     """Parameters that a module holds itself, by name: the very dict, to be written to."""
     return vars(module)["_parameters"]
 
@@ -70,7 +70,7 @@ def _held_by(module: nn.Module) -> dict[str, Tensor | None]:
 def places_of(modules: Iterable[nn.Module], wanted: set[int] | None) -> Iterator[Place]:
     """Where some modules hold parameters of which the ids are `wanted`; None: any."""
     for owner in modules:
-        for leaf, p in _held_by(owner).items():
+        for leaf, p in held_by(owner).items():
             if isinstance(p, nn.Parameter) and (wanted is None or id(p) in wanted):
                 yield Place(owner, leaf, p)
 
@@ -79,17 +79,18 @@ def places_of(modules: Iterable[nn.Module], wanted: set[int] | None) -> Iterator
 def in_place_of(places: Iterable[Place], make: Callable[[nn.Parameter], Tensor]) -> Generator[None]:
     """Other tensors in the places of parameters; a parameter that has several places is made once."""
     made: dict[int, Tensor] = {}
-    put: list[Place] = []
+    found: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
     try:
-        for place in places:
-            if id(place.p) not in made:
-                made[id(place.p)] = make(place.p)
-            put.append(place)
-            _held_by(place.owner)[place.leaf] = made[id(place.p)]
+        for owner, leaf, p in places:
+            if id(p) not in made:
+                made[id(p)] = make(p)
+            held = held_by(owner)
+            found.append((held, leaf, dict[str, Tensor | None].__getitem__(held, leaf)))  # FSDP2's, or the parameter
+            held[leaf] = made[id(p)]
         yield
     finally:
-        for owner, leaf, p in put:
-            _held_by(owner)[leaf] = p
+        for held, leaf, before in found:
+            held[leaf] = before
 
 
 class LayerAt(ForwardPatch):
@@ -110,6 +111,7 @@ class Substitution:
 
     Attributes:
         store: layers of the model that are in host memory; None: none are.
+        near: values of parameters that are not here themselves, by id, while other values are made of them.
 
     Args:
         model: of which the passes are.
@@ -120,11 +122,14 @@ class Substitution:
 
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         params = list(params)
+        self.near: dict[int, Tensor] = {}
         self.devices = {p.device for p in params}
         wanted = {id(p) for p in params}
-        self.layers = [(layer, list(places_of(layer.modules(), wanted))) for layer in layers_of(model)]
+        self.layers: list[tuple[nn.Module, list[Place]]] = [
+            (layer, list(places_of(layer.modules(), wanted))) for layer in layers_of(model)
+        ]
         inside = {m for layer, _ in self.layers for m in layer.modules()}
-        self.outside = list(places_of((m for m in model.modules() if m not in inside), wanted))
+        self.outside: list[Place] = list(places_of((m for m in model.modules() if m not in inside), wanted))
         self.layers = [(layer, places) for layer, places in self.layers if places]
         found = {id(place.p) for _, places in self.layers for place in places} | {id(p.p) for p in self.outside}
         if wanted - found:
@@ -132,6 +137,15 @@ class Substitution:
                 f"{len(wanted - found)} of the optimizer's parameters are not in the {type(model).__name__} that it "
                 "was made for: a wrapper has replaced them. Make the optimizer for the model that is trained."
             )
+
+    def blocks(self, layers: int) -> dict[int, int]:
+        """Number of the block that each parameter is in, by id: `layers` layers are one, what is outside the last."""
+        found: dict[int, int] = {}
+        inside = [(i // layers, places) for i, (_, places) in enumerate(self.layers)]
+        for number, places in [*inside, (len(inside), self.outside)]:
+            for place in places:
+                found.setdefault(id(place.p), number)
+        return found
 
     def run_each(self, function: Callable[[], T], makes: Iterable[Callable[[nn.Parameter], Tensor]]) -> list[T]:
         """Results of `function` at the values that each of `makes` makes; each has the same random numbers."""

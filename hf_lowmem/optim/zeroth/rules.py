@@ -7,12 +7,11 @@ from torch import Tensor
 from hf_lowmem.optim.adamw import adamw_update
 from hf_lowmem.optim.slot import Slot
 from hf_lowmem.optim.state import Group, StateDecl
-from hf_lowmem.optim.zeroth.estimate import ZerothOrder, check_perturbation, check_probes
+from hf_lowmem.optim.zeroth.estimate import ZerothOrder
+from hf_lowmem.optim.zeroth.settings import COMMON, PROBING
 from hf_lowmem.specs import check_number
 
 __all__ = ["Mezo", "ZoAdam", "ZoAdamM", "ZoMomentum", "ZoSign"]
-
-PROBING = {"perturbation": check_perturbation, "probes": check_probes}
 
 
 def check_momentum(label: str, value: object) -> None:
@@ -39,7 +38,7 @@ class Mezo(ZerothOrder):
 
     name = "mezo"
     STATES: ClassVar[dict[str, StateDecl]] = {}
-    DEFAULTS: ClassVar[Group] = {"perturbation": 1e-3, "probes": 1}
+    DEFAULTS: ClassVar[Group] = COMMON
     CHECKS = PROBING
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
@@ -62,7 +61,7 @@ class ZoSign(ZerothOrder):
 
     name = "zo_sign"
     STATES: ClassVar[dict[str, StateDecl]] = {}
-    DEFAULTS: ClassVar[Group] = {"perturbation": 1e-3, "probes": 1}
+    DEFAULTS: ClassVar[Group] = COMMON
     CHECKS = PROBING
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
@@ -85,7 +84,7 @@ class ZoMomentum(ZerothOrder):
 
     name = "zo_momentum"
     STATES = {"momentum_buffer": StateDecl(signed=True)}
-    DEFAULTS: ClassVar[Group] = {"perturbation": 1e-3, "probes": 1, "momentum": 0.9}
+    DEFAULTS: ClassVar[Group] = COMMON | {"momentum": 0.9}
     CHECKS = {**PROBING, "momentum": check_momentum}
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
@@ -106,7 +105,7 @@ class ZoAdam(ZerothOrder):
 
     name = "zo_adam"
     STATES = {"exp_avg": StateDecl(signed=True), "exp_avg_sq": StateDecl(signed=False)}
-    DEFAULTS: ClassVar[Group] = {"betas": (0.9, 0.999), "eps": 1e-8, "perturbation": 1e-3, "probes": 1}
+    DEFAULTS: ClassVar[Group] = COMMON | {"betas": (0.9, 0.999), "eps": 1e-8}
     CHECKS = PROBING
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:
@@ -134,7 +133,7 @@ class ZoAdamM(ZerothOrder):
         "exp_avg_sq": StateDecl(signed=False),
         "max_exp_avg_sq": StateDecl(signed=False, average=False),
     }
-    DEFAULTS: ClassVar[Group] = {"betas": (0.9, 0.999), "eps": 1e-8, "perturbation": 1e-3, "probes": 1}
+    DEFAULTS: ClassVar[Group] = COMMON | {"betas": (0.9, 0.999), "eps": 1e-8}
     CHECKS = PROBING
 
     def update(self, p: Tensor, grad: Tensor, slot: Slot, group: Group) -> None:

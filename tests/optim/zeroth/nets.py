@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.optim.zeroth.draws import DIRECTIONS
 from hf_lowmem.optim.zeroth.estimate import ZerothOrder
 
 
@@ -56,12 +55,12 @@ RATES = {
 
 def directions(optimizer: ZerothOrder) -> list[dict[str, Tensor]]:
     """The directions of the update that comes next, by name of the parameter: one dict a probe."""
-    draw = DIRECTIONS[optimizer.DIRECTION]
     found: list[dict[str, Tensor]] = [{} for _ in range(optimizer.probes)]
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             slot = optimizer.slot(p, group)
             slot.open(optimizer.state[p])
             for probe, seed in enumerate(optimizer._seeds(slot)):
-                found[probe][name] = draw(seed, 0, p.numel(), p.device).view(p.shape)
+                along = optimizer._along(slot, group)
+                found[probe][name] = along.sum([(1.0, seed)], 0, p.numel(), p.device).view(p.shape)
     return found

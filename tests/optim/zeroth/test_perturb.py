@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem.optim.zeroth.draws import normal
+from hf_lowmem.optim.zeroth.draws import Along, normal
 from hf_lowmem.optim.zeroth.estimate import shifted
 from hf_lowmem.optim.zeroth.perturb import Substitution, layers_of
 from tests.optim.zeroth.nets import BATCH, Net
@@ -99,14 +99,14 @@ def test_parameters_of_another_model_are_refused() -> None:
 def test_a_shifted_parameter_is_rounded_once(dtype: torch.dtype) -> None:
     p = nn.Parameter(torch.randn(300, 7, generator=torch.Generator().manual_seed(0)).to(dtype).mul_(0.02))
     z = [normal(seed, 0, p.numel(), p.device).view(p.shape) for seed in (5, 6)]
-    found = shifted(p, [(1e-3, 5), (-2e-3, 6)], "normal")
+    found = shifted(p, [(1e-3, 5), (-2e-3, 6)], Along("normal"))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = (z[0] * 1e-3 + z[1] * -2e-3).to(wide) + p.detach().to(wide)
     assert torch.equal(found, expected.to(dtype))
     assert found.data_ptr() != p.data_ptr()
     # Whatever its place in memory is.
     turned = nn.Parameter(p.detach().t().contiguous().t())
-    assert torch.equal(shifted(turned, [(1e-3, 5), (-2e-3, 6)], "normal"), found)
+    assert torch.equal(shifted(turned, [(1e-3, 5), (-2e-3, 6)], Along("normal")), found)
 
 
 def test_in_place_perturbation_drifts_in_bf16() -> None:

@@ -282,6 +282,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[Net, ZerothOrder], Any],
     "another's option": ("mezo", {"momentum": 0.9}, lambda *_: None, "zo_momentum. Leave it out"),
     "perturbation": ("mezo", {"perturbation": 0.0}, lambda *_: None, "perturbation=0.0"),
     "probes": ("mezo", {"probes": 0}, lambda *_: None, "probes=0"),
+    "no share": ("mezo", {"share": 0.0}, lambda *_: None, "share=0.0"),
+    "a share of all": ("fzoo", {"share": 1.0}, lambda *_: None, "share=1.0"),
+    "no layers": ("mezo", {"block_layers": 0}, lambda *_: None, "block_layers=0"),
+    "blocks of states": ("zo_adam", {"block_layers": 1}, lambda *_: None, "states of all blocks would be kept"),
     "a spread of one": ("fzoo", {"probes": 1}, lambda *_: None, "probes=1: must be at least 2"),
 }
 
