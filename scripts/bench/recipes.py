@@ -1,4 +1,4 @@
-"""Recipes of scripts/ on the small Llama: growth in depth, and means of checkpoints, each beside what it would replace.
+"""Recipes of scripts/ on the small Llama, each beside what it would replace: growth in depth, means, adapters.
 
     python scripts/bench/recipes.py             # half an hour or so on one core
     python scripts/bench/recipes.py --smoke     # seconds, and no loss that means anything
@@ -11,8 +11,11 @@ Means: a run by a constant learning rate, one by a cosine to zero, with checkpoi
 scripts/merge_checkpoints.py, plain and with powers of the metric. The power is chosen on one half of the held-out text
 and scored on the other, where every checkpoint is scored as well.
 
-Learning rates are the best of a ladder on a seed of their own; three seeds are scored. Every finished run is a line of
-the record under its full configuration, and the same command makes what is missing.
+Adapters: that Llama, trained for a while with all weights, goes on with LoRA, with DyLoRA, which is scored at several
+ranks, and with NOLA; on the same data in the same order. Bytes are those of the adapter's file.
+
+Three seeds, one learning rate for all: that of records/optimizers.jsonl for this Llama, whether or not it suits each.
+Every finished run is a line of the record under its full configuration, and the same command makes what is missing.
 """
 
 import os
@@ -21,15 +24,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see hf_lowmem/cli/main.py
 
 import argparse
 import contextlib
+import copy
+import functools
 import io
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
@@ -42,25 +50,34 @@ from parts.tables import markdown
 sys.path.append(str(ROOT / "scripts"))
 import grow_depth
 import merge_checkpoints
+import train_dylora
+import train_nola
 
 RECORD = RECORDS / "recipes.jsonl"
-TUNING_SEED, SEEDS = 100, (0, 1, 2)
-RATES = (1e-3, 3e-3)
-DEEP: Row = {"layers": 8, "steps": 600}
+SEEDS, RATE = (0, 1, 2), 3e-3
+DEEP: Row = {"layers": 8, "steps": 300}
 SHARE = 0.25  # of the compute, before growth
 FACTORS = (1, 2, 4)  # 1: from nothing
-RUN: Row = {"steps": 450, "checkpoints": 6}
+RUN: Row = {"steps": 300, "checkpoints": 6}
 ENDS = ("constant", "cosine")
+Share = Callable[[int, Row], float]
+MORE: Row = {"steps": 250, "adapted": 150}
+LARGEST, RANKS = 8, (1, 2, 4, 8)
+ADAPTERS = (*(("lora", rank) for rank in RANKS), ("dylora", LARGEST), ("nola", 64), ("nola", 512))
 PENALTIES = (0.0, 4.0, 16.0, 64.0)
 
 
-def train(model: LlamaForCausalLM, size: Row, rate: float, seed: int, share: Callable[[int, Row], float]) -> None:
-    """Train by torch's AdamW, at a share of the rate that depends on the step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=size["weight_decay"])
+def train(
+    model: LlamaForCausalLM, size: Row, seed: int, share: Share, ranks: Callable[[int], int] | None = None
+) -> None:
+    """Train by torch's AdamW, at a share of the rate, and a rank of DyLoRA's, that depend on the step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=size["weight_decay"])
     model.train()
     for step, ids in enumerate(batches(size, seed)):
         for group in optimizer.param_groups:
-            group["lr"] = rate * share(step, size)
+            group["lr"] = RATE * share(step, size)
+        if ranks is not None:
+            train_dylora.set_rank(model, ranks(step))
         model(input_ids=ids, labels=ids).loss.backward()
         clip_(list(model.parameters()), size["clip"], bf16=False)
         optimizer.step()
@@ -82,16 +99,16 @@ def cost(model: LlamaForCausalLM) -> int:
     return model.num_parameters() - model.get_input_embeddings().weight.numel()
 
 
-def growth(factor: int, rate: float, seed: int, size: Row) -> Row:
+def growth(factor: int, seed: int, size: Row) -> Row:
     """A deep model, from nothing or grown, after as much compute."""
     deep = build_model(size, seed, bf16=False)
     if factor == 1:
-        train(deep, size, rate, seed, rate_at)
+        train(deep, size, seed, rate_at)
         return {"loss": score(deep, size)}
     small = build_model(size | {"layers": size["layers"] // factor}, seed, bf16=False)
     cheap = round(SHARE * size["steps"] * cost(deep) / cost(small))
     first = size | {"layers": size["layers"] // factor, "steps": cheap}
-    train(small, first, rate, seed, warmed)
+    train(small, first, seed, warmed)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         source, grown = Path(folder) / "small", Path(folder) / "grown"
         small.save_pretrained(source)
@@ -99,7 +116,7 @@ def growth(factor: int, rate: float, seed: int, size: Row) -> Row:
         deep = LlamaForCausalLM.from_pretrained(grown)
     rest = size | {"steps": size["steps"] - round(SHARE * size["steps"])}
     row: Row = {"steps": [cheap, rest["steps"]], "small": score(small, size), "grown": score(deep, size)}
-    train(deep, rest, rate, seed + 1000, rate_at)
+    train(deep, rest, seed + 1000, rate_at)
     return row | {"loss": score(deep, size)}
 
 
@@ -145,7 +162,7 @@ class Save(TrainerCallback):
         return control
 
 
-def means(end: str, rate: float, seed: int, size: Row) -> Row:
+def means(end: str, seed: int, size: Row) -> Row:
     """A run, its checkpoints and their means, each scored on the half that chooses nothing."""
     chooses, scores = halves(size)
     every = max(1, size["steps"] // 3 // size["checkpoints"])
@@ -153,7 +170,7 @@ def means(end: str, rate: float, seed: int, size: Row) -> Row:
     rows = torch.cat(list(batches(size, seed)))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = LowMemTrainingArguments(
-            folder, optim="adamw", lowmem_state="fp32", learning_rate=rate, max_steps=size["steps"], seed=seed,
+            folder, optim="adamw", lowmem_state="fp32", learning_rate=RATE, max_steps=size["steps"], seed=seed,
             per_device_train_batch_size=size["batch"], per_device_eval_batch_size=16, weight_decay=size["weight_decay"],
             warmup_steps=round(size["warmup"] * size["steps"]), max_grad_norm=size["clip"], use_cpu=True,
             lr_scheduler_type="cosine" if end == "cosine" else "constant_with_warmup", report_to="none",
@@ -172,18 +189,59 @@ def means(end: str, rate: float, seed: int, size: Row) -> Row:
         return made
 
 
+def adapter_of(kind: str, number: int) -> LoraConfig:
+    """LoRA of a rank, DyLoRA up to one, NOLA of so many matrices."""
+    given: Row = {"target_modules": "all-linear", "lora_alpha": 2 * LARGEST}
+    if kind == "nola":
+        return train_nola.NolaConfig(r=LARGEST, nola_bases=number, **given)
+    given["lora_alpha"] = 2 * number if kind == "lora" else 2 * LARGEST
+    config = LoraConfig(r=number, **given)
+    return train_dylora.dylora(config) if kind == "dylora" else config
+
+
+def file_bytes(model: PeftModel) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return (Path(folder) / train_dylora.ADAPTER).stat().st_size
+
+
+@functools.cache
+def begun(seed: int, size: str) -> LlamaForCausalLM:
+    """The model that adapters go on from."""
+    model = build_model(json.loads(size), seed, bf16=False)
+    train(model, json.loads(size), seed, rate_at)
+    return model
+
+
+def adapters(way: tuple[str, int], seed: int, size: Row) -> Row:
+    """One adapter on a model that was trained with all weights."""
+    base = copy.deepcopy(begun(seed, json.dumps(size)))
+    row: Row = {"before": score(base, size)}
+    torch.manual_seed(seed)
+    kind, number = way
+    model: Any = get_peft_model(base, adapter_of(kind, number))
+    ranks = (lambda step: train_dylora.rank_of(seed, step, number)) if kind == "dylora" else None
+    train(model, size | {"steps": size["adapted"]}, seed + 1000, rate_at, ranks)
+    row["bytes"] = {str(number): file_bytes(model)}
+    if kind != "dylora":
+        return row | {"loss": {str(number): score(model, size)}}
+    row["loss"] = {}
+    for rank in [rank for rank in RANKS if rank <= number]:
+        train_dylora.set_rank(model, rank)
+        row["loss"][str(rank)] = score(model, size)
+    return row
+
+
+RUNS: dict[str, Callable[..., Row]] = {"growth": growth, "means": means, "adapters": adapters}
+WAYS: dict[str, Sequence[object]] = {"growth": FACTORS, "means": ENDS, "adapters": [list(way) for way in ADAPTERS]}
+
+
 def key(row: Row) -> str:
     return json.dumps({k: row.get(k) for k in ("part", "way", "lr", "seed", "size")}, sort_keys=True)
 
 
-def end_of(row: Row) -> float:
-    return row["loss"] if row["part"] == "growth" else row["chooses"][-1]
-
-
-def best_rate(rows: Rows, part: str, way: object) -> float:
-    """The rate that ends lowest on the tuning seed."""
-    tried = [r for r in of_part(rows, part) if r["way"] == way and r["seed"] == TUNING_SEED]
-    return min(tried, key=end_of)["lr"]
+def end_of(row: Row) -> object:
+    return row["chooses"][-1] if row["part"] == "means" else row["loss"]
 
 
 def mean_of(values: Sequence[float]) -> str:
@@ -192,7 +250,7 @@ def mean_of(values: Sequence[float]) -> str:
 
 
 def scored(rows: Rows, part: str, way: object) -> Rows:
-    return [row for row in of_part(rows, part) if row["way"] == way and row["seed"] != TUNING_SEED]
+    return [row for row in of_part(rows, part) if row["way"] == way]
 
 
 def growth_table(rows: Rows) -> list[str]:
@@ -204,9 +262,8 @@ def growth_table(rows: Rows) -> list[str]:
             continue
         parts = [mean_of([row[name] for row in found]) if factor > 1 else "" for name in ("small", "grown")]
         begun = "8 layers from nothing" if factor == 1 else f"{8 // factor} layers, then grown by {factor}"
-        rate = f"{found[0]['lr']:g}"
-        lines.append([begun, rate, *parts, mean_of([row["loss"] for row in found])])
-    heads = ["at equal compute", "learning rate", "loss before growth", "right after it", "at the end"]
+        lines.append([begun, *parts, mean_of([row["loss"] for row in found])])
+    heads = ["at equal compute", "loss before growth", "right after it", "at the end"]
     return markdown(heads, lines).splitlines()
 
 
@@ -225,43 +282,52 @@ def means_table(rows: Rows) -> list[str]:
         steps = [mean_of([row["checkpoints"][i] for row in found]) for i in (0, -1)]
         best = mean_of([min(row["checkpoints"]) for row in found])
         plain = mean_of([row["mean 0"][1] for row in found])
-        lines.append([end, f"{found[0]['lr']:g}", *steps, best, plain, mean_of([chosen(row) for row in found])])
-    heads = ["learning rate's end", "rate", "first checkpoint", "last", "best of six", "plain mean", "mean by metric"]
+        lines.append([end, *steps, best, plain, mean_of([chosen(row) for row in found])])
+    heads = ["learning rate", "first checkpoint", "last", "best of six", "plain mean", "mean by metric"]
     return markdown(heads, lines).splitlines()
+
+
+def adapters_table(rows: Rows) -> list[str]:
+    """Markdown: bytes of an adapter's file, and held-out loss."""
+    names = {"lora": "LoRA of rank {}", "dylora": "one DyLoRA, first {} ranks", "nola": "NOLA, {} matrices"}
+    lines = []
+    for kind, number in ADAPTERS:
+        found = scored(rows, "adapters", [kind, number])
+        if found and not lines:
+            lines.append(["before", "", mean_of([row["before"] for row in found])])
+        for part in found[0]["loss"] if found else []:
+            size = found[0]["bytes"].get(part)
+            loss = mean_of([row["loss"][part] for row in found])
+            lines.append([names[kind].format(part), "" if size is None else f"{size / 1024:.0f}", loss])
+    return markdown(["adapter", "file, KiB", "loss"], lines).splitlines()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
-    parser.add_argument("--part", nargs="*", choices=["growth", "means"], default=["growth", "means"])
+    parser.add_argument("--part", nargs="*", choices=list(RUNS), default=list(RUNS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     common = {"command": "python scripts/bench/recipes.py", **provenance(("torch", "transformers"))}
     small = SMOKE | {"steps": 6, "heldout_windows": 8}
-    sizes = {"growth": SIZE | DEEP, "means": SIZE | RUN}
+    sizes = {"growth": SIZE | DEEP, "means": SIZE | RUN, "adapters": SIZE | MORE}
     if options.smoke:
-        sizes = {"growth": small | {"layers": 4}, "means": small | {"checkpoints": 2}}
-    ways: dict[str, Sequence[object]] = {"growth": FACTORS, "means": ENDS}
-    runs: dict[str, Callable[..., Row]] = {"growth": growth, "means": means}
-
-    def make(part: str, way: object, rate: float, seed: int) -> None:
-        row = {"part": part, "way": way, "lr": rate, "seed": seed, "size": sizes[part]}
-        if key(row) in map(key, read_rows(options.record)):
-            return
-        row |= runs[part](way, rate, seed, sizes[part])
-        append_row(options.record, row | common)
-        print(f"{part}, {way}, lr {rate:g}, seed {seed}: {end_of(row):.4f}", flush=True)
-
+        sizes = {
+            "growth": small | {"layers": 4},
+            "means": small | {"checkpoints": 2},
+            "adapters": small | {"adapted": 4},
+        }
     for part in options.part:
-        for way in ways[part]:
-            for rate in RATES:
-                make(part, way, rate, TUNING_SEED)
-        for seed in SEEDS:
-            for way in ways[part]:
-                make(part, way, best_rate(read_rows(options.record), part, way), seed)
+        for seed, way in itertools.product(SEEDS, WAYS[part]):
+            row = {"part": part, "way": way, "lr": RATE, "seed": seed, "size": sizes[part]}
+            if key(row) in map(key, read_rows(options.record)):
+                continue
+            row |= RUNS[part](way, seed, sizes[part])
+            append_row(options.record, row | common)
+            print(f"{part}, {way}, seed {seed}: {end_of(row)}", flush=True)
     rows = read_rows(options.record)
-    print("\n".join([*growth_table(rows), "", *means_table(rows)]))
+    print("\n".join([*growth_table(rows), "", *means_table(rows), "", *adapters_table(rows)]))
     return 0
 
 
