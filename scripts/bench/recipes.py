@@ -1,9 +1,9 @@
 """Recipes of scripts/ on the small Llama, each beside what it would replace: growth in depth, means, adapters.
 
-    python scripts/bench/recipes.py             # half an hour or so on one core
+    python scripts/bench/recipes.py             # some ten minutes of one core
     python scripts/bench/recipes.py --smoke     # seconds, and no loss that means anything
 
-Growth: a Llama of eight layers from nothing, and one that is trained with four or two layers for a part of the compute,
+Growth: that Llama, of four layers, from nothing, and one that is trained with two or one for a part of the compute,
 grown by scripts/grow_depth.py, and trained on with a new optimizer and warm-up. Compute is parameters without the
 input embedding, times tokens; all runs get the same. Beside them the part alone, before and behind the growth.
 
@@ -55,14 +55,14 @@ import train_nola
 
 RECORD = RECORDS / "recipes.jsonl"
 SEEDS, RATE = (0, 1, 2), 3e-3
-DEEP: Row = {"layers": 8, "steps": 300}
+DEEP: Row = {"layers": 4, "steps": 200}
 SHARE = 0.25  # of the compute, before growth
 FACTORS = (1, 2, 4)  # 1: from nothing
-RUN: Row = {"steps": 300, "checkpoints": 6}
+RUN: Row = {"steps": 200, "checkpoints": 6}
 ENDS = ("constant", "cosine")
 Share = Callable[[int, Row], float]
-MORE: Row = {"steps": 250, "adapted": 150}
-LARGEST, RANKS = 8, (1, 2, 4, 8)
+MORE: Row = {"steps": 150, "adapted": 100}
+LARGEST, RANKS = 8, (1, 8)
 ADAPTERS = (*(("lora", rank) for rank in RANKS), ("dylora", LARGEST), ("nola", 64), ("nola", 512))
 PENALTIES = (0.0, 4.0, 16.0, 64.0)
 
@@ -261,7 +261,8 @@ def growth_table(rows: Rows) -> list[str]:
         if not found:
             continue
         parts = [mean_of([row[name] for row in found]) if factor > 1 else "" for name in ("small", "grown")]
-        begun = "8 layers from nothing" if factor == 1 else f"{8 // factor} layers, then grown by {factor}"
+        layers = found[0]["size"]["layers"]
+        begun = f"{layers} layers from nothing" if factor == 1 else f"{layers // factor}, then grown by {factor}"
         lines.append([begun, *parts, mean_of([row["loss"] for row in found])])
     heads = ["at equal compute", "loss before growth", "right after it", "at the end"]
     return markdown(heads, lines).splitlines()
