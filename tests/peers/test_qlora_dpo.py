@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import tiny_llama
-from tests.test_scripts import ROOT, SMALL, model_and_data
+from tests.test_scripts import ROOT, SMALL
+from tests.test_scripts import model_and_data as files
 
-__all__ = ["model_and_data"]  # a fixture is found by its name here
+__all__ = ["files"]  # a fixture is found by its name here
 QLORA = ["--load_in_4bit", "--use_peft", "--lora_target_modules", "q_proj", "down_proj", "--lora_r", "4"]
+
+
+@pytest.fixture
+def model_and_data(files: tuple[str, str]) -> tuple[str, str]:
+    """bitsandbytes' layout for CPUs is of rows of whole blocks of 64."""
+    tiny_llama(intermediate_size=128).save_pretrained(files[0])
+    return files
 
 
 @pytest.fixture
@@ -42,7 +51,7 @@ def test_both_stages_in_one_command(script: Any, model_and_data: tuple[str, str]
     adapted: Any = PeftModel.from_pretrained(plain, str(out / "sft" / "adapter"))
     ids = torch.arange(3, 19)[None]
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
-    before = dict(tiny_llama().named_parameters())
+    before = dict(tiny_llama(intermediate_size=128).named_parameters())
     moved = {n for n, p in merged.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "q_proj" in n or "down_proj" in n}
     assert not hasattr(merged.config, "quantization_config")
@@ -52,9 +61,11 @@ def test_both_stages_in_one_command(script: Any, model_and_data: tuple[str, str]
     margins = [row["rewards/margins"] for row in state["log_history"] if "rewards/margins" in row]
     assert margins[0] == 0, "the policy is its reference when DPO begins"
     assert margins[1] != 0
-    first = (out / "adapter_model.safetensors").read_bytes()
+    first = load_file(out / "adapter_model.safetensors")
     assert go(script, model_and_data, out, *QLORA, "--resume_from_checkpoint", str(out / "checkpoint-1")) == 0
-    assert (out / "adapter_model.safetensors").read_bytes() == first
+    second = load_file(out / "adapter_model.safetensors")
+    # TRL trains these adapters in bf16, and PEFT loads them in fp32: values of up to 0.3 in one step of 1e-2 more.
+    assert max((first[name].float() - second[name].float()).abs().max().item() for name in first) <= 2**-10
 
 
 def test_what_is_not_qlora_is_refused(
