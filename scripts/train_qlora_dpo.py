@@ -14,8 +14,7 @@ costs is in the first evaluation of stage 3 (`--eval_on_start`), beside the last
 memory of the whole model once.
 
 DATA has columns prompt, chosen and rejected. A setting of both stages is given once; `--loss_type` and the rest of
-`hf-lowmem dpo` are for stage 3. A run that is resumed goes on in stage 3, not to the bit: TRL trains adapters on 4 bits
-in bf16, and PEFT loads them in fp32.
+`hf-lowmem dpo` are for stage 3. A run that is resumed goes on in stage 3.
 
 Not for you when the model fits unquantised: `hf-lowmem dpo --sft_first --use_peft` is this without the rounding. Nor
 for data of another kind in the SFT stage: then run `hf-lowmem sft` by itself. Quality was not measured here.
