@@ -1,7 +1,7 @@
 """DyLoRA (arXiv 2210.07558): one LoRA adapter of rank r that is an adapter of every smaller rank, too.
 
     python scripts/train_dylora.py --model_name_or_path MODEL --dataset_name DATA --output_dir OUT \
-        --use_peft --lora_target_modules all-linear --lora_r 16 --lora_alpha 32 --lowmem_state 8bit --learning_rate 2e-4
+        --use_peft --lora_target_modules all-linear --lora_r 16 --lora_alpha 32 --optim adamw --learning_rate 2e-4
     python scripts/train_dylora.py truncate OUT --rank 4 --output OUT4
 
 Each step draws a rank b from 1 .. r, alike often, for all layers, and the model is W0 + alpha / b * B[:, :b] @ A[:b]:

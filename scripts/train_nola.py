@@ -1,7 +1,7 @@
 """NOLA (arXiv 2310.02556): LoRA's A and B as mixtures of random matrices, of which the coefficients alone are trained.
 
     python scripts/train_nola.py --model_name_or_path MODEL --dataset_name DATA --output_dir OUT \
-        --use_peft --lora_target_modules all-linear --lora_r 8 --nola_bases 256 --lowmem_state 8bit --learning_rate 1e-3
+        --use_peft --lora_target_modules all-linear --lora_r 8 --nola_bases 256 --optim adamw --learning_rate 1e-3
 
     A = sum of a_i A_i,  B = sum of b_i B_i,  i = 1 .. nola_bases,    W0 + alpha / r * B @ A
 

@@ -363,7 +363,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
 
 def readmes() -> list[Path]:
     """Every README of this clone, and CONTRIBUTING."""
-    rooms = sorted([*ROOT.glob("hf_lowmem/**/README.md"), *ROOT.glob("scripts/*/README.md")])
+    rooms = sorted([*ROOT.glob("hf_lowmem/**/README.md"), *ROOT.glob("scripts/**/README.md")])
     return [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", ROOT / "integrations" / "README.md", *rooms]
 
 
