@@ -21,7 +21,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ def grown_config(config: PreTrainedConfig, factor: int) -> PreTrainedConfig:
     }
     # By the constructor, which makes other fields from the depth where a model has such.
     kept = {name: value for name, value in config.to_diff_dict().items() if name != "model_type"}
-    return type(config)(**kept | lists | {"num_hidden_layers": factor * layers})
+    return type(config).from_dict(kept | lists | {"num_hidden_layers": factor * layers})
 
 
 def layers_of(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
@@ -99,7 +98,7 @@ def grow(source: str, factor: int) -> PreTrainedModel:
         raise ValueError(f"{source} is quantised. Grow the plain model, and quantise the grown one.")
     if (Path(source) / "adapter_config.json").exists():
         raise ValueError(f"{source} holds an adapter. Merge it into its model first: PEFT's merge_and_unload().")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     depth = getattr(model.config, "num_hidden_layers", None)
     if not isinstance(depth, int):
         raise ValueError(f"{type(model).__name__}'s config has no num_hidden_layers. Give a plain decoder.")
@@ -107,7 +106,7 @@ def grow(source: str, factor: int) -> PreTrainedModel:
     try:
         deeper = grown_config(model.config, factor)
         with torch.device("meta"):
-            made: Any = AutoModelForCausalLM.from_config(deeper, dtype=model.dtype)
+            made = AutoModelForCausalLM.from_config(deeper, dtype=model.dtype)
         check_alike(layers_of(made, factor * depth)[1], depth)
         made.load_state_dict(stacked(model.state_dict(), prefix, depth, factor), strict=True, assign=True)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from peft.tuners import lora
@@ -66,7 +65,7 @@ class FirstColumns(nn.Module):
 class DyLoraLinear(lora.Linear):
     """PEFT's LoRA of a linear layer, at a rank that can be set."""
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object) -> None:
         base = self.get_base_layer()
         if type(base) is not nn.Linear:
             raise ValueError(f"{kwargs['target_name']} is a {type(base).__name__}: DyLoRA needs nn.Linear.")
@@ -116,7 +115,7 @@ class DyLoraTrainer(LowMemSFTTrainer):
         ValueError: without adapters, for adapters that are not plain LoRA, or of a model whose layers are not plain.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         config = kwargs.get("peft_config")
         if not isinstance(config, LoraConfig):
             raise ValueError(
@@ -126,7 +125,7 @@ class DyLoraTrainer(LowMemSFTTrainer):
         self.largest = config.r
         super().__init__(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
         set_rank(self.model, rank_of(self.args.seed, self.state.global_step, self.largest))
         try:
             return super().training_step(*args, **kwargs)

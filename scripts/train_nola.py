@@ -22,9 +22,10 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -41,11 +42,19 @@ PLACES = 1 << 33  # random numbers that a seed has, and would then begin anew
 UNFIT = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "target_parameters": None}
 
 
+class Kept(Protocol):
+    """What the backward pass needs."""
+
+    seed: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Mix(torch.autograd.Function):
     """The sum of random matrices by their coefficients; both passes make the matrices anew."""
 
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, seed: int, rows: int, columns: int) -> Tensor:
+    def forward(ctx: Kept, coefficients: Tensor, seed: int, rows: int, columns: int) -> Tensor:
         ctx.seed, ctx.shape, ctx.dtype = seed, coefficients.shape, coefficients.dtype
         flat, total = coefficients.flatten(), coefficients.new_zeros(rows * columns)
         for first, block in _blocks(seed, len(flat), total):
@@ -53,13 +62,13 @@ class Mix(torch.autograd.Function):
         return total.view(rows, columns)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Kept, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         grad = grads[0].to(ctx.dtype).flatten()
         made = [block @ grad for _, block in _blocks(ctx.seed, ctx.shape.numel(), grad)]
         return torch.cat(made).view(ctx.shape), None, None, None
 
 
-def _blocks(seed: int, bases: int, like: Tensor) -> Any:
+def _blocks(seed: int, bases: int, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the first, some matrices, a row each), of a variance of 1 / bases."""
     size = like.numel()
     several = max(1, BLOCK // size)
@@ -80,7 +89,8 @@ class Mixture(nn.Module):
         self.weight = nn.Parameter(deviation * torch.randn(1, bases))
 
     def matrix(self) -> Tensor:
-        made: Any = Mix.apply(self.weight, self.seed, self.out_features, self.in_features)
+        made = Mix.apply(self.weight, self.seed, self.out_features, self.in_features)
+        assert isinstance(made, Tensor)
         return made
 
     def forward(self, input: Tensor) -> Tensor:
@@ -107,12 +117,14 @@ class NolaConfig(LoraConfig):
 class NolaLinear(lora.Linear):
     """PEFT's LoRA of a linear layer, with mixtures in the place of A and B."""
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object) -> None:
         base = self.get_base_layer()
         if type(base) is not nn.Linear:
             raise ValueError(f"{kwargs['target_name']} is a {type(base).__name__}: NOLA needs nn.Linear.")
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         assert isinstance(config, NolaConfig)
+        assert self.in_features is not None
+        assert self.out_features is not None
         seeds = [seed_of(config.nola_seed, f"{kwargs['target_name']}, {part}") for part in "AB"]
         deviation = 1 / math.sqrt(3 * self.in_features)  # of LoRA's own A
         self.lora_A[adapter_name] = Mixture(config.nola_bases, seeds[0], r, self.in_features, deviation)
@@ -133,12 +145,12 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}, {name}".encode(), digest_size=4).digest()) >> 1
 
 
-def load(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftModel:
+def load(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
     """The model with a saved adapter: PEFT's from_pretrained, with the layers that the adapter is of."""
     saved = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     known = {f.name for f in fields(NolaConfig) if f.init}
     config = NolaConfig(**{name: value for name, value in saved.items() if name in known and value is not None})
-    return PeftModel.from_pretrained(model, str(folder), config=config, **kwargs)  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
 
 
 @dataclass
@@ -161,7 +173,7 @@ class NolaTrainer(LowMemSFTTrainer):
         ValueError: without adapters, for adapters that are not plain LoRA, or of a model whose layers are not plain.
     """
 
-    def __init__(self, model: Any, args: NolaSFTConfig, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module | str, args: NolaSFTConfig, **kwargs: object) -> None:
         plain = kwargs.get("peft_config")
         if not isinstance(plain, LoraConfig):
             raise ValueError(

@@ -25,11 +25,10 @@ import gc
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hf_lowmem import LowMemDPOConfig, LowMemDPOTrainer, LowMemSFTTrainer
 from hf_lowmem.cli.dpo import FirstStage, answered
@@ -48,7 +47,7 @@ class QuantisedStage(FirstStage):
 
     sft_first: bool = field(default=True, metadata={"help": "Always so in this script."})
 
-    def run(self, *, model: str, args: Any, **given: Any) -> str:
+    def run(self, *, model: str, args: LowMemDPOConfig, **given: object) -> str:
         """The folder of the merged model."""
         wanted = {"--load_in_4bit": given["quantization_config"], "--use_peft": given["peft_config"]}
         wanted["--sft_first True"] = self.sft_first or None
@@ -56,6 +55,7 @@ class QuantisedStage(FirstStage):
             raise WrongCommand(f"QLoRA, then DPO, needs {', '.join(missing)}. Add it, or run `hf-lowmem dpo`.")
         if getattr(args, "fsdp", None):
             raise WrongCommand(f"fsdp={args.fsdp!r}: adapters of sharded weights are not merged here. Leave it unset.")
+        assert args.output_dir is not None
         folder = Path(args.output_dir) / "sft"
         if args.resume_from_checkpoint:
             if not (folder / "config.json").is_file():
@@ -67,10 +67,10 @@ class QuantisedStage(FirstStage):
         self.learn(model, args, folder, given)
         return str(folder)
 
-    def learn(self, model: str, args: Any, folder: Path, given: dict[str, Any]) -> None:
+    def learn(self, model: str, args: LowMemDPOConfig, folder: Path, given: dict[str, object]) -> None:
         """SFT on the quantised model, then the plain model with the adapter merged into it; no memory is kept."""
         test = given["eval_dataset"]
-        trainer: Any = LowMemSFTTrainer(
+        trainer = LowMemSFTTrainer(
             model,
             args=self.arguments(args, folder / "adapter"),
             train_dataset=answered(given["train_dataset"]),
@@ -89,12 +89,15 @@ class QuantisedStage(FirstStage):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if first:
-            merge(model, folder / "adapter", folder, args.model_init_kwargs or {})
-            given["processing_class"].save_pretrained(folder)
+            settings, tokenizer = args.model_init_kwargs or {}, given["processing_class"]
+            assert not isinstance(settings, str), settings  # a command line's has been read by now
+            assert isinstance(tokenizer, PreTrainedTokenizerBase)
+            merge(model, folder / "adapter", folder, settings)
+            tokenizer.save_pretrained(folder)
         wait()
 
 
-def merge(model: str, adapter: Path, folder: Path, settings: dict[str, Any]) -> None:
+def merge(model: str, adapter: Path, folder: Path, settings: dict[str, object]) -> None:
     """Write the plain model with the adapter merged into it."""
     given = {name: value for name, value in settings.items() if value is not None and name != "device_map"}
     plain = AutoModelForCausalLM.from_pretrained(model, **given)

@@ -30,18 +30,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from hf_lowmem import with_lowmem
 from hf_lowmem.cli.train import train
 from hf_lowmem.training.mixin import LowMemTrainerMixin
 
-Reward = Callable[..., list[float]] | str
-GrpoFields: Any = with_lowmem(GRPOConfig)
-RlooFields: Any = with_lowmem(RLOOConfig)
+Reward = Callable[..., object] | str
+GrpoFields, RlooFields = with_lowmem(GRPOConfig), with_lowmem(RLOOConfig)
 HELP = "FILE.py:NAME of a function, or a reward model's name or folder. Several add up."
 
 
@@ -93,7 +92,7 @@ class ReMaxTrainer(LowMemRLOOTrainer):
         ValueError: for settings with which there is no pair of a sampled and a greedy answer on one process.
     """
 
-    def __init__(self, model: Any, reward_funcs: Any, args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: object, reward_funcs: object, args: RLOOConfig, **kwargs: object) -> None:
         wanted: dict[str, tuple[object, ...]] = {
             "num_generations": (2,),
             "num_generations_eval": (2, None),
@@ -112,7 +111,9 @@ class ReMaxTrainer(LowMemRLOOTrainer):
                 raise ValueError(f"{name}={getattr(args, name)!r}: remax needs pairs on one process. Make it even.")
         super().__init__(model, reward_funcs, args=args, **kwargs)
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any) -> Any:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: object, multimodal_fields: object
+    ) -> list[list[int]]:
         """A sampled and a greedy answer by turns, as the prompts come twice each."""
         if images is not None or multimodal_fields:
             raise ValueError("remax is of text here. Train models of images with rloo.")
@@ -126,7 +127,7 @@ class ReMaxTrainer(LowMemRLOOTrainer):
             self.generation_config = plain
         return [answer for pair in zip(sampled, greedy, strict=True) for answer in pair]
 
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
+    def _generate_and_score_completions(self, inputs: list[dict[str, object]]) -> dict[str, Tensor]:
         """The sampled answers; their advantage is over the greedy one's reward."""
         made = super()._generate_and_score_completions(inputs)
         odd = [name for name, value in made.items() if not isinstance(value, Tensor) or len(value) != len(inputs)]
@@ -134,14 +135,16 @@ class ReMaxTrainer(LowMemRLOOTrainer):
         return {name: value[0::2] for name, value in made.items()}
 
 
-KINDS: dict[str, tuple[type, type]] = {
+KINDS: dict[str, tuple[type, Callable[..., Trainer]]] = {
     "grpo": (GrpoArguments, LowMemGRPOTrainer),
     "rloo": (RlooArguments, LowMemRLOOTrainer),
     "remax": (RlooArguments, ReMaxTrainer),
 }
 
 
-def made(trainer_class: Callable[..., Any], *, model: Any, args: Any, **given: Any) -> Any:
+def made(
+    trainer_class: Callable[..., Trainer], *, model: str, args: "GrpoArguments | RlooArguments", **given: object
+) -> Trainer:
     """The trainer, with its rewards."""
     return trainer_class(model, rewards(args.reward), args=args, **given)
 

@@ -76,6 +76,7 @@ COMMANDS = {
     "python scripts/bench/weights_peers.py": MINUTES + "tests/bench/test_weights_peers.py",
     "python scripts/bench/weights.py": MINUTES + "tests/bench/test_weights.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
+    "python scripts/bench/recipes.py": MINUTES + "tests/bench/test_recipes.py",
     "python scripts/bench/sample.py": MINUTES + "tests/bench/test_sample.py",
     "python scripts/bench/zeroth_offload.py": MINUTES + "tests/bench/test_zeroth.py",
     "python scripts/bench/zeroth.py": MINUTES + "tests/bench/test_zeroth.py",

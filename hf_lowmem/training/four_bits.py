@@ -21,7 +21,7 @@ def keep_backward(model: nn.Module | None) -> None:
     """Let 4-bit layers keep the layout that has a backward pass, and take it back where they have left it."""
     for module in model.modules() if model is not None else ():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 module.state_dict()  # which bitsandbytes makes of the first layout, in place

@@ -34,11 +34,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
@@ -67,9 +66,7 @@ ADAPTERS = (*(("lora", rank) for rank in RANKS), ("dylora", LARGEST), ("nola", 6
 PENALTIES = (0.0, 4.0, 16.0, 64.0)
 
 
-def train(
-    model: LlamaForCausalLM, size: Row, seed: int, share: Share, ranks: Callable[[int], int] | None = None
-) -> None:
+def train(model: nn.Module, size: Row, seed: int, share: Share, ranks: Callable[[int], int] | None = None) -> None:
     """Train by torch's AdamW, at a share of the rate, and a rank of DyLoRA's, that depend on the step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=size["weight_decay"])
     model.train()
@@ -84,7 +81,7 @@ def train(
         optimizer.zero_grad()
 
 
-def score(model: LlamaForCausalLM, size: Row) -> float:
+def score(model: nn.Module, size: Row) -> float:
     model.eval()
     return heldout_loss(lambda ids: model(input_ids=ids, labels=ids).loss, size)
 
@@ -96,7 +93,7 @@ def warmed(step: int, size: Row) -> float:
 
 def cost(model: LlamaForCausalLM) -> int:
     """Parameters that a token meets in products."""
-    return model.num_parameters() - model.get_input_embeddings().weight.numel()
+    return model.num_parameters() - model.model.embed_tokens.weight.numel()
 
 
 def growth(factor: int, seed: int, size: Row) -> Row:
@@ -162,6 +159,28 @@ class Save(TrainerCallback):
         return control
 
 
+def settings(end: str, seed: int, size: Row) -> Row:
+    """Fields of a run."""
+    return {
+        "optim": "adamw",
+        "lowmem_state": "fp32",
+        "learning_rate": RATE,
+        "max_steps": size["steps"],
+        "seed": seed,
+        "per_device_train_batch_size": size["batch"],
+        "per_device_eval_batch_size": 16,
+        "weight_decay": size["weight_decay"],
+        "warmup_steps": round(size["warmup"] * size["steps"]),
+        "max_grad_norm": size["clip"],
+        "lr_scheduler_type": "cosine" if end == "cosine" else "constant_with_warmup",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+
+
 def means(end: str, seed: int, size: Row) -> Row:
     """A run, its checkpoints and their means, each scored on the half that chooses nothing."""
     chooses, scores = halves(size)
@@ -169,13 +188,7 @@ def means(end: str, seed: int, size: Row) -> Row:
     steps = [size["steps"] - every * i for i in reversed(range(size["checkpoints"]))]
     rows = torch.cat(list(batches(size, seed)))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = LowMemTrainingArguments(
-            folder, optim="adamw", lowmem_state="fp32", learning_rate=RATE, max_steps=size["steps"], seed=seed,
-            per_device_train_batch_size=size["batch"], per_device_eval_batch_size=16, weight_decay=size["weight_decay"],
-            warmup_steps=round(size["warmup"] * size["steps"]), max_grad_norm=size["clip"], use_cpu=True,
-            lr_scheduler_type="cosine" if end == "cosine" else "constant_with_warmup", report_to="none",
-            disable_tqdm=True, save_strategy="no", logging_strategy="no",
-        )  # fmt: skip
+        args = LowMemTrainingArguments(folder, **settings(end, seed, size))
         data = {"train_dataset": Windows(rows), "eval_dataset": Windows(chooses)}
         LowMemTrainer(build_model(size, seed, bf16=False), args, **data, callbacks=[Save({*steps})]).train()
         folders = [Path(folder) / f"checkpoint-{step}" for step in steps]
@@ -219,7 +232,7 @@ def adapters(way: tuple[str, int], seed: int, size: Row) -> Row:
     row: Row = {"before": score(base, size)}
     torch.manual_seed(seed)
     kind, number = way
-    model: Any = get_peft_model(base, adapter_of(kind, number))
+    model = get_peft_model(base, adapter_of(kind, number))
     ranks = (lambda step: train_dylora.rank_of(seed, step, number)) if kind == "dylora" else None
     train(model, size | {"steps": size["adapted"]}, seed + 1000, rate_at, ranks)
     row["bytes"] = {str(number): file_bytes(model)}

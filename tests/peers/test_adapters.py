@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.conftest import tiny_llama
 from tests.test_scripts import ROOT, SMALL, as_text, model_and_data
@@ -54,7 +54,7 @@ def test_the_first_ranks_are_an_adapter_of_that_rank(dylora: Any, rslora: bool, 
     for rank in range(1, 6):
         out = tmp_path / str(rank)
         assert dylora.truncate([str(tmp_path / "whole"), "--rank", str(rank), "--output", str(out)]) == 0
-        plain = PeftModel.from_pretrained(tiny_llama(), str(out))  # PEFT's own layers
+        plain: Any = PeftModel.from_pretrained(tiny_llama(), str(out))  # PEFT's own layers
         assert {p.shape[0] for n, p in plain.named_parameters() if "lora_A" in n} == {rank}
         dylora.set_rank(model, rank)
         # The scaling is one product there and two here.
@@ -99,7 +99,7 @@ def test_a_step_has_one_rank_and_what_is_between_steps_has_all(
     assert seen == [{dylora.rank_of(args.seed, step, 6)} for step in range(5)]
 
 
-def ranks(model: nn.Module) -> set[int]:
+def ranks(model: Any) -> set[int]:
     return {int(m.rank) for m in model.modules() if hasattr(m, "rank")}
 
 
@@ -168,7 +168,12 @@ def test_a_script_trains_and_a_resumed_run_ends_in_the_same_bits(
 def test_what_is_no_plain_adapter_is_refused(
     dylora: Any, nola: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for odd in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "gaussian"}):
+    cases: list[dict[str, Any]] = [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "gaussian"},
+    ]
+    for odd in cases:
         (name,) = odd
         with pytest.raises(ValueError, match=f"{name}=.*DyLoRA is of plain"):
             dylora.dylora(LoraConfig(target_modules=TARGETS, **odd))
@@ -181,7 +186,7 @@ def test_what_is_no_plain_adapter_is_refused(
         nola.NolaSFTConfig(str(tmp_path), nola_bases=0)
     with pytest.raises(ValueError, match="would repeat each other"):
         nola.Mixture(1 << 20, 0, 1 << 10, 1 << 10, 1.0)
-    get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=TARGETS)).save_pretrained(tmp_path / "adapter")
+    get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=TARGETS)).save_pretrained(str(tmp_path / "adapter"))
     given = [str(tmp_path / "adapter"), "--output"]
     for arguments, said in (
         ([*given, str(tmp_path / "new"), "--rank", "4"], "--rank 4: expected a whole number from 1 to 3"),

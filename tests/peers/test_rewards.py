@@ -67,7 +67,7 @@ def test_remax_subtracts_the_greedy_answer_s_reward(
         str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8, num_generations=2,
         max_completion_length=5, beta=0.0, reward=[f"{functions}:spread"],
     )  # fmt: skip
-    data = Dataset.from_list([{"prompt": f"w{i} w{2 * i}"} for i in range(4)])
+    data: Any = Dataset.from_list([{"prompt": f"w{i} w{2 * i}"} for i in range(4)])
     model = tiny_llama(initializer_range=0.3)
     trainer = script.ReMaxTrainer(
         model, script.rewards(args.reward), args=args, train_dataset=data, processing_class=tokenizer
