@@ -65,6 +65,7 @@ def test_no_method_and_no_script_is_missing() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_a_row_has_a_paper_a_test_and_a_limit(row: list[str]) -> None:
     _, paper, command, test, limit = row
+    paper = code(paper)
     assert re.fullmatch(r"\d{4}\.\d{5}", paper)
     assert limit
     path = ROOT / code(test)

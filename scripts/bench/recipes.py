@@ -103,7 +103,8 @@ def growth(factor: int, seed: int, size: Row) -> Row:
         train(deep, size, seed, rate_at)
         return {"loss": score(deep, size)}
     small = build_model(size | {"layers": size["layers"] // factor}, seed, bf16=False)
-    cheap = round(SHARE * size["steps"] * cost(deep) / cost(small))
+    before = round(SHARE * size["steps"])
+    cheap = round(before * cost(deep) / cost(small))
     first = size | {"layers": size["layers"] // factor, "steps": cheap}
     train(small, first, seed, warmed)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -111,7 +112,7 @@ def growth(factor: int, seed: int, size: Row) -> Row:
         small.save_pretrained(source)
         assert grow_depth.main([str(source), "--factor", str(factor), "--output", str(grown)]) == 0
         deep = LlamaForCausalLM.from_pretrained(grown)
-    rest = size | {"steps": size["steps"] - round(SHARE * size["steps"])}
+    rest = size | {"steps": size["steps"] - before}
     row: Row = {"steps": [cheap, rest["steps"]], "small": score(small, size), "grown": score(deep, size)}
     train(deep, rest, seed + 1000, rate_at)
     return row | {"loss": score(deep, size)}
