@@ -14,7 +14,7 @@ READMES = {
         ROOT / "README.md",
         ROOT / ".github" / "CONTRIBUTING.md",
         ROOT / "integrations" / "README.md",
-        *sorted([*ROOT.glob("hf_lowmem/**/README.md"), *ROOT.glob("scripts/*/README.md")]),
+        *sorted([*ROOT.glob("hf_lowmem/**/README.md"), *ROOT.glob("scripts/**/README.md")]),
     )
 }
 PROGRAMS = ("python", "bash", "hf-lowmem", "pip", "accelerate", "torchrun", "pytest")

@@ -42,6 +42,7 @@ TABLES = {
     "hf_lowmem/preference/README.md": ["preference_memory", "preference_time", "collapse"],
     "hf_lowmem/training/README.md": ["presets", "wire"],
     "hf_lowmem/weights/README.md": ["weights", "weights_peers", "weights_drift"],
+    "scripts/README.md": ["growth", "merged", "adapters"],
     "scripts/bench/README.md": [
         "demo", "demo_smallest", "bases", "embeddings", "arithmetic", "accumulation", "accumulation_loss",
     ],

@@ -27,6 +27,7 @@ from hf_lowmem.cli.screens import SCREENS
 from hf_lowmem.memory import optimizer_bytes
 from tests.conftest import tiny_llama
 from tests.readmes import ROOT, Block, blocks, commands
+from tests.test_methods import method_commands
 from tests.training.test_trainers import pair_data, token_data
 
 pytestmark = pytest.mark.train  # starts processes
@@ -75,6 +76,7 @@ COMMANDS = {
     "python scripts/bench/weights_peers.py": MINUTES + "tests/bench/test_weights_peers.py",
     "python scripts/bench/weights.py": MINUTES + "tests/bench/test_weights.py",
     "python scripts/bench/states.py": MINUTES + "its own flags; what it measures in tests/contracts",
+    "python scripts/bench/recipes.py": MINUTES + "tests/bench/test_recipes.py",
     "python scripts/bench/sample.py": MINUTES + "tests/bench/test_sample.py",
     "python scripts/bench/zeroth_offload.py": MINUTES + "tests/bench/test_zeroth.py",
     "python scripts/bench/zeroth.py": MINUTES + "tests/bench/test_zeroth.py",
@@ -123,6 +125,7 @@ def words_to_parse(command: str) -> list[str] | None:
 
 def test_every_flag_of_every_command_is_known(tmp_path: Path) -> None:
     parsed = {command: words for _, command in commands() if (words := words_to_parse(command)) is not None}
+    parsed |= {" ".join(words): words for words in method_commands()}
     asked, answered = tmp_path / "commands.json", tmp_path / "answers.json"
     unknown = [["hf-lowmem", "plan", "--budgett", "24GiB"], ["python", "scripts/bench/wire.py", "--sizess", "1"]]
     asked.write_text(json.dumps([*parsed.values(), *unknown]))

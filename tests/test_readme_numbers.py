@@ -288,6 +288,14 @@ CONSTANTS: dict[str, dict[str, str]] = {
         "off; 0.5, 0.5": SETTING,
         "a hidden size of 4,096": "what BLOCK_BYTES of head_blocks.py holds of TRL's 32,768 columns",
     },
+    "scripts/README.md": {
+        "where 2 bytes a parameter": NAME,
+        "where 1 byte a parameter": NAME,
+        "batches below 64": PAPER,
+        "a LoRA of rank 1 is small": SETTING,
+        "seeds 0 and 1": SETTING,
+        "without it, seed 0": SETTING,
+    },
     "scripts/examples/README.md": {
         "under 40 lines": RULE,
         "by at most three lines": RULE,

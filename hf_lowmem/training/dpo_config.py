@@ -114,7 +114,8 @@ class LowMemDPOConfig(LowMemArguments, DPOConfig):
         default=None,
         metadata={
             "help": "Column with the reward margin of each pair, r(chosen) - r(rejected) >= 0 by a reward model. Turns "
-            "on MM-RLHF's dynamic reward scaling: beta (1 + w (1 - exp(-k margin))). Only for loss_type='sigmoid'."
+            "on the dynamic reward scaling of MM-RLHF (arXiv 2502.10391): beta (1 + w (1 - exp(-k margin))). Only for "
+            "loss_type='sigmoid'."
         },
     )
     lowmem_margin_w: float | None = field(

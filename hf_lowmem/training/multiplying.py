@@ -11,6 +11,7 @@ from torch import nn
 from hf_lowmem.activations.linears import linears_of_layers
 from hf_lowmem.matmul import OwnedProducts, ProductReport, code_frozen, products_of
 from hf_lowmem.matmul.spec import MatmulSpec
+from hf_lowmem.training.four_bits import keep_backward
 from hf_lowmem.training.matmul_fields import MatmulArguments
 from hf_lowmem.training.sampling import SamplesRows
 
@@ -54,6 +55,7 @@ class MultipliesIn8Bits(SamplesRows):
 
     def _rehearse_products(self) -> None:
         """Say now which products will be made in 8 bits, or why none can. The model stays as it is."""
+        keep_backward(self.model)
         self._rehearse_samples()
         spec = self._matmul_spec()
         if spec is not None and self.model is not None:

@@ -33,6 +33,7 @@ from hf_lowmem.runs.skips import FIELD
 from hf_lowmem.specs import STORES_AT_REST, check_choice
 from hf_lowmem.training import section
 from hf_lowmem.training.arguments import SECTION_FIELDS, LowMemArguments, section_fields
+from hf_lowmem.training.four_bits import keep_backward
 from hf_lowmem.training.multiplying import put_products
 from hf_lowmem.training.own_defaults import ADAM_DEFAULTS
 from hf_lowmem.training.presets import fp32_by, take_weights
@@ -200,6 +201,7 @@ class LowMemPlugin(LowMemArguments):
                 "optimizer=, with optim left unset."
             )
         self.check(accelerator, model, passed=None if optimizer is None else f"optimizer={type(optimizer).__name__}")
+        keep_backward(model)
         products = put_products(self, model, accelerator)
         if products is not None:
             self._put_on.append(products)

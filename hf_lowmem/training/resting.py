@@ -13,6 +13,7 @@ from hf_lowmem.distributed import is_sharded
 from hf_lowmem.optim import LowMemOptimizer, StepInBackward
 from hf_lowmem.optim.resting import check_rests, rest
 from hf_lowmem.specs import STORES_AT_REST, OptimSpec
+from hf_lowmem.training.four_bits import keep_dtypes
 from hf_lowmem.weights import expect_scales, resting, write_scales
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class RestingWeights:
         self._weights_from = resume_from_checkpoint
         if self.model is not None:
             expect_scales(self.model, resume_from_checkpoint)
-        cast("Trainer", super())._load_from_checkpoint(resume_from_checkpoint, model)
+        with keep_dtypes(self.model):
+            cast("Trainer", super())._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = cast("Trainer", self).state.best_model_checkpoint

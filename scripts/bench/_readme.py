@@ -21,6 +21,7 @@ import arithmetic as added
 import embeddings as embedding_rules
 import long_sequences
 import plan_table as plans
+import recipes
 import weights as stores
 import weights_peers as peers
 import wire as sent
@@ -356,6 +357,9 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "targets": targets,
     "cpu_layers": cpu_layers,
     "sample": sample,
+    "growth": lambda: recipes.growth_table(records("recipes.jsonl")),
+    "merged": lambda: recipes.means_table(records("recipes.jsonl")),
+    "adapters": lambda: recipes.adapters_table(records("recipes.jsonl")),
     "zeroth_offload": lambda: zeroth_offload.table(records("zeroth_offload.jsonl")),
     "products_error": lambda: multiplied.errors(products("error")),
     "products_loss": lambda: multiplied.losses(products("loss")),
@@ -367,7 +371,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
 
 def readmes() -> list[Path]:
     """Every README of this clone, and CONTRIBUTING."""
-    rooms = sorted([*ROOT.glob("hf_lowmem/**/README.md"), *ROOT.glob("scripts/*/README.md")])
+    rooms = sorted([*ROOT.glob("hf_lowmem/**/README.md"), *ROOT.glob("scripts/**/README.md")])
     return [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", ROOT / "integrations" / "README.md", *rooms]
 
 
