@@ -7,8 +7,8 @@ call of a kernel that gives, beside its output, the log-sum-exp of its scores; a
     lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
 Backward is exact, too. A kernel makes its probabilities again, as exp(score - lse), and needs of the output its product
-with the gradient alone. Given the lse and the output of *both*, each call's gradients are its part of the whole's: those
-of queries add up, those of keys are its keys'.
+with the gradient alone. Given the lse and the output of *both*, each call's gradients are its part of the whole's:
+those of queries add up, those of keys are its keys'.
 
 Why not one call on the prompt's keys with the run's behind them: they do not stand beside each other, so each chunk
 would copy keys and values of all tokens before it.
@@ -123,11 +123,11 @@ def attend_shared(
         flash: whether to call the kernel for several lengths, and not a CPU's.
     """
     head = query.shape[-1]
-    scale = head**-0.5 if scale is None else scale
+    factor: float = head**-0.5 if scale is None else scale
     missing = -head % 8 if flash else 0
     if missing:
         query, key, value = (F.pad(t, (0, missing)) for t in (query, key, value))
-    out = _Merged.apply(_Calls(shared, start, first, scale, flash), query, key, value)
+    out = _Merged.apply(_Calls(shared, start, first, factor, flash), query, key, value)
     assert isinstance(out, Tensor)
     return out[..., :head] if missing else out
 
@@ -198,8 +198,8 @@ class _Calls:
 
 def _lengths(part: Part, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
     queries, keys = part.end - part.start, part.last - part.first
-    ends = (torch.tensor([0, n], dtype=torch.int32, device=like.device) for n in (queries, keys))
-    return *ends, queries, keys
+    ends = [torch.tensor([0, n], dtype=torch.int32, device=like.device) for n in (queries, keys)]
+    return ends[0], ends[1], queries, keys
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> Grads:

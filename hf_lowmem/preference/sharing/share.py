@@ -59,11 +59,11 @@ class Visible:
                 pair, branch = divmod(int(line[begin]), 3)
                 if branch == 0:
                     prompt = pair, begin, end
-                of_pair = prompt[1:] if prompt[0] == pair else (begin, begin)
+                shared = prompt if branch == 2 and prompt[0] == pair else (pair, begin, begin)
                 if branch == 1 and last[0] == pair:  # right behind its prompt
-                    runs[-1] = (runs[-1][0], end, *runs[-1][2:])
+                    runs[-1] = (runs[-1][0], end, runs[-1][2], runs[-1][3])
                 else:
-                    runs.append((begin, end, *(of_pair if branch == 2 else (begin, begin))))
+                    runs.append((begin, end, shared[1], shared[2]))
                 last = pair, begin, end
             rows.append(runs)
         return rows
