@@ -10,7 +10,7 @@ from hf_lowmem.activations import convert, undo
 from hf_lowmem.activations.convert import convert as convert_model
 from hf_lowmem.activations.streaming.attention import Corner, lower_right
 from tests.activations.models import EXPERTS, FAMILIES, batch, build, loss_and_gradients, twin
-from tests.activations.streams import CHUNKS, LAYOUTS, TOKENS, distance, floor, laid_out, model_of, streamed
+from tests.activations.streams import CHUNKS, LAYOUTS, TOKENS, bound_of, distance, laid_out, model_of, streamed
 
 # Eager attention makes NaN of a row without keys, with HuggingFace alone.
 CASES = [(f, layout) for f, layout in product([*FAMILIES, *EXPERTS], LAYOUTS) if (f, layout) != ("gemma2", "left")]
@@ -40,7 +40,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
 def is_huggingfaces(family: str, layout: str, **changes: Any) -> None:
     model, inputs = model_of(family, **changes), laid_out(layout)
     loss, grads = loss_and_gradients(model, inputs)
-    bound = max(1e-12, 3 * floor(model, inputs, grads))
+    bound = bound_of(family, model, inputs, grads)
     for chunk in CHUNKS:
         ours, found = loss_and_gradients(streamed(model, chunk), inputs)
         if family in EXPERTS:

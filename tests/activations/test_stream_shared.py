@@ -18,11 +18,8 @@ from hf_lowmem.preference.sharing.layout import SEGMENTS, SOURCE
 from hf_lowmem.preference.sharing.share import Visible
 from hf_lowmem.specs import ActivationSpec
 from tests.activations.models import EXPERTS, FAMILIES, loss_and_gradients
-from tests.activations.streams import distance, floor, model_of, streamed
+from tests.activations.streams import bound_of, distance, model_of, streamed
 from tests.preference.sharing.families import batch, examples
-
-# Of these families a product, a norm and a softmax of some tokens are those of all tokens, to float64's last bits.
-TO_FLOAT64 = ("llama", "mistral", "gpt2", "qwen3")
 
 
 def pairs_of(budget: int | None, **collator: Any) -> dict[str, Any]:
@@ -41,7 +38,7 @@ def sharing(family: str, **changes: Any) -> Any:
 def is_the_dense_masks(family: str, budget: int | None, chunks: tuple[int, ...]) -> None:
     model, inputs = sharing(family), pairs_of(budget)
     loss, grads = loss_and_gradients(model, inputs)
-    bound = 1e-12 if family in TO_FLOAT64 else max(1e-12, 3 * floor(model, inputs, grads))
+    bound = bound_of(family, model, inputs, grads)
     for chunk in chunks:
         ours, found = loss_and_gradients(streamed(model, chunk), inputs)
         torch.testing.assert_close(ours, loss, rtol=1e-6 if family in EXPERTS else 1e-7, atol=0)  # which fp32 has
@@ -159,6 +156,31 @@ def test_runs_of_a_plan_are_those_of_its_batch() -> None:
 def pairs_of_length(count: int, tokens: int = 12) -> list[dict[str, Any]]:
     answers = {"chosen_ids": [5] * (tokens - 1), "rejected_ids": [6] * (tokens - 1)}
     return [{"prompt_ids": [4]} | answers for _ in range(count)]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("first", [False, True])
+def test_keys_of_the_other_answer_and_outside_of_the_window_are_never_read(window: int | None, first: bool) -> None:
+    """They are NaN, and so would be whatever has read them, also behind a mask."""
+    prompt, chosen, rejected = (0, 20), (20, 33), (33, 40)
+    meant = Shared([[Run(0, 33, 0, 0), Run(*rejected, *prompt)]], window)
+    start, end = (30, 33) if first else (36, 40)
+    outside = [rejected if first else chosen]
+    if window is not None:
+        outside.append((0, start - window + 1) if first else (0, 20 - (window - 1 - 3)))
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, n, 40, 8, generator=generator, dtype=torch.float64) for n in (4, 2, 2)]
+    outs = []
+    for poison in (0.0, float("nan")):
+        q, k, v = (t.clone() for t in whole)
+        for t in (k, v):
+            for a, b in outside:
+                t[:, :, a:b] = poison
+        parts = [t.requires_grad_() for t in (q[:, :, start:end].clone(), k[:, :, :end].clone(), v[:, :, :end].clone())]
+        out = shared.attend_shared(*parts, None, meant, start, 0, flash=False)
+        out.square().sum().backward()
+        outs.append([out, *(t.grad for t in parts)])
+    assert all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(*outs, strict=True))
 
 
 class Standin:
