@@ -188,11 +188,10 @@ class _Calls:
             dq, dk, dv = (t.transpose(0, 1) for t in grads)
             return dq, dk, dv
         query, key, value = _grouped(q, k, v)
-        like = query.shape
+        grad, out, lse = (t.flip(1).view(*query.shape[:3], *t.shape[2:]) for t in (grad, out, lse))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad.flip(1).view(like), query, key, value, out.flip(1).view(like), lse.flip(1).view(like[:3]), 0.0, False,
-            attn_mask=self.shared.mask(part, q), scale=self.scale,
-        )  # fmt: skip
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=self.shared.mask(part, q), scale=self.scale
+        )
         return _as_before(grads[0]), grads[1].sum(1), grads[2].sum(1)
 
 
