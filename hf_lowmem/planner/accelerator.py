@@ -10,7 +10,8 @@ whole list:
     hf_lowmem's references           spans of an accelerator's size
     hf_lowmem.optim                  no waiting: update, then select old or new
     host memory                      meta tensors, which are counted apart
-    streamed layers                  flash kernels, which are causal from the lower right, of documents and windows too
+    streamed layers                  flash kernels, which are causal from the lower right, of documents, windows and
+                                     shared prompts too
 
 What stays the CPU's: autocast's lists of operators, which are shorter; scaled_dot_product_attention, which keeps the
 same as the flash kernel does (query, key, value, output, log-sum-exp); and models that have kernels in packages of

@@ -84,7 +84,8 @@ def _sft_batch(ids: Tensor, trainer: Any) -> dict[str, Any]:
 
 
 def _pairs_batch(ids: Tensor, trainer: Any) -> dict[str, Any]:
-    """Chosen answers above rejected ones. The prompt has no token, so that all are scored and nothing is shared."""
+    """Chosen answers above rejected ones. The prompt has no token, so that all are scored; a shared one has one, which
+    is scored in no batch, so that rows are as long as rows with a prompt can be."""
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": torch.ones_like(ids)}
     args, pairs = trainer.args, len(ids) // 2
     if trainer.precompute_ref_logps:
@@ -100,7 +101,9 @@ def _pairs_batch(ids: Tensor, trainer: Any) -> dict[str, Any]:
 
 def _shared_rows(sequences: int, tokens: int, budget: int | None, multiple: int | None) -> dict[str, Tensor]:
     ones = torch.ones(sequences, tokens, dtype=torch.long)
-    return shared_layout(ones, ones, ones, budget=budget, multiple=multiple or 1)
+    answers = ones.clone()
+    answers[:, 0] = 0
+    return shared_layout(ones, ones, answers, budget=budget, multiple=multiple or 1)
 
 
 METHODS = {

@@ -2,6 +2,7 @@
 what a small model really takes of a CPU at 131,072.
 
     python scripts/bench/long_sequences.py                # plans: twenty minutes on one core
+    python scripts/bench/long_sequences.py --part auto    # the longest that fits in 80 GB: twenty minutes
     python scripts/bench/long_sequences.py --part real    # a real step on the CPU: ten minutes, 5 GiB
     python scripts/bench/long_sequences.py --part time    # a step's time beside checkpointing's: ten minutes
     python scripts/bench/long_sequences.py --toy          # a tiny model, short sequences; nothing is written
@@ -10,6 +11,8 @@ Each part writes its own rows of records/long_sequences.jsonl, `--setting NAME` 
 
 plan  Every row is what `hf_lowmem.planner.plan` predicts for a CUDA device, as in plan_table.py: nothing ran on one.
       One sequence of one document, all weights trained in bf16, `apollo_mini` in 8-bit states, step in backward.
+auto  What `hf-lowmem plan --budget 74.5GiB --max_length auto` answers: the longest sequence, a multiple of 64, of which
+      a step is planned to fit in a card of 80 GB.
 real  One step of LowMemSFTTrainer on the CPU in fp32: what torch's allocator gave out at most beside what was planned,
       and the process's own peak. Of HuggingFace's checkpointing the long step is planned only, and the plan is compared
       with a step that is short enough to run.
@@ -17,7 +20,11 @@ time  Forward and backward pass at 16,384 tokens, in turns with HuggingFace's ch
 """
 
 import argparse
+import contextlib
+import io
+import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,12 +50,18 @@ SETTINGS: dict[str, tuple[Row, tuple[int, ...]]] = {
         (524288, 1048576),
     ),
 }
+BUDGET = "74.5GiB"
+FARTHEST = 2**21  # positions of the model that is asked for its longest sequence
+AUTO: dict[str, Row] = {
+    "`stream_fp8`": {"lowmem_activations": "stream_fp8"},
+    "`stream_fp8`, `lowmem_offload=inputs`": {"lowmem_activations": "stream_fp8"} | HOST,
+}
 REAL: dict[str, tuple[Row, tuple[int, ...]]] = {
     # setting: what is set, and numbers of tokens, of which the last is the longest that is run
     "HF checkpointing": ({"gradient_checkpointing": True}, (131072, 8192)),
     "`stream_fp8`": ({"lowmem_activations": "stream_fp8"}, (131072,)),
 }
-PARTS = ("plan", "real", "time")
+PARTS = ("plan", "auto", "real", "time")
 
 
 def made(part: str, toy: bool, only: str | None) -> Iterator[Row]:
@@ -56,6 +69,11 @@ def made(part: str, toy: bool, only: str | None) -> Iterator[Row]:
     settings = SETTINGS if part == "plan" else REAL
     if part == "time":
         yield from times.rows(256 if toy else 16384, 1 if toy else 3)
+        return
+    if part == "auto":
+        for name, beside in AUTO.items():
+            if only in (None, name):
+                yield {"setting": name} | longest(OURS | beside, toy)
         return
     for name, (beside, lengths) in settings.items():
         for tokens in lengths if only in (None, name) else ():
@@ -66,6 +84,30 @@ def made(part: str, toy: bool, only: str | None) -> Iterator[Row]:
                 yield {"setting": name} | weighed(beside, toy, tokens, runs=tokens <= lengths[-1])
             if toy:
                 break
+
+
+def longest(settings: Row, toy: bool) -> Row:
+    """A row of `auto`: what the command answers."""
+    from transformers import LlamaConfig
+
+    from hf_lowmem.cli.main import main as hf_lowmem
+
+    budget, shape = (
+        ("2GiB", TOY | {"max_position_embeddings": 192})
+        if toy
+        else (BUDGET, MODEL | {"max_position_embeddings": FARTHEST})
+    )
+    given = settings | {"per_device_train_batch_size": 1, "bf16": False, "dtype": "bfloat16"}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
+        LlamaConfig(**shape).save_pretrained(folder)
+        status = hf_lowmem(["plan", "--model", folder, "--budget", budget, "--max_length", "auto", *flags, "--json"])
+    if status:
+        raise SystemExit(status)
+    made = json.loads(out.getvalue())
+    said = {"tokens": made["max_length"], "peak_bytes": made["peak_bytes"], "to_have_free": made["reserved_bytes"]}
+    said |= {"host_bytes": made["host_bytes"], "seconds": round(made["seconds"], 1)}
+    return {"fields": settings, "budget": budget, "asked": " ".join(["--max_length auto", *flags])} | said
 
 
 def weighed(settings: Row, toy: bool, tokens: int, runs: bool) -> Row:
@@ -93,6 +135,15 @@ def _cell(row: Row | None) -> str:
     return f"{row['to_have_free'] / 2**30:.1f} GiB{host}"
 
 
+def table_of_auto(rows: Rows) -> list[str]:
+    """README's lines: the longest sequence in a budget, and what it takes."""
+    lines = ["| | longest sequence | to have free | tried in |", "|---|---|---|---|"]
+    for row in of_part(rows, "auto"):
+        cells = [row["setting"], f"{row['tokens']:,} tokens", _cell(row), f"{row['seconds']:,.0f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def table_of_real(rows: Rows) -> list[str]:
     """README's lines: a real step's peak as planned and as measured."""
     lines = ["| | tokens | planned | measured | of the process | CPU time |", "|---|---|---|---|---|---|"]
@@ -107,7 +158,7 @@ def table_of_real(rows: Rows) -> list[str]:
 
 def said(row: Row) -> str:
     """A row in a line, while the others are made."""
-    if row["part"] == "plan":
+    if row["part"] in ("plan", "auto"):
         return f"{row['setting']} {row['tokens']} {_cell(row)}"
     names = ("tokens", "planned_bytes", "peak_bytes", "process_bytes", "cpu_seconds", "seconds", "ratio")
     return " ".join([row["setting"], *(f"{name}={row[name]}" for name in names if name in row)])
@@ -133,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         order = [(part, name) for part in PARTS for name in (*SETTINGS, *times.TIERS)]
         rows = sorted([*kept, *rows], key=lambda row: order.index((row["part"], row["setting"])))
         write_rows(path, rows)
-    print("\n".join(table_of_real(rows) if options.part == "real" else table(rows)))
+    tables = {"real": table_of_real, "auto": table_of_auto}
+    print("\n".join(tables.get(options.part, table)(rows)))
     return 0
 
 

@@ -17,6 +17,10 @@ CHUNKS = (1, 7, 8, TOKENS)
 STILL: dict[str, dict[str, Any]] = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 
 
+# Families whose norms' products or scores are of float32 also in a float64 model: no sum comes nearer than `floor`.
+FLOORED = ("gemma", "gemma2", "gemma3", "cohere", "cohere2", *EXPERTS)
+
+
 def model_of(family: str, **changes: Any) -> Any:
     """In float64, or in float32 where an operator of its experts has no other."""
     dtype = torch.float32 if family in EXPERTS else torch.float64
@@ -49,6 +53,11 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference of a gradient's value, in units of that gradient's largest."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-30)) for n, g in theirs.items())
+
+
+def bound_of(family: str, model: nn.Module, inputs: dict[str, Any], theirs: dict[str, Tensor]) -> float:
+    """How far gradients may be from HuggingFace's."""
+    return max(1e-12, 3 * floor(model, inputs, theirs)) if family in FLOORED else 1e-12
 
 
 def floor(model: nn.Module, inputs: dict[str, Any], theirs: dict[str, Tensor]) -> float:

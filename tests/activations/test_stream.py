@@ -10,7 +10,7 @@ from hf_lowmem.activations import convert, undo
 from hf_lowmem.activations.convert import convert as convert_model
 from hf_lowmem.activations.streaming.attention import Corner, lower_right
 from tests.activations.models import EXPERTS, FAMILIES, batch, build, loss_and_gradients, twin
-from tests.activations.streams import CHUNKS, LAYOUTS, TOKENS, distance, floor, laid_out, model_of, streamed
+from tests.activations.streams import CHUNKS, LAYOUTS, TOKENS, bound_of, distance, laid_out, model_of, streamed
 
 # Eager attention makes NaN of a row without keys, with HuggingFace alone.
 CASES = [(f, layout) for f, layout in product([*FAMILIES, *EXPERTS], LAYOUTS) if (f, layout) != ("gemma2", "left")]
@@ -24,10 +24,23 @@ QUICK = [
 ]
 
 
-def is_huggingfaces(family: str, layout: str) -> None:
-    model, inputs = model_of(family), laid_out(layout)
+# Families whose layers have a window where their configuration says so: those whose own is None, or off.
+OFTEN = {"use_sliding_window": True, "sliding_window": 8}
+WINDOWED: dict[str, dict[str, Any]] = {
+    "qwen2": OFTEN | {"max_window_layers": 1},
+    "qwen3": OFTEN | {"max_window_layers": 1},
+    "smollm3": OFTEN | {"layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 8},
+    "starcoder2": {"sliding_window": 8},
+    "mixtral": {"sliding_window": 8},
+    "qwen3_moe": OFTEN,
+}
+
+
+def is_huggingfaces(family: str, layout: str, **changes: Any) -> None:
+    model, inputs = model_of(family, **changes), laid_out(layout)
     loss, grads = loss_and_gradients(model, inputs)
-    bound = max(1e-12, 3 * floor(model, inputs, grads))
+    bound = bound_of(family, model, inputs, grads)
     for chunk in CHUNKS:
         ours, found = loss_and_gradients(streamed(model, chunk), inputs)
         if family in EXPERTS:
@@ -48,6 +61,20 @@ def test_loss_and_gradients_are_huggingfaces(family: str, layout: str) -> None:
 @pytest.mark.parametrize(("family", "layout"), [case for case in CASES if case not in QUICK])
 def test_those_of_every_other_family_are(family: str, layout: str) -> None:
     is_huggingfaces(family, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", WINDOWED)
+def test_those_of_families_with_a_window_of_choice_are(family: str, layout: str) -> None:
+    wide, narrow = (laid_out_loss(family, layout, changes) for changes in ({}, WINDOWED[family]))
+    assert wide != narrow  # the window is there
+    is_huggingfaces(family, layout, **WINDOWED[family])
+
+
+def laid_out_loss(family: str, layout: str, changes: dict[str, Any]) -> float:
+    with torch.no_grad():
+        return float(model_of(family, **changes)(**laid_out(layout)).loss)
 
 
 def is_checkpoint_fp8(family: str, layout: str, chunk: int) -> None:

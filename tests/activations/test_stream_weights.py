@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -50,3 +51,24 @@ def test_norms_beside_four_bit_weights_get_their_gradients(tier: str, tmp_path: 
     assert all(grad is not None for grad in found[1].values())
     for name, grad in found[0].items():
         assert (found[1][name] - grad).norm() <= (1e-4 if tier == "stream" else 0.1) * grad.norm(), name
+
+
+def test_adapters_on_four_bit_weights_get_their_gradients(tmp_path: Path) -> None:
+    build("llama", hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    found = []
+    for converted in (None, ActivationSpec(tiers="stream", chunk=7)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+        if converted is not None:
+            convert(adapted, converted)
+        loss = adapted(**batch()).loss
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}))
+    (loss, grads), (ours, again) = found
+    torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
+    assert len(grads) == 2 * 2 * 7
+    for name, grad in grads.items():
+        assert grad is not None
+        torch.testing.assert_close(again[name], grad, rtol=0, atol=1e-5 * float(grad.abs().max()))

@@ -54,6 +54,18 @@ def test_the_longest_sequences_show_what_they_record(tmp_path: Path, capsys: pyt
         )
 
 
+@pytest.mark.slow
+def test_the_longest_that_is_found_is_what_the_command_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "long.jsonl"
+    assert long_sequences.main(["--part", "auto", "--toy", "--record", str(record)]) == 0
+    rows = read_rows(record)
+    assert [(row["setting"], row["tokens"]) for row in rows] == [(name, 192) for name in long_sequences.AUTO]
+    assert all(row["to_have_free"] <= 2 * 2**30 and "--max_length auto" in row["asked"] for row in rows)
+    assert capsys.readouterr().out.splitlines()[-2:] == long_sequences.table_of_auto(rows)[2:]
+
+
 def test_every_row_of_the_table_has_its_measured_costs() -> None:
     for settings in table.SETTINGS.values():
         costs = table.loss_costs(settings)

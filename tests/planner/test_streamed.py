@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from hf_lowmem import LowMemDPOConfig
 from hf_lowmem.activations.streaming import call
 from hf_lowmem.planner import plan
 from tests.planner.real import arguments, measure, small_config
@@ -30,6 +31,36 @@ def test_a_streamed_step_is_planned_as_it_is(tiers: str, chunk: int) -> None:
     assert abs(made.saved_bytes - real.saved) <= 0.001 * real.saved
     whole = plan(config, arguments(max_length=512, lowmem_activations="checkpoint_fp8", optim="sgd"), dtype="float32")
     assert made.peak_bytes < 0.7 * whole.peak_bytes
+
+
+@pytest.mark.train
+def test_a_streamed_step_of_shared_prompts_is_planned_as_it_is() -> None:
+    """With both calls of attention, and no mask."""
+    values: dict[str, Any] = {"loss_type": "asft", "lowmem_share_prompt": True, "max_length": 256, "optim": "sgd"}
+    config = small_config(**WIDE)
+    args = arguments(LowMemDPOConfig, lowmem_activations="stream", lowmem_stream_chunk=128, **values)
+    made, real = plan(config, args, dtype="float32", device="cpu"), measure(config, args, torch.float32)
+    assert made.phase == "backward"
+    assert abs(made.peak_bytes - real.peak) <= 0.001 * real.peak
+
+
+@pytest.mark.train
+def test_shared_prompts_on_a_cuda_device_are_planned_without_a_mask() -> None:
+    def peak(shares: bool, tokens: int = 8192) -> int:
+        config = LlamaConfig(
+            hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16, vocab_size=128,
+            num_key_value_heads=2, max_position_embeddings=tokens,
+        )  # fmt: skip
+        args = arguments(
+            LowMemDPOConfig, loss_type="asft", lowmem_share_prompt=shares, max_length=tokens, optim="sgd",
+            lowmem_activations="stream", lowmem_stream_chunk=256,
+        )  # fmt: skip
+        made = plan(config, args, dtype="bfloat16")
+        return max(point.total for point in made.timeline if point.module.startswith("model.layers"))
+
+    # The other answer's keys are not this one's, so gradients of keys for every head are of half of a row.
+    unit = 8192 * 512 * 2
+    assert peak(True) < peak(False) + 4 * unit  # a mask of tokens x tokens would be 32
 
 
 @pytest.mark.train

@@ -11,6 +11,7 @@ from hf_lowmem import LowMemSFTConfig
 from hf_lowmem.specs import STREAMED
 from tests.conftest import tiny_llama
 from tests.contracts.test_optimizers import same_bits, weights
+from tests.preference.sharing.test_training import PACKED, ROUNDING, WAYS, trainer
 from tests.training.test_trainer_activations import losses, make
 
 STREAM: dict[str, Any] = {"lowmem_activations": "stream", "lowmem_stream_chunk": 5}
@@ -40,6 +41,25 @@ def test_it_is_the_same_training(kind: str, settings: dict[str, Any], tmp_path: 
     assert losses(ours) == pytest.approx(losses(plain), rel=1e-5)
     for p, q in zip(weights(ours.model), weights(plain.model), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", [{}, PACKED], ids=["plain", "shared"])
+@pytest.mark.parametrize("way", [w for w in (*WAYS, "cpo", "orpo") if not w.startswith("asft, ")])
+def test_it_is_the_same_for_every_loss_and_reference(
+    way: str, sharing: dict[str, Any], tmp_path: Path, tokenizer: Any
+) -> None:
+    """With a pair's prompt twice, and once; LoRA is in the way whose reference is the model without its adapter."""
+    fields, objects = WAYS.get(way, ({"loss_type": way}, {}))
+    runs = []
+    for extra in ({"gradient_checkpointing": False}, sharing | STREAM):
+        made = trainer(tmp_path, tokenizer, **fields, **extra, **{k: make() for k, make in objects.items()})
+        made.train()
+        runs.append((losses(made), torch.cat([p.detach().flatten() for p in made.model.parameters()])))
+    (plain, before), (ours, after) = runs
+    assert plain
+    assert ours == pytest.approx(plain, abs=ROUNDING, rel=ROUNDING)
+    torch.testing.assert_close(after, before, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.train

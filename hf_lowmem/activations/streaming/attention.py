@@ -7,6 +7,7 @@ is replaced by `attend`, which
 
 - calls the flash kernel for sequences of several lengths where a mask means documents and windows (`documents`), on a
   CUDA device;
+- merges two calls where it means prompts that are shared (`shared`), on a CPU, too;
 - hands on what has another mask (padding, and all on a CPU: a block of chunk x keys that it sees);
 - hands on a chunk that begins at key 0, for which transformers' way is right;
 - else calls the flash kernel on a CUDA device, whose causality is from the lower right; elsewhere torch's sdpa with a
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_lowmem.activations.streaming.documents import Documents, attend
+from hf_lowmem.activations.streaming.shared import Shared, attend_shared
 
 __all__ = ["Chunk", "Corner", "halves", "lower_right", "on_accelerator", "streaming", "swapped", "table_of"]
 
@@ -74,10 +76,19 @@ class Chunk:
         first: int,
         mask: Tensor | None,
         made: Callable[[], Tensor | None],
-        documents: Documents | None,
+        documents: Documents | Shared | None,
     ) -> None:
         self.causal, self.corner, self.start, self.first = causal, corner, start, first
         self.mask, self.made, self.documents, self.attended = mask, made, documents, 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention by what the mask means."""
+        assert self.documents is not None
+        place = (self.start, self.first)
+        if isinstance(self.documents, Shared):
+            flash = on_accelerator(query)
+            return attend_shared(query, key, value, scale, self.documents, *place, flash=flash)
+        return attend(query, key, value, scale, self.documents, *place)
 
 
 class _Current(threading.local):
@@ -108,6 +119,14 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bo
     dims = query.shape[-1] == value.shape[-1] <= FLASH_HEAD
     old = query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
     return on_accelerator(query) and short and dims and not old and dropout == 0.0
+
+
+def takes(documents: Documents | Shared, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether there is a kernel for what a mask means."""
+    if isinstance(documents, Documents) or on_accelerator(query):
+        return flash_takes(query, key, value, dropout)
+    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and alike and dropout == 0.0
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -141,8 +160,8 @@ class _Attention:
         if chunk is not None:
             chunk.attended += attention_mask is chunk.mask
             if chunk.documents is not None and attention_mask is chunk.mask:
-                if kwargs.get("position_bias") is None and flash_takes(query, key, value, dropout):
-                    return attend(query, key, value, scaling, chunk.documents, chunk.start, chunk.first), None
+                if kwargs.get("position_bias") is None and takes(chunk.documents, query, key, value, dropout):
+                    return chunk.attend(query, key, value, scaling), None
                 attention_mask = chunk.made() if attention_mask is None else attention_mask
             plain = attention_mask is None and chunk.causal
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -21,6 +21,7 @@ from hf_lowmem.activations.streaming.attention import Chunk, lower_right, stream
 from hf_lowmem.activations.streaming.documents import Documents
 from hf_lowmem.activations.streaming.keys import Filled, Keys
 from hf_lowmem.activations.streaming.masks import Causal, Lazy, mask_of
+from hf_lowmem.activations.streaming.shared import Shared
 from hf_lowmem.activations.streaming.weights import standing_in, trained
 from hf_lowmem.patching import version_of
 
@@ -49,6 +50,8 @@ class Call:
         hidden, kwargs: of the call.
         chunk: tokens.
         seed: of stochastic rounding of its input; None rounds to the nearest.
+        hands_mask: whether the layer is known to ask transformers' table for its attention with the mask that it is
+            given. Else the first chunk is given one in any case, which shows it.
 
     tail: what the layer returns beside the activations; None where it returns a tensor.
     """
@@ -63,6 +66,7 @@ class Call:
         kwargs: Kwargs,
         chunk: int,
         seed: int | None = None,
+        hands_mask: bool = False,
     ) -> None:
         self.module, self.original, self.fmt, self.seed = module, original, fmt, seed
         self.what, self.implementation = type(module).__name__, implementation
@@ -79,12 +83,14 @@ class Call:
         self.draws: list[Draws | None] = []
         self.state = State(module)
         self.autocast = _autocast_now(hidden.device.type)
-        self.documents: Documents | None = None
+        self.documents: Documents | Shared | None = None
         half = torch.is_autocast_enabled(hidden.device.type) or attention.halves(hidden.dtype)
-        if isinstance(self.mask, Lazy) and implementation == "sdpa" and half and attention.on_accelerator(hidden):
-            self.documents = self.mask.documents()
+        fast = attention.on_accelerator(hidden)
+        if isinstance(self.mask, Lazy) and implementation == "sdpa" and (half or not fast):
+            self.documents = self.mask.shared() or (self.mask.documents() if fast else None)
         self.tail: Args | None = None
-        self.asks_table = True  # until the first chunk shows that it does not
+        self.hands_mask = hands_mask or is_fake()
+        self.asks_table = True  # until a chunk shows that it does not
 
     def keys(self) -> Keys:
         longest = max(end - start for start, end, _ in self.spans)
@@ -145,8 +151,8 @@ class Call:
         causal = isinstance(self.mask, Causal)
         given = {name: self.cut(name, value, start, end) for name, value in self.kwargs.items()}
         made = partial(self.mask.block, start, end, first)
-        # The first chunk has a mask in any case, as it shows whether the layer hands it to the table.
-        mask = None if self.documents is not None and start > 0 and self.asks_table else made()
+        unmasked = self.documents is not None and self.asks_table and (start > 0 or self.hands_mask)
+        mask = None if unmasked else made()
         if causal and start > 0 and not self.asks_table:
             mask = lower_right(end - start, end - first, self.device)
         if mask is not None or "attention_mask" in inspect.signature(self.original).parameters:
@@ -160,6 +166,11 @@ class Call:
                 "chunk would not see those before it. Use lowmem_activations='checkpoint_fp8' for it."
             )
         self.asks_table &= chunk.attended == 1
+        if unmasked and not (self.asks_table or is_fake()):
+            raise RuntimeError(
+                f"{self.what} is streamed and has not asked transformers' table for its attention as it did before, so "
+                "a chunk would see what its mask hides. Use lowmem_activations='checkpoint_fp8' for it."
+            )
         return self.taken(out)
 
     def taken(self, out: object) -> Tensor:

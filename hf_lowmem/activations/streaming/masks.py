@@ -11,8 +11,9 @@ family that means something else would get wrong numbers in silence.
 
 A block begins at the first key that its queries see: keys before it are never read. With what transformers composes
 that key can only move to the right from query to query (windows move, documents follow each other, padding takes keys
-away), so a chunk's first query tells it. A function of somebody else may do as it likes: then the whole table is looked
-through, chunk by chunk, once for all layers. In both cases it is seen that no chunk looks behind its end.
+away), so a chunk's first query tells it. The mask of shared prompts tells its runs. A function of somebody else may do
+as it likes: then the whole table is looked through, chunk by chunk, once for all layers. Of both others it is seen that
+no chunk looks behind its end.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from hf_lowmem.activations.checkpoint import Kwargs
 from hf_lowmem.activations.fusable import is_fake
 from hf_lowmem.activations.streaming.attention import swapped, table_of
 from hf_lowmem.activations.streaming.documents import Documents, found_in
+from hf_lowmem.activations.streaming.shared import Run, Shared
 from hf_lowmem.patching import ForwardPatch
 
 __all__ = ["Causal", "Dense", "Lazy", "Mask", "MaskMaker", "mask_of", "whole"]
@@ -85,6 +87,7 @@ class Lazy:
         self.ndim = 4
         self._starts: dict[tuple[Span, ...], list[int]] = {}
         self._documents: list[Documents | None] = []  # one, once it is asked for
+        self._shared: list[Shared | None] = []
 
     def starts(self, spans: Sequence[Span]) -> list[int]:
         key = tuple(spans)
@@ -94,6 +97,8 @@ class Lazy:
 
     def _find_starts(self, spans: Sequence[Span]) -> list[int]:
         device, tokens = torch.device(self.asked["device"]), self.asked["kv_length"]
+        if (shared := self.shared()) is not None:
+            return shared.starts(spans)
         if is_fake():  # a planned batch is one document a row, without padding
             window = self.asked.get("local_size") or tokens
             return [max(0, start - window + 1) for start, _ in spans]
@@ -107,6 +112,16 @@ class Lazy:
         if ahead.any():
             raise ValueError(LOOKS_AHEAD)
         return [min(first, start) for first, (start, _) in zip(found, spans, strict=True)]
+
+    def shared(self) -> Shared | None:
+        """The runs of rows whose prompts are shared; None where it is another mask. Such a mask tells them by itself:
+        it is `hf_lowmem.preference.sharing`'s."""
+        if not self._shared:
+            function = self.asked["mask_function"]
+            runs = getattr(function, "longest_runs" if is_fake() else "runs", None)
+            rows = None if runs is None else [[Run(*run) for run in row] for row in runs()]
+            self._shared.append(None if rows is None else Shared(rows, function.window))
+        return self._shared[0]
 
     def documents(self) -> Documents | None:
         """The documents and the window that it means; None where it is another mask, as with padding."""

@@ -103,6 +103,7 @@ class Streamed(RunsAgain):
         self.tier = tier
         super().__init__(module, fmt, seeds, store)
         self.chunk, self.implementation, self.tried = chunk, implementation, False
+        self.hands_mask = False  # as far as is known
         self.chains, self.follows = chains, follows
         linears = [m for m in module.modules() if is_linear(m)]
         self.widest = max((int(getattr(m, "out_features", None) or getattr(m, "nf", 0)) for m in linears), default=0)
@@ -154,7 +155,8 @@ class Streamed(RunsAgain):
         return (output, *call.tail) if call.tail is not None else output
 
     def call(self, hidden: Tensor, kwargs: Kwargs, chunk: int, seed: int | None = None) -> Call:
-        return Call(self.module, self.original, self.fmt, self.implementation, hidden, kwargs, chunk, seed)
+        how = (chunk, seed, self.hands_mask)
+        return Call(self.module, self.original, self.fmt, self.implementation, hidden, kwargs, *how)
 
     def try_short(self, hidden: Tensor, kwargs: Kwargs) -> None:
         """Raise ValueError where the layer's first tokens show that it cannot run by chunks; see `trial`."""
@@ -166,8 +168,9 @@ class Streamed(RunsAgain):
         if "attention_mask" in kwargs:
             short["attention_mask"] = long.mask.block(0, tokens, 0)
         first = hidden[:, :tokens]
-        in_chunks = partial(self.call(first, short, tokens // 2).first, first)
-        check_by_trial(self.module, first, partial(self.original, first, **short), in_chunks)
+        call = self.call(first, short, tokens // 2)
+        check_by_trial(self.module, first, partial(self.original, first, **short), partial(call.first, first))
+        self.hands_mask = short.get("attention_mask") is not None and call.asks_table
 
     def by_name(self, args: Args) -> Kwargs:
         """Arguments that follow the activations, by the names that the layer has for them."""

@@ -14,6 +14,7 @@ its own branch, no later than itself; a sliding window counts positions, not col
 they are (`generate` hands them over in this way), and never sees that the rows are packed.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,13 +30,15 @@ __all__ = ["SharedForward", "backbone_of", "share_prompts", "shares_prompts", "u
 class Visible:
     """HuggingFace's mask function: may the query at column q of row b attend to column kv?
 
-    segments, positions: (R, L). window: a token sees so many positions, itself included; None: all.
+    segments, positions: (R, L). window: a token sees so many positions, itself included; None: all. width: tokens of a
+    row of the plain batch.
 
-    By indices alone, as flex_attention and the broadcasting of sdpa and eager masks both want it.
+    By indices alone, as flex_attention and the broadcasting of sdpa and eager masks both want it. Streamed layers ask
+    for `runs` in the place of values, and a plan, in which no tensor has any, for `longest_runs`.
     """
 
-    def __init__(self, segments: Tensor, positions: Tensor, window: int | None) -> None:
-        self.segments, self.positions, self.window = segments, positions, window
+    def __init__(self, segments: Tensor, positions: Tensor, window: int | None, width: int) -> None:
+        self.segments, self.positions, self.window, self.width = segments, positions, window, width
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         here, there = self.segments[b, q], self.segments[b, kv]
@@ -44,8 +47,39 @@ class Visible:
             seen = seen & (self.positions[b, kv] > self.positions[b, q] - self.window)
         return seen
 
+    def runs(self) -> list[list[tuple[int, int, int, int]]]:
+        """Of each row, runs (begin, end, prompt, prompted): each token of [begin, end) sees those before it in the run,
+        and the tokens [prompt, prompted). Padding is a run, too."""
+        rows = []
+        for line in self.segments.cpu():
+            cuts = [0, *((line.diff() != 0).nonzero()[:, 0] + 1).tolist(), len(line)]
+            runs: list[tuple[int, int, int, int]] = []
+            last = prompt = (-1, 0, 0)  # pair, begin and end
+            for begin, end in pairwise(cuts):
+                pair, branch = divmod(int(line[begin]), 3)
+                if branch == 0:
+                    prompt = pair, begin, end
+                shared = prompt if branch == 2 and prompt[0] == pair else (pair, begin, begin)
+                if branch == 1 and last[0] == pair:  # right behind its prompt
+                    runs[-1] = (runs[-1][0], end, runs[-1][2], runs[-1][3])
+                else:
+                    runs.append((begin, end, shared[1], shared[2]))
+                last = pair, begin, end
+            rows.append(runs)
+        return rows
 
-def shared_masks(config: Any, segments: Tensor, positions: Tensor, dtype: torch.dtype) -> Any:
+    def longest_runs(self) -> list[list[tuple[int, int, int, int]]]:
+        """`runs` of rows of these sizes where prompts have one token, and answers are as long as they can be."""
+        rows, length = self.segments.shape
+        runs: list[tuple[int, int, int, int]] = []
+        while not runs or runs[-1][1] < length:
+            at = runs[-1][1] if runs else 0
+            middle, end = min(at + self.width, length), min(at + 2 * self.width - 1, length)
+            runs += [(at, middle, at, at), (middle, end, at, at + 1)][: 1 + (middle < end)]
+        return [runs] * rows
+
+
+def shared_masks(config: Any, segments: Tensor, positions: Tensor, width: int, dtype: torch.dtype) -> Any:
     """The mask of a shared batch, or one a layer type, in the form that the config's attention takes.
 
     The choice between them is that of transformers' `create_masks_for_generate`.
@@ -56,7 +90,7 @@ def shared_masks(config: Any, segments: Tensor, positions: Tensor, dtype: torch.
             batch_size=segments.shape[0],
             q_length=segments.shape[1],
             kv_length=segments.shape[1],
-            mask_function=Visible(segments, positions, window),
+            mask_function=Visible(segments, positions, window, width),
             allow_is_causal_skip=False,
             dtype=dtype,
             config=config,
@@ -81,9 +115,10 @@ class SharedForward(ForwardPatch):
             return self.original(*args, **kwargs)
         plain: Tensor = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]  # (2B, T)
         source, segments, places = shared[SOURCE], shared[SEGMENTS], shared[PLACES]
-        positions = source % plain.shape[1]  # the plain rows start at position 0
+        width = plain.shape[1]
+        positions = source % width  # the plain rows start at position 0
         module: Any = self.module
-        kwargs["attention_mask"] = shared_masks(module.config, segments, positions, module.dtype)
+        kwargs["attention_mask"] = shared_masks(module.config, segments, positions, width, module.dtype)
         outputs = self.original(plain.take(source), *args[1:], **kwargs | {"position_ids": positions})
         hidden = outputs.last_hidden_state  # (R, L, H)
         plainly = hidden.flatten(0, 1).index_select(0, places.flatten().to(hidden.device))

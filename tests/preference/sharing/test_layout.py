@@ -79,9 +79,10 @@ def test_rows_are_filled_evenly() -> None:
 def test_rejected_does_not_see_chosen_nor_another_pair() -> None:
     """The mask, entry by entry, against its definition."""
     made = batch(33)
-    segments, positions = made[SEGMENTS], made[SOURCE] % made["input_ids"].shape[1]
+    width = made["input_ids"].shape[1]
+    segments, positions = made[SEGMENTS], made[SOURCE] % width
     for window in (None, 6):
-        mask = Visible(segments, positions, window)
+        mask = Visible(segments, positions, window, width)
         rows, length = segments.shape
         for r, q, kv in itertools.product(range(rows), range(length), range(length)):
             one, other = int(segments[r, q]), int(segments[r, kv])
@@ -95,14 +96,15 @@ def test_rejected_does_not_see_chosen_nor_another_pair() -> None:
 def test_every_attention_gets_the_same_mask(window: int | None) -> None:
     """sdpa's by broadcasting, eager's of numbers to add, flex_attention's by vmap."""
     made = batch(33)
-    segments, positions = made[SEGMENTS], made[SOURCE] % made["input_ids"].shape[1]
+    width = made["input_ids"].shape[1]
+    segments, positions = made[SEGMENTS], made[SOURCE] % width
     rows, length = segments.shape
     config: Any = LlamaConfig()
     config.sliding_window = window
     masks = {}
     for config._attn_implementation in ("sdpa", "eager"):
-        masks[config._attn_implementation] = shared_masks(config, segments, positions, torch.float32)
-    flex = create_mask(Visible(segments, positions, window), rows, 1, length, length, device="cpu")
+        masks[config._attn_implementation] = shared_masks(config, segments, positions, width, torch.float32)
+    flex = create_mask(Visible(segments, positions, window, width), rows, 1, length, length, device="cpu")
     assert masks["sdpa"].dtype == torch.bool
     assert masks["sdpa"].shape == (rows, 1, length, length)
     assert torch.equal(masks["eager"] == 0, masks["sdpa"])
