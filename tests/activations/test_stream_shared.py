@@ -176,10 +176,10 @@ def test_keys_of_the_other_answer_and_outside_of_the_window_are_never_read(windo
         for t in (k, v):
             for a, b in outside:
                 t[:, :, a:b] = poison
-        parts = [t.requires_grad_() for t in (q[:, :, start:end].clone(), k[:, :, :end].clone(), v[:, :, :end].clone())]
-        out = shared.attend_shared(*parts, None, meant, start, 0, flash=False)
+        q, k, v = (t.clone().requires_grad_() for t in (q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+        out = shared.attend_shared(q, k, v, None, meant, start, 0, flash=False)
         out.square().sum().backward()
-        outs.append([out, *(t.grad for t in parts)])
+        outs.append([out, q.grad, k.grad, v.grad])
     assert all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(*outs, strict=True))
 
 
