@@ -254,10 +254,9 @@ def plan(
             "and leave parallel='fsdp2' unset."
         )
     check_modelled(args, parallel=parallel)
-    rests = parallel == "fsdp2" and args.lowmem_weights in STORES_AT_REST
     job = _Job(
         config=config,
-        args=_awake(args) if rests else args,
+        args=_awake(args) if parallel == "fsdp2" else args,
         method=method,
         dtype=weights,
         attention=init.get("attn_implementation"),
@@ -282,7 +281,7 @@ def plan(
             parallel=parallel,
             mixed=args.bf16 or args.fp16,
             accumulates=args.gradient_accumulation_steps > 1,
-            kept=job.whole_shapes(stack, args.lowmem_optim_spec()) if rests else (),
+            kept=job.whole_shapes(stack, args.lowmem_optim_spec()) if job.args is not args else (),
             spans=args.optim in ZEROTH,
         )
     moments = [_with_prefetched(m, method.shape(args), args.gradient_accumulation_steps) for m in moments]
@@ -306,7 +305,10 @@ def plan(
 
 
 def _awake(args: T) -> T:
-    """The same settings with plain bf16 weights: as layers run, and an update rounds, whose weights FSDP2 gathers."""
+    """The same settings with plain bf16 weights in the place of weights at rest: as layers run, and an update rounds,
+    whose weights FSDP2 gathers. Others themselves."""
+    if getattr(args, "lowmem_weights", None) not in STORES_AT_REST:
+        return args
     plain = copy.copy(args)
     vars(plain)["lowmem_weights"] = "bf16_sr"
     return plain

@@ -92,11 +92,8 @@ def longest(settings: Row, toy: bool) -> Row:
 
     from hf_lowmem.cli.main import main as hf_lowmem
 
-    budget, shape = (
-        ("2GiB", TOY | {"max_position_embeddings": 192})
-        if toy
-        else (BUDGET, MODEL | {"max_position_embeddings": FARTHEST})
-    )
+    budget = "2GiB" if toy else BUDGET
+    shape: Row = TOY | {"max_position_embeddings": 192} if toy else MODEL | {"max_position_embeddings": FARTHEST}
     given = settings | {"per_device_train_batch_size": 1, "bf16": False, "dtype": "bfloat16"}
     flags = [f"--{name}={value}" for name, value in given.items()]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:

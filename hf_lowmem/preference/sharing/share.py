@@ -48,7 +48,7 @@ class Visible:
         return seen
 
     def runs(self) -> list[list[tuple[int, int, int, int]]]:
-        """Of each row, runs (begin, end, prompt, prompted): each token of [begin, end) sees those before it in the run,
+        """Runs of each row, (begin, end, prompt, prompted): each token of [begin, end) sees those before it in the run,
         and the tokens [prompt, prompted). Padding is a run, too."""
         rows = []
         for line in self.segments.cpu():

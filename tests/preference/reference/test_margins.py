@@ -109,10 +109,11 @@ def test_it_is_the_same_with_a_step_in_backward_and_with_shared_prompts(
     reference: str, tmp_path: Path, tokenizer: Any
 ) -> None:
     ended = []
-    for more in ({}, {"lowmem_step_in_backward": True, "max_grad_norm": 0}, {"lowmem_share_prompt": True}):
+    settings: tuple[dict[str, Any], ...] = ({}, {"lowmem_step_in_backward": True}, {"lowmem_share_prompt": True})
+    for more in settings:
         made = trainer(
             tmp_path, tokenizer, model=policy(), train=with_margins(), lowmem_margin_column="margin", optim="adamw",
-            lowmem_reference=reference, max_steps=3, beta=0.3, **({"max_grad_norm": 0} | more),
+            lowmem_reference=reference, max_steps=3, beta=0.3, max_grad_norm=0, **more,
         )  # fmt: skip
         made.train()
         ended.append((losses(made), [p.detach().clone() for p in made.model.parameters()]))
