@@ -33,7 +33,7 @@ TABLES = {
     "README.md": ["which", "memory", "long_line"],
     "hf_lowmem/activations/README.md": ["activations", "long_sequences", "long_real"],
     "hf_lowmem/kernels/README.md": ["cpu_layers", "targets"],
-    "hf_lowmem/matmul/README.md": ["products_error", "products_loss", "products_cost", "sample"],
+    "hf_lowmem/matmul/README.md": ["products_error", "products_loss", "products_long", "products_cost", "sample"],
     "hf_lowmem/optim/README.md": [
         "codecs", "long_run", "long_steps", "update_errors", "quality", "states", "speed", "weight_stores",
     ],
