@@ -357,6 +357,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "products_loss": lambda: multiplied.losses(products("loss")),
     "products_cost": lambda: multiplied.costs(products("cost")),
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
+    "long_auto": lambda: long_sequences.table_of_auto(records("long_sequences.jsonl")),
     "long_real": lambda: long_sequences.table_of_real(records("long_sequences.jsonl")),
 }
 
