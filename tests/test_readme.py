@@ -31,7 +31,7 @@ SECTIONS = [
 # Which tables stand where: none may be lost, none stands twice.
 TABLES = {
     "README.md": ["which", "memory", "long_line"],
-    "hf_lowmem/activations/README.md": ["activations", "long_sequences", "long_real"],
+    "hf_lowmem/activations/README.md": ["activations", "long_sequences", "long_auto", "long_real"],
     "hf_lowmem/kernels/README.md": ["cpu_layers", "targets"],
     "hf_lowmem/matmul/README.md": ["products_error", "products_loss", "products_long", "products_cost", "sample"],
     "hf_lowmem/optim/README.md": [

@@ -366,6 +366,7 @@ TABLES: dict[str, Callable[[], list[str]]] = OPTIM | {
     "products_long": lambda: multiplied.drift(products("long")),
     "products_cost": lambda: multiplied.costs(products("cost")),
     "long_sequences": lambda: long_sequences.table(records("long_sequences.jsonl")),
+    "long_auto": lambda: long_sequences.table_of_auto(records("long_sequences.jsonl")),
     "long_real": lambda: long_sequences.table_of_real(records("long_sequences.jsonl")),
 }
 

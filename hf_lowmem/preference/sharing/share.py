@@ -48,7 +48,7 @@ class Visible:
         return seen
 
     def runs(self) -> list[list[tuple[int, int, int, int]]]:
-        """Runs of each row, (begin, end, prompt, prompted): each token of [begin, end) sees those before it in the run,
+        """Runs (begin, end, prompt, prompted) of each row: each token of [begin, end) sees those before it in the run,
         and the tokens [prompt, prompted). Padding is a run, too."""
         rows = []
         for line in self.segments.cpu():
@@ -69,7 +69,7 @@ class Visible:
         return rows
 
     def longest_runs(self) -> list[list[tuple[int, int, int, int]]]:
-        """`runs` of rows of these sizes where prompts have one token, and answers are as long as they can be."""
+        """Runs of rows of these sizes where prompts have one token, and answers are as long as they can be."""
         rows, length = self.segments.shape
         runs: list[tuple[int, int, int, int]] = []
         while not runs or runs[-1][1] < length:
