@@ -46,6 +46,7 @@ FORMULA_FIELDS = (
     "discopop_tau",
 )
 LOSS_OPTIONS = {option for loss in PREFERENCE_LOSSES.values() for option in loss.options}
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL's losses that read label_smoothing
 
 
 def _default_of(option: str) -> str:
@@ -212,7 +213,15 @@ class LowMemDPOConfig(LowMemArguments, DPOConfig):
                 )
 
     def _check_formula_fields(self) -> None:
-        """Fields that vary what is not there are refused."""
+        """Fields that vary what is not there are refused, and numbers with which TRL's formulas mean nothing."""
+        if self.trl_losses:
+            check_number("beta", self.trl_beta, low=0.0, low_open=True)
+            check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
+            if self.label_smoothing and not {*SMOOTHED} & {*self.trl_losses}:
+                raise ValueError(
+                    f"label_smoothing={self.label_smoothing!r} has no effect with loss_type={self.loss_type!r}. Leave "
+                    f"it unset, or set loss_type to one of {', '.join(SMOOTHED)}."
+                )
         unread = {} if self.trl_losses else dict.fromkeys(FORMULA_FIELDS, "none of TRL's variants")
         if not self.asking_losses:
             unread |= dict.fromkeys(REFERENCE_FIELDS, "no reference model")

@@ -178,6 +178,10 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     ("synchronised reference for asft", args(LowMemDPOConfig, loss_type="asft", sync_ref_model=True), ValueError, ("sync_ref_model", "no reference")),
     ("label smoothing for asft", args(LowMemDPOConfig, loss_type="asft", label_smoothing=0.1), ValueError, ("label_smoothing=0.1", "no effect")),
     ("label smoothing for ours", args(LowMemDPOConfig, loss_type=["asft", "orpo"], label_smoothing=0.1), ValueError, ("label_smoothing=0.1", "no effect")),
+    ("beta that is no number for sigmoid", args(LowMemDPOConfig, beta=float("nan")), ValueError, ("beta=nan", "finite")),
+    ("negative beta for ipo", args(LowMemDPOConfig, loss_type="ipo", beta=-1.0), ValueError, ("beta=-1.0", "(0, inf)")),
+    ("half of the labels smoothed", args(LowMemDPOConfig, loss_type="robust", label_smoothing=0.5), ValueError, ("label_smoothing=0.5", "[0, 0.5)")),
+    ("label smoothing for sigmoid", args(LowMemDPOConfig, label_smoothing=0.1), ValueError, ("label_smoothing=0.1", "no effect", "robust")),
     ("precomputed reference for TRL's sft", args(LowMemDPOConfig, loss_type=["sft", "asft"], precompute_ref_log_probs=True), ValueError, ("precompute_ref_log_probs", "no reference")),
     # batches that share prompts
     ("sharing as text", args(LowMemDPOConfig, lowmem_share_prompt="yes"), TypeError, ("lowmem_share_prompt='yes'", "True or False")),
