@@ -332,3 +332,21 @@ def test_a_model_that_is_streamed_first_and_shares_then() -> None:
     ours, found = loss_and_gradients(model, inputs)
     torch.testing.assert_close(ours, loss, rtol=1e-7, atol=0)
     assert distance(found, grads) <= 1e-12
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_without_a_gradient_is_the_training_s_and_makes_no_mask(
+    training: bool, tables: list[tuple[int, int]]
+) -> None:
+    """A reference's pass: to the bit what the policy computes, so that DPO begins at log 2."""
+    model, inputs = streamed(sharing("mistral"), 8), pairs_of(33)
+    loss, _ = loss_and_gradients(model, inputs)
+    tables.clear()
+    model.train(training)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, loss)
+    assert not tables
+    plain = model_of("mistral")
+    alone = {name: value[:2] for name, value in inputs.items() if name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        assert torch.equal(model(**alone, use_cache=False).loss, plain(**alone, use_cache=False).loss)

@@ -213,6 +213,7 @@ def whole(given: object) -> object:
 
 class _Asking(threading.local):
     active = False
+    shared = False  # only for masks that say which runs of tokens see each other, as those of shared prompts do
 
 
 _asking = _Asking()
@@ -228,7 +229,9 @@ class _Maker:
         asked: Kwargs = given
         tokens = asked.get("kv_length")
         square = asked.get("q_length") == tokens and not (asked.get("q_offset", 0) or asked.get("kv_offset", 0))
-        if args or not _asking.active or not square or asked.get("allow_is_bidirectional_skip"):
+        said = isinstance(asked.get("attention_mask"), Lazy) or hasattr(asked.get("mask_function"), "runs")
+        other = _asking.shared and not said
+        if args or not _asking.active or other or not square or asked.get("allow_is_bidirectional_skip"):
             return self.maker(*args, **asked)
         padding, window = asked.get("attention_mask"), asked.get("local_size")
         if isinstance(padding, Lazy):  # somebody has asked for a mask of his own before
@@ -252,18 +255,22 @@ class MaskMaker(ForwardPatch):
 
     @torch.compiler.disable(reason="masks of streamed layers are made by eager code")
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if not (self.module.training and torch.is_grad_enabled()) or reason_to_step_aside() is not None:
+        passes = (
+            not torch.is_grad_enabled()
+        )  # a reference's pass, or an evaluation's: by chunks where prompts are shared
+        if not (self.module.training or passes) or reason_to_step_aside() is not None:
             return self.original(*args, **kwargs)
-        with _lazy_masks(self.implementation):
+        with _lazy_masks(self.implementation, shared=passes):
             return self.original(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _lazy_masks(implementation: str) -> Iterator[None]:
+def _lazy_masks(implementation: str, shared: bool) -> Iterator[None]:
     makers = table_of(MAKERS, "ALL_MASK_ATTENTION_FUNCTIONS")
-    outer, _asking.active = _asking.active, True
+    outer = _asking.active, _asking.shared
+    _asking.active, _asking.shared = True, shared
     try:
         with swapped(makers, implementation, partial(_Maker, implementation=implementation)):
             yield
     finally:
-        _asking.active = outer
+        _asking.active, _asking.shared = outer

@@ -33,7 +33,7 @@ from hf_lowmem.activations.host import HostStore
 from hf_lowmem.activations.streaming import attention
 from hf_lowmem.activations.streaming.call import Call
 from hf_lowmem.activations.streaming.chains import Chains
-from hf_lowmem.activations.streaming.masks import whole
+from hf_lowmem.activations.streaming.masks import Lazy, whole
 from hf_lowmem.activations.streaming.node import Node
 from hf_lowmem.activations.streaming.trial import TOKENS, check_by_trial
 from hf_lowmem.activations.streaming.weights import trained
@@ -112,6 +112,8 @@ class Streamed(RunsAgain):
     def __call__(self, *args: object, **kwargs: object) -> object:
         if self.training():
             return self.forward(*args, **kwargs)
+        if not torch.is_grad_enabled() and any(isinstance(value, Lazy) for value in (*args, *kwargs.values())):
+            return self.passed(*args, **kwargs)
         return self.original(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -152,6 +154,17 @@ class Streamed(RunsAgain):
         output = Node.apply(call, chain, start, self.store, hidden, *weights)
         assert isinstance(output, Tensor)
         self.chains.returned(chain, output)
+        return (output, *call.tail) if call.tail is not None else output
+
+    def passed(self, *args: object, **kwargs: object) -> object:
+        """The forward pass alone, by the same chunks: a mask of the whole would be tokens times tokens."""
+        hidden, args, kwargs = self.hidden_of(args, kwargs)
+        kwargs = self.by_name(args) | kwargs
+        if not self.tried:
+            self.tried = True
+            self.try_short(hidden, kwargs)
+        call = self.call(hidden, kwargs, self.chunk or chunk_of(hidden, self.widest))
+        output = call.first(hidden)
         return (output, *call.tail) if call.tail is not None else output
 
     def call(self, hidden: Tensor, kwargs: Kwargs, chunk: int, seed: int | None = None) -> Call:
