@@ -67,10 +67,10 @@ def convert(model: nn.Module, tier: str | ActivationSpec) -> Report:
     On a GPU with Triton there is one exception: the tiers that round leave plain RMSNorms and act(gate) * up, with the
     codes of what they keep, to a kernel each (hf_lowmem/kernels), one pass over memory for a dozen. It rounds where
     HuggingFace rounds; what may differ is the last bits of an fp32 sum and of an exponential before that.
-    Eval mode and no_grad run the untouched forward, but for shared prompts in streams. Names, state_dict and
-    saved checkpoints do not change; a converted model can be copied and pickled. Weights may be frozen, tied, quantised (bitsandbytes), or have LoRA adapters:
-    convert after PEFT has wrapped the model, so that the adapters' dropouts are seen. Converting again with the same
-    tier changes nothing, with another one it replaces the first.
+    Eval mode and no_grad run the untouched forward, but for shared prompts in streams. Names, state_dict and saved
+    checkpoints do not change; a converted model can be copied and pickled. Weights may be frozen, tied, quantised
+    (bitsandbytes), or have LoRA adapters: convert after PEFT has wrapped the model, so that the adapters' dropouts are
+    seen. Converting again with the same tier changes nothing, with another one it replaces the first.
 
     Under autocast the residual stream is fp32, so `exact` keeps 13.4 of 39.9 U (512 tokens, copies of the weights
     included, which are not kept). `eager` attention keeps its (T, T) probabilities; use sdpa or flash. Where a layer's
