@@ -13,6 +13,7 @@ pytestmark = pytest.mark.train
 PARTS = ("bytes", "error", "time", "peaks", "loss")
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "activations.jsonl"
     flags = [flag for part in (*PARTS, "report") for flag in ("--part", part)]

@@ -37,6 +37,7 @@ def test_every_setting_trains() -> None:
         assert found["state_bytes_per_parameter"] > 0
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_the_record_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, plot = tmp_path / "optimizers.jsonl", tmp_path / "plot.png"
     settings = [Setting("adamw"), Setting("adamw", "8bit")]

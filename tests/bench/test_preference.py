@@ -36,6 +36,7 @@ def rows(folder: Path) -> Rows:
     return read_rows(folder / "preference.jsonl")
 
 
+@pytest.mark.slow
 def test_every_part_is_recorded_and_reported(folder: Path, rows: Rows) -> None:
     assert {row["part"] for row in rows} == set(PARTS)
     assert all(row["commit"] and row["device"] and row["versions"] and row["command"] for row in rows)
@@ -47,6 +48,7 @@ def test_every_part_is_recorded_and_reported(folder: Path, rows: Rows) -> None:
     }
 
 
+@pytest.mark.slow
 def test_no_logits_and_no_reference_are_weighed_with_ours(rows: Rows) -> None:
     weighed = {row["way"]: row for row in of_part(rows, "memory")}
     size, vocabulary = weighed["TRL ORPO"]["size"], weighed["TRL ORPO"]["vocabulary"]
@@ -61,6 +63,7 @@ def test_no_logits_and_no_reference_are_weighed_with_ours(rows: Rows) -> None:
     assert all(sum(row["parts"].values()) == row["peak"] for row in weighed.values())
 
 
+@pytest.mark.slow
 def test_shared_prompts_cost_the_tokens_that_they_should(rows: Rows) -> None:
     (row,) = of_part(rows, "sharing")
     prompt, answer = row["size"]["prompt"], row["size"]["answer"]
@@ -68,6 +71,7 @@ def test_shared_prompts_cost_the_tokens_that_they_should(rows: Rows) -> None:
     assert row["tokens_ratio"] == (prompt + 2 * answer) / (2 * prompt + 2 * answer)
 
 
+@pytest.mark.slow
 def test_every_method_has_the_same_start_budget_and_rates(rows: Rows) -> None:
     collapse = of_part(rows, "collapse")
     runs = {(row["method"], row["rate"]) for row in collapse if row["method"] != "start"}
@@ -81,6 +85,7 @@ def test_every_method_has_the_same_start_budget_and_rates(rows: Rows) -> None:
         assert sorted(found) == sorted({"SFT", "DPO", "ASFT", "ORPO", "SimPO"})
 
 
+@pytest.mark.slow
 def test_only_missing_runs_are_made(folder: Path, rows: Rows) -> None:
     """A run that is missing in the record is made, with the same numbers; no other is."""
     for part, module in (("collapse", collapse), ("cosmosqa", cosmosqa)):

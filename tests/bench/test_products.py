@@ -12,7 +12,7 @@ from parts.record import of_part, read_rows
 RECORD = read_rows(products.RECORD)
 
 
-@pytest.mark.train
+@pytest.mark.slow
 def test_every_part_runs_and_loss_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchao")
     common = ["--smoke", "--record", str(tmp_path / "products.jsonl")]

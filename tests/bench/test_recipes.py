@@ -7,7 +7,7 @@ import pytest
 import recipes
 from parts.record import read_rows
 
-pytestmark = pytest.mark.train
+pytestmark = pytest.mark.slow
 
 
 def test_every_way_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
