@@ -15,12 +15,12 @@ from tests.planner.real import small_config
 Log = tuple[object, ...]
 SETTINGS = [
     ("apollo", "8bit", "int8_sr", True),
-    ("galore", "int4", "bf16_sr", True),
-    ("adamw", "int4", "bf16_ecc", False),
     ("soap", "fp32", "bf16_sr", False),
     *(
         pytest.param(*more, marks=pytest.mark.slow)
         for more in (
+            ("galore", "int4", "bf16_sr", True),
+            ("adamw", "int4", "bf16_ecc", False),
             ("muon", "8bit", "bf16_sr", True),
             ("scale", "8bit", "bf16_sr", True),
             ("lion", "int4", "bf16_sr", True),

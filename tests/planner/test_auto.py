@@ -177,7 +177,7 @@ def test_a_new_run_in_an_old_folder_is_searched_anew_if_it_is_another(
             trainer_of(tmp_path, **asked | other)
 
 
-@pytest.mark.train
+@pytest.mark.slow
 def test_the_choice_fits_when_it_is_measured_and_a_no_names_the_least(tmp_path: Path) -> None:
     given: dict[str, Any] = {"optim": "apollo_mini", "lowmem_state": "8bit", "lowmem_activations": "fp8"}
     asked = arguments(lowmem="auto", **given, max_grad_norm=0.0, max_length=64)

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 
 @pytest.mark.train
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if "accumulation" in n or "fp8" in n else n for n in CASES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n != "layers of two kinds" else n for n in CASES]
 )
 def test_every_moment_of_a_deep_model_is_predicted_to_the_byte(name: str) -> None:
     config, settings, lora = CASES[name]

@@ -423,8 +423,8 @@ def test_the_longest_sequence_is_the_last_that_fits() -> None:
         search(CONFIG, arguments(**settings, max_length=length + 64), budget="20MiB", dtype="bfloat16", device="cpu")
 
 
-@pytest.mark.train
-@pytest.mark.parametrize("offload", [pytest.param(None, marks=pytest.mark.slow), "inputs"])
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [None, "inputs"])
 def test_the_longest_streamed_sequence_is_found_by_few_plans(offload: str | None) -> None:
     """Though it is many chunks long, and estimates are made of one or two."""
     config = small_config(num_hidden_layers=1, hidden_size=64, intermediate_size=2048, max_position_embeddings=65536)

@@ -103,8 +103,8 @@ class Gathered(Substitution):
         missed += [unit[0].module for unit in units if not any(patch.entered for patch in unit)]
         if missed:
             raise RuntimeError(
-                f"under FSDP2 a {type(missed[0]).__name__} whose weights are trained was not entered in a forward "
-                "pass, so other weights could not be put in their places. Call the model that FSDP2 has wrapped, "
+                f"under FSDP2 a forward pass went around a {type(missed[0]).__name__} whose weights are trained, so "
+                "other weights could not be put in their places. Call the model that FSDP2 has wrapped, "
                 "switch off what skips layers (layerdrop), or train in one process."
             )
         return result
