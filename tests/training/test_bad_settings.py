@@ -312,7 +312,7 @@ def test_the_same_settings_without_the_fault_are_accepted() -> None:
     args(**OURS, lowmem_state="int8", lowmem_rank=8, lowmem_update_gap=5, lowmem_scale=2.0, lowmem_projection="random",
          lowmem_weights="keep", optim_target_modules=["q_proj"])()  # fmt: skip
     args(LowMemDPOConfig, loss_type="asft", asft_lambda=0.5, beta=0.1, loss_weights=[2.0])()
-    args(LowMemDPOConfig, loss_type=["sigmoid", "orpo", "simpo", "cpo"], loss_weights=[1.0, 0.1, 0.1, 0.1], orpo_lambda=0.2,
+    args(LowMemDPOConfig, loss_type=["robust", "orpo", "simpo", "cpo"], loss_weights=[1.0, 0.1, 0.1, 0.1], orpo_lambda=0.2,
          simpo_gamma=1.0, cpo_alpha=0.0, label_smoothing=0.1, lowmem_reference="precomputed")()  # fmt: skip
     args(
         LowMemDPOConfig, loss_type=["sigmoid", "asft"], lowmem_margin_column="m", lowmem_margin_w=0.2, lowmem_margin_k=1
