@@ -120,7 +120,10 @@ class NolaLinear(lora.Linear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object) -> None:
         base = self.get_base_layer()
         if type(base) is not nn.Linear:
-            raise ValueError(f"{kwargs['target_name']} is a {type(base).__name__}: NOLA needs nn.Linear.")
+            raise ValueError(
+                f"lora_target_modules: {kwargs['target_name']} is a {type(base).__name__}; NOLA is for nn.Linear. "
+                "Name other modules, and load the model without quantization."
+            )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         assert isinstance(config, NolaConfig)
         assert self.in_features is not None

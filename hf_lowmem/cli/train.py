@@ -21,13 +21,9 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 import hf_lowmem
 from hf_lowmem.cli.parsing import Parser
 from hf_lowmem.cli.wrong import WrongCommand
-from hf_lowmem.specs import check_integer, check_number
 from hf_lowmem.training.callbacks import LowMemCallback
 
 Given = dict[str, Any]  # keyword arguments of a trainer
-
-# Which transformers and TRL take as they are, to fail in words of a data loader, or to train on nothing.
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
 
 
 def train(
@@ -152,11 +148,6 @@ def _made(trainer_class: Callable[..., Trainer], given: Given) -> Trainer:
 
 def _loaded(script_args: ScriptArguments, training_args: Any, model_args: ModelConfig) -> Given:
     """The keyword arguments of a trainer."""
-    for name in COUNTS:
-        if (value := getattr(training_args, name, None)) is not None:
-            check_integer(name, value, low=1)
-    if training_args.max_steps <= 0:
-        check_number("num_train_epochs", training_args.num_train_epochs, low=0.0, low_open=True)
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path is not set: give a model's name on the hub, or its folder: --model_name_or_path MODEL."

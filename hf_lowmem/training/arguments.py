@@ -36,6 +36,7 @@ from hf_lowmem.specs import (
     parse_options,
 )
 from hf_lowmem.training import section
+from hf_lowmem.training.counts import check_counts
 from hf_lowmem.training.host_fields import HostArguments
 from hf_lowmem.training.matmul_fields import MatmulArguments
 from hf_lowmem.training.named import NamedFields
@@ -235,6 +236,7 @@ class LowMemArguments(ScheduleArguments, SampleArguments, MatmulArguments, HostA
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
         check_choice("optim", name, [*ALL_METHODS, *(n.value for n in OptimizerNames)])
         ours = name in ALL_METHODS
+        check_counts(self)
         check_flag("lowmem_step_in_backward", self.lowmem_step_in_backward)
         if self.lowmem_accumulation is not None:
             check_choice("lowmem_accumulation", self.lowmem_accumulation, ACCUMULATIONS)

@@ -19,7 +19,6 @@ import argparse
 import copy
 import functools
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from hf_lowmem.optim import make_optimizer
 from parts.preference.sums import EOS, Sum, build_model, completion_logps, encode, exact_match, split
 from parts.record import RECORDS, Row, Rows, append_row, provenance, read_rows
 from parts.small_llama import rate_at
+from parts.tables import mean_and_error
 
 RECORD = RECORDS / "arithmetic.jsonl"
 SETTINGS: dict[str, tuple[str, Row]] = {
@@ -159,7 +159,7 @@ def table(rows: Rows) -> list[str]:
     before = {row["seed"]: (100 * row["right_before"], row["loss_before"]) for row in scored}
     if before:
         right, loss = (list(values) for values in zip(*before.values(), strict=True))
-        lines.append(f"| before | | | {_mean(right, 1)} | {_mean(loss, 4)} |")
+        lines.append(f"| before | | | {mean_and_error(right, 1)} | {mean_and_error(loss, 4)} |")
     for name in SETTINGS:
         found = [row for row in scored if row["setting"] == name]
         if found:
@@ -167,13 +167,8 @@ def table(rows: Rows) -> list[str]:
             label = f"`{method}`" + (f", `{rule}`" if rule else "")
             size = f"{found[0]['state_bytes_per_parameter']:.3f} | {found[0]['lr']:g}"
             right, loss = [100 * row["right"] for row in found], [row["loss"] for row in found]
-            lines.append(f"| {label} | {size} | {_mean(right, 1)} | {_mean(loss, 4)} |")
+            lines.append(f"| {label} | {size} | {mean_and_error(right, 1)} | {mean_and_error(loss, 4)} |")
     return lines
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

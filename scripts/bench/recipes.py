@@ -44,7 +44,7 @@ from transformers.trainer_callback import TrainerCallback
 from hf_lowmem import LowMemTrainer, LowMemTrainingArguments
 from parts.record import RECORDS, ROOT, Row, Rows, append_row, of_part, provenance, read_rows
 from parts.small_llama import SIZE, SMOKE, batches, build_model, clip_, heldout_loss, rate_at, texts_of
-from parts.tables import markdown
+from parts.tables import markdown, mean_and_error
 
 sys.path.append(str(ROOT / "scripts"))
 import grow_depth
@@ -259,8 +259,7 @@ def end_of(row: Row) -> object:
 
 
 def mean_of(values: Sequence[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{error}"
+    return mean_and_error(values, 3)
 
 
 def scored(rows: Rows, part: str, way: object) -> Rows:

@@ -255,9 +255,7 @@ class MaskMaker(ForwardPatch):
 
     @torch.compiler.disable(reason="masks of streamed layers are made by eager code")
     def __call__(self, *args: object, **kwargs: object) -> object:
-        passes = (
-            not torch.is_grad_enabled()
-        )  # a reference's pass, or an evaluation's: by chunks where prompts are shared
+        passes = not torch.is_grad_enabled()  # of a reference or an evaluation: by chunks where prompts are shared
         if not (self.module.training or passes) or reason_to_step_aside() is not None:
             return self.original(*args, **kwargs)
         with _lazy_masks(self.implementation, shared=passes):

@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem.activations.aside import reason_to_step_aside
 from hf_lowmem.activations.checkpoint import Args, Kwargs, RunsAgain
 from hf_lowmem.activations.detect import is_linear
 from hf_lowmem.activations.fusable import is_fake
@@ -112,7 +113,8 @@ class Streamed(RunsAgain):
     def __call__(self, *args: object, **kwargs: object) -> object:
         if self.training():
             return self.forward(*args, **kwargs)
-        if not torch.is_grad_enabled() and any(isinstance(value, Lazy) for value in (*args, *kwargs.values())):
+        alone = not torch.is_grad_enabled() and reason_to_step_aside() is None
+        if alone and any(isinstance(value, Lazy) for value in (*args, *kwargs.values())):
             return self.passed(*args, **kwargs)
         return self.original(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
 
